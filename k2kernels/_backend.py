@@ -1,0 +1,119 @@
+"""Which body of an op serves a call: the reference, the CUDA kernel, or the emulated kernel.
+
+The device of the tensors decides (`auto`): CPU tensors get the reference, CUDA tensors the kernel. `backend()` and
+`emulated()` override that for the calls inside a `with` block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ARCHS = ("sm_80", "sm_90a")
+
+
+class UnsupportedError(RuntimeError):
+    """No kernel serves this device, this size or this request."""
+
+
+class Mode(NamedTuple):
+    """What the innermost `with` block asked for."""
+
+    backend: str = "auto"  # auto, reference, cuda or emulated
+    arch: str | None = None  # emulated only
+    seed: int = 0  # emulated only: the adversarial schedule
+
+
+_mode: contextvars.ContextVar[Mode] = contextvars.ContextVar("k2kernels_mode", default=Mode())  # noqa: B039 (immutable)
+_launches: Counter[str] = Counter()
+_warned: set[str] = set()
+
+
+@contextlib.contextmanager
+def _entered(mode: Mode) -> Iterator[None]:
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Forces one body for the calls in a `with` block: "reference", "cuda", or "auto" (by device).
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if name not in ("auto", "reference", "cuda"):
+        raise ValueError(f"backend: name must be 'auto', 'reference' or 'cuda', got {name!r}")
+    return _entered(Mode(name))
+
+
+def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Runs the CUDA kernels on the CPU emulator, for CPU tensors, in a `with` block.
+
+    Args:
+        arch: which kernels: "sm_80" (portable) or "sm_90a" (Hopper).
+        seed: selects the adversarial schedule of warps, blocks and asynchronous copies.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"emulated: arch must be one of {ARCHS}, got {arch!r}")
+    return _entered(Mode("emulated", arch, seed))
+
+
+def mode() -> Mode:
+    """What applies to a call made here."""
+    return _mode.get()
+
+
+def choose(op: str, device: str, has_kernel: bool) -> str:
+    """The body that serves `op` on tensors of `device` ("cpu" or "cuda"): "reference", "cuda" or "emulated".
+
+    Raises:
+        UnsupportedError: when the mode asks for a kernel that does not exist, or for the wrong device.
+    """
+    wanted = _mode.get().backend
+    if wanted == "reference":
+        return "reference"
+    if wanted == "emulated":
+        if device != "cpu":
+            raise UnsupportedError(f"{op}: emulated() takes CPU tensors, got {device} tensors; move them with .cpu()")
+        if not has_kernel:
+            raise UnsupportedError(f"{op}: no kernel to emulate yet; leave emulated() to get the reference")
+        return "emulated"
+    if wanted == "cuda":
+        if device != "cuda":
+            raise UnsupportedError(
+                f"{op}: backend('cuda') takes CUDA tensors, got {device} tensors; "
+                "move them with .cuda(), or run the kernel on the CPU inside emulated()"
+            )
+        if not has_kernel:
+            raise UnsupportedError(f"{op}: no CUDA kernel yet; backend('auto') serves it by the reference")
+        return "cuda"
+    if device == "cuda" and has_kernel:
+        return "cuda"
+    if device == "cuda" and op not in _warned:
+        _warned.add(op)
+        warnings.warn(
+            f"{op}: no CUDA kernel yet, the reference (plain PyTorch) runs on the GPU",
+            stacklevel=3,
+        )
+    return "reference"
+
+
+def count_launch(op: str, kernels: int = 1) -> None:
+    """Notes that `kernels` kernels of `op` were started, natively or emulated."""
+    _launches[op] += kernels
+
+
+def launch_count(op: str | None = None) -> int:
+    """Kernels launched so far, natively or emulated: of one op, or of all (None).
+
+    A test that compares a kernel with the reference asserts that this number grew; else it compared the
+    reference with itself.
+    """
+    return sum(_launches.values()) if op is None else _launches[op]

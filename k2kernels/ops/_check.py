@@ -1,0 +1,109 @@
+"""Argument checks of the public functions. A message says op, argument, wanted, got and, where it helps, the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Arguments:
+    """The arguments of one call: each check binds the letters of its shape, and later checks must agree.
+
+    Example::
+
+        args = Arguments("fp8_gemm")
+        a = args.tensor("a", a, ("M", "K"), torch.float8_e4m3fn)
+        b = args.tensor("b", b, ("N", "K"), torch.float8_e4m3fn)  # K must equal a's; same device as a
+    """
+
+    def __init__(self, op: str):
+        self.op = op
+        self.sizes: dict[str, int] = {}
+        self.device: torch.device | None = None
+
+    def tensor(
+        self,
+        name: str,
+        value: Any,
+        shape: Sequence[int | str] | None = None,
+        dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+        *,
+        remedy: str = "",
+    ) -> torch.Tensor:
+        """Returns `value` as a tensor after checking it; anything with `__dlpack__` (CuPy, NumPy ...) is taken as it is.
+
+        `shape` holds ints (that size), letters (any size, the same wherever the letter stands) and may begin with "..."
+        (any leading sizes).
+        """
+        if not isinstance(value, torch.Tensor):
+            if not hasattr(value, "__dlpack__"):
+                raise TypeError(
+                    f"{self.op}: {name} must be a tensor (or have __dlpack__), got {type(value).__name__}{_also(remedy)}"
+                )
+            value = torch.from_dlpack(value)
+        dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        good = dtypes is None or value.dtype in dtypes
+        if good and shape is not None:
+            good = self._bind(shape, value.shape)
+        if not good:
+            raise (TypeError if dtypes and value.dtype not in dtypes else ValueError)(
+                f"{self.op}: {name} must be {self._wanted(shape, dtypes)}, "
+                f"got {list(value.shape)} {_short(value.dtype)}{_also(remedy)}"
+            )
+        if self.device is None:
+            self.device = value.device
+        elif value.device != self.device:
+            raise ValueError(
+                f"{self.op}: {name} must be on {self.device} like the arguments before it, "
+                f"got {value.device}; move it with .to({str(self.device)!r})"
+            )
+        return value
+
+    def optional(self, name: str, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """`tensor`, or None for None."""
+        return None if value is None else self.tensor(name, value, *args, **kwargs)
+
+    def require(self, condition: Any, name: str, wanted: str, got: Any, remedy: str = "") -> None:
+        """Raises ValueError unless `condition` holds: `name` must be `wanted`, got `got`."""
+        if not condition:
+            raise ValueError(f"{self.op}: {name} must be {wanted}, got {got}{_also(remedy)}")
+
+    def choice(self, name: str, value: Any, choices: Sequence[Any]) -> Any:
+        """`value`, which must be one of `choices`."""
+        self.require(value in choices, name, "one of " + ", ".join(map(repr, choices)), repr(value))
+        return value
+
+    def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
+        dims = list(shape)
+        if dims and dims[0] == "...":
+            dims = dims[1:]
+            got = got[len(got) - len(dims) :] if len(got) >= len(dims) else ()
+        if len(dims) != len(got):
+            return False
+        for dim, size in zip(dims, got):
+            if isinstance(dim, str):
+                dim = self.sizes.setdefault(dim, size)
+            if dim != size:
+                return False
+        return True
+
+    def _wanted(self, shape: Sequence[int | str] | None, dtypes: tuple[torch.dtype, ...] | None) -> str:
+        parts = []
+        if shape is not None:
+            known = [f"{d}={self.sizes[d]}" if d in self.sizes else str(d) for d in shape]
+            parts.append("[" + ", ".join(known) + "]")
+        if dtypes is not None:
+            parts.append(" or ".join(_short(d) for d in dtypes))
+        return " ".join(parts)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _also(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""

@@ -1,0 +1,1 @@
+"""Inputs, comparison and timing shared by the tests and the benchmarks."""
