@@ -34,7 +34,7 @@ class Arguments:
         *,
         remedy: str = "",
     ) -> torch.Tensor:
-        """Returns `value` as a tensor after checking it; anything with `__dlpack__` (CuPy, NumPy ...) is taken as it is.
+        """Returns `value` as a tensor after checking it; anything with `__dlpack__` (CuPy, NumPy ...) is taken too.
 
         `shape` holds ints (that size), letters (any size, the same wherever the letter stands) and may begin with "..."
         (any leading sizes).
@@ -42,7 +42,7 @@ class Arguments:
         if not isinstance(value, torch.Tensor):
             if not hasattr(value, "__dlpack__"):
                 raise TypeError(
-                    f"{self.op}: {name} must be a tensor (or have __dlpack__), got {type(value).__name__}{_also(remedy)}"
+                    f"{self.op}: {name} must be a tensor or have __dlpack__, got {type(value).__name__}{_also(remedy)}"
                 )
             value = torch.from_dlpack(value)
         dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype

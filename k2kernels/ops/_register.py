@@ -1,8 +1,7 @@
 """Registration of ops with PyTorch's dispatcher: the only file that talks to torch.library.
 
 `Library.define/impl` is used rather than the `custom_op` decorator, and each op is registered twice, without and with a
-backward, because that is what makes a call cheap: on a CPU 7.8 us when no gradient is wanted, against 16-30 us for one op
-with a backward and 21-37 us for the decorator.
+backward, because that makes a call cheap when no gradient is wanted.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The definition of every op in plain, vectorised PyTorch; same file, function and argument names as `k2kernels.ops`."""
+"""The definition of every op in plain PyTorch; same file, function and argument names as `k2kernels.ops`."""

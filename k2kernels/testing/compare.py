@@ -1,7 +1,7 @@
 """Comparison against an exact result, with a budget derived from what PyTorch itself loses in that precision.
 
-One global similarity number hides local damage (a 128x128 tile of noise in a 4096x7168 result passes `cos_diff < 1e-3`), so
-`check_close` looks at every element and at the worst tile, and names the place.
+One global similarity number hides local damage (a 128x128 tile of noise in a 4096x7168 result passes
+`cos_diff < 1e-3`), so `check_close` looks at every element, `worst_tile` at every tile, and both name the place.
 """
 
 from __future__ import annotations

@@ -1,0 +1,61 @@
+# make demo    train a tiny Kimi-K2 with MuonClip on a CPU, save it, generate from it
+# make test    the whole suite
+# make env     only the environment (.venv) and the installed package; the others call it
+# make lint    formatters and linters            make bench    benchmarks of what this machine can run
+# make clean   remove what the build made (make distclean: the environment too)
+#
+# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.9 that it already has is kept.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
+HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9))
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
+.PHONY: demo test env lint bench clean distclean
+.DELETE_ON_ERROR:
+
+demo: env
+	$(PY) -m k2kernels train --out out/demo
+	$(PY) -m k2kernels generate out/demo --prompt "The try statement" --max-new-tokens 160
+
+test: env
+	$(PY) -m pytest -q python_tests
+
+env: $(READY)
+
+# With a fitting torch at hand the environment looks into the interpreter's own packages; else it gets the CPU build
+# where no NVIDIA GPU answers, so that no gigabytes of CUDA packages come along.
+$(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell find csrc -name '*.h' -o -name '*.c*')
+	@$(PYTHON) -c '$(HAS_PYTHON)' || { echo "k2kernels needs Python >= 3.10, got `$(PYTHON) --version`; make PYTHON=..." >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@if ! $(PY) -c '$(HAS_TORCH)' 2>/dev/null && $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+	    echo "keeping the torch of $(PYTHON)"; \
+	    $(PYTHON) -c '$(SITE)' > "`$(PY) -c '$(SITE)'`/host_packages.pth"; \
+	fi
+	@if $(PY) -c '$(HAS_TORCH)' 2>/dev/null; then :; \
+	elif test `uname` != Linux || nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.9'; \
+	else $(PIP) -r requirements-cpu.txt 2>/dev/null \
+	  || $(PIP) --index-url https://download.pytorch.org/whl/cpu 'torch>=2.9'; fi
+	$(PIP) 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
+	$(PIP) --no-build-isolation --editable '.[cli,test]'
+	@touch $@
+
+lint: env
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror `find csrc -name '*.h' -o -name '*.c*'`
+
+bench: env
+	$(PY) -m k2kernels bench
+
+clean:
+	rm -rf build *.egg-info k2kernels/_C*.so out
+
+distclean: clean
+	rm -rf $(VENV)
