@@ -1,0 +1,536 @@
+"""The model's configuration: Hugging Face's field names, read from and written to config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from k2kernels._backend import UnsupportedError
+
+# Kimi-K2.5 and later keep the decoder, of type kimi_k2, in `text_config` beside a vision tower.
+MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+WRAPPER_TYPES = ("kimi_k25",)
+
+_ROPE_KEYS = {
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "truncate",
+}
+# What every published model of the family has, and all that the model computes: any other value is refused.
+_FIXED = {"hidden_act": "silu", "topk_method": "noaux_tc", "attention_dropout": 0, "attention_bias": False}
+
+
+@dataclass(kw_only=True)
+class K2Config:
+    """Sizes and switches of a Kimi-K2 / DeepSeek-V3 model.
+
+    A field's default is the one transformers' DeepseekV3Config gives a key that config.json leaves out, except that
+    there are no MTP layers unless asked for.
+
+    Raises:
+        ValueError: a field is out of range (field, wanted, got).
+        UnsupportedError: a field asks for something that is recognised but not served.
+    """
+
+    # sizes
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128
+    max_position_embeddings: int = 4096
+    # latent attention; q_lora_rank None means one full-rank q_proj
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    # feed-forward: the first layers are dense, the others route to experts and add the shared ones (0: none)
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    scoring_func: str = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    # norms, positions
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # None, or YaRN with every key of `_normalise_rope`
+    rope_interleave: bool = True
+    # the rest
+    num_nextn_predict_layers: int = 0  # MTP layers, at index num_hidden_layers and up
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    dtype: str = "bfloat16"  # of the weights on disk that are not quantised
+    quantization_config: dict[str, Any] | None = None  # None, or block FP8
+
+    def __post_init__(self) -> None:
+        self.n_shared_experts = self.n_shared_experts or 0
+        self.rope_scaling = _normalise_rope(self.rope_scaling)
+        self.quantization_config = _normalise_quantization(self.quantization_config)
+        self._validate()
+
+    # ---- reading and writing ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> K2Config:
+        """The configuration in a parsed config.json, of any type in `MODEL_TYPES` or `WRAPPER_TYPES`.
+
+        Reads positions in both styles: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
+        Keys that mean nothing to this model are ignored.
+        """
+        values, _ = text_part(values)
+        values = dict(values)
+        for key, wanted in _FIXED.items():
+            if values.get(key, wanted) != wanted:
+                raise UnsupportedError(f"K2Config: {key} must be {wanted!r}, got {values[key]!r}")
+        heads = values.get("num_attention_heads")
+        if values.get("num_key_value_heads", heads) not in (None, heads):
+            raise UnsupportedError(
+                f"K2Config: num_key_value_heads must equal num_attention_heads={heads} (latent attention expands its "
+                f"keys to all heads), got {values['num_key_value_heads']}"
+            )
+        values.setdefault("num_nextn_predict_layers", values.get("num_mtp_layers", 0))
+        dtype = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
+        values["dtype"] = str(dtype).removeprefix("torch.")
+        values.update(_rope_fields(values))
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> K2Config:
+        """Reads `path`/config.json (or `path` itself, if it is a file).
+
+        The stop ids are those of config.json and of generation_config.json together: Kimi-K2 ends a text with the one
+        and a turn of chat with the other.
+        """
+        raw = read_config_file(path)
+        config = cls.from_dict(raw)
+        generation = Path(path) / "generation_config.json"
+        if generation.is_file():
+            more = _id_list(_read_json(generation).get("eos_token_id"))
+            ids = list(dict.fromkeys([*config.eos_token_ids, *more]))
+            if ids != config.eos_token_ids:
+                config = replace(config, eos_token_id=ids if len(ids) > 1 else ids[0])
+        return config
+
+    @classmethod
+    def preset(cls, name: str) -> K2Config:
+        """A published model ("kimi-k2", "deepseek-v3", "moonlight-16b-a3b") or "tiny", K2 in miniature for a laptop."""
+        if name not in PRESETS:
+            raise ValueError(f"K2Config.preset: name must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: of type deepseek_v3, which transformers and every server know, Kimi-K2 included."""
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            **asdict(self),
+            "torch_dtype": self.dtype,
+            "num_key_value_heads": self.num_attention_heads,
+            **_FIXED,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path`/config.json."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (Path(path) / "config.json").write_text(text, encoding="utf-8")
+
+    # ---- derived --------------------------------------------------------------------------------------------------
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's query and expanded key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of a token's row in the cache: the latent and the shared rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end a text; empty when there are none."""
+        return _id_list(self.eos_token_id)
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim^-0.5, times YaRN's mscale squared (from factor and mscale_all_dim)."""
+        scale = self.qk_head_dim**-0.5
+        if self.rope_scaling and self.rope_scaling["mscale_all_dim"]:
+            scale *= yarn_mscale(self.rope_scaling["factor"], self.rope_scaling["mscale_all_dim"]) ** 2
+        return scale
+
+    @property
+    def rope_attention_factor(self) -> float:
+        """What cos and sin are multiplied by: 1 unless YaRN's mscale and mscale_all_dim differ."""
+        if self.rope_scaling is None:
+            return 1.0
+        factor, mscale, all_dim = (self.rope_scaling[key] for key in ("factor", "mscale", "mscale_all_dim"))
+        if self.rope_scaling["attention_factor"] is not None:
+            return self.rope_scaling["attention_factor"]
+        if mscale and all_dim:
+            return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+        return yarn_mscale(factor)
+
+    @property
+    def weight_block_size(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not quantised."""
+        return tuple(self.quantization_config["weight_block_size"]) if self.quantization_config else None
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer `index` routes to experts (MTP layers, at num_hidden_layers and up, do)."""
+        return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """All parameters, and those one token uses (embedding and head included); MTP layers are not counted.
+
+        The router's per-expert bias counts as a parameter: it is trained, if not by gradient.
+        """
+        moe_layers = sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
+        dense_layers = self.num_hidden_layers - moe_layers
+        expert = 3 * self.hidden_size * self.moe_intermediate_size
+        router = self.n_routed_experts * (self.hidden_size + 1)
+        total = (
+            self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+            + self.hidden_size
+            + self.num_hidden_layers * (self._attention_parameters() + 2 * self.hidden_size)
+            + dense_layers * 3 * self.hidden_size * self.intermediate_size
+            + moe_layers * (router + (self.n_routed_experts + self.n_shared_experts) * expert)
+        )
+        return total, total - moe_layers * (self.n_routed_experts - self.num_experts_per_tok) * expert
+
+    def _attention_parameters(self) -> int:
+        heads, rank = self.num_attention_heads, self.q_lora_rank
+        query_in = self.hidden_size if rank is None else rank
+        return (
+            (0 if rank is None else self.hidden_size * rank + rank)
+            + query_in * heads * self.qk_head_dim
+            + self.hidden_size * self.latent_dim
+            + self.kv_lora_rank
+            + self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+            + heads * self.v_head_dim * self.hidden_size
+        )
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> None:
+        for name in _POSITIVE:
+            _whole(name, getattr(self, name), 1)
+        if self.q_lora_rank is not None:
+            _whole("q_lora_rank", self.q_lora_rank, 1)
+        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+            _whole(name, getattr(self, name), 0)
+        for name in ("norm_topk_prob", "seq_aux", "rope_interleave", "tie_word_embeddings", "attention_bias"):
+            _require(isinstance(getattr(self, name), bool), name, "true or false", getattr(self, name))
+        for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta"):
+            _number(name, getattr(self, name), positive=True)
+        for name in ("aux_loss_alpha", "initializer_range"):
+            _number(name, getattr(self, name))
+        if self.attention_bias:
+            raise UnsupportedError("K2Config: attention_bias must be False, got True")
+        _require(
+            self.scoring_func in ("sigmoid", "softmax"), "scoring_func", "'sigmoid' or 'softmax'", self.scoring_func
+        )
+        _require(self.dtype in _DTYPES, "dtype", "one of " + ", ".join(_DTYPES), self.dtype)
+        _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even", self.qk_rope_head_dim)
+
+        experts, groups = self.n_routed_experts, self.n_group
+        _require(experts % groups == 0, "n_group", f"a divisor of n_routed_experts={experts}", groups)
+        _require(groups == 1 or experts // groups >= 2, "n_group", "such that a group has 2 experts or more", groups)
+        _require(self.topk_group <= groups, "topk_group", f"at most n_group={groups}", self.topk_group)
+        reachable = experts // groups * self.topk_group
+        _require(
+            self.num_experts_per_tok <= reachable,
+            "num_experts_per_tok",
+            f"at most {reachable}, the experts in topk_group={self.topk_group} groups",
+            self.num_experts_per_tok,
+        )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            _require(all(i is None or _is_int(i) for i in ids), name, "an integer or null", value)
+
+
+def text_part(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The decoder's part of a parsed config.json, and the prefix its tensors' names carry in the files.
+
+    Raises:
+        ValueError: for a model type that is not of this family.
+    """
+    model_type = values.get("model_type")
+    if model_type in WRAPPER_TYPES:
+        inner = values.get("text_config")
+        _require(isinstance(inner, Mapping), "text_config", f"an object in a {model_type} file", inner)
+        quantization = inner.get("quantization_config") or values.get("quantization_config")
+        inner = {"model_type": "kimi_k2", **inner, "quantization_config": quantization}
+        return text_part(inner)[0], "language_model."
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"K2Config: model_type must be one of {', '.join(MODEL_TYPES + WRAPPER_TYPES)}, got {model_type!r}"
+        )
+    return values, ""
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The parsed `path`/config.json, or `path` itself if it is a file."""
+    path = Path(path)
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"K2Config: no config.json in {path}")
+    return _read_json(file)
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's correction for a context stretched `factor` times."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"K2Config: {file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"K2Config: {file} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` out of either style; a file that says both must say the same."""
+    found: dict[str, Any] = {}
+    for style in ("rope_parameters", "rope_scaling"):
+        rope = values.get(style)
+        if rope is None:
+            continue
+        _require(isinstance(rope, Mapping), style, "an object or null", rope)
+        scaling = _normalise_rope(rope)
+        if "rope_scaling" in found and found["rope_scaling"] != scaling:
+            raise ValueError(f"K2Config: rope_scaling must agree with rope_parameters, got {scaling} and {found}")
+        found["rope_scaling"] = scaling
+        if rope.get("rope_theta") is not None:
+            found["rope_theta"] = rope["rope_theta"]
+    theta = values.get("rope_theta")
+    if theta is not None and found.setdefault("rope_theta", theta) != theta:
+        raise ValueError(
+            f"K2Config: rope_theta must agree with the one in rope_parameters, got {theta} and {found['rope_theta']}"
+        )
+    return found
+
+
+def _normalise_rope(rope: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """None for plain RoPE; else YaRN's parameters with the defaults filled in (transformers' ones)."""
+    if rope is None:
+        return None
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UnsupportedError(f"K2Config: partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise UnsupportedError(f"K2Config: rope_scaling must be of type 'yarn' or 'default', got {kind!r}")
+    unknown = set(rope) - _ROPE_KEYS - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    _require(not unknown, "rope_scaling", "made of " + ", ".join(sorted(_ROPE_KEYS)), sorted(unknown))
+    for key in ("factor", "original_max_position_embeddings"):
+        _require(rope.get(key) is not None, "rope_scaling", f"given with {key!r} for yarn", dict(rope))
+
+    def value(key: str, default: float) -> float:
+        got = rope.get(key)
+        return default if got is None else got
+
+    result = {
+        "rope_type": "yarn",
+        "factor": rope["factor"],
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "beta_fast": value("beta_fast", 32.0),
+        "beta_slow": value("beta_slow", 1.0),
+        "mscale": value("mscale", 1.0),
+        "mscale_all_dim": value("mscale_all_dim", 0.0),
+        "attention_factor": rope.get("attention_factor"),
+        "truncate": value("truncate", True),
+    }
+    for key in ("beta_fast", "beta_slow"):
+        _number(f"rope_scaling.{key}", result[key], positive=True)
+    for key in ("mscale", "mscale_all_dim"):
+        _number(f"rope_scaling.{key}", result[key])
+    if result["attention_factor"] is not None:
+        _number("rope_scaling.attention_factor", result["attention_factor"], positive=True)
+    _number("rope_scaling.factor", result["factor"])
+    _require(result["factor"] >= 1, "rope_scaling.factor", "1 or more", result["factor"])
+    _whole("rope_scaling.original_max_position_embeddings", result["original_max_position_embeddings"], 1)
+    _require(isinstance(result["truncate"], bool), "rope_scaling.truncate", "true or false", result["truncate"])
+    return result
+
+
+def _normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """None, or block FP8 as DeepSeek writes it."""
+    if quantization is None:
+        return None
+    _require(isinstance(quantization, Mapping), "quantization_config", "an object or null", quantization)
+    method = quantization.get("quant_method")
+    if method == "compressed-tensors":
+        raise UnsupportedError(
+            "K2Config: quantization_config 'compressed-tensors' (the INT4 weights of Kimi-K2-Thinking and later) is "
+            "recognised and not yet served; use a BF16 or block-FP8 copy of the checkpoint"
+        )
+    if method != "fp8":
+        raise UnsupportedError(f"K2Config: quantization_config.quant_method must be 'fp8', got {method!r}")
+    if quantization.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise UnsupportedError(f"K2Config: quantization_config.fmt must be 'e4m3', got {quantization['fmt']!r}")
+    block = quantization.get("weight_block_size")
+    if block is None:
+        raise UnsupportedError(
+            "K2Config: quantization_config.weight_block_size must be given, e.g. [128, 128]; FP8 with one scale per "
+            "tensor or per row is not served"
+        )
+    good = isinstance(block, (list, tuple)) and len(block) == 2 and all(_is_int(b) and b > 0 for b in block)
+    _require(good, "quantization_config.weight_block_size", "two positive integers", block)
+    return {**quantization, "weight_block_size": list(block)}
+
+
+def _id_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    _require(_is_int(value) and value >= least, name, f"an integer of {least} or more", value)
+
+
+def _number(name: str, value: Any, positive: bool = False) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = good and (value > 0 if positive else value >= 0)
+    _require(good, name, "a finite number above 0" if positive else "a finite number of 0 or more", value)
+
+
+def _require(condition: Any, name: str, wanted: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"K2Config: {name} must be {wanted}, got {got!r}")
+
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+)
+
+
+def _yarn(factor: float, original: int, beta_fast: float, beta_slow: float) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Kimi-K2-Instruct, July 2025
+    "kimi-k2": dict(
+        vocab_size=163840,
+        num_attention_heads=64,
+        max_position_embeddings=131072,
+        first_k_dense_replace=1,
+        n_routed_experts=384,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.827,
+        rope_theta=50000.0,
+        rope_scaling=_yarn(32.0, 4096, 1.0, 1.0),
+        bos_token_id=163584,
+        eos_token_id=163585,
+        pad_token_id=163839,
+    ),
+    "deepseek-v3": dict(
+        max_position_embeddings=163840,
+        rope_scaling=_yarn(40.0, 4096, 32.0, 1.0),
+        num_nextn_predict_layers=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    "moonlight-16b-a3b": dict(
+        vocab_size=163840,
+        hidden_size=2048,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        max_position_embeddings=8192,
+        q_lora_rank=None,
+        intermediate_size=11264,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.446,
+        rms_norm_eps=1e-5,
+        rope_theta=50000.0,
+        bos_token_id=163584,
+        eos_token_id=163585,
+    ),
+    # K2 in miniature: every convention of the large one is on, YaRN's step included (it slows pairs 3..7 of 8).
+    "tiny": dict(
+        vocab_size=1024,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        intermediate_size=384,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.827,
+        rope_theta=50000.0,
+        rope_scaling=_yarn(4.0, 128, 1.0, 1.0),
+        dtype="float32",
+    ),
+}
