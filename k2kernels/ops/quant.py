@@ -4,11 +4,92 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops._register import register
 from k2kernels.reference import quant as reference
+
+QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def quantize_1x128(
+    x: Tensor, *, power_of_two: bool = False, scale_layout: str = "row", transpose: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantises a matrix of activations to e4m3, with one scale per row and 128 columns.
+
+    A group of 128 neighbours in a row (the last may be shorter) becomes codes and a float32 scale, x ~ code * scale:
+
+    - amax is the largest magnitude of the group's finite elements; scale = max(amax / 448, 2**-126), so that a group
+      of zeros has zero codes and a finite scale, and no scale is a denormal.
+    - code = x / scale by a true float32 division, clamped to +-448, rounded to nearest with ties to even.
+    - NaN and infinities become the NaN code 0x7F and do not touch the scale of the others.
+
+    Args:
+        x: [..., M, K]; bfloat16, float16 or float32; any strides.
+        power_of_two: round each scale up to a power of two (the UE8M0 rule) *before* dividing by it. A scale that is
+            a power of two already stays.
+        scale_layout: how the scales [..., M, ceil(K/128)] lie in memory. "row": contiguous. "column": the rows of a
+            column are contiguous, strides (1, M rounded up to 4), as the GEMM kernels load them.
+        transpose: quantise the transpose instead: data [..., K, M], one scale per 128 of *M*; equal bit for bit to
+            `quantize_1x128(x.mT)`.
+
+    Returns:
+        data float8_e4m3fn like x (or its transpose), contiguous; scales float32. Not differentiable.
+
+    Source: DeepSeek-V3 (2024), section 3.3.2.
+    """
+    args = Arguments("quantize_1x128")
+    x = args.tensor("x", x, ("...", "M", "K"), QUANTIZABLE)
+    args.choice("scale_layout", scale_layout, ("row", "column"))
+    return _quantize_1x128(x, power_of_two, scale_layout, transpose)
+
+
+def quantize_128x128(w: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantises weights to e4m3, with one scale per 128x128 block; the rules are those of `quantize_1x128`.
+
+    Args:
+        w: [..., N, K], stacked experts [E, N, K] included; bfloat16, float16 or float32. Blocks at the lower and right
+            edge are smaller and take their amax over the elements that exist.
+        power_of_two: round each scale up to a power of two before dividing by it.
+
+    Returns:
+        data float8_e4m3fn [..., N, K]; scales float32 [..., ceil(N/128), ceil(K/128)], both contiguous: what a
+        DeepSeek-V3 checkpoint stores as `weight` and `weight_scale_inv`. Not differentiable.
+
+    Source: DeepSeek-V3, README_WEIGHTS.md.
+    """
+    args = Arguments("quantize_128x128")
+    w = args.tensor("w", w, ("...", "N", "K"), QUANTIZABLE)
+    return _quantize_128x128(w, power_of_two)
+
+
+def dequantize(
+    data: Tensor, scales: Tensor, *, block: tuple[int, int] = (1, 128), dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Codes times scales.
+
+    Args:
+        data: [..., N, K] float8_e4m3fn.
+        scales: [..., ceil(N/block[0]), ceil(K/block[1])] float32, any strides.
+        block: (1, 128) or (128, 128). It is never guessed from the sizes, which do not tell it: 192 rows with 2 rows
+            of scales are blocks of 128 and 64 rows, not of 96.
+        dtype: of the result: float32, bfloat16, float16, or float64, in which the product is exact.
+
+    Returns:
+        [..., N, K] in dtype, from a product in float32 (float64 for float64). Not differentiable.
+    """
+    args = Arguments("dequantize")
+    data = args.tensor("data", data, ("...", "N", "K"), torch.float8_e4m3fn)
+    args.choice("block", tuple(block), ((1, 128), (128, 128)))
+    args.choice("dtype", dtype, FLOATS)
+    rows, columns = block
+    shape = (*data.shape[:-2], -(-data.shape[-2] // rows), -(-data.shape[-1] // columns))
+    scales = args.tensor(
+        "scales", scales, shape, torch.float32, remedy=f"block {rows}x{columns} of data {list(data.shape)}"
+    )
+    return _dequantize(data, scales, rows, columns, dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -26,6 +107,39 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate_up = args.tensor("gate_up", gate_up, ("...", "2I"), FLOATS)
     args.require(gate_up.shape[-1] % 2 == 0, "gate_up", "even in its last axis", list(gate_up.shape))
     return _swiglu(gate_up)
+
+
+def _quantize_1x128_fake(x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool) -> tuple[Tensor, Tensor]:
+    *leading, rows, columns = x.mT.shape if transpose else x.shape
+    scales = x.new_empty((*leading, rows, -(-columns // 128)), dtype=torch.float32)
+    if scale_layout == "column":
+        scales = reference.column_layout(scales)
+    return x.new_empty((*leading, rows, columns), dtype=torch.float8_e4m3fn), scales
+
+
+_quantize_1x128 = register(
+    "quantize_1x128(Tensor x, bool power_of_two, str scale_layout, bool transpose) -> (Tensor, Tensor)",
+    reference=reference.quantize_1x128,
+    fake=_quantize_1x128_fake,
+)
+
+
+def _quantize_128x128_fake(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    *leading, rows, columns = w.shape
+    scales = w.new_empty((*leading, -(-rows // 128), -(-columns // 128)), dtype=torch.float32)
+    return w.new_empty(w.shape, dtype=torch.float8_e4m3fn), scales
+
+
+_quantize_128x128 = register(
+    "quantize_128x128(Tensor w, bool power_of_two) -> (Tensor, Tensor)",
+    reference=reference.quantize_128x128,
+    fake=_quantize_128x128_fake,
+)
+_dequantize = register(
+    "dequantize(Tensor data, Tensor scales, int block_rows, int block_columns, ScalarType dtype) -> Tensor",
+    reference=reference.dequantize,
+    fake=lambda data, scales, block_rows, block_columns, dtype: data.new_empty(data.shape, dtype=dtype),
+)
 
 
 def _swiglu_fake(gate_up: Tensor) -> Tensor:

@@ -1,10 +1,45 @@
-"""Block quantisation to e4m3, and SwiGLU: the definitions."""
+"""Block quantisation to e4m3, and SwiGLU: the definitions.
+
+A block of x becomes codes and one float32 scale, x ~ code * scale, by these rules, which a kernel meets bit for bit:
+
+    amax  = largest |x| of the block's finite elements, in float32
+    scale = max(amax / 448, 2**-126), rounded up to a power of two if asked, before anything is divided by it
+    code  = e4m3(x / scale): a true float32 division, clamped to +-448, rounded to nearest, ties to even
+
+The floor 2**-126 is the smallest normal float32, a power of two: a block of zeros gets a finite scale and zero codes,
+no scale is a denormal (a GPU may flush those to zero), and blocks with amax >= 448 * 2**-126 do not feel it. NaN and
+infinities become the NaN code 0x7F and leave the scale of their block alone.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+E4M3_MAX = 448.0
+NAN_CODE = 0x7F
+SMALLEST_NORMAL = 2.0**-126
+
+
+def quantize_1x128(
+    x: Tensor, power_of_two: bool = False, scale_layout: str = "row", transpose: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One scale per 128 elements of a row of x [..., M, K], or of x^T [..., K, M]."""
+    data, scales = _quantize(x.mT if transpose else x, (1, 128), power_of_two)
+    return data, column_layout(scales) if scale_layout == "column" else scales
+
+
+def quantize_128x128(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """One scale per 128x128 block of w [..., N, K]; blocks at the edges are smaller."""
+    return _quantize(w, (128, 128), power_of_two)
+
+
+def dequantize(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
+    """code * scale in float32 (exact in float64 for float64), rounded once to dtype."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    blocks = _blocks(data.to(wide), (block_rows, block_columns)) * scales.to(wide)[..., :, None, :, None]
+    return _unblock(blocks, data.shape).to(dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -20,6 +55,42 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(gate)
     d_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
     return torch.cat([d_gate, grad * gate * sigmoid], dim=-1).to(gate_up.dtype)
+
+
+def column_layout(scales: Tensor) -> Tensor:
+    """The same scales [..., M, blocks], stored so that the rows are contiguous: strides (1, M rounded up to 4)."""
+    rows = scales.shape[-2]
+    stored = scales.new_zeros((*scales.shape[:-2], scales.shape[-1], -(-rows // 4) * 4))
+    stored[..., :rows] = scales.mT
+    return stored[..., :rows].mT
+
+
+def _quantize(x: Tensor, block: tuple[int, int], power_of_two: bool) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(x.float(), block)  # [..., rows of blocks, block rows, columns of blocks, block columns]
+    finite = blocks.isfinite()
+    amax = torch.where(finite, blocks.abs(), 0).amax(dim=(-3, -1), keepdim=True)
+    # Divided by a tensor: by a Python number, PyTorch multiplies with the rounded reciprocal on a GPU.
+    scales = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=SMALLEST_NORMAL)
+    if power_of_two:
+        # Adding all ones to the mantissa carries into the exponent unless the mantissa was zero.
+        scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    codes = (blocks / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = torch.where(finite, codes, NAN_CODE).view(torch.float8_e4m3fn)
+    return _unblock(codes, x.shape), scales.squeeze((-3, -1)).contiguous()
+
+
+def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """[..., N, K] as [..., ceil(N/rows), rows, ceil(K/columns), columns], padded with zeros."""
+    rows, columns = block
+    x = F.pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows))
+    return x.reshape(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1] // columns, columns)
+
+
+def _unblock(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """Back from `_blocks` to the matrices of `shape`, without the padding."""
+    *leading, row_blocks, rows, column_blocks, columns = blocks.shape
+    padded = blocks.reshape(*leading, row_blocks * rows, column_blocks * columns)
+    return padded[..., : shape[-2], : shape[-1]].contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:
