@@ -1,0 +1,86 @@
+"""What is there and what would serve: the facts behind `k2kernels doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from typing import Any
+
+import torch
+
+from k2kernels.ops._register import OPS
+
+_PACKAGES = ("numpy", "safetensors", "tqdm", "tokenizers", "matplotlib", "transformers", "cupy", "triton", "pytest")
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, what was compiled for which architecture, and which body would serve each op, and why.
+
+    Returns:
+        dict with `version`, `python`, `platform`, `torch` (version, cuda, threads), `packages` (name -> version or
+        None), `extension` (build facts, or `error`), `nvcc` (path or None), `devices` (name, capability, memory in
+        bytes), `ops` (name -> `cpu`, `cuda` bodies and `why`).
+    """
+    from k2kernels import __version__
+
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads()},
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "extension": _extension(),
+        "nvcc": shutil.which("nvcc"),
+        "devices": _devices(),
+        "ops": {name: _serves(op.has_kernel) for name, op in sorted(OPS.items())},
+    }
+
+
+def _serves(has_kernel: bool) -> dict[str, str]:
+    if has_kernel:
+        return {"cpu": "reference", "cuda": "cuda", "why": "a kernel is compiled"}
+    return {"cpu": "reference", "cuda": "reference", "why": "no kernel yet; plain PyTorch runs on any device"}
+
+
+def _version(package: str) -> str | None:
+    for name in (package, f"{package}-cuda12x", f"{package}-cuda13x"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return None
+
+
+def _extension() -> dict[str, Any]:
+    try:
+        from k2kernels import _C
+    except ImportError as error:
+        return {"error": f"{error}; build it with: pip install -e ."}
+    return {**_C.build_info(), "self_check": _self_check(_C)}
+
+
+def _self_check(extension: Any) -> str:
+    """All 256 e4m3 codes, decoded by the extension and by torch."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    got = torch.empty(256, dtype=torch.float32)
+    extension.decode_e4m3(codes.data_ptr(), got.data_ptr(), 256)
+    want = codes.view(torch.float8_e4m3fn).float()
+    same = torch.equal(got.nan_to_num(1e9), want.nan_to_num(1e9))
+    return "passed" if same else "FAILED: e4m3 codes are decoded differently from torch"
+
+
+def _devices() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"sm_{properties.major}{properties.minor}",
+                "memory": properties.total_memory,
+            }
+        )
+    return found

@@ -1,0 +1,44 @@
+"""Show versions, devices, what was compiled, and which body would serve each op, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from k2kernels._info import info
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="the same, for programs")
+
+
+def run(options: argparse.Namespace) -> int:
+    facts = info()
+    if options.json:
+        json.dump(facts, sys.stdout, indent=2)
+        print()
+        return _code(facts)
+    torch, extension = facts["torch"], facts["extension"]
+    print(f"k2kernels  {facts['version']} on Python {facts['python']}, {facts['platform']}")
+    print(f"torch      {torch['version']}, CUDA {torch['cuda'] or 'none'}, {torch['threads']} CPU threads")
+    if "error" in extension:
+        print(f"extension  missing: {extension['error']}")
+    else:
+        archs = ", ".join(extension["cuda_archs"]) or "no CUDA kernels"
+        print(f"extension  {extension['build_type']}, compiler {extension['compiler']}, {archs}")
+        print(f"           self-check (all 256 e4m3 codes): {extension['self_check']}")
+    print(f"nvcc       {facts['nvcc'] or 'not found (needed only to compile CUDA kernels)'}")
+    for device in facts["devices"]:
+        print(f"device     {device['name']}, {device['capability']}, {device['memory'] / 2**30:.0f} GiB")
+    if not facts["devices"]:
+        print("device     CPU only")
+    print("packages   " + ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items()))
+    print("\nop                                CPU        CUDA       why")
+    for name, served in facts["ops"].items():
+        print(f"{name:<33} {served['cpu']:<10} {served['cuda']:<10} {served['why']}")
+    return _code(facts)
+
+
+def _code(facts: dict) -> int:
+    return 1 if facts["extension"].get("self_check", "").startswith("FAILED") else 0

@@ -1,0 +1,53 @@
+"""Arguments of the command line, and how it fails: a message on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from k2kernels import UnsupportedError, __version__
+from k2kernels.cli import bench, convert, doctor, generate, info, train
+
+COMMANDS = {
+    "doctor": doctor,
+    "train": train,
+    "generate": generate,
+    "convert": convert,
+    "info": info,
+    "bench": bench,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="k2kernels", description="The Kimi-K2 / DeepSeek-V3 family on CPU and GPU.")
+    top.add_argument("--version", action="version", version=f"k2kernels {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.strip().splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 2 for bad input, 130 after an interrupt."""
+    options = parser().parse_args(argv)
+    try:
+        return COMMANDS[options.command].run(options) or 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("k2kernels"):
+            raise
+        message = f"needs the package {error.name!r}; pip install 'k2kernels[cli]' brings all that the commands need"
+    except (ValueError, TypeError, UnsupportedError, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):  # `k2kernels ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        message = str(error) or type(error).__name__
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    print(f"k2kernels {options.command}: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,115 @@
+"""Train a small Kimi-K2 on text with MuonClip.
+
+Without --text the text is CPython's own language reference. The run leaves in --out a Hugging Face-style checkpoint
+(config.json, model.safetensors, tokenizer.json), loss.png, max_logits.png, history.jsonl (one line per step), and the
+state from which --resume goes on after an interrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files to learn")
+    add("--out", required=True, metavar="DIR", help="directory of the run")
+    add("--steps", type=int, default=300)
+    add("--config", default="tiny", metavar="PRESET|DIR", help="preset, or directory with config.json (default: tiny)")
+    add("--optimizer", default="muonclip", help="muonclip, muon (no clip) or adamw")
+    add("--resume", action="store_true", help="go on with the run in --out, where there is one")
+    add("--batch-size", type=int, default=16, help="sequences per step")
+    add("--length", type=int, default=128, help="tokens per sequence")
+    add("--lr", type=float, default=0.02, help="learning rate of the matrices (Muon)")
+    add("--adamw-lr", type=float, default=3e-3, help="learning rate of everything else")
+    add("--threshold", type=float, default=30.0, help="QK-clip threshold on the largest scaled logit")
+    add("--seed", type=int, default=0)
+    add("--save-every", type=int, default=50, metavar="STEPS")
+    add("--threads", type=int, help="CPU threads (1: a resumed run is equal bit for bit)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from k2kernels.train.trainer import Trainer, TrainOptions  # after the arguments: it imports much
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    if options.save_every < 1:
+        raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
+    names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed")
+    chosen = TrainOptions(text=tuple(options.text), **{name: getattr(options, name) for name in names})
+    trainer = Trainer(chosen, Path(options.out), resume=options.resume, save_every=options.save_every)
+
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    corpus = trainer.corpus
+    print(
+        f"{parameters / 1e6:.2f} M parameters, {chosen.optimizer}, {len(corpus.train)} tokens of text "
+        f"({corpus.train_bytes_per_token:.2f} bytes each), {len(corpus.valid)} held out"
+        + (f"; going on after step {trainer.step}" if trainer.step else "")
+    )
+    started, first = time.perf_counter(), trainer.step
+    if not _loop(trainer):
+        print(f"\nstopped after step {trainer.step}, saved; --resume goes on", file=sys.stderr)
+        return 130
+    trainer.finish()
+    valid = next(row.valid for row in reversed(trainer.history) if row.valid is not None)
+    print(
+        f"held-out text: {valid:.3f} bits/byte (xz -9e on the whole text: {trainer.xz:.3f}); "
+        f"{chosen.steps - first} steps in {time.perf_counter() - started:.0f} s\n"
+        f"wrote {options.out}: checkpoint, tokenizer.json, loss.png, max_logits.png, history.jsonl"
+    )
+    return 0
+
+
+def _loop(trainer) -> bool:
+    """Runs to the end (True), or to the end of the step in which Ctrl-C or SIGTERM came (False)."""
+    stop = False
+
+    def ask_to_stop(*_) -> None:
+        nonlocal stop
+        if stop:
+            raise KeyboardInterrupt  # asked twice: at once
+        stop = True
+
+    former = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    terminal = sys.stderr.isatty()
+    clips = sum(row.clipped_heads for row in trainer.history)
+    bar = tqdm(
+        total=trainer.options.steps,
+        initial=trainer.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not terminal,
+        bar_format="{percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt} {postfix} | {remaining} left",
+    )
+    try:
+        for row in trainer.run():
+            clips += row.clipped_heads
+            line = (
+                f"loss {row.loss:.3f}, {row.bits_per_byte:.2f} bits/byte, max logit {row.max_logit:.1f}, "
+                f"{clips} clips, load {row.expert_load:.1f}x, {row.tokens_per_second:.0f} tokens/s"
+            )
+            bar.set_postfix_str(line, refresh=False)
+            bar.update()
+            valid = "" if row.valid is None else f" | held out: {row.valid:.3f} bits/byte"
+            if terminal:
+                if valid:
+                    tqdm.write(f"step {row.step}{valid}", file=sys.stderr)
+            elif valid or row.step % 25 == 0:  # a log file: a line now and then
+                print(f"step {row.step}/{trainer.options.steps}: {line}{valid}", file=sys.stderr, flush=True)
+            if stop and row.step < trainer.options.steps:
+                trainer.save()
+                return False
+    finally:
+        bar.close()
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    return True

@@ -1,0 +1,122 @@
+"""Text to batches of tokens: reading, a byte-level BPE tokenizer (Hugging Face tokenizers), a held-out part."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MIN_BYTES = 20_000  # less cannot fill a vocabulary of 1024 and a held-out part
+BLOCK_BYTES = 8_192  # the text is cut into blocks of about this size at line ends ...
+HOLD_OUT = 10  # ... and every tenth block is held out
+
+
+def read_text(paths: Sequence[Path]) -> str:
+    """The files' text, or CPython's own language reference (`pydoc_data.topics`) where no file is named.
+
+    Raises:
+        ValueError: for a file that is empty, not UTF-8, or together too short to train on.
+        OSError: for a file that cannot be read.
+    """
+    if not paths:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+    parts = []
+    for path in paths:
+        raw = Path(path).read_bytes()
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--text {path}: must be UTF-8 text, got byte {raw[error.start]:#04x} at {error.start}"
+            ) from None
+        if "\0" in text:
+            raise ValueError(f"--text {path}: must be text, got a file with NUL bytes")
+        if not text.strip():
+            raise ValueError(f"--text {path}: must hold text, got an empty file")
+        parts.append(text)
+    text = "\n\n".join(parts)
+    if (size := len(text.encode())) < MIN_BYTES:
+        raise ValueError(f"--text: must hold at least {MIN_BYTES} bytes in all, got {size}; add files")
+    return text
+
+
+def hold_out(text: str) -> tuple[str, str]:
+    """Cuts `text` at line ends into blocks and takes out every tenth: (for training, for validation)."""
+    blocks, block, size = [], [], 0
+    for line in text.splitlines(keepends=True):
+        block.append(line)
+        size += len(line.encode())
+        if size >= BLOCK_BYTES:
+            blocks.append("".join(block))
+            block, size = [], 0
+    blocks.append("".join(block))
+    if len(blocks) < HOLD_OUT:  # a short text (or one of very long lines): the last tenth of its characters
+        cut = len(text) * (HOLD_OUT - 1) // HOLD_OUT
+        return text[:cut], text[cut:]
+    train = "".join(b for i, b in enumerate(blocks) if i % HOLD_OUT != HOLD_OUT - 1)
+    return train, "".join(blocks[HOLD_OUT - 1 :: HOLD_OUT])
+
+
+def xz_bits_per_byte(text: str) -> float:
+    """What `xz -9e` needs for the text: a yardstick that everyone has."""
+    raw = text.encode()
+    return 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer: any UTF-8 text can be encoded, and decodes to the same bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return tokenizer
+
+
+@dataclass
+class Corpus:
+    """Token ids [tokens] of the two parts, and how many bytes of text a token stands for."""
+
+    train: Tensor
+    valid: Tensor
+    train_bytes_per_token: float
+    valid_bytes_per_token: float
+
+    @classmethod
+    def encode(cls, text: str, tokenizer: Tokenizer) -> Corpus:
+        ids, bytes_per_token = [], []
+        for part in hold_out(text):
+            tokens = torch.tensor(tokenizer.encode(part).ids)
+            ids.append(tokens)
+            bytes_per_token.append(len(part.encode()) / len(tokens))
+        return cls(*ids, *bytes_per_token)
+
+    def batch(self, step: int, *, size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [size, length] of training step `step`: a pure function of (seed, step), so that a
+        resumed run sees what an uninterrupted one would have seen."""
+        generator = torch.Generator().manual_seed((seed << 32) + step)
+        starts = torch.randint(len(self.train) - length, (size, 1), generator=generator)
+        window = self.train[starts + torch.arange(length + 1)]
+        return window[:, :-1], window[:, 1:]
+
+    def validation_windows(self, length: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [windows, length]: the held-out part cut into windows side by side."""
+        windows = (len(self.valid) - 1) // length
+        if windows < 1:
+            raise ValueError(f"the held-out text has {len(self.valid)} tokens, fewer than --length {length}; add text")
+        end = windows * length
+        return self.valid[:end].view(windows, length), self.valid[1 : end + 1].view(windows, length)

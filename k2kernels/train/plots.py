@@ -1,0 +1,119 @@
+"""The two pictures of a training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+INK, MUTED, GRID = "#1f2328", "#656d76", "#d8dee4"
+BLUE, ORANGE = "#0b62c4", "#c2410c"
+
+
+def _axes(title: str, subtitle: str, xlabel: str, ylabel: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes.set_title(f"{title}\n", loc="left", color=INK, fontsize=13, fontweight="bold")
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, color=MUTED, fontsize=9.5)
+    axes.set_xlabel(xlabel, color=MUTED)
+    axes.set_ylabel(ylabel, color=MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def plot_loss(
+    path: Path,
+    steps: Sequence[int],
+    train: Sequence[float],
+    valid: Sequence[tuple[int, float]],
+    xz: float,
+    title: str,
+) -> None:
+    """Bits per byte over steps: each training batch, their running mean, the held-out text, and xz -9e."""
+    figure, axes = _axes("Bits per byte", title, "step", "bits / byte")
+    mean, smooth = train[0], []
+    for value in train:
+        mean += 0.1 * (value - mean)
+        smooth.append(mean)
+    axes.plot(steps, train, color=BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="training (running mean)")
+    if valid:
+        axes.plot(*zip(*valid), color=ORANGE, marker="o", markersize=4, linewidth=1.6, label="held-out text")
+        axes.annotate(
+            f"{valid[-1][1]:.2f}",
+            valid[-1],
+            xytext=(6, 6),
+            textcoords="offset points",
+            color=ORANGE,
+            fontweight="bold",
+            fontsize=9,
+        )
+    axes.axhline(xz, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2, label=f"xz -9e: {xz:.2f}")
+    low = min([xz, *train, *(v for _, v in valid)])
+    axes.set_ylim(max(0, low - 0.25), min(8, max(smooth[: max(1, len(smooth) // 50)]) + 0.2))
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _save(figure, path)
+
+
+def plot_max_logits(
+    path: Path,
+    steps: Sequence[int],
+    layers: dict[int, Sequence[float]],
+    threshold: float | None,
+    title: str,
+) -> None:
+    """The largest attention logit of each layer over steps, and the threshold of QK-clip."""
+    import matplotlib
+
+    figure, axes = _axes("Largest attention logit per layer", title, "step", "max logit")
+    colors = matplotlib.colormaps["viridis"]
+    ends = []
+    for index, (layer, values) in enumerate(sorted(layers.items())):
+        color = colors(0.85 * index / max(1, len(layers) - 1))
+        axes.plot(steps, values, color=color, linewidth=1.4)
+        ends.append((values[-1], f"layer {layer}", color))
+    if threshold is not None:
+        axes.axhline(threshold, color=ORANGE, linestyle=(0, (4, 3)), linewidth=1.3)
+        axes.annotate(
+            f"QK-clip threshold {threshold:g}",
+            (0.01, threshold),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            color=ORANGE,
+            fontsize=9,
+        )
+    top = max([threshold or 0, *(v for values in layers.values() for v in values if math.isfinite(v))])
+    axes.set_ylim(0, 1.12 * top)
+    last = -math.inf  # labels at the lines' ends, pushed apart so that they stay readable
+    for value, label, color in sorted(ends, key=lambda end: end[0]):
+        last = max(value, last + 0.045 * 1.12 * top)
+        axes.annotate(
+            label,
+            (steps[-1], last),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=9,
+            annotation_clip=False,
+        )
+    _save(figure, path)

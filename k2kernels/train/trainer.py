@@ -1,0 +1,248 @@
+"""The training loop: a pure function of its options and the step, so that a resumed run repeats the curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from k2kernels.model import K2Config, K2Model
+from k2kernels.optim import MuonClip, QKClip
+from k2kernels.train.data import Corpus, read_text, train_tokenizer, xz_bits_per_byte
+from k2kernels.train.plots import plot_loss, plot_max_logits
+
+OPTIMIZERS = ("muonclip", "muon", "adamw")
+WARMUP_STEPS = 10
+DECAY_FRACTION = 0.5  # of the steps, at the end, over which the learning rates fall linearly to zero
+STATE_FILE = "training_state.pt"
+HISTORY_FILE = "history.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What shapes a run. Sizes in tokens, rates per step."""
+
+    text: tuple[str, ...] = ()  # files; none: CPython's language reference
+    config: str = "tiny"  # a preset's name, or a directory with a config.json
+    optimizer: str = "muonclip"
+    steps: int = 300
+    batch_size: int = 16
+    length: int = 128
+    lr: float = 0.02  # of the matrices, by Muon
+    adamw_lr: float = 3e-3  # of everything else (of everything, with optimizer "adamw")
+    threshold: float = 30.0  # of QK-clip, on the scaled logits
+    bias_rate: float = 1e-3  # of the router's loss-free balancing
+    sequence_loss: float = 1e-4  # weight of the router's sequence-wise balance loss
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        for name in ("steps", "batch_size", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "adamw_lr", "threshold"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass
+class Row:
+    """What one step showed. `valid` (bits per byte of the held-out text) only where it was measured."""
+
+    step: int  # counted from 1
+    loss: float  # nats per token
+    bits_per_byte: float
+    max_logits: dict[int, float]  # per layer, before the step's clip
+    clipped_heads: int
+    expert_load: float  # of the busiest expert of any layer, over the mean
+    tokens_per_second: float
+    valid: float | None = None
+
+    @property
+    def max_logit(self) -> float:
+        return max(self.max_logits.values(), default=-math.inf)
+
+
+class Trainer:
+    """Trains a K2 model on text, and keeps in `out` all that is needed to go on after an interrupt.
+
+    Args:
+        options: what to train.
+        out: directory of the run.
+        resume: go on from the last save in `out`, where there is one.
+        save_every: steps between saves.
+
+    Raises:
+        ValueError: for bad options or text, or when `out` holds a run that other options made.
+        FileExistsError: when `out` holds a run and `resume` is off.
+    """
+
+    def __init__(self, options: TrainOptions, out: Path, *, resume: bool = False, save_every: int = 50):
+        self.options, self.out, self.save_every = options, Path(out), save_every
+        text = read_text([Path(p) for p in options.text])
+        self.identity = {**dataclasses.asdict(options), "text": hashlib.sha256(text.encode()).hexdigest()}
+        state = self._load_state(resume)
+
+        config = K2Config.preset(options.config) if options.config == "tiny" else _config(options.config)
+        if options.length > config.max_position_embeddings:
+            raise ValueError(f"--length must be at most {config.max_position_embeddings}, got {options.length}")
+        self.tokenizer = train_tokenizer(text, config.vocab_size)
+        self.corpus = Corpus.encode(text, self.tokenizer)
+        if len(self.corpus.train) <= options.length:
+            raise ValueError(f"--length {options.length} needs more text: it has {len(self.corpus.train)} tokens")
+        self.xz = xz_bits_per_byte(text)
+
+        torch.manual_seed(options.seed)
+        self.model = K2Model(config).train()
+        self.optimizer = self._make_optimizer()
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.history: list[Row] = []
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.history = [Row(**row) for row in state["history"]]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.history)
+
+    def run(self) -> Iterator[Row]:
+        """Does the remaining steps, one per iteration; saves on the way and at the end."""
+        validate_every = max(1, self.options.steps // 6)
+        while self.step < self.options.steps:
+            row = self._train_step(self.step)
+            if row.step % validate_every == 0 or row.step == self.options.steps:
+                row.valid = self.validate()
+            self.history.append(row)
+            if self.step % self.save_every == 0 or self.step == self.options.steps:
+                self.save()
+            yield row
+
+    def _train_step(self, step: int) -> Row:
+        started = time.perf_counter()
+        o = self.options
+        inputs, targets = self.corpus.batch(step, size=o.batch_size, length=o.length, seed=o.seed)
+        logits = self.model(inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        balance = self.model.sequence_loss(o.sequence_loss) if o.sequence_loss else 0.0
+        (loss + balance).backward()
+        max_logits = {layer: float(heads.max()) for layer, heads in self.model.max_logits().items()}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.model.reset_max_logits()
+        load = self.model.expert_load()
+        self.model.update_router_bias(o.bias_rate)
+        return Row(
+            step=step + 1,
+            loss=float(loss),
+            bits_per_byte=float(loss) / math.log(2) / self.corpus.train_bytes_per_token,
+            max_logits=max_logits,
+            clipped_heads=self._clipped_heads(),
+            expert_load=max((float(counts.max() / counts.mean()) for counts in load.values()), default=1.0),
+            tokens_per_second=inputs.numel() / (time.perf_counter() - started),
+        )
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Bits per byte of the held-out text."""
+        inputs, targets = self.corpus.validation_windows(self.options.length)
+        self.model.eval()
+        nats = sum(
+            float(F.cross_entropy(self.model(x).flatten(0, 1), y.flatten(), reduction="sum"))
+            for x, y in zip(inputs.split(self.options.batch_size), targets.split(self.options.batch_size))
+        )
+        self.model.train()
+        return nats / inputs.numel() / math.log(2) / self.corpus.valid_bytes_per_token
+
+    def save(self) -> None:
+        """Writes the state from which a run resumes; a crash while writing leaves the former one."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "history": [dataclasses.asdict(row) for row in self.history],
+        }
+        _replace(self.out / STATE_FILE, lambda file: torch.save(state, file))
+        lines = "".join(json.dumps(row) + "\n" for row in state["history"])
+        _replace(self.out / HISTORY_FILE, lambda file: file.write(lines.encode()))
+
+    def finish(self) -> None:
+        """Writes what a user wants from a finished run: checkpoint, tokenizer, pictures."""
+        self.model.save_pretrained(self.out)
+        _replace(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
+        o, steps = self.options, [row.step for row in self.history]
+        title = f"{o.optimizer}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters"
+        valid = [(row.step, row.valid) for row in self.history if row.valid is not None]
+        plot_loss(self.out / "loss.png", steps, [row.bits_per_byte for row in self.history], valid, self.xz, title)
+        layers = {layer: [row.max_logits[layer] for row in self.history] for layer in self.history[0].max_logits}
+        threshold = o.threshold if o.optimizer == "muonclip" else None
+        plot_max_logits(self.out / "max_logits.png", steps, layers, threshold, title)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        o = self.options
+        if o.optimizer == "adamw":
+            return torch.optim.AdamW(self.model.parameters(), o.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
+        clip = QKClip(threshold=o.threshold) if o.optimizer == "muonclip" else None
+        adamw = dict(lr=o.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
+        return MuonClip(self.model, o.lr, adamw=adamw, qk_clip=clip)
+
+    def _clipped_heads(self) -> int:
+        if self.options.optimizer != "muonclip":
+            return 0
+        return sum(int((clip.gamma < 1).sum()) for clip in self.optimizer.last_clip.values())
+
+    def _lr_factor(self, step: int) -> float:
+        """Warm up, stay, then fall linearly to zero."""
+        decay = max(1, round(DECAY_FRACTION * self.options.steps))
+        return min(1.0, (step + 1) / WARMUP_STEPS, (self.options.steps - step) / decay)
+
+    def _load_state(self, resume: bool) -> dict[str, Any] | None:
+        path = self.out / STATE_FILE
+        if not path.exists():
+            return None
+        if not resume:
+            raise FileExistsError(f"--out {self.out}: holds a run already; --resume goes on with it, or name another")
+        try:
+            state = torch.load(path, weights_only=True)
+            identity = state["identity"]
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise ValueError(f"--resume: {path} cannot be read ({error}); remove it to start over") from None
+        differing = [k for k in self.identity if identity.get(k) != self.identity[k]]
+        if differing:
+            what = ", ".join(f"{k} was {identity.get(k)!r}, is {self.identity[k]!r}" for k in differing)
+            raise ValueError(f"--resume: the run in {self.out} had other options: {what}")
+        return state
+
+
+def _config(path: str) -> K2Config:
+    if Path(path).exists():
+        return K2Config.from_pretrained(path)
+    return K2Config.preset(path)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes a file under a temporary name, makes sure that it is on the disk, and renames it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
