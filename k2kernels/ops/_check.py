@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +80,13 @@ class Arguments:
         self.require(value in choices, name, "one of " + ", ".join(map(repr, choices)), repr(value))
         return value
 
+    def positive(self, name: str, value: Any) -> float:
+        """`value` as a float, which must be positive and finite."""
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
+        self.require(0 < value < math.inf, name, "positive and finite", value)
+        return float(value)
+
     def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
         dims = list(shape)
         if dims and dims[0] == "...":
@@ -99,6 +109,17 @@ class Arguments:
         if dtypes is not None:
             parts.append(" or ".join(_short(d) for d in dtypes))
         return " ".join(parts)
+
+
+def check_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor, total: int) -> None:
+    """Raises ValueError unless the contents of `cu_seqlens` rise from 0 to `total`; for `validate` of an op."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"{op}: {name} must rise from 0 to {total} (the number of tokens), got {_brief(ends)}")
+
+
+def _brief(values: list) -> str:
+    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, {values[2]}, ..., {values[-1]}]"
 
 
 def _short(dtype: torch.dtype) -> str:
