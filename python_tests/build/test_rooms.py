@@ -1,0 +1,88 @@
+"""The rules of the house: an op has six rooms of one name, and imports run downwards only."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "k2kernels"
+OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("[!_]*.py"))
+SHARED_CSRC = {"arch", "common", "tile", "bind", "emulator"}
+
+# What a folder (or file) of the package may import of the package; everything may import what stands below it.
+FLOORS = {
+    "reference": {"reference"},
+    "ops": {"ops", "reference", "_backend"},
+    "model": {"model", "ops"},
+    "optim": {"optim", "ops"},
+    "parallel": {"parallel", "model", "optim", "ops", "_backend", "reference"},
+    "testing": {"testing", "ops", "reference", "_backend"},
+    "train": {"train", "model", "optim"},
+}
+
+
+def test_there_are_ops():
+    assert {"mla_decode", "fp8_gemm", "quant", "moe", "newton_schulz"} <= set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_six_rooms(op):
+    rooms = [
+        ROOT / "csrc" / op / "README.md",
+        PACKAGE / "ops" / f"{op}.py",
+        PACKAGE / "reference" / f"{op}.py",
+        ROOT / "python_tests" / "ops" / f"test_{op}.py",
+        ROOT / "bench" / f"bench_{op}.py",
+    ]
+    assert [str(room) for room in rooms if not room.is_file()] == []
+    assert f"`csrc/{op}`" in (ROOT / "README.md").read_text(), f"README.md has no row for {op}"
+
+
+def test_rooms_belong_to_an_op():
+    csrc = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} - SHARED_CSRC
+    assert csrc == set(OPS)
+    assert {p.stem for p in (PACKAGE / "reference").glob("[!_]*.py")} == set(OPS)
+    assert {p.stem.removeprefix("test_") for p in (ROOT / "python_tests" / "ops").glob("test_*.py")} == set(OPS)
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_run_downwards(floor):
+    wrong = []
+    for path in (PACKAGE / floor).rglob("*.py"):
+        for name in _imports(path):
+            parts = name.split(".")
+            if parts[0] == "k2kernels" and len(parts) > 1 and (PACKAGE / parts[1]).exists():
+                if parts[1] not in FLOORS[floor]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+            if parts[:2] == ["k2kernels", "_C"] and floor != "ops":
+                wrong.append(f"{path.relative_to(ROOT)} touches the extension")
+            if name.startswith("torch.distributed") and floor in ("model", "optim"):
+                wrong.append(f"{path.relative_to(ROOT)} knows process groups")
+    assert wrong == []
+
+
+def test_csrc_keeps_its_rules():
+    wrong = []
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix not in {".h", ".cuh", ".cu", ".cpp"}:
+            continue
+        text, room = path.read_text(), path.relative_to(ROOT / "csrc").parts[0]
+        if re.search(r"\basm\b", text) and room != "arch":
+            wrong.append(f"{path.relative_to(ROOT)}: asm outside csrc/arch")
+        if "K2K_EMULATED" in text and room not in {"arch", "common", "emulator"}:
+            wrong.append(f"{path.relative_to(ROOT)}: knows of the emulator")
+        if re.search(r"#include\s*[<\"](torch|ATen|c10)/", text):
+            wrong.append(f"{path.relative_to(ROOT)}: includes torch")
+    assert wrong == []

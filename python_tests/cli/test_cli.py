@@ -1,0 +1,96 @@
+"""The commands as a user types them: what they print, and how they fail."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from k2kernels.cli import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run of three steps."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    arguments = ["--steps", "3", "--batch-size", "2", "--length", "32", "--threads", "1"]
+    threads = torch.get_num_threads()
+    assert main(["train", "--out", str(out), *arguments]) == 0
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_train_leaves_what_it_promises(checkpoint):
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "loss.png",
+        "max_logits.png",
+        "history.jsonl",
+        "training_state.pt",
+    }
+
+
+def test_generate_continues_the_prompt(checkpoint, capsys):
+    arguments = ["generate", str(checkpoint), "--prompt", "The with statement", "--max-new-tokens", "5"]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith("The with statement") and "[5 tokens" in first.err
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first.out  # the seed is fixed
+
+
+def test_convert_and_info(checkpoint, tmp_path, capsys):
+    assert main(["convert", str(checkpoint), str(tmp_path / "fp8"), "--to", "fp8"]) == 0
+    assert main(["generate", str(tmp_path / "fp8"), "--prompt", "The", "--max-new-tokens", "2"]) == 0
+    assert main(["info", str(checkpoint)]) == 0
+    assert main(["info", "kimi-k2"]) == 0
+    assert "1,026,408,232,448" in capsys.readouterr().out
+
+
+def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 100)
+    out = str(tmp_path / "new")
+    cases = {
+        ("train", "--out", out, "--text", str(tmp_path / "empty.txt")): "must hold text, got an empty file",
+        ("train", "--out", out, "--text", str(tmp_path / "short.txt")): "must hold at least 20000 bytes in all, got 9",
+        ("train", "--out", out, "--text", str(tmp_path / "binary")): "must be UTF-8 text, got byte 0x80",
+        ("train", "--out", out, "--text", str(tmp_path / "none.txt")): "No such file",
+        ("train", "--out", out, "--optimizer", "sgd"): "--optimizer must be one of muonclip, muon, adamw, got 'sgd'",
+        ("train", "--out", out, "--steps", "0"): "--steps must be at least 1, got 0",
+        ("train", "--out", out, "--length", "100000"): "--length must be at most",
+        ("train", "--out", out, "--config", "kimi-k9"): "kimi-k9",
+        ("train", "--out", out, "--lr", "nan"): "--lr must be positive, got nan",
+        ("train", "--out", str(checkpoint)): "holds a run already",
+        ("train", "--out", str(checkpoint), "--resume", "--seed", "5"): "seed was 0, is 5",
+        ("generate", str(tmp_path / "none"), "--prompt", "x"): "must be a directory",
+        ("generate", str(tmp_path), "--prompt", "x"): "tokenizer.json",
+        ("generate", str(checkpoint), "--prompt", ""): "--prompt must hold text",
+        ("generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "100000"): "max_position_embeddings",
+        ("generate", str(checkpoint), "--prompt", "x", "--cache-dtype", "int4"): "cache_dtype",
+        ("info", "kimi-k9"): "kimi-k9",
+        ("info", str(tmp_path)): "config.json",
+        ("convert", str(tmp_path / "none"), out, "--to", "bf16"): "none",
+        ("bench", "nothing"): "OP must be one of",
+    }
+    for arguments, message in cases.items():
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error and error.startswith(f"k2kernels {arguments[0]}: "), (arguments, error)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_traceback_from_the_shell(tmp_path):
+    command = [sys.executable, "-m", "k2kernels", "info", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "k2kernels[cli]" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""A resumed run repeats the curve of an uninterrupted one, whatever stopped it, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from k2kernels.train.trainer import HISTORY_FILE, STATE_FILE, Trainer, TrainOptions
+
+OPTIONS = dict(steps=12, batch_size=2, length=32)
+FLAGS = ["--steps", "12", "--batch-size", "2", "--length", "32", "--threads", "1", "--save-every", "4"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def curve(out):
+    rows = [json.loads(line) for line in (out / HISTORY_FILE).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    for _ in Trainer(TrainOptions(**OPTIONS), out).run():
+        pass
+    return curve(out)
+
+
+def test_the_run_learns(uninterrupted):
+    assert len(uninterrupted) == 12
+    assert uninterrupted[-1]["loss"] < uninterrupted[0]["loss"] - 0.3
+    assert uninterrupted[-1]["valid"] is not None
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_other_optimizers_learn(optimizer, tmp_path):
+    rows = list(Trainer(TrainOptions(optimizer=optimizer, **OPTIONS), tmp_path).run())
+    assert rows[-1].loss < rows[0].loss - 0.3 and rows[-1].clipped_heads == 0
+
+
+def test_resume_repeats_the_curve_bit_for_bit(uninterrupted, tmp_path):
+    first = Trainer(TrainOptions(**OPTIONS), tmp_path, save_every=5)
+    for row in first.run():
+        if row.step == 7:  # gone after the save at step 5
+            break
+    second = Trainer(TrainOptions(**OPTIONS), tmp_path, resume=True)
+    assert second.step == 5
+    for _ in second.run():
+        pass
+    assert curve(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_resume_after_a_signal(number, uninterrupted, tmp_path):
+    command = [sys.executable, "-m", "k2kernels", "train", "--out", str(tmp_path / "run"), *FLAGS]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / STATE_FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    if process.returncode != 0:  # 0: it was done before the signal came
+        assert process.returncode == (-number if number == signal.SIGKILL else 130), error
+        assert "Traceback" not in error
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert curve(tmp_path / "run") == uninterrupted
+
+
+def test_a_failing_save_keeps_the_former_one(tmp_path, monkeypatch):
+    trainer = Trainer(TrainOptions(**OPTIONS), tmp_path, save_every=1)
+    run = trainer.run()
+    next(run)
+    before = (tmp_path / STATE_FILE).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        next(run)
+    assert (tmp_path / STATE_FILE).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, HISTORY_FILE}
+
+
+def test_a_damaged_state_is_reported(tmp_path):
+    (tmp_path / STATE_FILE).write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="cannot be read .*; remove it to start over"):
+        Trainer(TrainOptions(**OPTIONS), tmp_path, resume=True)
