@@ -1,0 +1,511 @@
+"""Mixture of experts: routing, load balance, dispatch, combine, and the expert MLP between them.
+
+T tokens, E experts, K experts per token, H hidden, I intermediate, S slots: rows of the expert-major buffer that
+dispatch fills and the grouped GEMMs read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._register import register
+from k2kernels.ops.quant import swiglu
+from k2kernels.reference import moe as reference
+
+INDICES = (torch.int32, torch.int64)
+
+
+class Routing(NamedTuple):
+    """What `moe_route` returns."""
+
+    indices: Tensor  # int32 [T, K], by descending choice
+    weights: Tensor  # float32 (float64 for float64 logits) [T, K]
+    counts: Tensor  # int64 [E]: how often each expert was taken
+
+
+class Handle(NamedTuple):
+    """Where dispatch put the rows, for `moe_combine`. Tensors only, so that it passes through torch.compile."""
+
+    slot_of: Tensor  # int32 [T, K]: the slot of each (token, k), -1 where it has none
+    token_of_slot: Tensor  # int32 [S]: the token in each slot, -1 in pad slots
+    offsets: Tensor  # int32 [E+1]
+    counts: Tensor  # int32 [E]
+    weights: Tensor  # [T, K]
+    overflow: Tensor  # int64 []: pairs dropped for want of capacity
+
+
+class Dispatched(NamedTuple):
+    """What `moe_dispatch` returns."""
+
+    data: Tensor  # [S, H], expert-major
+    scales: Tensor | None  # float32, when quantised
+    offsets: Tensor  # int32 [E+1]: first slot of each expert, a multiple of the alignment; last: all slots in use
+    counts: Tensor  # int32 [E]: rows of each expert; slots offsets[e] + counts[e] ... offsets[e+1] are padding
+    handle: Handle
+
+
+def moe_route(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    score: str = "sigmoid",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Chooses `top_k` experts for each token.
+
+    With s = sigmoid(logits) or softmax(logits), a token takes the top_k experts of largest s + bias; the bias steers
+    the choice only, the weights are made of s. With groups, the E experts are n_group equal runs, and only experts of
+    the topk_group best groups can be taken. A group is as good as the sum of its two best s + bias; without a bias, as
+    its best s.
+
+    Args:
+        logits: [T, E], float32, bfloat16, float16 or float64; computed in float32 (float64 for float64).
+        bias: float32 or float64 [E], or None. No gradient flows to it.
+        score: "sigmoid" (DeepSeek-V3, Kimi-K2) or "softmax" (DeepSeek-V2).
+        normalize: divides each token's weights by their sum (+ 1e-20).
+        scale: multiplies the weights (routed_scaling_factor).
+
+    Returns:
+        Routing(indices int32 [T, K], weights [T, K] float32 (float64 for float64 logits), counts int64 [E]).
+        indices stand in descending order of s + bias; equals go to the lowest index. Experts whose logit is NaN or -inf
+        have score 0 and are taken only when no other is left, so K distinct experts come out of every row; +inf counts
+        as the largest finite number. Differentiable in logits.
+
+    Raises:
+        ValueError: when n_group does not divide E, or the kept groups hold fewer than top_k experts.
+
+    Source: DeepSeek-V3 `inference/model.py` (class Gate), and the routers of Megatron-LM.
+    """
+    args = Arguments("moe_route")
+    logits = args.tensor("logits", logits, ("T", "E"), FLOATS)
+    bias = args.optional("bias", bias, ("E",), (torch.float32, torch.float64), remedy="keep the bias in float32")
+    experts = logits.shape[1]
+    args.choice("score", score, ("sigmoid", "softmax"))
+    args.require(1 <= top_k <= experts, "top_k", f"from 1 to E={experts}", top_k)
+    args.require(n_group >= 1 and experts % n_group == 0, "n_group", f"a divisor of E={experts}", n_group)
+    args.require(1 <= topk_group <= n_group, "topk_group", f"from 1 to n_group={n_group}", topk_group)
+    kept = topk_group * (experts // n_group)
+    args.require(top_k <= kept, "top_k", f"at most the {kept} experts of the kept groups", top_k, "raise topk_group")
+    return Routing(*_moe_route(logits, bias, top_k, n_group, topk_group, score, normalize, float(scale)))
+
+
+def moe_sequence_loss(
+    logits: Tensor,
+    indices: Tensor,
+    *,
+    top_k: int,
+    alpha: float,
+    cu_seqlens: Tensor | None = None,
+    score: str = "sigmoid",
+) -> Tensor:
+    """The sequence-wise balance loss: alpha * mean over sequences of sum_e f_e P_e.
+
+    In a sequence of L tokens, f_e = E / (K L) * (number of its `indices` equal to e) and P_e = mean over its tokens of
+    s_e / sum(s), with s the scores of the logits. Balanced routing gives alpha. Nothing else is scaled: not by the
+    batch, not by ranks.
+
+    Args:
+        logits: [T, E], as in `moe_route`.
+        indices: int32 or int64 [T, K]. They are counted as given. DeepSeek-V3 counts the choice without the bias: for
+            that, pass `moe_route(logits, top_k=K).indices`. Index -1 is not counted.
+        top_k: K.
+        cu_seqlens: int32 or int64 [sequences + 1], from 0 to T: where the sequences begin and end; None is one
+            sequence. Empty sequences do not count in the mean.
+        score: as in `moe_route`.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), 0 for T=0; differentiable in logits through P.
+
+    Source: DeepSeek-V3 report (arXiv 2412.19437), equations 17 to 20.
+    """
+    args = Arguments("moe_sequence_loss")
+    logits = args.tensor("logits", logits, ("T", "E"), FLOATS)
+    indices = args.tensor("indices", indices, ("T", "K"), INDICES)
+    cu_seqlens = args.optional("cu_seqlens", cu_seqlens, ("sequences + 1",), INDICES)
+    args.choice("score", score, ("sigmoid", "softmax"))
+    args.require(top_k == indices.shape[1], "top_k", f"the width of indices, {indices.shape[1]}", top_k)
+    args.require(top_k >= 1, "top_k", "at least 1", top_k)
+    args.require(cu_seqlens is None or cu_seqlens.numel() > 0, "cu_seqlens", "at least [0]", "an empty tensor")
+    return _moe_sequence_loss(logits, indices, cu_seqlens, float(alpha), score)
+
+
+def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float, mode: str = "sign") -> Tensor:
+    """One step of the router bias against the load: busy experts down, idle ones up. Not in place.
+
+    Args:
+        bias: float32 [E].
+        counts: int32 or int64 [E], the load of one global batch: `Routing.counts`, summed over micro-batches and ranks
+            *as integers* (in bfloat16 40,840 reads as 40,704 or 41,216, which flips signs).
+        rate: the largest step.
+        mode: "sign": rate * sign(mean(counts) - count), 0 at the mean (DeepSeek-V3).
+            "quantile": rate * (experts busier - experts idler) / (E - 1): a step by the load's rank among all loads,
+            from -rate for the busiest to rate for the idlest, 0 for the median and for equal loads. The steps add up
+            to 0, so the bias does not drift as a whole. It sees counts only; it is not the score-histogram solve of
+            Kimi-K3.
+
+    Returns:
+        The new bias, float32 [E]. Comparisons are made in integers and are exact.
+
+    Source: Wang et al., "Auxiliary-Loss-Free Load Balancing" (arXiv 2408.15664).
+    """
+    args = Arguments("moe_update_bias")
+    bias = args.tensor("bias", bias, ("E",), torch.float32, remedy="keep the bias in float32")
+    counts = args.tensor("counts", counts, ("E",), INDICES, remedy="count in integers")
+    args.choice("mode", mode, ("sign", "quantile"))
+    return _moe_update_bias(bias, counts, float(rate), mode)
+
+
+def moe_dispatch(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    num_experts: int,
+    alignment: int = 1,
+    capacity: int | None = None,
+) -> Dispatched:
+    """Copies each token's row to a slot of each of its experts.
+
+    Slots are ordered by expert, then token, then k (a stable counting sort: they depend on `indices` alone), and each
+    expert's slots begin at a multiple of `alignment`. Shapes depend on shapes only, so nothing waits for the device.
+
+    Args:
+        x: [T, H], float32, bfloat16, float16 or float64.
+        indices: int32 or int64 [T, K]; -1 drops that pair. The same expert twice in a row is allowed.
+        weights: [T, K], floating point; kept in the handle for `moe_combine`.
+        num_experts: E.
+        alignment: rows; 128 suits tiles of 128, 1 wastes nothing.
+        capacity: S, a multiple of the alignment. Pairs whose slot would be S or above are dropped, and their number is
+            `handle.overflow`. None takes T K + min(E, T K) (alignment - 1), rounded up, which always suffices.
+
+    Returns:
+        Dispatched(data [S, H], scales, offsets int32 [E+1], counts int32 [E], handle). Rows of `data` beyond
+        offsets[e] + counts[e] are padding, with unspecified content. Differentiable in x; the weights get their
+        gradient from `moe_combine`.
+
+    Raises:
+        ValueError: an index below -1, or E or above (CPU tensors; the kernels drop such a pair).
+    """
+    args = Arguments("moe_dispatch")
+    x = args.tensor("x", x, ("T", "H"), FLOATS)
+    indices = args.tensor("indices", indices, ("T", "K"), INDICES)
+    weights = args.tensor("weights", weights, ("T", "K"), FLOATS)
+    args.require(num_experts >= 1, "num_experts", "at least 1", num_experts)
+    args.require(alignment >= 1, "alignment", "at least 1", alignment)
+    if capacity is None:
+        pairs = indices.shape[0] * indices.shape[1]
+        capacity = pairs + min(num_experts, pairs) * (alignment - 1)
+        capacity = (capacity + alignment - 1) // alignment * alignment
+    args.require(
+        capacity >= 0 and capacity % alignment == 0, "capacity", f"a multiple of alignment={alignment}", capacity
+    )
+    args.require(capacity < 2**31, "capacity", "below 2**31 slots", capacity, "dispatch fewer tokens at a time")
+    slot_of, token_of_slot, offsets, counts, overflow = _moe_plan(indices, num_experts, alignment, capacity)
+    handle = Handle(slot_of, token_of_slot, offsets, counts, weights, overflow)
+    return Dispatched(_moe_permute(x, slot_of, token_of_slot), None, offsets, counts, handle)
+
+
+def moe_combine(
+    y: Tensor,
+    handle: Handle,
+    *,
+    shared: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Adds up each token's expert rows: sum over k of weights[t, k] * y[slot_of[t, k]] + shared[t] + residual[t].
+
+    The sum is made in float32 (float64 for float64), in the order of k, then shared, then residual, and rounded once:
+    it is deterministic, and a token's bits do not depend on the other tokens.
+
+    Args:
+        y: [S, H], in the slots of `moe_dispatch`; pad rows are not read.
+        handle: `Dispatched.handle`.
+        shared, residual: [T, H], floating point.
+        out_dtype: y's by default.
+
+    Returns:
+        [T, H]; a token without slots gets shared + residual only. Differentiable in y, the weights, shared, residual.
+    """
+    args = Arguments("moe_combine")
+    if not isinstance(handle, Handle):
+        raise TypeError(f"moe_combine: handle must be the handle of moe_dispatch, got {type(handle).__name__}")
+    args.sizes["S"], (args.sizes["T"], args.sizes["K"]) = handle.token_of_slot.shape[0], handle.slot_of.shape
+    y = args.tensor("y", y, ("S", "H"), FLOATS)
+    args.tensor("handle.slot_of", handle.slot_of, ("T", "K"), torch.int32)
+    args.tensor("handle.weights", handle.weights, ("T", "K"), FLOATS)
+    shared = args.optional("shared", shared, ("T", "H"), FLOATS)
+    residual = args.optional("residual", residual, ("T", "H"), FLOATS)
+    out_dtype = args.choice("out_dtype", out_dtype or y.dtype, FLOATS)
+    return _moe_combine(y, handle.slot_of, handle.token_of_slot, handle.weights, shared, residual, out_dtype)
+
+
+def moe_mlp(
+    x: Tensor,
+    routing: Routing,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    shared: Tensor | None = None,
+    residual: Tensor | None = None,
+    alignment: int = 1,
+    capacity: int | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The routed experts of a layer: sum over k of weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t).
+
+    e is indices[t, k]; the steps are dispatch, grouped GEMM, SwiGLU, grouped GEMM, combine.
+
+    Args:
+        x: [T, H], in the weights' dtype.
+        routing: what `moe_route` returned.
+        gate_up: [E, 2I, H], gate rows first; float32, bfloat16, float16 or float64.
+        down: [E, H, I].
+        shared, residual, out_dtype: as in `moe_combine`.
+        alignment, capacity: as in `moe_dispatch`.
+
+    Returns:
+        [T, H] in out_dtype (x's by default). Differentiable in x, the routing weights, gate_up, down, shared and
+        residual.
+    """
+    args = Arguments("moe_mlp")
+    x = args.tensor("x", x, ("T", "H"), FLOATS)
+    gate_up = args.tensor("gate_up", gate_up, ("E", "2I", "H"), x.dtype)
+    args.require(gate_up.shape[1] % 2 == 0, "gate_up", "even in its middle axis", list(gate_up.shape))
+    args.sizes["I"] = gate_up.shape[1] // 2
+    down = args.tensor("down", down, ("E", "H", "I"), x.dtype)
+    dispatched = moe_dispatch(
+        x, routing.indices, routing.weights, num_experts=gate_up.shape[0], alignment=alignment, capacity=capacity
+    )
+    groups = dispatched.offsets, dispatched.counts
+    hidden = swiglu(_grouped_gemm(dispatched.data, gate_up, *groups))
+    y = _grouped_gemm(hidden, down, *groups)
+    return moe_combine(y, dispatched.handle, shared=shared, residual=residual, out_dtype=out_dtype)
+
+
+# moe_route
+
+
+def _route_fake(logits: Tensor, bias: Any, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    return (
+        logits.new_empty((tokens, top_k), dtype=torch.int32),
+        logits.new_empty((tokens, top_k), dtype=_wide(logits)),
+        logits.new_empty((experts,), dtype=torch.int64),
+    )
+
+
+def _route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(inputs[0], output[0])
+    ctx.rest = inputs[5:]  # score, normalize, scale
+
+
+def _route_grad(ctx: Any, _indices: None, grad: Tensor, _counts: None) -> tuple:
+    return (_moe_route_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 7)
+
+
+_moe_route = register(
+    "moe_route(Tensor logits, Tensor? bias, int top_k, int n_group, int topk_group, str score, bool normalize, "
+    "float scale) -> (Tensor indices, Tensor weights, Tensor counts)",
+    reference=reference.moe_route,
+    fake=_route_fake,
+    setup_context=_route_setup,
+    backward=_route_grad,
+)
+_moe_route_backward = register(
+    "moe_route_backward(Tensor grad, Tensor logits, Tensor indices, str score, bool normalize, float scale) -> Tensor",
+    reference=reference.moe_route_backward,
+    fake=lambda grad, logits, *_: logits.new_empty(logits.shape),
+)
+
+
+# moe_sequence_loss
+
+
+def _loss_validate(logits: Tensor, indices: Tensor, cu_seqlens: Tensor | None, alpha: float, score: str) -> None:
+    _check_indices("moe_sequence_loss", indices, logits.shape[1])
+    if cu_seqlens is not None:
+        ends = [int(cu_seqlens[0]), int(cu_seqlens[-1])]
+        if ends != [0, logits.shape[0]] or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"moe_sequence_loss: cu_seqlens must rise from 0 to T={logits.shape[0]}, got {cu_seqlens.tolist()}"
+            )
+
+
+def _loss_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]
+
+
+def _loss_grad(ctx: Any, grad: Tensor) -> tuple:
+    return (_moe_sequence_loss_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 4)
+
+
+_moe_sequence_loss = register(
+    "moe_sequence_loss(Tensor logits, Tensor indices, Tensor? cu_seqlens, float alpha, str score) -> Tensor",
+    reference=reference.moe_sequence_loss,
+    fake=lambda logits, *_: logits.new_empty((), dtype=_wide(logits)),
+    validate=_loss_validate,
+    setup_context=_loss_setup,
+    backward=_loss_grad,
+)
+_moe_sequence_loss_backward = register(
+    "moe_sequence_loss_backward(Tensor grad, Tensor logits, Tensor indices, Tensor? cu_seqlens, float alpha, str score)"
+    " -> Tensor",
+    reference=reference.moe_sequence_loss_backward,
+    fake=lambda grad, logits, *_: logits.new_empty(logits.shape),
+)
+
+
+# moe_update_bias
+
+_moe_update_bias = register(
+    "moe_update_bias(Tensor bias, Tensor counts, float rate, str mode) -> Tensor",
+    reference=reference.moe_update_bias,
+    fake=lambda bias, *_: bias.new_empty(bias.shape),
+)
+
+
+# moe_dispatch
+
+
+def _plan_validate(indices: Tensor, num_experts: int, alignment: int, capacity: int) -> None:
+    _check_indices("moe_dispatch", indices, num_experts)
+
+
+def _plan_fake(indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return indices.new_empty(shape, dtype=dtype)
+
+    return (
+        empty(*indices.shape),
+        empty(capacity),
+        empty(num_experts + 1),
+        empty(num_experts),
+        empty(dtype=torch.int64),
+    )
+
+
+def _permute_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _permute_grad(ctx: Any, grad: Tensor) -> tuple:
+    return _moe_combine(grad, *ctx.saved_tensors, None, None, None, grad.dtype), None, None
+
+
+_moe_plan = register(
+    "moe_plan(Tensor indices, SymInt num_experts, SymInt alignment, SymInt capacity) -> "
+    "(Tensor slot_of, Tensor token_of_slot, Tensor offsets, Tensor counts, Tensor overflow)",
+    reference=reference.moe_plan,
+    fake=_plan_fake,
+    validate=_plan_validate,
+)
+_moe_permute = register(
+    "moe_permute(Tensor x, Tensor slot_of, Tensor token_of_slot) -> Tensor",
+    reference=reference.moe_permute,
+    fake=lambda x, slot_of, token_of_slot: x.new_empty((token_of_slot.shape[0], x.shape[1])),
+    setup_context=_permute_setup,
+    backward=_permute_grad,
+)
+
+
+# moe_combine
+
+
+def _combine_fake(y: Tensor, slot_of: Tensor, *args: Any) -> Tensor:
+    return y.new_empty((slot_of.shape[0], y.shape[1]), dtype=args[-1])
+
+
+def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    y, slot_of, token_of_slot, weights, shared, residual, _ = inputs
+    ctx.save_for_backward(y if weights is not None else None, slot_of, token_of_slot, weights)
+    ctx.dtypes = [
+        y.dtype,
+        shared.dtype if shared is not None else None,
+        residual.dtype if residual is not None else None,
+    ]
+
+
+def _combine_grad(ctx: Any, grad: Tensor) -> tuple:
+    y, slot_of, token_of_slot, weights = ctx.saved_tensors
+    y_dtype, shared_dtype, residual_dtype = ctx.dtypes
+    d_weights = None
+    if weights is None:
+        d_y = _moe_permute(grad.to(y_dtype), slot_of, token_of_slot)
+    else:
+        d_y, d_weights = _moe_combine_backward(grad, y, slot_of, token_of_slot, weights)
+    d_shared = grad.to(shared_dtype) if ctx.needs_input_grad[4] else None
+    d_residual = grad.to(residual_dtype) if ctx.needs_input_grad[5] else None
+    return d_y, None, None, d_weights, d_shared, d_residual, None
+
+
+_moe_combine = register(
+    "moe_combine(Tensor y, Tensor slot_of, Tensor token_of_slot, Tensor? weights, Tensor? shared, Tensor? residual, "
+    "ScalarType out_dtype) -> Tensor",
+    reference=reference.moe_combine,
+    fake=_combine_fake,
+    setup_context=_combine_setup,
+    backward=_combine_grad,
+)
+_moe_combine_backward = register(
+    "moe_combine_backward(Tensor grad, Tensor y, Tensor slot_of, Tensor token_of_slot, Tensor weights) -> "
+    "(Tensor d_y, Tensor d_weights)",
+    reference=reference.moe_combine_backward,
+    fake=lambda grad, y, slot_of, token_of_slot, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
+)
+
+
+# The grouped GEMM of unquantised experts
+
+
+def _gemm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gemm_grad(ctx: Any, grad: Tensor) -> tuple:
+    a, b, offsets, counts = ctx.saved_tensors
+    d_a = _grouped_gemm_dgrad(grad, b, offsets, counts) if ctx.needs_input_grad[0] else None
+    d_b = _grouped_gemm_wgrad(grad, a, offsets, counts) if ctx.needs_input_grad[1] else None
+    return d_a, d_b, None, None
+
+
+_grouped_gemm = register(
+    "grouped_gemm(Tensor a, Tensor b, Tensor offsets, Tensor counts) -> Tensor",
+    reference=reference.grouped_gemm,
+    fake=lambda a, b, offsets, counts: a.new_empty((a.shape[0], b.shape[1])),
+    setup_context=_gemm_setup,
+    backward=_gemm_grad,
+)
+_grouped_gemm_dgrad = register(
+    "grouped_gemm_dgrad(Tensor grad, Tensor b, Tensor offsets, Tensor counts) -> Tensor",
+    reference=reference.grouped_gemm_dgrad,
+    fake=lambda grad, b, offsets, counts: grad.new_empty((grad.shape[0], b.shape[2])),
+)
+_grouped_gemm_wgrad = register(
+    "grouped_gemm_wgrad(Tensor grad, Tensor a, Tensor offsets, Tensor counts) -> Tensor",
+    reference=reference.grouped_gemm_wgrad,
+    fake=lambda grad, a, offsets, counts: grad.new_empty((counts.shape[0], grad.shape[1], a.shape[1])),
+)
+
+
+def _check_indices(op: str, indices: Tensor, num_experts: int) -> None:
+    if indices.numel() == 0:
+        return
+    low, high = (int(i) for i in indices.aminmax())
+    if low < -1 or high >= num_experts:
+        raise ValueError(
+            f"{op}: indices must be from -1 (none) to E-1={num_experts - 1}, got {low if low < -1 else high}"
+        )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
