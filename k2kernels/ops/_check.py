@@ -118,6 +118,32 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor, total: int) -
         raise ValueError(f"{op}: {name} must rise from 0 to {total} (the number of tokens), got {_brief(ends)}")
 
 
+def check_groups(
+    op: str, offsets: torch.Tensor, counts: torch.Tensor | None, capacity: int, *, alignment: int = 1
+) -> None:
+    """Raises ValueError unless the groups' rows lie apart, in order and within `capacity`; for `validate` of an op.
+
+    `offsets` [G+1] must rise within 0 .. capacity; `counts` [G], if any, must fit between them; a group that has rows
+    must start at a multiple of `alignment`.
+    """
+    starts = offsets.tolist()
+    if starts[0] < 0 or starts[-1] > capacity or any(a > b for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"{op}: offsets must rise within 0 .. {capacity} (the capacity), got {_brief(starts)}")
+    room = [b - a for a, b in itertools.pairwise(starts)]
+    sizes = room if counts is None else counts.tolist()
+    if any(not 0 <= size <= most for size, most in zip(sizes, room)):
+        raise ValueError(f"{op}: counts must fit between the offsets, at most {_brief(room)}, got {_brief(sizes)}")
+    if any(size and start % alignment for size, start in zip(sizes, starts)):
+        raise ValueError(f"{op}: offsets must be multiples of {alignment} where a group has rows, got {_brief(starts)}")
+
+
+def check_counts(op: str, name: str, counts: torch.Tensor, most: int) -> None:
+    """Raises ValueError unless the contents of `counts` are within 0 .. most; for `validate` of an op."""
+    sizes = counts.tolist()
+    if any(not 0 <= size <= most for size in sizes):
+        raise ValueError(f"{op}: {name} must be within 0 .. {most} (the rows of a group), got {_brief(sizes)}")
+
+
 def _brief(values: list) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, {values[2]}, ..., {values[-1]}]"
 
