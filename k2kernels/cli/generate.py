@@ -1,4 +1,7 @@
-"""Generate text from a checkpoint through the paged latent cache."""
+"""Generate text from a checkpoint through the paged latent cache.
+
+The prompt is continued as it stands: what a chat model expects around it (<|im_user|> ...) belongs into it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("checkpoint", metavar="DIR", help="directory with config.json, *.safetensors and tokenizer.json")
+    add("checkpoint", metavar="DIR", help="directory with config.json, *.safetensors and a tokenizer")
     add("--prompt", required=True, metavar="TEXT")
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.7, help="0: greedy")
@@ -25,20 +28,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from tokenizers import Tokenizer
-
+    from k2kernels.cli.tokenizer import load_tokenizer
     from k2kernels.model import K2Model
 
     path = Path(options.checkpoint)
     if not path.is_dir():
         raise ValueError(f"{path}: must be a directory with a checkpoint")
-    if not (path / "tokenizer.json").is_file():
-        raise ValueError(f"{path}: must hold tokenizer.json (Hugging Face tokenizers); none there")
-    try:
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception for a file that it cannot parse
-        raise ValueError(f"{path / 'tokenizer.json'}: cannot be read: {error}") from None
-    prompt = tokenizer.encode(options.prompt).ids
+    tokenizer = load_tokenizer(path)
+    prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ValueError("--prompt must hold text, got an empty one")
     model = K2Model.from_pretrained(path, device=options.device, keep_fp8=options.keep_fp8)
@@ -81,7 +78,7 @@ class _Stream:
         self._show()
 
     def _show(self) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=False)
+        text = self.tokenizer.decode(self.ids)
         if text.startswith(self.shown) and not text.endswith("\ufffd"):
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text

@@ -17,7 +17,7 @@ def tokenizer(text):
 
 
 def test_the_default_text_is_the_language_reference(text):
-    assert len(text.encode()) > 400_000 and "The \"with\" statement" in text
+    assert len(text.encode()) > 400_000 and 'The "with" statement' in text
 
 
 def test_held_out_text_is_a_tenth_and_not_trained_on(text):

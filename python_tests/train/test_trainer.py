@@ -97,5 +97,5 @@ def test_a_failing_save_keeps_the_former_one(tmp_path, monkeypatch):
 
 def test_a_damaged_state_is_reported(tmp_path):
     (tmp_path / STATE_FILE).write_bytes(b"not a state")
-    with pytest.raises(ValueError, match="cannot be read .*; remove it to start over"):
+    with pytest.raises(ValueError, match=r"cannot be read .*; remove it to start over"):
         Trainer(TrainOptions(**OPTIONS), tmp_path, resume=True)
