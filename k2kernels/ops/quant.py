@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._check import FLOATS, Arguments, check_counts, check_groups
 from k2kernels.ops._register import register
 from k2kernels.reference import quant as reference
 
@@ -15,7 +15,13 @@ QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def quantize_1x128(
-    x: Tensor, *, power_of_two: bool = False, scale_layout: str = "row", transpose: bool = False
+    x: Tensor,
+    *,
+    power_of_two: bool = False,
+    scale_layout: str = "row",
+    transpose: bool = False,
+    offsets: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantises a matrix of activations to e4m3, with one scale per row and 128 columns.
 
@@ -34,6 +40,9 @@ def quantize_1x128(
             column are contiguous, strides (1, M rounded up to 4), as the GEMM kernels load them.
         transpose: quantise the transpose instead: data [..., K, M], one scale per 128 of *M*; equal bit for bit to
             `quantize_1x128(x.mT)`.
+        offsets, counts: where the rows are grouped, as `grouped_fp8_gemm` takes them: [G+1] and [G] int32 for x
+            [cap, K], or counts alone for x [G, maxM, K]. The padding rows are not read: with `transpose` they count as
+            zeros and have zero codes, else their codes and scales hold nothing to rely on.
 
     Returns:
         data float8_e4m3fn like x (or its transpose), contiguous; scales float32. Not differentiable.
@@ -43,7 +52,8 @@ def quantize_1x128(
     args = Arguments("quantize_1x128")
     x = args.tensor("x", x, ("...", "M", "K"), QUANTIZABLE)
     args.choice("scale_layout", scale_layout, ("row", "column"))
-    return _quantize_1x128(x, power_of_two, scale_layout, transpose)
+    offsets, counts = _groups(args, x, "x", offsets, counts)
+    return _quantize_1x128(x, power_of_two, scale_layout, transpose, offsets, counts)
 
 
 def quantize_128x128(w: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -82,7 +92,7 @@ def dequantize(
     """
     args = Arguments("dequantize")
     data = args.tensor("data", data, ("...", "N", "K"), torch.float8_e4m3fn)
-    args.choice("block", tuple(block), ((1, 128), (128, 128)))
+    block = args.choice("block", tuple(block) if isinstance(block, list) else block, ((1, 128), (128, 128)))
     args.choice("dtype", dtype, FLOATS)
     rows, columns = block
     shape = (*data.shape[:-2], -(-data.shape[-2] // rows), -(-data.shape[-1] // columns))
@@ -109,7 +119,65 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _swiglu(gate_up)
 
 
-def _quantize_1x128_fake(x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool) -> tuple[Tensor, Tensor]:
+def swiglu_quantize(
+    gate_up: Tensor,
+    *,
+    weights: Tensor | None = None,
+    power_of_two: bool = False,
+    scale_layout: str = "row",
+    counts: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128(silu(gate) * up * weight)` in one pass; nothing is rounded before the quantisation.
+
+    Args:
+        gate_up: [..., M, 2I], gate in the first half of the last axis; bfloat16, float16 or float32.
+        weights: [..., M] float32, one factor per row (a routing weight), applied in float32.
+        power_of_two, scale_layout: as `quantize_1x128` takes them.
+        counts, offsets: where the rows are grouped, as `grouped_fp8_gemm` takes them: [G] and [G+1] int32 for gate_up
+            [cap, 2I], or counts alone for gate_up [G, maxM, 2I]. Padding rows are not read; their codes and scales hold
+            nothing to rely on (the reference makes them rows of zeros).
+
+    Returns:
+        data float8_e4m3fn [..., M, I] and scales float32 [..., M, ceil(I/128)]. Not differentiable. A kernel's exp may
+        differ from the reference's in the last bit, hence a code by one step.
+
+    Source: DeepSeek-V3 (2024), section 3.3; the fused operator of DeepGEMM and SGLang.
+    """
+    args = Arguments("swiglu_quantize")
+    gate_up = args.tensor("gate_up", gate_up, ("...", "M", "2I"), QUANTIZABLE)
+    args.require(gate_up.shape[-1] % 2 == 0, "gate_up", "even in its last axis", list(gate_up.shape))
+    weights = args.optional("weights", weights, tuple(gate_up.shape[:-1]), torch.float32)
+    args.choice("scale_layout", scale_layout, ("row", "column"))
+    offsets, counts = _groups(args, gate_up, "gate_up", offsets, counts)
+    return _swiglu_quantize(gate_up, weights, power_of_two, scale_layout, offsets, counts)
+
+
+def _groups(
+    args: Arguments, x: Tensor, name: str, offsets: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks offsets and counts against the rows of x [cap, ...], or counts alone against x [G, maxM, ...]."""
+    if offsets is not None:
+        args.require(x.ndim == 2, name, "a matrix where offsets are given", list(x.shape))
+        offsets = args.tensor("offsets", offsets, ("G+1",), torch.int32)
+        args.require(offsets.shape[0] > 0, "offsets", "[G+1]: at least one number", list(offsets.shape))
+        counts = args.optional("counts", counts, (offsets.shape[0] - 1,), torch.int32)
+    elif counts is not None:
+        args.require(x.ndim == 3, name, "[G, maxM, ...] where counts come without offsets", list(x.shape))
+        counts = args.tensor("counts", counts, (x.shape[0],), torch.int32)
+    return offsets, counts
+
+
+def _validate_groups(op: str, x: Tensor, offsets: Tensor | None, counts: Tensor | None) -> None:
+    if offsets is not None:
+        check_groups(op, offsets, counts, x.shape[0])
+    elif counts is not None:
+        check_counts(op, "counts", counts, x.shape[1])
+
+
+def _quantize_1x128_fake(
+    x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool, offsets: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = x.mT.shape if transpose else x.shape
     scales = x.new_empty((*leading, rows, -(-columns // 128)), dtype=torch.float32)
     if scale_layout == "column":
@@ -118,9 +186,13 @@ def _quantize_1x128_fake(x: Tensor, power_of_two: bool, scale_layout: str, trans
 
 
 _quantize_1x128 = register(
-    "quantize_1x128(Tensor x, bool power_of_two, str scale_layout, bool transpose) -> (Tensor, Tensor)",
+    "quantize_1x128(Tensor x, bool power_of_two, str scale_layout, bool transpose, Tensor? offsets, Tensor? counts)"
+    " -> (Tensor, Tensor)",
     reference=reference.quantize_1x128,
     fake=_quantize_1x128_fake,
+    validate=lambda x, power_of_two, scale_layout, transpose, offsets, counts: _validate_groups(
+        "quantize_1x128", x, offsets, counts
+    ),
 )
 
 
@@ -165,4 +237,20 @@ _swiglu_backward = register(
     "swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor",
     reference=reference.swiglu_backward,
     fake=lambda grad, gate_up: gate_up.new_empty(gate_up.shape),
+)
+
+
+def _swiglu_quantize_fake(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
+    hidden = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    return _quantize_1x128_fake(hidden, power_of_two, scale_layout, False, offsets, counts)
+
+
+_swiglu_quantize = register(
+    "swiglu_quantize(Tensor gate_up, Tensor? weights, bool power_of_two, str scale_layout, Tensor? offsets,"
+    " Tensor? counts) -> (Tensor, Tensor)",
+    reference=reference.swiglu_quantize,
+    fake=_swiglu_quantize_fake,
+    validate=lambda gate_up, weights, power_of_two, scale_layout, offsets, counts: _validate_groups(
+        "swiglu_quantize", gate_up, offsets, counts
+    ),
 )

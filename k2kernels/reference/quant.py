@@ -23,9 +23,15 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def quantize_1x128(
-    x: Tensor, power_of_two: bool = False, scale_layout: str = "row", transpose: bool = False
+    x: Tensor,
+    power_of_two: bool = False,
+    scale_layout: str = "row",
+    transpose: bool = False,
+    offsets: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One scale per 128 elements of a row of x [..., M, K], or of x^T [..., K, M]."""
+    """One scale per 128 elements of a row of x [..., M, K], or of x^T [..., K, M]; padding rows count as zeros."""
+    x = _without_padding(x, offsets, counts)
     data, scales = _quantize(x.mT if transpose else x, (1, 128), power_of_two)
     return data, column_layout(scales) if scale_layout == "column" else scales
 
@@ -57,12 +63,43 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat([d_gate, grad * gate * sigmoid], dim=-1).to(gate_up.dtype)
 
 
+def swiglu_quantize(
+    gate_up: Tensor,
+    weights: Tensor | None,
+    power_of_two: bool,
+    scale_layout: str,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of silu(gate) * up (* weights), which stays in float32 in between."""
+    hidden = swiglu(gate_up.float())
+    if weights is not None:
+        hidden = hidden * weights.unsqueeze(-1)
+    return quantize_1x128(hidden, power_of_two, scale_layout, False, offsets, counts)
+
+
 def column_layout(scales: Tensor) -> Tensor:
     """The same scales [..., M, blocks], stored so that the rows are contiguous: strides (1, M rounded up to 4)."""
     rows = scales.shape[-2]
     stored = scales.new_zeros((*scales.shape[:-2], scales.shape[-1], -(-rows // 4) * 4))
     stored[..., :rows] = scales.mT
     return stored[..., :rows].mT
+
+
+def _without_padding(x: Tensor, offsets: Tensor | None, counts: Tensor | None) -> Tensor:
+    """x with zeros in the rows of no group; groups lie in [cap, K] by offsets, or are the matrices of [G, maxM, K]."""
+    rows = x.shape[-2]
+    if offsets is not None:
+        counts = offsets.diff() if counts is None else counts
+        change = counts.new_zeros(rows + 1)  # +1 where a group starts, -1 where it ends
+        change.index_add_(0, offsets[:-1], torch.ones_like(counts))
+        change.index_add_(0, offsets[:-1] + counts, -torch.ones_like(counts))
+        real = change.cumsum(0)[:rows] > 0
+    elif counts is not None:
+        real = torch.arange(rows, device=x.device) < counts[:, None]
+    else:
+        return x
+    return torch.where(real[..., None], x, 0)
 
 
 def _quantize(x: Tensor, block: tuple[int, int], power_of_two: bool) -> tuple[Tensor, Tensor]:
