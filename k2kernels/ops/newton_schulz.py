@@ -1,0 +1,115 @@
+"""Newton-Schulz orthogonalisation: the public functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._register import register
+from k2kernels.reference import newton_schulz as reference
+
+
+def newton_schulz(
+    x: Tensor,
+    *,
+    steps: int = 5,
+    schedule: str | Sequence[Sequence[float]] = "quintic",
+    algorithm: str = "auto",
+    iterate_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """Approximate polar factor U Vᵀ of every matrix X = U S Vᵀ: the singular values go to about 1.
+
+    Args:
+        x: [..., m, n], any m and n, leading axes batched; float32, bfloat16, float16 or float64. It is not changed.
+        steps: iterations, 1 to 100.
+        schedule: the coefficients of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X. "quintic": 3.4445, -4.7750, 2.0315 in every
+            step (fast; singular values end in about 0.7 .. 1.2); "polar_express": the best odd quintic for each step
+            (arXiv 2505.16932); or `steps` triples (a, b, c).
+        algorithm: "standard" iterates on X, "gram" on the Gram matrix X Xᵀ of the short side with restarts against the
+            growth of rounding errors; "auto" takes "gram" when the long side is at least 1.5 times the short one.
+        iterate_dtype: what the intermediates are rounded to: float16 (sums in float32; better than bfloat16 on nearly
+            low-rank matrices at the same speed), bfloat16, float32 or float64. On a CPU float32 is the fastest.
+
+    Returns:
+        Like x, contiguous. Each matrix is first divided by its Frobenius norm in float32 (float64 for float64) without
+        an epsilon, so its scale does not matter. A zero matrix gives zero. A matrix with NaN or an infinity gives NaN
+        throughout, and the others of the batch are unaffected. Not differentiable.
+
+    Raises:
+        TypeError: x is not a floating tensor.
+        ValueError: x has fewer than two axes, an option is out of range, or `schedule` does not have `steps` triples.
+
+    Source: Jordan et al., "Muon" (2024); Gram iteration: Dao-AILab/gram-newton-schulz, gram_newton_schulz.py.
+    """
+    args = Arguments("newton_schulz")
+    x = args.tensor("x", x, ("...", "m", "n"), FLOATS)
+    return _newton_schulz(x, *_options(args, steps, schedule, algorithm, iterate_dtype))
+
+
+def newton_schulz_grouped(
+    xs: Sequence[Tensor],
+    *,
+    steps: int = 5,
+    schedule: str | Sequence[Sequence[float]] = "quintic",
+    algorithm: str = "auto",
+    iterate_dtype: torch.dtype = torch.float16,
+) -> list[Tensor]:
+    """`newton_schulz` of every tensor of a list, whose shapes may differ; they must be on one device.
+
+    Same options, results and errors as `newton_schulz`; "auto" decides for each shape.
+    """
+    args = Arguments("newton_schulz_grouped")
+    if isinstance(xs, Tensor) or not isinstance(xs, Sequence):
+        raise TypeError(f"newton_schulz_grouped: xs must be a list of tensors, got {type(xs).__name__}")
+    options = _options(args, steps, schedule, algorithm, iterate_dtype)
+    # m and n differ from tensor to tensor, so their letters do too.
+    xs = [args.tensor(f"xs[{i}]", x, ("...", f"m{i}", f"n{i}"), FLOATS) for i, x in enumerate(xs)]
+    return _newton_schulz_grouped(xs, *options) if xs else []
+
+
+@torch.compiler.assume_constant_result  # a few numbers: torch.compile shall take them, not trace how they come about
+def _polar_express(steps: int) -> tuple[tuple[float, float, float], ...]:
+    return reference.polar_express(steps)
+
+
+def _options(
+    args: Arguments, steps: Any, schedule: Any, algorithm: Any, iterate_dtype: Any
+) -> tuple[list[float], str, torch.dtype]:
+    """The checked options in the form the ops take them; the coefficients in one flat list."""
+    args.require(isinstance(steps, int) and 1 <= steps <= 100, "steps", "an int in 1..100", repr(steps))
+    args.choice("algorithm", algorithm, ("auto", "standard", "gram"))
+    args.choice("iterate_dtype", iterate_dtype, FLOATS)
+    if isinstance(schedule, str):
+        args.choice("schedule", schedule, ("quintic", "polar_express"))
+        triples = (reference.QUINTIC,) * steps if schedule == "quintic" else _polar_express(steps)
+    else:
+        wanted = "'quintic', 'polar_express' or a sequence of (a, b, c)"
+        triples = list(schedule) if isinstance(schedule, Sequence) else []
+        good = bool(triples) and all(isinstance(t, Sequence) and len(t) == 3 for t in triples)
+        good = good and all(isinstance(v, (int, float)) and math.isfinite(v) for t in triples for v in t)
+        args.require(good, "schedule", wanted + " of finite numbers", repr(schedule))
+        args.require(
+            len(triples) == steps,
+            "schedule",
+            f"one (a, b, c) for each of the {steps} steps",
+            f"{len(triples)}",
+            f"pass steps={len(triples)}",
+        )
+    return [float(v) for t in triples for v in t], algorithm, iterate_dtype
+
+
+_newton_schulz = register(
+    "newton_schulz(Tensor x, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> Tensor",
+    reference=reference.newton_schulz,
+    fake=lambda x, coefficients, algorithm, iterate_dtype: x.new_empty(x.shape),
+)
+_newton_schulz_grouped = register(
+    "newton_schulz_grouped(Tensor[] xs, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> Tensor[]",
+    reference=reference.newton_schulz_grouped,
+    fake=lambda xs, coefficients, algorithm, iterate_dtype: [x.new_empty(x.shape) for x in xs],
+)
