@@ -151,10 +151,13 @@ class K2Config:
             **_FIXED,
         }
 
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
     def save(self, path: str | Path) -> None:
-        """Writes `path`/config.json."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(path) / "config.json").write_text(text, encoding="utf-8")
+        """Writes config.json to the directory `path`."""
+        (Path(path) / "config.json").write_text(self.to_json(), encoding="utf-8")
 
     # ---- derived --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,416 @@
+"""Weights of a model from and to Hugging Face checkpoints, BF16 or block FP8, one tensor at a time.
+
+What is fused or stacked in the model is separate in the files: `pieces` says how, and both directions follow it. Every
+name, shape and dtype is checked from the files' headers before the first weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from k2kernels._backend import UnsupportedError
+from k2kernels.model.config import K2Config, read_config_file, text_part
+from k2kernels.model.linear import Fp8Linear
+from k2kernels.model.moe import Experts
+from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.reference.quant import dequantize
+
+Model = TypeVar("Model", bound=nn.Module)
+
+SCALE = "_scale_inv"  # `weight_scale_inv` beside `weight`: what its codes are multiplied by
+FP8_BLOCK = (128, 128)  # what the model's FP8 modules hold
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ELEMENTS_AT_ONCE = 1 << 24  # bounds the copies made on the way
+
+# Copies and leftovers that files may hold beside the weights.
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+_VISION = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
+_MTP = re.compile(r"model\.layers\.(\d+)\.(enorm|hnorm|eh_proj|shared_head\.norm)\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def from_pretrained(
+    cls: type[Model],
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    keep_fp8: bool = False,
+    progress: bool = True,
+) -> Model:
+    """Builds a `cls` (K2Model) without memory and fills it from the checkpoint directory `path`.
+
+    Args:
+        path: directory with config.json and safetensors files.
+        dtype: float dtype of the weights; None takes the one config.json names, or else that of the embedding.
+            The router's bias and the scales stay float32.
+        keep_fp8: keep a block-FP8 checkpoint's weights and scales as they are instead of dequantising them.
+        progress: show a progress bar.
+
+    MTP layers follow config.json's num_nextn_predict_layers. Layers beyond that number are left out with a warning,
+    and so is the number itself if the files hold no MTP layer at all (transformers writes such checkpoints).
+
+    Raises:
+        FileNotFoundError: the directory, config.json or a shard is missing (named).
+        ValueError: tensors are missing, unexpected, of the wrong shape or dtype (listed), or hold impossible values.
+        UnsupportedError: a kind of checkpoint that is recognised but not served.
+    """
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"from_pretrained: dtype must be a float dtype or None, got {dtype!r}")
+    raw = read_config_file(path)
+    config = K2Config.from_pretrained(path)
+    tensors = _named_as_in_model(scan(path), text_part(raw)[1])
+    config = _with_mtp_layers_found(config, tensors, path)
+    if keep_fp8:
+        _check_keep_fp8(config, path)
+    dtype = dtype or _stored_dtype(text_part(raw)[0], config, tensors)
+    block = config.weight_block_size
+    config = replace(
+        config,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization_config=config.quantization_config if keep_fp8 else None,
+    )
+    with torch.device("meta"):
+        model = cls(config)
+        if keep_fp8:
+            _use_fp8_modules(model, tensors)
+    _load(model, tensors, block, str(path), dtype, torch.device(device), progress)
+    return model.eval()
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> None:
+    """Fills an existing model (of the module names of K2Model) from the checkpoint directory `path`.
+
+    Parameters on the meta device are created in `dtype` (None: as they are) on `device`; others keep theirs.
+    Raises what `from_pretrained` raises.
+    """
+    raw = read_config_file(path)
+    tensors = _named_as_in_model(scan(path), text_part(raw)[1])
+    block = K2Config.from_dict(raw).weight_block_size
+    _load(model, tensors, block, str(path), dtype, torch.device(device), progress)
+
+
+def save_pretrained(
+    model: nn.Module, path: str | Path, *, max_shard_size: int = MAX_SHARD_SIZE, progress: bool = False
+) -> None:
+    """Writes `model` and its `config` to the directory `path` under Hugging Face names.
+
+    All or nothing: see `shards.Writer`. Tied weights are written once; MTP layers without the copies of the embedding
+    and the head that DeepSeek's own files carry.
+
+    Args:
+        max_shard_size: bytes; a larger model is split into shards with an index.
+
+    Raises:
+        OSError: the file system refused; what was there before is unchanged.
+    """
+    tensors = _unique(model)
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"save_pretrained: every weight must hold data, got {some(meta)} on the meta device")
+    config = replace(model.config, dtype=_dtype_name(tensors))
+    with Writer(path, max_shard_size) as writer:
+        writer.write_text("config.json", config.to_json())
+        for name, tensor in tqdm(tensors.items(), desc="saving", disable=not progress):
+            for piece_name, piece in pieces(name, tensor.detach()):
+                writer.add(piece_name, piece)
+
+
+def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that the model's tensor `name` is made of: their names, and views of it.
+
+    Fused gate and up are two of them, gate rows first; stacked experts are one each (three, gate and up being fused).
+    Scales follow their weights.
+    """
+    parent, _, leaf = name.rpartition(".")
+    if parent.endswith(".mlp.experts"):
+        projection, scale = (leaf.removesuffix(SCALE), SCALE) if leaf.endswith(SCALE) else (leaf, "")
+        for expert, part in enumerate(tensor):
+            yield from _halves(f"{parent}.{expert}.{projection}", f"weight{scale}", part)
+    else:
+        yield from _halves(parent, leaf, tensor)
+
+
+def _halves(module: str, leaf: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if module.endswith(".gate_up_proj"):
+        gate, up = tensor.chunk(2)
+        module = module.removesuffix("gate_up_proj")
+        yield f"{module}gate_proj.{leaf}", gate
+        yield f"{module}up_proj.{leaf}", up
+    else:
+        yield f"{module}.{leaf}", tensor
+
+
+# ---- what the files hold -------------------------------------------------------------------------------------------
+
+
+def _named_as_in_model(tensors: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+    """Without the decoder's prefix and a vision tower beside it."""
+    return {
+        name.removeprefix(prefix): info for name, info in tensors.items() if not (prefix and name.startswith(_VISION))
+    }
+
+
+def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], path: str | Path) -> K2Config:
+    """The config, and the tensors, with the same number of MTP layers."""
+    layers = config.num_hidden_layers
+    found = sorted({int(m[1]) for m in map(_MTP.fullmatch, tensors) if m} - set(range(layers)))
+    beyond = {int(m[1]) for m in map(_LAYER.match, tensors) if m and int(m[1]) >= layers}
+    if config.num_nextn_predict_layers and not beyond:
+        warnings.warn(
+            f"{path}: config.json has num_nextn_predict_layers={config.num_nextn_predict_layers}, but the files hold "
+            "no MTP layer; the model is loaded without",
+            stacklevel=4,
+        )
+        return replace(config, num_nextn_predict_layers=0)
+    left_out = [layer for layer in found if layer >= layers + config.num_nextn_predict_layers]
+    if left_out:
+        warnings.warn(
+            f"{path}: MTP layers {left_out} are left out, because config.json has "
+            f"num_nextn_predict_layers={config.num_nextn_predict_layers}",
+            stacklevel=4,
+        )
+        for name in [n for n in tensors if (m := _LAYER.match(n)) and int(m[1]) in left_out]:
+            del tensors[name]
+    return config
+
+
+def _stored_dtype(raw: Any, config: K2Config, tensors: dict[str, TensorInfo]) -> torch.dtype:
+    embedding = tensors.get("model.embed_tokens.weight")
+    if not (raw.get("dtype") or raw.get("torch_dtype")) and embedding and DTYPES.get(embedding.dtype) in _FLOATS:
+        return DTYPES[embedding.dtype]
+    return getattr(torch, config.dtype)
+
+
+def _check_keep_fp8(config: K2Config, path: str | Path) -> None:
+    if config.weight_block_size is None:
+        raise ValueError(
+            f"{path}: keep_fp8 must go with a block-FP8 checkpoint, got one without quantization_config; load it "
+            "without keep_fp8, or convert it with `k2kernels convert SRC DST --to fp8`"
+        )
+    if config.weight_block_size != FP8_BLOCK:
+        raise UnsupportedError(
+            f"{path}: keep_fp8 needs weight_block_size {list(FP8_BLOCK)}, got {list(config.weight_block_size)}; "
+            "load without keep_fp8"
+        )
+    widths = {"moe_intermediate_size": config.moe_intermediate_size}
+    if config.first_k_dense_replace:
+        widths["intermediate_size"] = config.intermediate_size
+    for field, width in widths.items():
+        if width % FP8_BLOCK[0]:
+            raise UnsupportedError(
+                f"{path}: keep_fp8 needs {field} to be a multiple of {FP8_BLOCK[0]} (the scales of gate and up are "
+                f"fused), got {width}; load without keep_fp8"
+            )
+
+
+# ---- what the model wants ------------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """A tensor of the files that the model wants, and the tensor of the model that it is a part of."""
+
+    owner: str
+    like: Tensor
+
+
+def _unique(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, a tied one under its first name only."""
+    first: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in tensors.items() if first.setdefault(id(tensor), name) == name}
+
+
+def _is_fp8(name: str, tensors: dict[str, TensorInfo]) -> bool:
+    return name in tensors and tensors[name].dtype == "F8_E4M3"
+
+
+def _use_fp8_modules(model: nn.Module, tensors: dict[str, TensorInfo]) -> None:
+    """Lets the model hold in FP8 what the files do: linear layers of attention and feed-forward, and the experts."""
+    for name, module in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, nn.Linear) and re.search(r"\.(self_attn|mlp)\.", name):
+            first = next(pieces(f"{name}.weight", module.weight))[0]
+            if _is_fp8(first, tensors):
+                setattr(model.get_submodule(parent), leaf, Fp8Linear(module.in_features, module.out_features))
+        elif isinstance(module, Experts):
+            for projection, weight in list(module.named_parameters(recurse=False)):
+                if _is_fp8(next(pieces(f"{name}.{projection}", weight))[0], tensors):
+                    experts, *sizes = weight.shape
+                    grid = [-(-size // step) for size, step in zip(sizes, FP8_BLOCK)]
+                    codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(experts, *grid)
+                    setattr(module, projection, nn.Parameter(codes, requires_grad=False))
+                    setattr(module, projection + SCALE, nn.Parameter(scales, requires_grad=False))
+
+
+def _check(wanted: dict[str, _Piece], tensors: dict[str, TensorInfo], tied: set[str], block: Any, path: str) -> None:
+    """Raises ValueError with everything that is wrong with the names, shapes and dtypes."""
+    missing = [name for name in wanted if name not in tensors]
+    unexpected, shapes, dtypes = [], [], []
+    for name, info in tensors.items():
+        if name in wanted:
+            _compare(name, info, wanted[name].like, tensors, block, shapes, dtypes)
+        elif not (name in tied or _IGNORED.fullmatch(name) or _is_fp8(name.removesuffix(SCALE), tensors)):
+            unexpected.append(name)
+    problems = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
+    problems.append(("of the wrong dtype", dtypes))
+    if any(items for _, items in problems):
+        lines = [f"{len(items)} {what}: {some(items)}" for what, items in problems if items]
+        raise ValueError(f"{path}: the checkpoint does not fit config.json; tensors\n  " + "\n  ".join(lines))
+
+
+def _compare(
+    name: str,
+    info: TensorInfo,
+    like: Tensor,
+    tensors: dict[str, TensorInfo],
+    block: tuple[int, int] | None,
+    shapes: list[str],
+    dtypes: list[str],
+) -> None:
+    if info.shape != tuple(like.shape):
+        shapes.append(f"{name} (wanted {list(like.shape)}, got {list(info.shape)})")
+        return
+    got = DTYPES.get(info.dtype)
+    if like.dtype == torch.float8_e4m3fn:
+        if got != like.dtype:
+            dtypes.append(f"{name} (wanted F8_E4M3, got {info.dtype}; load without keep_fp8)")
+    elif got == torch.float8_e4m3fn:
+        scale = tensors.get(name + SCALE)
+        if block is None:
+            dtypes.append(f"{name} (F8_E4M3, but config.json has no quantization_config with weight_block_size)")
+        elif scale is None:
+            dtypes.append(f"{name} (F8_E4M3, without {name + SCALE})")
+        else:
+            grid = tuple(-(-size // step) for size, step in zip(info.shape, block))
+            if scale.shape != grid:
+                shapes.append(f"{name + SCALE} (wanted {list(grid)}, got {list(scale.shape)})")
+            if DTYPES.get(scale.dtype) in (None, torch.float8_e4m3fn):
+                dtypes.append(f"{name + SCALE} (wanted F32, got {scale.dtype})")
+    elif got not in _FLOATS:
+        dtypes.append(f"{name} (wanted a float, got {info.dtype})")
+
+
+# ---- filling -------------------------------------------------------------------------------------------------------
+
+
+def _load(
+    model: nn.Module,
+    tensors: dict[str, TensorInfo],
+    block: tuple[int, int] | None,
+    path: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    progress: bool,
+) -> None:
+    owners = _unique(model)
+    aliases = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in owners}
+    wanted = {name: _Piece(owner, like) for owner, whole in owners.items() for name, like in pieces(owner, whole)}
+    _check(wanted, tensors, set(aliases), block, path)
+
+    first_name = {id(tensor): name for name, tensor in owners.items()}
+    tied = {alias: first_name[id(tensor)] for alias, tensor in aliases.items()}
+    targets: dict[str, Tensor] = {}  # where the pieces of the owners created so far go
+    window = max(info.nbytes for info in tensors.values())
+    total = sum(tensors[name].nbytes for name in wanted)
+    bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress)
+    with bar, torch.no_grad(), Reader(window) as weights, Reader(window) as scales:
+        for name, info in tensors.items():
+            if name not in wanted:
+                continue
+            if name not in targets:
+                owner = wanted[name].owner
+                targets.update(pieces(owner, _create(model, owner, owners[owner], dtype, device)))
+            target = targets.pop(name)
+            scale = tensors.get(name + SCALE)
+            if info.dtype == "F8_E4M3" and target.dtype != torch.float8_e4m3fn:
+                factors = read_scales(scale, scales, path)
+                dequantize_into(target, read_codes(info, weights, path), factors, block)
+            elif name.endswith(SCALE):
+                target.copy_(read_scales(info, scales, path))
+            elif info.dtype == "F8_E4M3":
+                target.copy_(read_codes(info, weights, path))
+            else:
+                target.copy_(weights.get(info))
+            bar.update(info.nbytes)
+    for alias, name in tied.items():
+        _put(model, alias, model.get_parameter(name))
+    _fill_unsaved_buffers(model, device)
+
+
+def read_codes(info: TensorInfo, reader: Reader, path: str) -> Tensor:
+    """An FP8 weight; a NaN among its codes is an error."""
+    codes = reader.get(info)
+    some_bytes = codes.view(torch.uint8).flatten().split(_ELEMENTS_AT_ONCE)
+    bad = sum(int(((part & 0x7F) == 0x7F).sum()) for part in some_bytes)
+    if bad:
+        raise ValueError(f"{path}: {info.name} must hold numbers, got {bad} NaN codes in {info.file.name}")
+    return codes
+
+
+def read_scales(info: TensorInfo, reader: Reader, path: str) -> Tensor:
+    """The scales of an FP8 weight in float32; they must be finite and not negative."""
+    scales = reader.get(info).float()
+    bad = int((~scales.isfinite() | (scales < 0)).sum())
+    if bad:
+        raise ValueError(
+            f"{path}: {info.name} must hold finite numbers of 0 or more, got {bad} others in {info.file.name}"
+        )
+    return scales
+
+
+def dequantize_into(target: Tensor, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
+    """target [rows, columns] = codes * scales of their blocks, a few rows of blocks at a time."""
+    rows, columns = codes.shape
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, block[0] * columns))  # rows of blocks
+    for i in range(0, -(-rows // block[0]), step):
+        part = slice(i * block[0], (i + step) * block[0])
+        device_codes, device_scales = codes[part].to(target.device), scales[i : i + step].to(target.device)
+        target[part] = dequantize(device_codes, device_scales, *block, target.dtype)
+
+
+def _create(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """The model's tensor `name`, given memory if it has none."""
+    if not tensor.is_meta:
+        return tensor
+    castable = isinstance(tensor, nn.Parameter) and tensor.dtype in _FLOATS and not name.endswith(SCALE)
+    new = torch.empty_like(tensor, dtype=dtype if castable else None, device=device)
+    return _put(model, name, new, like=tensor)
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    parent, _, leaf = name.rpartition(".")
+    if isinstance(like, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=like.requires_grad)
+    setattr(model.get_submodule(parent), leaf, tensor)
+    return tensor
+
+
+def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
+    """Gives buffers that no file holds (frequencies, counters) memory and their first values."""
+    for module in model.modules():
+        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in meta:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if meta:
+            module.reset_buffers()
+
+
+def _dtype_name(tensors: dict[str, Tensor]) -> str:
+    return str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")

@@ -1,0 +1,292 @@
+"""Directories of safetensors files: read one tensor at a time, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_SIZE = 5_000_000_000  # bytes
+
+# safetensors' codes of what a model's weights and scales may be
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies, from the header of its file."""
+
+    file: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' code: F32, BF16, F8_E4M3 ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file; for a dtype that is not in DTYPES, an upper bound."""
+        return math.prod(self.shape) * (DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 8)
+
+
+class WriteError(OSError):
+    """A checkpoint could not be written; what was there before is unchanged."""
+
+
+def scan(path: str | Path) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint directory by name, from the headers of its files alone.
+
+    A single `model.safetensors`, or shards with `model.safetensors.index.json`. The index decides what belongs to the
+    checkpoint; every shard it names must exist, be whole, and hold what the index says.
+
+    Raises:
+        FileNotFoundError: no checkpoint, or a shard is missing.
+        ValueError: a file is damaged, or the index and the shards disagree.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory; give the directory that holds config.json")
+    if (path / SINGLE).is_file():
+        return {info.name: info for info in _header(path / SINGLE)}
+    if not (path / INDEX).is_file():
+        raise FileNotFoundError(f"{path}: holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+    weight_map = _weight_map(path / INDEX)
+    files = sorted(set(weight_map.values()))
+    absent = [file for file in files if not (path / file).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{path}: {len(absent)} of {len(files)} shards are missing: {some(absent)}")
+    headers = {file: {info.name: info for info in _header(path / file)} for file in files}
+    misplaced = [
+        f"{name} (said to be in {file}, {_whereabouts(name, headers)})"
+        for name, file in weight_map.items()
+        if name not in headers[file]
+    ]
+    if misplaced:
+        raise ValueError(f"{path / INDEX}: {len(misplaced)} tensors are not where it says: {some(misplaced)}")
+    return {info.name: info for file in files for info in headers[file].values() if weight_map.get(info.name) == file}
+
+
+class Reader:
+    """Reads tensors one at a time, keeping little of the files in memory.
+
+    safetensors maps a file into memory, and the pages read stay mapped (and count as the process's own) until the file
+    is closed. So the file is closed whenever `window` bytes of it have been read: give the size of the largest tensor,
+    and no more than that is ever mapped. A tensor that `get` returned must be let go before the next `get`.
+    """
+
+    def __init__(self, window: int):
+        self.window = window
+        self._file: Path | None = None
+        self._handle: Any = None
+        self._mapped = 0
+
+    def get(self, info: TensorInfo) -> Tensor:
+        if info.file != self._file or self._mapped + info.nbytes > self.window:
+            self.close()
+            self._file, self._handle = info.file, _open(info.file)
+        self._mapped += info.nbytes
+        return self._handle.get_tensor(info.name)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.__exit__(None, None, None)
+        self._file, self._handle, self._mapped = None, None, 0
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Writer:
+    """Writes a checkpoint into `path`: all of it appears when the `with` block ends, or, after an error, none of it.
+
+    Shards are written under another name, flushed to the disk, and renamed at the end. A new directory appears by one
+    rename. In an existing one the old checkpoint's files are set aside first and come back if anything fails; other
+    files stay as they are. `config.json` goes first and comes last, so what a power cut in between leaves behind is
+    refused when it is loaded, not mistaken for a checkpoint.
+
+    Tensors are held (not copied, if they are contiguous on the CPU) until their shard is full.
+    """
+
+    def __init__(self, path: str | Path, max_shard_size: int = MAX_SHARD_SIZE):
+        self.path = Path(path)
+        self.max_shard_size = max_shard_size
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []  # names of the tensors, by shard
+        self._total_bytes = 0
+
+    def __enter__(self) -> Writer:
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path}: is a file; give a directory to write a checkpoint to")
+        self._fresh = not self.path.exists()
+        home = self.path.absolute().parent if self._fresh else self.path
+        home.mkdir(parents=True, exist_ok=True)
+        self.directory = _new_directory(home, "saving")
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Appends a tensor, in a new shard if the current one would become too large."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_shard_size:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def write_text(self, name: str, text: str) -> None:
+        """Adds a small file."""
+        with _writing(self.path):
+            (self.directory / name).write_text(text, encoding="utf-8")
+
+    def copy(self, file: Path) -> None:
+        """Adds a copy of a file."""
+        with _writing(self.path):
+            shutil.copyfile(file, self.directory / file.name)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                with _writing(self.path):
+                    self._finish()
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _flush(self) -> None:
+        file = self.directory / f"shard-{len(self._shards)}"
+        with _writing(self.path):
+            save_file(self._pending, file, metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _finish(self) -> None:
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for i, name in enumerate(names):
+            os.rename(self.directory / f"shard-{i}", self.directory / name)
+        if count > 1:
+            weight_map = {tensor: name for name, shard in zip(names, self._shards) for tensor in shard}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            self.write_text(INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for file in self.directory.iterdir():
+            _fsync(file)
+        if self._fresh:
+            os.rename(self.directory, self.path)
+        else:
+            self._replace()
+        _fsync(self.path)
+        _fsync(self.path.absolute().parent)
+
+    def _replace(self) -> None:
+        """Puts the staged files in the place of the old checkpoint's, which come back on any error."""
+        new = sorted((file.name for file in self.directory.iterdir()), key=lambda name: name == "config.json")
+        old = [f.name for f in self.path.iterdir() if f.is_file() and (f.name in new or _belongs_to_checkpoint(f.name))]
+        old.sort(key=lambda name: name != "config.json")
+        aside = _new_directory(self.path, "replaced")
+        moves = [(self.path / name, aside / name) for name in old]
+        moves += [(self.directory / name, self.path / name) for name in new]
+        done: list[tuple[Path, Path]] = []
+        try:
+            for source, target in moves:
+                os.rename(source, target)
+                done.append((source, target))
+        except BaseException:
+            for source, target in reversed(done):
+                os.rename(target, source)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says which checkpoint was being written when the file system or safetensors raised."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        code = re.search(r"os error (\d+)", str(error))  # safetensors' way of telling errno
+        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else errno.EIO
+        raise WriteError(
+            number, f"cannot write the checkpoint {path} ({error}); what was there before is unchanged"
+        ) from error
+
+
+def some(items: Iterable[str], most: int = 10) -> str:
+    """A list for a message, cut short."""
+    items = list(items)
+    tail = f" ... and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + tail
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: is truncated or no safetensors file ({error}); fetch it again") from error
+
+
+def _header(file: Path) -> list[TensorInfo]:
+    with _open(file) as handle:
+        infos = []
+        for name in handle.keys():
+            part = handle.get_slice(name)
+            infos.append(TensorInfo(file, name, tuple(part.get_shape()), part.get_dtype()))
+        return infos
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        good = all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: must be a JSON object with a weight_map ({error!r})") from error
+    if not good:
+        raise ValueError(f"{file}: weight_map must name files of the same directory")
+    return weight_map
+
+
+def _whereabouts(name: str, headers: dict[str, dict[str, TensorInfo]]) -> str:
+    return next((f"is in {file}" for file, header in headers.items() if name in header), "is in none of the shards")
+
+
+def _belongs_to_checkpoint(name: str) -> bool:
+    return name in (INDEX, "config.json") or re.fullmatch(r"model.*\.safetensors", name) is not None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _new_directory(parent: Path, purpose: str) -> Path:
+    directory = parent / f".k2kernels-{purpose}-{secrets.token_hex(4)}"
+    directory.mkdir()
+    return directory
