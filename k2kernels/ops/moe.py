@@ -94,7 +94,9 @@ def moe_route(
     args.require(1 <= topk_group <= n_group, "topk_group", f"from 1 to n_group={n_group}", topk_group)
     kept = topk_group * (experts // n_group)
     args.require(top_k <= kept, "top_k", f"at most the {kept} experts of the kept groups", top_k, "raise topk_group")
-    return Routing(*_moe_route(logits, bias, top_k, n_group, topk_group, score, normalize, float(scale)))
+    # The op returns the weights first: PyTorch's opcheck adds up the outputs and wants a float to begin with.
+    weights, indices, counts = _moe_route(logits, bias, top_k, n_group, topk_group, score, normalize, float(scale))
+    return Routing(indices, weights, counts)
 
 
 def moe_sequence_loss(
@@ -297,24 +299,24 @@ def moe_mlp(
 def _route_fake(logits: Tensor, bias: Any, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     return (
-        logits.new_empty((tokens, top_k), dtype=torch.int32),
         logits.new_empty((tokens, top_k), dtype=_wide(logits)),
+        logits.new_empty((tokens, top_k), dtype=torch.int32),
         logits.new_empty((experts,), dtype=torch.int64),
     )
 
 
 def _route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(inputs[0], output[0])
+    ctx.save_for_backward(inputs[0], output[1])
     ctx.rest = inputs[5:]  # score, normalize, scale
 
 
-def _route_grad(ctx: Any, _indices: None, grad: Tensor, _counts: None) -> tuple:
+def _route_grad(ctx: Any, grad: Tensor, _indices: None, _counts: None) -> tuple:
     return (_moe_route_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 7)
 
 
 _moe_route = register(
     "moe_route(Tensor logits, Tensor? bias, int top_k, int n_group, int topk_group, str score, bool normalize, "
-    "float scale) -> (Tensor indices, Tensor weights, Tensor counts)",
+    "float scale) -> (Tensor weights, Tensor indices, Tensor counts)",
     reference=reference.moe_route,
     fake=_route_fake,
     setup_context=_route_setup,

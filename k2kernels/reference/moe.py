@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from k2kernels.reference._numeric import wide
+
 
 def moe_route(
     logits: Tensor,
@@ -20,7 +22,7 @@ def moe_route(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts of each token, their weights, and how often each expert was taken."""
+    """The weights and the experts of each token, and how often each expert was taken."""
     tokens, experts = logits.shape
     scores = _scores(logits, score)
     lowest = torch.finfo(scores.dtype).min
@@ -38,7 +40,7 @@ def moe_route(
     weights = scores.gather(1, indices)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return indices.int(), weights * scale, histogram(indices, experts)
+    return weights * scale, indices.int(), histogram(indices, experts)
 
 
 def moe_route_backward(
@@ -148,14 +150,14 @@ def moe_combine(
 
     `weights=None` stands for ones.
     """
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    total = y.new_zeros((slot_of.shape[0], y.shape[1]), dtype=wide)
+    dtype = wide(y[:0]).dtype
+    total = y.new_zeros((slot_of.shape[0], y.shape[1]), dtype=dtype)
     for k in range(slot_of.shape[1]):
-        row = _rows(y, slot_of[:, k]).to(wide)
-        total += row if weights is None else row * weights[:, k, None].to(wide)
+        row = _rows(y, slot_of[:, k]).to(dtype)
+        total += row if weights is None else row * weights[:, k, None].to(dtype)
     for term in (shared, residual):
         if term is not None:
-            total += term.to(wide)
+            total += term.to(dtype)
     return total.to(out_dtype)
 
 
@@ -163,13 +165,12 @@ def moe_combine_backward(
     grad: Tensor, y: Tensor, slot_of: Tensor, token_of_slot: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `moe_combine` with respect to y [S, H] and the weights [T, K]."""
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    slots = y.shape[0]
-    grad_rows = _rows(grad.to(wide), token_of_slot)
+    y_wide, slots = wide(y), y.shape[0]
+    grad_rows = _rows(grad.to(y_wide.dtype), token_of_slot)
     target = torch.where(slot_of < 0, slots, slot_of).flatten().long()
-    weight_of_slot = grad_rows.new_zeros(slots + 1).scatter(0, target, weights.flatten().to(wide))[:slots]
-    d_weight_of_slot = (grad_rows * y.to(wide)).sum(-1)
+    weight_of_slot = y_wide.new_zeros(slots + 1).scatter(0, target, weights.flatten().to(y_wide.dtype))[:slots]
     d_y = (grad_rows * weight_of_slot[:, None]).to(y.dtype)
+    d_weight_of_slot = (grad_rows * y_wide).sum(-1)
     return d_y, _rows(d_weight_of_slot, slot_of).to(weights.dtype)
 
 
@@ -230,8 +231,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _clean(logits: Tensor) -> Tensor:
     """The logits in float32 (float64 stays), NaN as -inf, +inf as the largest finite number."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    return wide(logits).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
 def _scores(logits: Tensor, score: str) -> Tensor:
