@@ -1,0 +1,156 @@
+"""Multi-head latent attention: expanded keys and values for prefill and training, the absorbed form for decoding.
+
+Letters of shapes: B sequences of T tokens, N = B T, H heads, C latent (kv_lora_rank), R rope, D nope + rope,
+V value, P pages.
+
+Source: DeepSeek-V2 (2024), section 2.1 and appendix C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2kernels.model.cache import LatentCache
+from k2kernels.model.config import K2Config
+from k2kernels.model.linear import Float32Buffers, Fp8Linear, RMSNorm, linear
+from k2kernels.model.rope import apply_rope
+from k2kernels.ops.mla_decode import mla_decode
+from k2kernels.ops.mla_prefill import mla_prefill
+
+LATENT_EPS = 1e-6  # of the two latent norms, whatever config.rms_norm_eps says
+
+
+@dataclass
+class Prefill:
+    """A pass over whole sequences from their first token; with a cache, their rows are written to it."""
+
+    rope: tuple[Tensor, Tensor]  # cos and sin of each token [N, R/2]
+    cu_seqlens: Tensor  # int32 [B+1]
+    cache: LatentCache | None = None
+    block_table: Tensor | None = None  # int32 [B, pages per row]
+    positions: Tensor | None = None  # where each token's row goes [N]; -1: nowhere
+
+
+@dataclass
+class Decode:
+    """A pass over the next T tokens of each of B sequences, whose past is in the cache."""
+
+    rope: tuple[Tensor, Tensor]
+    cache: LatentCache
+    block_table: Tensor
+    positions: Tensor
+    seq_lens: Tensor  # int32 [B], these tokens included
+    absorbed: list[tuple[Tensor, Tensor]]  # what `LatentAttention.absorbed` gave, by layer
+
+
+class LatentAttention(Float32Buffers):
+    """Latent attention of one layer; `layer` is its index in the cache.
+
+    In training mode the buffer `max_logit` float32 [H] keeps the largest scaled, masked logit that each head has seen.
+    """
+
+    def __init__(self, config: K2Config, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads = config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = linear(config, config.hidden_size, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = linear(config, config.hidden_size, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
+            self.q_b_proj = linear(config, config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = linear(config, config.hidden_size, config.latent_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
+        key_value = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_b_proj = linear(config, config.kv_lora_rank, heads * key_value)
+        self.o_proj = linear(config, heads * config.v_head_dim, config.hidden_size)
+        self.register_buffer("max_logit", torch.empty(heads, dtype=torch.float32), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        self.max_logit.fill_(-torch.inf)
+
+    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden]."""
+        config, heads = self.config, self.config.num_attention_heads
+        flat = x.flatten(0, 1)
+        compressed = flat if config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(flat))
+        query = self.q_proj if config.q_lora_rank is None else self.q_b_proj
+        q_nope, q_rope = (
+            query(compressed)
+            .view(-1, heads, config.qk_head_dim)
+            .split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        )
+        latent, k_rope = self.kv_a_proj_with_mqa(flat).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope = apply_rope(q_rope, *step.rope, config.rope_interleave)
+        k_rope = apply_rope(k_rope, *step.rope, config.rope_interleave)
+        if step.cache is not None:
+            row = torch.cat([latent, k_rope], dim=-1)
+            step.cache.append(self.layer, row, step.block_table, step.positions)
+        attend = self._absorbed if isinstance(step, Decode) else self._expanded
+        return self.o_proj(attend(q_nope, q_rope, latent, k_rope, step).flatten(1)).view_as(x)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: Prefill) -> Tensor:
+        """Attention over the pass's own tokens, with keys and values of full width -> [N, H, V]."""
+        config, heads = self.config, self.config.num_attention_heads
+        k_nope, value = (
+            self.kv_b_proj(latent)
+            .view(-1, heads, config.qk_nope_head_dim + config.v_head_dim)
+            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        )
+        result = mla_prefill(
+            torch.cat([q_nope, q_rope], dim=-1),
+            torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], dim=-1),
+            value,
+            cu_seqlens_q=step.cu_seqlens,
+            cu_seqlens_k=step.cu_seqlens,
+            softmax_scale=config.softmax_scale,
+            return_max_logits=self.training,
+        )
+        if self.training:
+            peak = result.max_logits.detach().amax(dim=0).float()
+            self.max_logit.copy_(torch.maximum(self.max_logit, peak))
+        return result.out
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: Decode) -> Tensor:
+        """Attention over the cache in latent space: kv_b_proj is applied to queries and outputs -> [N, H, V].
+
+        q · (W_UK c) = (W_UKᵀ q) · c, and the weighted sum of W_UV c is W_UV times that of c.
+        """
+        key, value = step.absorbed[self.layer]
+        q = torch.cat([torch.einsum("nhd,hdc->nhc", q_nope, key), q_rope], dim=-1)
+        rows = step.seq_lens.shape[0]
+        result = mla_decode(
+            q.unflatten(0, (rows, -1)),
+            step.cache.pages[self.layer],
+            step.block_table,
+            step.seq_lens,
+            softmax_scale=self.config.softmax_scale,
+            head_dim_v=self.config.kv_lora_rank,
+        )
+        return torch.einsum("nhc,hvc->nhv", result.out.flatten(0, 1), value)
+
+    def absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """kv_b_proj split into W_UK [H, nope, C] and W_UV [H, V, C]: views of the weight, unless that is FP8."""
+        config, projection = self.config, self.kv_b_proj
+        weight = projection.dequantized(dtype) if isinstance(projection, Fp8Linear) else projection.weight
+        return weight.view(config.num_attention_heads, -1, config.kv_lora_rank).split(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=1
+        )
+
+    def qk_clip_spec(self) -> dict[str, Any]:
+        """The weights that QK-Clip scales: rows of `query` per head [nope | rope], of `key` per head [nope | value]."""
+        config = self.config
+        return dict(
+            query=(self.q_proj if config.q_lora_rank is None else self.q_b_proj).weight,
+            key=self.kv_b_proj.weight,
+            num_heads=config.num_attention_heads,
+            nope_dim=config.qk_nope_head_dim,
+            rope_dim=config.qk_rope_head_dim,
+            value_dim=config.v_head_dim,
+        )

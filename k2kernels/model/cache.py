@@ -1,0 +1,114 @@
+"""The paged cache of latent attention: one row per token and layer, [normed latent | rotated key], for all heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from k2kernels.model.config import K2Config
+from k2kernels.ops.mla_cache import mla_append
+
+PAGE_SIZE = 64  # tokens
+FP8_LATENT, FP8_ROPE, FP8_BYTES = 512, 64, 656  # the one FP8 layout: 512 e4m3, 4 float32 scales, 64 bfloat16
+
+
+class LatentCache:
+    """Pages of 64 tokens shared by `rows` sequences of different lengths; a page is handed out when a row needs it.
+
+    Args:
+        config: sizes of a token's row.
+        layers: how many attention layers write here. All use the same pages of a row.
+        rows: sequences.
+        max_tokens: of one row.
+        num_pages: in the pool; as many as all rows need at full length by default.
+        dtype: of the rows, when `cache_dtype` is "auto".
+        cache_dtype: "auto", or "fp8" for rows of 656 bytes (512 + 64 dimensions only).
+
+    `pages[layer]` [num_pages, 64, kv_lora_rank + qk_rope_head_dim] (uint8 [num_pages, 64, 656] for "fp8") and
+    `block_table` int32 [rows, pages per row] are what `mla_decode` takes. Table entries without a page are -1.
+
+    Raises:
+        ValueError: "fp8" with other dimensions, or another cache_dtype.
+    """
+
+    def __init__(
+        self,
+        config: K2Config,
+        *,
+        layers: int,
+        rows: int,
+        max_tokens: int,
+        num_pages: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        cache_dtype: str = "auto",
+    ):
+        if cache_dtype not in ("auto", "fp8"):
+            raise ValueError(f"LatentCache: cache_dtype must be 'auto' or 'fp8', got {cache_dtype!r}")
+        width = config.latent_dim
+        if cache_dtype == "fp8":
+            if (config.kv_lora_rank, config.qk_rope_head_dim) != (FP8_LATENT, FP8_ROPE):
+                raise ValueError(
+                    f"LatentCache: cache_dtype 'fp8' must have kv_lora_rank {FP8_LATENT} and qk_rope_head_dim {FP8_ROPE}, "
+                    f"got {config.kv_lora_rank} and {config.qk_rope_head_dim}; use 'auto'"
+                )
+            width, dtype = FP8_BYTES, torch.uint8
+        self.max_tokens = max_tokens
+        per_row = pages_for(max_tokens)
+        self.num_pages = rows * per_row if num_pages is None else num_pages
+        self.pages = torch.zeros(layers, self.num_pages, PAGE_SIZE, width, dtype=dtype, device=device)
+        self.block_table = torch.full((rows, per_row), -1, dtype=torch.int32, device=device)
+        self._free = list(range(self.num_pages - 1, -1, -1))  # a stack
+        self._owned: list[list[int]] = [[] for _ in range(rows)]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no row holds."""
+        return len(self._free)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers together."""
+        return self.pages.shape[0] * self.pages.shape[-1] * self.pages.element_size()
+
+    def reserve(self, row: int, tokens: int) -> None:
+        """Makes room for `tokens` tokens in `row`, counted from its first; keeps what it already has.
+
+        Raises:
+            ValueError: more than `max_tokens`, or the pool is empty. Nothing is changed then.
+        """
+        if tokens > self.max_tokens:
+            raise ValueError(
+                f"LatentCache: tokens of row {row} must be at most max_tokens={self.max_tokens}, got {tokens}"
+            )
+        owned = self._owned[row]
+        missing = pages_for(tokens) - len(owned)
+        if missing <= 0:
+            return
+        if missing > len(self._free):
+            raise ValueError(
+                f"LatentCache: row {row} needs {missing} more pages, {len(self._free)} of {self.num_pages} are free; "
+                "free a finished row or give the cache more num_pages"
+            )
+        taken = [self._free.pop() for _ in range(missing)]
+        table = torch.tensor(taken, dtype=torch.int32, device=self.block_table.device)
+        self.block_table[row, len(owned) : len(owned) + missing] = table
+        owned.extend(taken)
+
+    def free(self, row: int) -> None:
+        """Gives the pages of `row` back."""
+        self._free.extend(reversed(self._owned[row]))
+        self._owned[row] = []
+        self.block_table[row] = -1
+
+    def append(self, layer: int, kv: Tensor, block_table: Tensor, positions: Tensor) -> None:
+        """Writes rows kv [N, latent_dim] at `positions` [N] (-1: nowhere) of the sequences in `block_table` [B, ...].
+
+        Token n belongs to sequence n // (N // B).
+        """
+        mla_append(kv, self.pages[layer], block_table, positions)
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE_SIZE)

@@ -1,0 +1,269 @@
+"""Generation of text through the paged latent cache: the prompt in one pass, then a few tokens of each row at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from k2kernels.model.attention import Decode, Prefill
+from k2kernels.model.cache import LatentCache, pages_for
+from k2kernels.model.mtp import draft
+
+if TYPE_CHECKING:
+    from k2kernels.model.model import K2Model
+
+
+def generate(
+    model: K2Model,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+    speculative: bool = False,
+    cache_dtype: str = "auto",
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continues each prompt until a stop id or for `max_new_tokens` tokens.
+
+    Args:
+        input_ids: int64 or int32 [B, T].
+        max_new_tokens: 1 or more.
+        temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
+        top_k, top_p: draw from the k likeliest tokens, and from the smallest set of likeliest ones that together have
+            probability p or more.
+        seed: of the draws: same call, same tokens. None draws from PyTorch's global generator.
+        eos_token_ids: a row ends with the first of these; None takes the checkpoint's, [] never stops early.
+        attention_mask: [B, T], 1 (or True) at real tokens. Prompts of different lengths are padded on the left or on
+            the right, and each is continued as if it were alone.
+        speculative: draft with the MTP layers and verify several tokens in one pass. The tokens are those of greedy
+            decoding, in fewer passes.
+        cache_dtype: "auto" (the model's), or "fp8" (656 bytes per token and layer; 512 + 64 dimensions only).
+        on_token: called with each new column of the result, int64 [B] on the CPU, as soon as every row has it.
+
+    Returns:
+        int64 [B, T + new]: `input_ids`, then up to max_new_tokens columns. Behind its stop id a row holds
+        config.pad_token_id (or, without one, the stop id again).
+
+    Raises:
+        ValueError: for any argument out of range; a sequence longer than config.max_position_embeddings; `speculative`
+            without MTP layers or with a temperature.
+    """
+    model.check_ids("generate", input_ids.cpu())
+    config = model.config
+    stops = list(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    _require(
+        _is_int(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", "an integer of 1 or more", max_new_tokens
+    )
+    _require(math.isfinite(temperature) and temperature >= 0, "temperature", "0 or more", temperature)
+    _require(top_k is None or (_is_int(top_k) and top_k >= 1), "top_k", "1 or more", top_k)
+    _require(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
+    _require(all(_is_int(i) for i in stops), "eos_token_ids", "integers", eos_token_ids)
+    if speculative:
+        layers = len(model.mtp_layers)
+        _require(layers > 0, "speculative", "False for a model without MTP layers", speculative)
+        _require(temperature == 0, "temperature", "0 with speculative=True (greedy)", temperature)
+    prompts, lengths = _right_padded(input_ids, attention_mask)
+    longest = max(lengths) + max_new_tokens
+    limit = config.max_position_embeddings
+    _require(longest <= limit, "prompt and max_new_tokens", f"at most {limit} tokens together", longest)
+
+    generator = None if seed is None else torch.Generator(prompts.device).manual_seed(seed)
+
+    def pick(logits: Tensor) -> Tensor:
+        return sample(logits.float(), temperature, top_k, top_p, generator) if temperature else logits.argmax(dim=-1)
+
+    with torch.no_grad(), _evaluating(model):
+        session = Session(model, lengths, max_new_tokens, len(model.mtp_layers) if speculative else 0, cache_dtype)
+        result = _Result(len(lengths), max_new_tokens, stops, config.pad_token_id, on_token)
+        rows = list(range(len(lengths)))  # those that go on; the tensors below have one entry for each
+        each = torch.arange(len(rows), device=prompts.device)
+
+        step = session.prefill(prompts.shape[1])
+        hidden = model.model(prompts, step)
+        last = torch.tensor(lengths, device=prompts.device) - 1
+        newest = pick(model.lm_head(hidden[each, last]))  # chosen, not yet in the cache
+        following = prompts.roll(-1, dims=1)
+        following[each, last] = newest
+        drafts = draft(model, hidden, following, last, step) if speculative else newest[:, None][:, :0]
+        ready = [[token] for token in newest.tolist()]
+
+        while going := result.add(rows, ready):
+            for row in set(rows) - {rows[i] for i in going}:
+                session.cache.free(row)
+            if len(going) < len(rows):
+                keep = torch.tensor(going, device=prompts.device)
+                rows, newest, drafts = [rows[i] for i in going], newest[keep], drafts[keep]
+            tokens = torch.cat([newest[:, None], drafts], dim=1)
+            step = session.decode(rows, tokens.shape[1])
+            hidden = model.model(tokens, step)
+            chosen = pick(model.lm_head(hidden))  # after each of `tokens`
+            # A draft stands as long as it and all before it are what the model itself chose.
+            last = (tokens[:, 1:] == chosen[:, :-1]).cumprod(dim=1).sum(dim=1)
+            newest = chosen.gather(1, last[:, None]).squeeze(1)
+            if speculative:
+                drafts = draft(model, hidden, chosen, last, step)
+            accepted = (last + 1).tolist()
+            session.advance(rows, accepted)
+            ready = [row[:count] for row, count in zip(chosen.tolist(), accepted)]
+    return torch.cat([input_ids.long(), result.columns(0, result.reported).to(input_ids.device)], dim=1)
+
+
+class Session:
+    """The sequences of one call: their cache, how many tokens of each are in it, and the passes over them."""
+
+    def __init__(self, model: K2Model, lengths: list[int], max_new_tokens: int, drafts: int, cache_dtype: str):
+        weight = model.lm_head.weight
+        self.model, self.device = model, weight.device
+        self.lengths = list(lengths)
+        layers = model.model.layers[: model.config.num_hidden_layers + drafts]
+        # The last pass may write drafts beyond the longest text that is wanted.
+        most = [length + max_new_tokens + drafts for length in lengths]
+        self.cache = LatentCache(
+            model.config,
+            layers=len(layers),
+            rows=len(lengths),
+            max_tokens=max(most),
+            num_pages=sum(map(pages_for, most)),
+            dtype=weight.dtype,
+            device=self.device,
+            cache_dtype=cache_dtype,
+        )
+        self.absorbed = [layer.self_attn.absorbed(weight.dtype) for layer in layers]
+
+    def prefill(self, width: int) -> Prefill:
+        """The pass over the prompts, padded on the right to `width` tokens: padding is computed, but not cached."""
+        for row, length in enumerate(self.lengths):
+            self.cache.reserve(row, length)
+        column = torch.arange(width, device=self.device).expand(len(self.lengths), -1)
+        real = column < torch.tensor(self.lengths, device=self.device)[:, None]
+        cu_seqlens = torch.arange(0, column.numel() + 1, width, dtype=torch.int32, device=self.device)
+        return Prefill(
+            rope=self.model.rope(column.flatten()),
+            cu_seqlens=cu_seqlens,
+            cache=self.cache,
+            block_table=self.cache.block_table,
+            positions=torch.where(real, column, -1).flatten(),
+        )
+
+    def decode(self, rows: list[int], width: int) -> Decode:
+        """The pass over the next `width` tokens of `rows`."""
+        for row in rows:
+            self.cache.reserve(row, self.lengths[row] + width)
+        start = torch.tensor([self.lengths[row] for row in rows], device=self.device)
+        positions = (start[:, None] + torch.arange(width, device=self.device)).flatten()
+        return Decode(
+            rope=self.model.rope(positions),
+            cache=self.cache,
+            block_table=self.cache.block_table[rows],
+            positions=positions,
+            seq_lens=(start + width).int(),
+            absorbed=self.absorbed,
+        )
+
+    def advance(self, rows: list[int], tokens: list[int]) -> None:
+        """Keeps the first so many tokens of each row of the last `decode` pass."""
+        for row, count in zip(rows, tokens):
+            self.lengths[row] += count
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draws a token from each row of logits [..., vocab] -> int64 [...]."""
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens: the likeliest one always stays
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))
+    flat = probabilities.flatten(0, -2)
+    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
+
+
+class _Result:
+    """The new tokens of all rows, and which rows have ended."""
+
+    def __init__(
+        self, rows: int, limit: int, stops: list[int], pad: int | None, on_token: Callable[[Tensor], None] | None
+    ):
+        self.new: list[list[int]] = [[] for _ in range(rows)]
+        self.ended = [False] * rows
+        self.limit, self.stops, self.pad, self.on_token = limit, set(stops), pad, on_token
+        self.reported = 0
+
+    def add(self, rows: list[int], ready: list[list[int]]) -> list[int]:
+        """Takes the tokens that are ready for `rows`; returns which of the rows (as indices into `rows`) go on."""
+        for row, tokens in zip(rows, ready):
+            for token in tokens[: self.limit - len(self.new[row])]:
+                self.new[row].append(token)
+                if token in self.stops:
+                    self.ended[row] = True
+                    break
+            self.ended[row] |= len(self.new[row]) == self.limit
+        complete = self._complete()
+        if self.on_token is not None:
+            for column in self.columns(self.reported, complete).unbind(dim=1):
+                self.on_token(column)
+        self.reported = complete
+        return [i for i, row in enumerate(rows) if not self.ended[row]]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Some of the columns, int64 [B, stop - start]; ended rows are padded."""
+        pads = [tokens[-1] if self.pad is None else self.pad for tokens in self.new]
+        parts = [tokens[start:stop] for tokens in self.new]
+        return torch.tensor([part + [pad] * (stop - start - len(part)) for part, pad in zip(parts, pads)]).long()
+
+    def _complete(self) -> int:
+        """How many columns every row has, or will not have."""
+        lengths = [len(tokens) for tokens in self.new]
+        return min((n for n, ended in zip(lengths, self.ended) if not ended), default=max(lengths))
+
+
+def _right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[int]]:
+    """The prompts moved to the left edge, [B, longest], and their lengths."""
+    if attention_mask is None:
+        return input_ids.long(), [input_ids.shape[1]] * input_ids.shape[0]
+    got = getattr(attention_mask, "shape", attention_mask)
+    _require(got == input_ids.shape, "attention_mask", f"{list(input_ids.shape)} like input_ids", got)
+    real = attention_mask.to(input_ids.device) != 0
+    lengths = real.sum(dim=1)
+    first = real.int().argmax(dim=1)
+    source = torch.arange(int(lengths.max()), device=input_ids.device) + first[:, None]
+    source = source.clamp(max=input_ids.shape[1] - 1)
+    run = real.gather(1, source).cumprod(dim=1).sum(dim=1)  # tokens from the first to the first gap
+    _require(bool((lengths > 0).all()), "attention_mask", "1 at one token or more of each row", "a row of zeros")
+    _require(torch.equal(run, lengths), "attention_mask", "one run of ones in each row", "a gap between ones")
+    return input_ids.long().gather(1, source), lengths.tolist()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; then every module gets back the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: object, name: str, wanted: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"generate: {name} must be {wanted}, got {got}")

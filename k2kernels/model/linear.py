@@ -1,0 +1,85 @@
+"""Small modules of the model: RMSNorm, the block-FP8 linear layer, buffers that stay float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2kernels.model.config import K2Config
+from k2kernels.ops.fp8_gemm import fp8_gemm
+from k2kernels.ops.quant import dequantize, quantize_1x128
+
+BLOCK = 128  # rows and columns that share one scale
+
+
+class Float32Buffers(nn.Module):
+    """A module whose buffers keep their dtype when the model is cast (`.to(torch.bfloat16)`).
+
+    `reset_buffers` gives the non-persistent ones their first values; it runs by itself when the module leaves the meta
+    device, on which nothing has a value.
+    """
+
+    def reset_buffers(self) -> None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Float32Buffers:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        if any(buffer.is_meta and not self._buffers[name].is_meta for name, buffer in before.items()):
+            self.reset_buffers()
+        return self
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def linear(config: K2Config, in_features: int, out_features: int) -> nn.Linear | Fp8Linear:
+    """A linear layer of the kind that a block-FP8 checkpoint quantises: FP8 if the configuration is."""
+    if config.quantization_config is None:
+        return nn.Linear(in_features, out_features, bias=False)
+    return Fp8Linear(in_features, out_features)
+
+
+def fp8_parameters(*shape: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Codes [..., N, K] (zeros, to be loaded) and scales [..., ceil(N/128), ceil(K/128)], both without gradient."""
+    *leading, rows, columns = shape
+    scales = torch.ones(*leading, -(-rows // BLOCK), -(-columns // BLOCK), dtype=torch.float32)
+    codes = torch.zeros(shape, dtype=torch.float8_e4m3fn)
+    return nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer with an e4m3 weight and one float32 scale per 128x128 block, for inference.
+
+    The input is quantised on the fly, one scale per row and 128 columns: the checkpoints' `activation_scheme: dynamic`.
+    `weight_scale_inv` is the factor that dequantises (the name is the checkpoints').
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight, self.weight_scale_inv = fp8_parameters(out_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        data, scales = quantize_1x128(x.flatten(0, -2))
+        out = fp8_gemm(data, scales, self.weight, self.weight_scale_inv, out_dtype=x.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`."""
+        return dequantize(self.weight, self.weight_scale_inv, block=(BLOCK, BLOCK), dtype=dtype)

@@ -1,0 +1,143 @@
+"""Feed-forward layers: the SwiGLU MLP, and the mixture of routed and shared experts.
+
+Letters of shapes: N tokens, E experts, I intermediate.
+
+Source: DeepSeek-V3 (2024), sections 2.1.2 and 2.1.3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2kernels.model.config import K2Config
+from k2kernels.model.linear import Float32Buffers, fp8_parameters, linear
+from k2kernels.ops.moe import moe_mlp, moe_route, moe_sequence_loss, moe_update_bias
+from k2kernels.ops.quant import swiglu
+
+
+class Mlp(nn.Module):
+    """down(silu(gate x) * up x); the rows of `gate_up_proj` are gate, then up."""
+
+    def __init__(self, config: K2Config, intermediate: int):
+        super().__init__()
+        self.gate_up_proj = linear(config, config.hidden_size, 2 * intermediate)
+        self.down_proj = linear(config, intermediate, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Router(Float32Buffers):
+    """Scores of the experts in float32, and the bias that balances them; both stay float32 in a bfloat16 model."""
+
+    def __init__(self, config: K2Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        counts = torch.zeros(config.n_routed_experts, dtype=torch.int64)
+        self.register_buffer("expert_counts", counts, persistent=False)
+
+    def reset_buffers(self) -> None:
+        self.expert_counts.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
+class Experts(nn.Module):
+    """The stacked weights of the routed experts: gate_up_proj [E, 2I, hidden], down_proj [E, hidden, I].
+
+    In a model kept in FP8 they are e4m3, with float32 scales [E, ceil(2I/128), ceil(hidden/128)] and so on in
+    `gate_up_proj_scale_inv` and `down_proj_scale_inv`.
+    """
+
+    def __init__(self, config: K2Config):
+        super().__init__()
+        up = (config.n_routed_experts, 2 * config.moe_intermediate_size, config.hidden_size)
+        down = (config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
+        self.fp8 = config.quantization_config is not None
+        if self.fp8:
+            self.gate_up_proj, self.gate_up_proj_scale_inv = fp8_parameters(*up)
+            self.down_proj, self.down_proj_scale_inv = fp8_parameters(*down)
+        else:
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.empty(up)), nn.Parameter(torch.empty(down))
+
+    def weights(self) -> tuple:
+        """`gate_up` and `down` as `moe_mlp` takes them."""
+        if self.fp8:
+            return (self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)
+        return self.gate_up_proj, self.down_proj
+
+
+class Moe(nn.Module):
+    """Each token goes to its top-k experts and to the shared ones.
+
+    A forward pass in training mode adds to `gate.expert_counts` int64 [E] how many tokens each expert got, and keeps
+    the logits for `sequence_loss`. Activation checkpointing runs it a second time; that is not counted.
+    """
+
+    def __init__(self, config: K2Config):
+        super().__init__()
+        self.config = config
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = Mlp(config, shared) if shared else None
+        self._logits: Tensor | None = None  # [B, T, E] of the last pass in training mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden]."""
+        config = self.config
+        flat = x.flatten(0, 1)
+        logits = self.gate(flat)
+        routing = moe_route(
+            logits,
+            self.gate.e_score_correction_bias,
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            score=config.scoring_func,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
+        if self.training and not _recomputing():
+            self.gate.expert_counts += routing.counts
+            self._logits = logits.unflatten(0, x.shape[:2])
+        shared = None if self.shared_experts is None else self.shared_experts(flat)
+        return moe_mlp(flat, routing, *self.experts.weights(), shared=shared).view_as(x)
+
+    def sequence_loss(self, alpha: float) -> Tensor:
+        """The balance loss of each sequence of the last pass in training mode; differentiable.
+
+        It takes the experts that the scores alone, without bias and groups, would choose.
+        """
+        if self._logits is None:
+            raise ValueError("sequence_loss: a forward pass in training mode must come first")
+        config, logits = self.config, self._logits.flatten(0, 1)
+        ends = torch.arange(0, len(logits) + 1, self._logits.shape[1], dtype=torch.int32, device=logits.device)
+        choice = moe_route(logits.detach(), top_k=config.num_experts_per_tok, score=config.scoring_func)
+        return moe_sequence_loss(
+            logits,
+            choice.indices,
+            top_k=config.num_experts_per_tok,
+            alpha=alpha,
+            cu_seqlens=ends,
+            score=config.scoring_func,
+        )
+
+    def update_bias(self, rate: float) -> None:
+        """Moves the router's bias against the load counted since the last time, and forgets the count."""
+        gate = self.gate
+        gate.e_score_correction_bias.copy_(moe_update_bias(gate.e_score_correction_bias, gate.expert_counts, rate=rate))
+        gate.expert_counts.zero_()
+
+    def __getstate__(self) -> dict:
+        # The logits belong to a graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "_logits": None}
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running: then this is activation checkpointing's second forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
