@@ -49,7 +49,7 @@ class LatentCache:
         if cache_dtype == "fp8":
             if (config.kv_lora_rank, config.qk_rope_head_dim) != (FP8_LATENT, FP8_ROPE):
                 raise ValueError(
-                    f"LatentCache: cache_dtype 'fp8' must have kv_lora_rank {FP8_LATENT} and qk_rope_head_dim {FP8_ROPE}, "
+                    f"LatentCache: cache_dtype 'fp8' needs kv_lora_rank {FP8_LATENT} and qk_rope_head_dim {FP8_ROPE}, "
                     f"got {config.kv_lora_rank} and {config.qk_rope_head_dim}; use 'auto'"
                 )
             width, dtype = FP8_BYTES, torch.uint8

@@ -1,4 +1,4 @@
-"""Generation of text through the paged latent cache: the prompt in one pass, then a few tokens of each row at a time."""
+"""Generation through the paged latent cache: the prompts in one pass, then a few tokens of each row at a time."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def generate(
     model.check_ids("generate", input_ids.cpu())
     config = model.config
     stops = list(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    _require(
-        _is_int(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", "an integer of 1 or more", max_new_tokens
-    )
+    _require(_is_int(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", "1 or more", max_new_tokens)
     _require(math.isfinite(temperature) and temperature >= 0, "temperature", "0 or more", temperature)
     _require(top_k is None or (_is_int(top_k) and top_k >= 1), "top_k", "1 or more", top_k)
     _require(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from k2kernels.model.attention import Decode, LatentAttention, Prefill
+from k2kernels.model import checkpoint
+from k2kernels.model.attention import Decode, Prefill
 from k2kernels.model.config import K2Config
 from k2kernels.model.generate import generate
 from k2kernels.model.layer import DecoderLayer
@@ -76,14 +77,10 @@ class K2Model(nn.Module):
         progress: bool = True,
     ) -> K2Model:
         """Loads a Hugging Face checkpoint; see `k2kernels.model.checkpoint.from_pretrained`."""
-        from k2kernels.model import checkpoint
-
         return checkpoint.from_pretrained(cls, path, dtype=dtype, device=device, keep_fp8=keep_fp8, progress=progress)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json and safetensors under Hugging Face's names; transformers reads them back."""
-        from k2kernels.model import checkpoint
-
         checkpoint.save_pretrained(self, path)
 
     def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -190,9 +187,9 @@ class K2Model(nn.Module):
             layer.update_bias(rate)
 
     def sequence_loss(self, alpha: float | None = None) -> Tensor:
-        """The sequence-wise balance loss of the last forward pass in training mode, summed over layers; add it to yours.
+        """The sequence-wise balance loss of the last forward pass in training mode, summed over layers.
 
-        `alpha` is config.aux_loss_alpha by default.
+        `alpha` is config.aux_loss_alpha by default. Add the result to your loss.
         """
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
         return sum(layer.sequence_loss(alpha) for _, layer in self._moe_layers())

@@ -1,4 +1,4 @@
-"""Rotary position embedding with YaRN, in the layout of the family's checkpoints as Hugging Face transformers reads them.
+"""Rotary position embedding with YaRN, in the layout that transformers gives the family's checkpoints.
 
 Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023).
 """
