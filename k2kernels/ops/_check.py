@@ -87,6 +87,17 @@ class Arguments:
         self.require(0 < value < math.inf, name, "positive and finite", value)
         return float(value)
 
+    def no_gradient(self, **tensors: torch.Tensor) -> None:
+        """Raises ValueError where one of `tensors` wants a gradient, for ops that would silently drop it."""
+        for name, value in tensors.items():
+            self.require(
+                not (torch.is_grad_enabled() and value.requires_grad),
+                name,
+                "a tensor that needs no gradient",
+                "one with requires_grad",
+                "call the op under torch.no_grad() or pass a detached tensor",
+            )
+
     def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
         dims = list(shape)
         if dims and dims[0] == "...":

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
+from k2kernels.ops._register import register
+from k2kernels.ops.mla_cache import check_cache, check_pages
+from k2kernels.reference import mla_decode as reference
 
 
 class MlaOutput(NamedTuple):
@@ -13,3 +19,163 @@ class MlaOutput(NamedTuple):
     out: Tensor  # in the dtype of the queries
     lse: Tensor  # natural logarithm of the sum of exponentials, float32; -inf where a row sees no key
     max_logits: Tensor | None  # largest scaled, masked logit, float32; None unless asked for
+
+
+def mla_decode(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    causal: bool = True,
+    head_dim_v: int = 512,
+    split: int | str = "auto",
+    out: Tensor | None = None,
+    return_max_logits: bool = False,
+) -> MlaOutput:
+    """Multi-head latent attention in the absorbed form: all heads read the same cached rows [latent | rope].
+
+    out = softmax(softmax_scale * q row^T) latent, over the rows of the sequence that the query sees.
+
+    Args:
+        q: [B, s_q, H, D], or [T, H, D] with `cu_seqlens_q`; bfloat16, float16, float32 or float64; D = 576 for Kimi-K2
+            (512 latent and 64 rope).
+        kv_cache: [pages, page_size, D] in q's dtype, or uint8 [pages, page_size, 656] for D = 576 (see `mla_append`);
+            any page size, any strides.
+        block_table: int32 [B, max_pages], the pages of each sequence. Entries beyond a sequence's length are not looked
+            at, nor are cache rows beyond it.
+        seq_lens: int32 [B], rows in the cache, *including* those of the new tokens that q belongs to.
+        softmax_scale: factor of the logits.
+        cu_seqlens_q: int32 [B + 1]; sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        causal: query i of s_q sees the rows < seq_len - s_q + i + 1; otherwise all rows of its sequence.
+        head_dim_v: size of the latent, which is the first part of a row.
+        split: tokens of a sequence that are worked on as a unit and then merged. An int fixes it: the bits of a
+            sequence's result then do not depend on the other sequences of the batch. "auto" chooses by the batch.
+        out: where to write the result, like the returned `out`, any strides; must not overlap an input.
+        return_max_logits: also return the largest logit of each row.
+
+    Returns:
+        out like q with head_dim_v in the last axis; lse like q without it, the natural logarithm of the sum of
+        exponentials; max_logits, the maximum of the scaled, masked logits in that shape, or None. lse and max_logits
+        are float32 (float64 for float64). A row that sees no key has out 0, lse -inf and max_logits -inf.
+        Not differentiable.
+
+    Raises:
+        TypeError, ValueError: for dtypes and shapes, and, on a CPU, for seq_lens, cu_seqlens_q or pages out of range.
+
+    Source: DeepSeek-V2 (2024) for the absorbed form; the arguments follow FlashMLA's flash_mla_with_kvcache
+    (flash_mla/flash_mla_interface.py), whose empty rows have lse +inf instead.
+    """
+    args = Arguments("mla_decode")
+    q = args.tensor("q", q, ("B", "s_q", "H", "D") if cu_seqlens_q is None else ("T", "H", "D"), FLOATS)
+    size = q.shape[-1]
+    kv_cache = check_cache(args, kv_cache, size)
+    if kv_cache.dtype not in (q.dtype, torch.uint8):
+        raise TypeError(f"mla_decode: kv_cache must be {q.dtype} like q, or torch.uint8, got {kv_cache.dtype}")
+    block_table = args.tensor("block_table", block_table, ("B", "max_pages"), torch.int32)
+    seq_lens = args.tensor("seq_lens", seq_lens, ("B",), torch.int32)
+    cu_seqlens_q = args.optional("cu_seqlens_q", cu_seqlens_q, (seq_lens.shape[0] + 1,), torch.int32)
+    softmax_scale = args.positive("softmax_scale", softmax_scale)
+    args.require(0 < head_dim_v <= size, "head_dim_v", f"in 1 .. {size} (the last axis of q)", head_dim_v)
+    if kv_cache.dtype == torch.uint8:
+        args.require(head_dim_v == 512, "head_dim_v", "512 for the 656-byte cache", head_dim_v)
+    if split == "auto":
+        split = reference.AUTO
+    else:
+        args.require(isinstance(split, int) and split > 0, "split", "'auto' or a positive int", repr(split))
+    request = (
+        q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, bool(causal), head_dim_v, split,
+        bool(return_max_logits),
+    )  # fmt: skip
+    if out is None:
+        out, lse, max_logits = _mla_decode(*request)
+    else:
+        out = args.tensor("out", out, (*q.shape[:-1], head_dim_v), q.dtype)
+        args.no_gradient(q=q, kv_cache=kv_cache, out=out)
+        lse, max_logits = _mla_decode_out(*request, out)
+    return MlaOutput(out, lse, max_logits if return_max_logits else None)
+
+
+def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the results over each of them.
+
+    Args:
+        out_a, out_b: [..., D], results of the same queries; bfloat16, float16, float32 or float64.
+        lse_a, lse_b: [...], their natural log-sum-exps, float32 (float64 for float64); -inf: saw no key, in which case
+            the contents of out do not matter.
+
+    Returns:
+        (out, lse) as `mla_decode` returns them; 0 and -inf where neither saw a key. Not differentiable.
+    """
+    args = Arguments("merge_attention_states")
+    out_a = args.tensor("out_a", out_a, ("...", "D"), FLOATS)
+    row_dtype = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    lse_a = args.tensor("lse_a", lse_a, out_a.shape[:-1], row_dtype)
+    out_b = args.tensor("out_b", out_b, out_a.shape, out_a.dtype)
+    lse_b = args.tensor("lse_b", lse_b, out_a.shape[:-1], row_dtype)
+    return _merge_attention_states(out_a, lse_a, out_b, lse_b)
+
+
+def _validate(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None,
+    *options: Any,
+) -> None:
+    pages, page_size = kv_cache.shape[:2]
+    capacity = block_table.shape[1] * page_size
+    if (wrong := seq_lens[(seq_lens < 0) | (seq_lens > capacity)]).numel():
+        raise ValueError(
+            f"mla_decode: seq_lens must be in [0, {capacity}] (max_pages * page_size), got {int(wrong[0])}"
+        )
+    if cu_seqlens_q is not None:
+        check_cu_seqlens("mla_decode", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    first_token = torch.arange(block_table.shape[1]) * page_size
+    check_pages("mla_decode", block_table, first_token < seq_lens.unsqueeze(-1), pages)
+
+
+def _fake(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None,
+    causal: bool,
+    head_dim_v: int,
+    split: int,
+    return_max_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(q.shape[:-1], dtype=row_dtype)
+    max_logits = q.new_empty(q.shape[:-1] if return_max_logits else 0, dtype=row_dtype)
+    return q.new_empty(*q.shape[:-1], head_dim_v), lse, max_logits
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, float softmax_scale, Tensor? cu_seqlens_q, "
+    "bool causal, int head_dim_v, int split, bool return_max_logits"
+)
+_mla_decode = register(
+    f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor max_logits)",
+    reference=reference.mla_decode,
+    fake=_fake,
+    validate=_validate,
+)
+_mla_decode_out = register(
+    f"mla_decode_out({_ARGUMENTS}, Tensor(a!) out) -> (Tensor lse, Tensor max_logits)",
+    reference=reference.mla_decode_out,
+    fake=lambda *args: _fake(*args[:-1])[1:],
+    validate=lambda *args: _validate(*args[:-1]),
+    mutates=True,
+)
+_merge_attention_states = register(
+    "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
+    reference=reference.merge_attention_states,
+    fake=lambda out_a, lse_a, out_b, lse_b: (out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)),
+)
