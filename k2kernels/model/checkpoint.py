@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 SCALE = "_scale_inv"  # `weight_scale_inv` beside `weight`: what its codes are multiplied by
 FP8_BLOCK = (128, 128)  # what the model's FP8 modules hold
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ELEMENTS_AT_ONCE = 1 << 24  # bounds the copies made on the way
+ELEMENTS_AT_ONCE = 1 << 24  # bounds the copies made on the way
 
 # Copies and leftovers that files may hold beside the weights.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
@@ -357,7 +357,7 @@ def _load(
 def read_codes(info: TensorInfo, reader: Reader, path: str) -> Tensor:
     """An FP8 weight; a NaN among its codes is an error."""
     codes = reader.get(info)
-    some_bytes = codes.view(torch.uint8).flatten().split(_ELEMENTS_AT_ONCE)
+    some_bytes = codes.view(torch.uint8).flatten().split(ELEMENTS_AT_ONCE)
     bad = sum(int(((part & 0x7F) == 0x7F).sum()) for part in some_bytes)
     if bad:
         raise ValueError(f"{path}: {info.name} must hold numbers, got {bad} NaN codes in {info.file.name}")
@@ -378,7 +378,7 @@ def read_scales(info: TensorInfo, reader: Reader, path: str) -> Tensor:
 def dequantize_into(target: Tensor, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
     """target [rows, columns] = codes * scales of their blocks, a few rows of blocks at a time."""
     rows, columns = codes.shape
-    step = max(1, _ELEMENTS_AT_ONCE // max(1, block[0] * columns))  # rows of blocks
+    step = max(1, ELEMENTS_AT_ONCE // max(1, block[0] * columns))  # rows of blocks
     for i in range(0, -(-rows // block[0]), step):
         part = slice(i * block[0], (i + step) * block[0])
         device_codes, device_scales = codes[part].to(target.device), scales[i : i + step].to(target.device)

@@ -142,7 +142,7 @@ class K2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: of type deepseek_v3, which transformers and every server know, Kimi-K2 included."""
-        return {
+        values = {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             **asdict(self),
@@ -150,6 +150,12 @@ class K2Config:
             "num_key_value_heads": self.num_attention_heads,
             **_FIXED,
         }
+        if self.rope_scaling is not None:  # older readers look for `type`
+            given = {key: value for key, value in self.rope_scaling.items() if value is not None}
+            values["rope_scaling"] = {"type": "yarn", **given}
+        if self.quantization_config is None:  # transformers takes the key alone for a quantised checkpoint
+            del values["quantization_config"]
+        return values
 
     def to_json(self) -> str:
         """The text of config.json."""

@@ -177,6 +177,7 @@ class Writer:
         file = self.directory / f"shard-{len(self._shards)}"
         with _writing(self.path):
             save_file(self._pending, file, metadata={"format": "pt"})
+            file.chmod(self.directory.stat().st_mode & 0o666)  # safetensors gives it to the owner alone
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

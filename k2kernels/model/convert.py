@@ -1,0 +1,154 @@
+"""Checkpoints from block FP8 to BF16 and back, on a CPU, one tensor at a time and without building the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from k2kernels.model.checkpoint import ELEMENTS_AT_ONCE, SCALE, dequantize_into, read_codes, read_scales
+from k2kernels.model.config import K2Config, read_config_file, text_part
+from k2kernels.model.shards import DTYPES, INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.reference.quant import quantize_128x128
+
+# What DeepSeek quantises: attention and feed-forward projections, routed and shared experts. Embedding, head, norms,
+# router and the projection that joins an MTP layer's inputs stay BF16.
+_QUANTIZED = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate_proj|up_proj|down_proj))\.weight"
+)
+_QUANTIZATION_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
+_COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".md")  # tokenizer, generation settings, licence ...
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    progress: bool = True,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Writes the checkpoint directory `src` to the new directory `dst` as "bf16" or "fp8".
+
+    "fp8" is DeepSeek's format: the projections of attention and feed-forward in e4m3 with a float32 scale per 128x128
+    block, all other weights in BF16. To "bf16", FP8 and FP32 weights become BF16. The router's bias stays float32.
+    config.json is changed accordingly; tokenizer and other small files are copied. `dst` appears complete or not at
+    all; no more than about one shard is in memory.
+
+    Raises:
+        ValueError: `to` is unknown; `src` is of that kind already or is damaged; `dst` exists and is not empty.
+        FileNotFoundError: `src`, its config.json or a shard is missing.
+        UnsupportedError: a kind of checkpoint that is recognised but not served.
+        OSError: `dst` could not be written.
+    """
+    if to not in ("bf16", "fp8"):
+        raise ValueError(f"convert: to must be 'bf16' or 'fp8', got {to!r}")
+    src, dst = Path(src), Path(dst)
+    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds something")
+    raw = read_config_file(src)
+    block = K2Config.from_dict(raw).weight_block_size
+    prefix = text_part(raw)[1]
+    tensors = scan(src)
+    _check(src, tensors, to, block)
+
+    window = max((info.nbytes for info in tensors.values()), default=0)
+    bar = tqdm(
+        total=sum(info.nbytes for info in tensors.values()),
+        desc=f"converting to {to}",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with bar, torch.no_grad(), Reader(window) as weights, Reader(window) as scales, Writer(dst, max_shard_size) as out:
+        for name, info in tensors.items():
+            bar.update(info.nbytes)
+            if info.dtype == "F8_E4M3":
+                weight = torch.empty(info.shape, dtype=torch.bfloat16)
+                factors = read_scales(tensors[name + SCALE], scales, str(src))
+                dequantize_into(weight, read_codes(info, weights, str(src)), factors, block)
+                out.add(name, weight)
+            elif name.endswith(SCALE):
+                continue
+            elif to == "fp8" and _QUANTIZED.fullmatch(name.removeprefix(prefix)):
+                codes, factors = _quantize(weights.get(info), info, src)
+                out.add(name, codes)
+                out.add(name + SCALE, factors)
+            else:
+                tensor = weights.get(info)
+                out.add(name, tensor.to(torch.bfloat16) if name.endswith(".weight") else tensor.clone())
+        out.write_text("config.json", json.dumps(_new_config(raw, to), indent=2) + "\n")
+        for file in sorted(src.iterdir()):
+            if file.is_file() and file.suffix in _COPIED and file.name not in ("config.json", INDEX):
+                out.copy(file)
+
+
+def _check(src: Path, tensors: dict[str, TensorInfo], to: str, block: tuple[int, int] | None) -> None:
+    """Raises ValueError unless `src` can be converted, judging by the headers of its files."""
+    quantized = [name for name, info in tensors.items() if info.dtype == "F8_E4M3"]
+    if to == "fp8" and (quantized or block):
+        raise ValueError(f"convert: src must be BF16 or FP32 to become fp8, got {src}, which is FP8 already")
+    if to == "bf16" and not any(_casts(name, info) for name, info in tensors.items()):
+        raise ValueError(f"convert: src must hold FP8 or FP32 weights to become bf16, got {src}, which is BF16 already")
+    if quantized and block is None:
+        raise ValueError(f"convert: config.json of {src} must have a quantization_config, as {quantized[0]} is FP8")
+    problems = []
+    for name in quantized:
+        info, scale = tensors[name], tensors.get(name + SCALE)
+        grid = tuple(-(-size // step) for size, step in zip(info.shape, block))
+        if len(info.shape) != 2:
+            problems.append(f"{name} (wanted 2 axes, got {list(info.shape)})")
+        elif scale is None:
+            problems.append(f"{name + SCALE} (missing)")
+        elif scale.shape != grid:
+            problems.append(f"{name + SCALE} (wanted {list(grid)}, got {list(scale.shape)})")
+    problems += [
+        f"{name} (a scale without an FP8 weight)"
+        for name in tensors
+        if name.endswith(SCALE) and name.removesuffix(SCALE) not in quantized
+    ]
+    problems += [f"{name} ({info.dtype} is not served)" for name, info in tensors.items() if info.dtype not in DTYPES]
+    if problems:
+        raise ValueError(f"convert: {src} is damaged: {some(problems)}")
+
+
+def _casts(name: str, info: TensorInfo) -> bool:
+    return info.dtype != "BF16" and name.endswith(".weight")
+
+
+def _quantize(weight: Tensor, info: TensorInfo, src: Path) -> tuple[Tensor, Tensor]:
+    """e4m3 codes and scales of 128x128 blocks, computed a few rows of blocks at a time."""
+    if weight.dim() != 2:
+        raise ValueError(f"convert: {info.name} must have 2 axes, got {list(weight.shape)}")
+    step = max(1, ELEMENTS_AT_ONCE // (128 * weight.shape[1])) * 128
+    parts = []
+    for part in weight.split(step):
+        if not part.isfinite().all():
+            raise ValueError(f"convert: {info.name} in {info.file} must hold finite numbers, got NaN or infinity")
+        parts.append(quantize_128x128(part))
+    codes, scales = zip(*parts)
+    return torch.cat([c.view(torch.uint8) for c in codes]).view(torch.float8_e4m3fn), torch.cat(scales)
+
+
+def _new_config(raw: dict[str, Any], to: str) -> dict[str, Any]:
+    """config.json with or without the block-FP8 entry, and BF16 as the dtype of the other weights."""
+    new = {key: value for key, value in raw.items() if key != "quantization_config"}
+    decoder = new
+    if "text_config" in raw:
+        decoder = {key: value for key, value in raw["text_config"].items() if key != "quantization_config"}
+        new["text_config"] = decoder
+    decoder[next((key for key in ("dtype", "torch_dtype") if key in decoder), "torch_dtype")] = "bfloat16"
+    if to == "fp8":
+        decoder["quantization_config"] = _QUANTIZATION_CONFIG
+    return new
