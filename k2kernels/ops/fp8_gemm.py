@@ -178,14 +178,14 @@ def _b_scales(args: Arguments, b: Tensor, b_scales: Tensor) -> Tensor:
     """Checks b_scales [..., N or ceil(N/128), ceil(K/128)] against b [..., N, K]."""
     b_scales = args.tensor("b_scales", b_scales, None, torch.float32)
     *leading, n, k = b.shape
-    coarse, fine = [[*leading, rows, -(-k // 128)] for rows in (-(-n // 128), n)]
-    args.require(
-        list(b_scales.shape) in (coarse, fine),
+    fine = b_scales.ndim == b.ndim and b_scales.shape[-2] == n
+    return args.tensor(
         "b_scales",
-        f"{coarse} (one scale per 128x128) or {fine} (per 1x128) for b {list(b.shape)}",
-        list(b_scales.shape),
+        b_scales,
+        (*leading, n if fine else -(-n // 128), -(-k // 128)),
+        torch.float32,
+        remedy=f"one scale per 128x128 of b {list(b.shape)}, or a row of scales per row of b",
     )
-    return b_scales
 
 
 def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, inputs: tuple) -> Tensor:
