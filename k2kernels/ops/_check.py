@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,9 +70,13 @@ class Arguments:
         """`tensor`, or None for None."""
         return None if value is None else self.tensor(name, value, *args, **kwargs)
 
-    def require(self, condition: Any, name: str, wanted: str, got: Any, remedy: str = "") -> None:
-        """Raises ValueError unless `condition` holds: `name` must be `wanted`, got `got`."""
+    def require(self, condition: Any, name: str, wanted: str | Callable[[], str], got: Any, remedy: str = "") -> None:
+        """Raises ValueError unless `condition` holds: `name` must be `wanted`, got `got`.
+
+        A `wanted` that holds sizes is given as a function: torch.compile cannot format a symbolic size.
+        """
         if not condition:
+            wanted = wanted() if callable(wanted) else wanted
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {got}{_also(remedy)}")
 
     def choice(self, name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -86,6 +90,16 @@ class Arguments:
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
         self.require(0 < value < math.inf, name, "positive and finite", value)
         return float(value)
+
+    def integer(self, name: str, value: Any, low: int, high: int | None = None, *, remedy: str = "") -> int:
+        """`value`, which must be an int of at least `low` and, if given, at most `high`."""
+        good = (
+            isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+        )
+        self.require(
+            good, name, f"an int >= {low}" if high is None else f"an int in {low} .. {high}", repr(value), remedy
+        )
+        return value
 
     def no_gradient(self, **tensors: torch.Tensor) -> None:
         """Raises ValueError where one of `tensors` wants a gradient, for ops that would silently drop it."""

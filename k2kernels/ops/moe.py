@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_groups
 from k2kernels.ops._register import register
-from k2kernels.ops.quant import swiglu
+from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm
+from k2kernels.ops.quant import QUANTIZABLE, swiglu, swiglu_quantize
 from k2kernels.reference import moe as reference
 
 INDICES = (torch.int32, torch.int64)
@@ -89,11 +90,13 @@ def moe_route(
     bias = args.optional("bias", bias, ("E",), (torch.float32, torch.float64), remedy="keep the bias in float32")
     experts = logits.shape[1]
     args.choice("score", score, ("sigmoid", "softmax"))
-    args.require(1 <= top_k <= experts, "top_k", f"from 1 to E={experts}", top_k)
-    args.require(n_group >= 1 and experts % n_group == 0, "n_group", f"a divisor of E={experts}", n_group)
-    args.require(1 <= topk_group <= n_group, "topk_group", f"from 1 to n_group={n_group}", topk_group)
+    args.require(1 <= top_k <= experts, "top_k", lambda: f"from 1 to E={experts}", top_k)
+    args.require(n_group >= 1 and experts % n_group == 0, "n_group", lambda: f"a divisor of E={experts}", n_group)
+    args.require(1 <= topk_group <= n_group, "topk_group", lambda: f"from 1 to n_group={n_group}", topk_group)
     kept = topk_group * (experts // n_group)
-    args.require(top_k <= kept, "top_k", f"at most the {kept} experts of the kept groups", top_k, "raise topk_group")
+    args.require(
+        top_k <= kept, "top_k", lambda: f"at most the {kept} experts of the kept groups", top_k, "raise topk_group"
+    )
     # The op returns the weights first: PyTorch's opcheck adds up the outputs and wants a float to begin with.
     weights, indices, counts = _moe_route(logits, bias, top_k, n_group, topk_group, score, normalize, float(scale))
     return Routing(indices, weights, counts)
@@ -133,7 +136,7 @@ def moe_sequence_loss(
     indices = args.tensor("indices", indices, ("T", "K"), INDICES)
     cu_seqlens = args.optional("cu_seqlens", cu_seqlens, ("sequences + 1",), INDICES)
     args.choice("score", score, ("sigmoid", "softmax"))
-    args.require(top_k == indices.shape[1], "top_k", f"the width of indices, {indices.shape[1]}", top_k)
+    args.require(top_k == indices.shape[1], "top_k", lambda: f"the width of indices, {indices.shape[1]}", top_k)
     args.require(top_k >= 1, "top_k", "at least 1", top_k)
     args.require(cu_seqlens is None or cu_seqlens.numel() > 0, "cu_seqlens", "at least [0]", "an empty tensor")
     return _moe_sequence_loss(logits, indices, cu_seqlens, float(alpha), score)
@@ -172,6 +175,9 @@ def moe_dispatch(
     *,
     num_experts: int,
     alignment: int = 1,
+    quantize: bool = False,
+    power_of_two: bool = False,
+    scale_layout: str = "row",
     capacity: int | None = None,
 ) -> Dispatched:
     """Copies each token's row to a slot of each of its experts.
@@ -180,39 +186,49 @@ def moe_dispatch(
     expert's slots begin at a multiple of `alignment`. Shapes depend on shapes only, so nothing waits for the device.
 
     Args:
-        x: [T, H], float32, bfloat16, float16 or float64.
+        x: [T, H], float32, bfloat16, float16 or float64 (no float64 with `quantize`).
         indices: int32 or int64 [T, K]; -1 drops that pair. The same expert twice in a row is allowed.
         weights: [T, K], floating point; kept in the handle for `moe_combine`.
         num_experts: E.
         alignment: rows; 128 suits tiles of 128, 1 wastes nothing.
+        quantize: the rows become e4m3 codes with scales, as `quantize_1x128(x)` makes them.
+        power_of_two, scale_layout: as in `quantize_1x128`.
         capacity: S, a multiple of the alignment. Pairs whose slot would be S or above are dropped, and their number is
             `handle.overflow`. None takes T K + min(E, T K) (alignment - 1), rounded up, which always suffices.
 
     Returns:
         Dispatched(data [S, H], scales, offsets int32 [E+1], counts int32 [E], handle). Rows of `data` beyond
-        offsets[e] + counts[e] are padding, with unspecified content. Differentiable in x; the weights get their
-        gradient from `moe_combine`.
+        offsets[e] + counts[e] are padding, with unspecified content, like their scales. scales is None, or float32
+        [S, ceil(H/128)]. Differentiable in x unless quantised; the weights get their gradient from `moe_combine`.
 
     Raises:
         ValueError: an index below -1, or E or above (CPU tensors; the kernels drop such a pair).
     """
     args = Arguments("moe_dispatch")
-    x = args.tensor("x", x, ("T", "H"), FLOATS)
+    x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if quantize else FLOATS)
     indices = args.tensor("indices", indices, ("T", "K"), INDICES)
     weights = args.tensor("weights", weights, ("T", "K"), FLOATS)
     args.require(num_experts >= 1, "num_experts", "at least 1", num_experts)
     args.require(alignment >= 1, "alignment", "at least 1", alignment)
+    args.choice("scale_layout", scale_layout, ("row", "column"))
     if capacity is None:
         pairs = indices.shape[0] * indices.shape[1]
         capacity = pairs + min(num_experts, pairs) * (alignment - 1)
         capacity = (capacity + alignment - 1) // alignment * alignment
     args.require(
-        capacity >= 0 and capacity % alignment == 0, "capacity", f"a multiple of alignment={alignment}", capacity
+        capacity >= 0 and capacity % alignment == 0,
+        "capacity",
+        lambda: f"a multiple of alignment={alignment}",
+        capacity,
     )
     args.require(capacity < 2**31, "capacity", "below 2**31 slots", capacity, "dispatch fewer tokens at a time")
     slot_of, token_of_slot, offsets, counts, overflow = _moe_plan(indices, num_experts, alignment, capacity)
     handle = Handle(slot_of, token_of_slot, offsets, counts, weights, overflow)
-    return Dispatched(_moe_permute(x, slot_of, token_of_slot), None, offsets, counts, handle)
+    if quantize:
+        data, scales = _moe_permute_quantize(x, slot_of, token_of_slot, power_of_two, scale_layout)
+    else:
+        data, scales = _moe_permute(x, slot_of, token_of_slot), None
+    return Dispatched(data, scales, offsets, counts, handle)
 
 
 def moe_combine(
@@ -253,13 +269,14 @@ def moe_combine(
 def moe_mlp(
     x: Tensor,
     routing: Routing,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | tuple[Tensor, Tensor],
+    down: Tensor | tuple[Tensor, Tensor],
     *,
     shared: Tensor | None = None,
     residual: Tensor | None = None,
     alignment: int = 1,
     capacity: int | None = None,
+    power_of_two: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The routed experts of a layer: sum over k of weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t).
@@ -267,30 +284,56 @@ def moe_mlp(
     e is indices[t, k]; the steps are dispatch, grouped GEMM, SwiGLU, grouped GEMM, combine.
 
     Args:
-        x: [T, H], in the weights' dtype.
+        x: [T, H], in the weights' dtype; bfloat16, float16 or float32 where the weights are FP8.
         routing: what `moe_route` returned.
-        gate_up: [E, 2I, H], gate rows first; float32, bfloat16, float16 or float64.
-        down: [E, H, I].
+        gate_up: [E, 2I, H], gate rows first; float32, bfloat16, float16 or float64. Or FP8: a pair (float8_e4m3fn
+            [E, 2I, H], float32 scales [E, ceil(2I/128), ceil(H/128)]), as `quantize_128x128` makes it.
+        down: [E, H, I], or (float8_e4m3fn [E, H, I], float32 [E, ceil(H/128), ceil(I/128)]), like gate_up.
         shared, residual, out_dtype: as in `moe_combine`.
         alignment, capacity: as in `moe_dispatch`.
+        power_of_two: how activations are quantised for FP8 weights: once in dispatch, once after SwiGLU.
 
     Returns:
         [T, H] in out_dtype (x's by default). Differentiable in x, the routing weights, gate_up, down, shared and
-        residual.
+        residual; with FP8 weights, in the routing weights, shared and residual only.
     """
     args = Arguments("moe_mlp")
-    x = args.tensor("x", x, ("T", "H"), FLOATS)
-    gate_up = args.tensor("gate_up", gate_up, ("E", "2I", "H"), x.dtype)
-    args.require(gate_up.shape[1] % 2 == 0, "gate_up", "even in its middle axis", list(gate_up.shape))
-    args.sizes["I"] = gate_up.shape[1] // 2
-    down = args.tensor("down", down, ("E", "H", "I"), x.dtype)
-    dispatched = moe_dispatch(
-        x, routing.indices, routing.weights, num_experts=gate_up.shape[0], alignment=alignment, capacity=capacity
+    fp8 = isinstance(gate_up, (tuple, list))
+    args.require(
+        isinstance(down, (tuple, list)) == fp8,
+        "down",
+        "a pair (fp8, scales) like gate_up" if fp8 else "a tensor like gate_up",
+        type(down).__name__,
     )
-    groups = dispatched.offsets, dispatched.counts
-    hidden = swiglu(_grouped_gemm(dispatched.data, gate_up, *groups))
-    y = _grouped_gemm(hidden, down, *groups)
-    return moe_combine(y, dispatched.handle, shared=shared, residual=residual, out_dtype=out_dtype)
+    if not isinstance(routing, tuple) or len(routing) < 2:
+        raise TypeError(f"moe_mlp: routing must be what moe_route returned, got {type(routing).__name__}")
+    indices, weights = routing[:2]
+    (gate_up, gate_up_scales), (down, down_scales) = (gate_up, down) if fp8 else ((gate_up, None), (down, None))
+    x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if fp8 else FLOATS)
+    gate_up = args.tensor("gate_up", gate_up, ("E", "2I", "H"), E4M3 if fp8 else x.dtype)
+    experts, double, hidden = gate_up.shape
+    args.require(double % 2 == 0, "gate_up", "even in its middle axis", list(gate_up.shape))
+    args.sizes["I"] = double // 2
+    down = args.tensor("down", down, ("E", "H", "I"), E4M3 if fp8 else x.dtype)
+    if fp8:
+        blocks = [-(-size // 128) for size in (double, hidden, double // 2)]
+        args.tensor("the scales of gate_up", gate_up_scales, (experts, *blocks[:2]), torch.float32)
+        args.tensor("the scales of down", down_scales, (experts, *blocks[1:]), torch.float32)
+
+    scaling = dict(power_of_two=power_of_two, scale_layout="column")
+    dispatched = moe_dispatch(
+        x, indices, weights, num_experts=experts, alignment=alignment, capacity=capacity, quantize=fp8, **scaling
+    )
+    data, scales, offsets, counts, handle = dispatched
+    if fp8:
+        groups = dict(offsets=offsets, counts=counts)
+        pre = grouped_fp8_gemm(data, scales, gate_up, gate_up_scales, out_dtype=x.dtype, **groups)
+        inner, inner_scales = swiglu_quantize(pre, **scaling, **groups)
+        y = grouped_fp8_gemm(inner, inner_scales, down, down_scales, out_dtype=x.dtype, **groups)
+    else:
+        inner = swiglu(_grouped_gemm(data, gate_up, offsets, counts))
+        y = _grouped_gemm(inner, down, offsets, counts)
+    return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
 
 
 # moe_route
@@ -335,11 +378,7 @@ _moe_route_backward = register(
 def _loss_validate(logits: Tensor, indices: Tensor, cu_seqlens: Tensor | None, alpha: float, score: str) -> None:
     _check_indices("moe_sequence_loss", indices, logits.shape[1])
     if cu_seqlens is not None:
-        ends = [int(cu_seqlens[0]), int(cu_seqlens[-1])]
-        if ends != [0, logits.shape[0]] or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(
-                f"moe_sequence_loss: cu_seqlens must rise from 0 to T={logits.shape[0]}, got {cu_seqlens.tolist()}"
-            )
+        check_cu_seqlens("moe_sequence_loss", "cu_seqlens", cu_seqlens, logits.shape[0])
 
 
 def _loss_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -420,6 +459,22 @@ _moe_permute = register(
 )
 
 
+def _permute_quantize_fake(
+    x: Tensor, slot_of: Tensor, token_of_slot: Tensor, power_of_two: bool, scale_layout: str
+) -> tuple[Tensor, Tensor]:
+    slots, hidden = token_of_slot.shape[0], x.shape[1]
+    scales = x.new_empty((slots, -(-hidden // 128)), dtype=torch.float32)
+    return x.new_empty((slots, hidden), dtype=E4M3), reference.scale_storage(scales, scale_layout)
+
+
+_moe_permute_quantize = register(
+    "moe_permute_quantize(Tensor x, Tensor slot_of, Tensor token_of_slot, bool power_of_two, str scale_layout) -> "
+    "(Tensor data, Tensor scales)",
+    reference=reference.moe_permute_quantize,
+    fake=_permute_quantize_fake,
+)
+
+
 # moe_combine
 
 
@@ -469,6 +524,10 @@ _moe_combine_backward = register(
 # The grouped GEMM of unquantised experts
 
 
+def _gemm_validate(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> None:
+    check_groups("grouped_gemm", offsets, counts, a.shape[0])
+
+
 def _gemm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -484,6 +543,7 @@ _grouped_gemm = register(
     "grouped_gemm(Tensor a, Tensor b, Tensor offsets, Tensor counts) -> Tensor",
     reference=reference.grouped_gemm,
     fake=lambda a, b, offsets, counts: a.new_empty((a.shape[0], b.shape[1])),
+    validate=_gemm_validate,
     setup_context=_gemm_setup,
     backward=_gemm_grad,
 )

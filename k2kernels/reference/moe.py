@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.reference._numeric import wide
+from k2kernels.reference.quant import column_layout, quantize_1x128
 
 
 def moe_route(
@@ -135,6 +136,19 @@ def moe_plan(
 def moe_permute(x: Tensor, slot_of: Tensor, token_of_slot: Tensor) -> Tensor:
     """[S, H]: the token's row in each of its slots, zeros in the others."""
     return _rows(x, token_of_slot)
+
+
+def moe_permute_quantize(
+    x: Tensor, slot_of: Tensor, token_of_slot: Tensor, power_of_two: bool, scale_layout: str
+) -> tuple[Tensor, Tensor]:
+    """`moe_permute` of the codes [T, H] and the scales [T, ceil(H/128)] of x."""
+    data, scales = quantize_1x128(x, power_of_two)
+    codes = _rows(data.view(torch.uint8), token_of_slot)  # bytes: few operations know float8
+    return codes.view(data.dtype), scale_storage(_rows(scales, token_of_slot), scale_layout)
+
+
+def scale_storage(scales: Tensor, scale_layout: str) -> Tensor:
+    return column_layout(scales) if scale_layout == "column" else scales
 
 
 def moe_combine(

@@ -16,6 +16,7 @@ from k2kernels.ops.moe import (
     moe_sequence_loss,
     moe_update_bias,
 )
+from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128
 from k2kernels.testing.compare import check_close, check_op
 
 F64 = torch.float64
@@ -261,7 +262,7 @@ def test_sequence_loss_edges():
 def test_sequence_loss_bad_arguments():
     logits, indices = torch.zeros(4, 8), torch.zeros(4, 2, dtype=torch.int32)
     for ends in ([0, 3], [1, 4], [0, 3, 2, 4]):
-        with pytest.raises(ValueError, match=r"moe_sequence_loss: cu_seqlens must rise from 0 to T=4, got \[\d"):
+        with pytest.raises(ValueError, match=r"moe_sequence_loss: cu_seqlens must rise from 0 to 4 .*, got \[\d"):
             moe_sequence_loss(logits, indices, top_k=2, alpha=1.0, cu_seqlens=torch.tensor(ends))
     with pytest.raises(ValueError, match=r"top_k must be the width of indices, 2, got 3"):
         moe_sequence_loss(logits, indices, top_k=3, alpha=1.0)
@@ -670,6 +671,97 @@ def test_mlp_bad_arguments():
         moe_mlp(x, routing, gate_up[:, :5], down)
 
 
+# FP8
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("scale_layout", ["row", "column"])
+def test_quantised_dispatch_moves_the_codes_of_each_row(power_of_two, scale_layout):
+    tokens, experts, top_k, hidden = 13, 8, 3, 320  # the last group has 64 elements
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16) * torch.logspace(-3, 3, tokens)[:, None]
+    x[2, 5] = math.nan
+    indices, weights = make_indices("some dropped", tokens, top_k, experts), torch.rand(tokens, top_k)
+    got = moe_dispatch(
+        x,
+        indices,
+        weights,
+        num_experts=experts,
+        alignment=4,
+        quantize=True,
+        power_of_two=power_of_two,
+        scale_layout=scale_layout,
+    )
+    plain = moe_dispatch(x, indices, weights, num_experts=experts, alignment=4)
+    assert all(torch.equal(a, b) for a, b in zip(got.handle, plain.handle))
+    real = got.handle.token_of_slot >= 0
+    data, scales = quantize_1x128(plain.data[real], power_of_two=power_of_two)
+    assert torch.equal(got.data[real].view(torch.uint8), data.view(torch.uint8))
+    assert torch.equal(got.scales[real], scales)
+    slots = got.data.shape[0]
+    assert got.scales.shape == (slots, 3)
+    assert got.scales.stride() == ((3, 1) if scale_layout == "row" else (1, -(-slots // 4) * 4))
+
+
+def make_fp8_mlp(tokens, experts, hidden, intermediate, dtype):
+    x, gate_up, down = make_mlp(tokens, experts, hidden, intermediate, torch.float32)
+    return x.to(dtype), quantize_128x128(gate_up), quantize_128x128(down)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_fp8_mlp_of_the_quantised_operands(power_of_two, alignment):
+    tokens, experts, top_k = 21, 4, 2
+    x, gate_up, down = make_fp8_mlp(tokens, experts, 192, 96, torch.float32)
+    indices, weights = make_indices("some dropped", tokens, top_k, experts), torch.rand(tokens, top_k)
+    routing = Routing(indices, weights, None)
+    shared = torch.randn(tokens, 192)
+    got = moe_mlp(x, routing, gate_up, down, shared=shared, power_of_two=power_of_two, alignment=alignment)
+
+    def rounded(t):  # to what the codes and scales hold
+        return dequantize(*quantize_1x128(t.float(), power_of_two=power_of_two), dtype=F64)
+
+    w_up, w_down = (dequantize(*w, block=(128, 128), dtype=F64) for w in (gate_up, down))
+    want = shared.double()
+    for t, k in itertools.product(range(tokens), range(top_k)):
+        if (e := indices[t, k]) >= 0:
+            gate, up = (rounded(x[t : t + 1]) @ w_up[e].T).chunk(2, dim=-1)
+            want[t] += weights[t, k] * (rounded(F.silu(gate) * up) @ w_down[e].T)[0]
+    check_close(got, want, budget=2e-5)
+
+
+def test_fp8_mlp_is_near_the_unquantised_one():
+    x, gate_up, down = make_fp8_mlp(64, 8, 256, 128, torch.bfloat16)
+    routing = moe_route(torch.randn(64, 8), top_k=2)
+    got = moe_mlp(x, routing, gate_up, down)
+    assert got.dtype == torch.bfloat16
+    w_up, w_down = (dequantize(*w, block=(128, 128), dtype=F64) for w in (gate_up, down))
+    want = dense_mlp(x.double(), routing.indices, routing.weights.double(), w_up, w_down)
+    # Two quantisations of about 2.6e-2 relative error each.
+    assert (got.double() - want).norm() / want.norm() < 0.05
+
+
+def test_fp8_mlp_gradient_flows_to_the_routing_weights_only():
+    x, gate_up, down = make_fp8_mlp(8, 4, 128, 64, torch.float32)
+    logits = torch.randn(8, 4, requires_grad=True)
+    moe_mlp(x, moe_route(logits, top_k=2), gate_up, down).square().sum().backward()
+    assert logits.grad.abs().max() > 0
+    with pytest.raises(RuntimeError, match="this op has no backward"):
+        moe_mlp(x.requires_grad_(), moe_route(logits, top_k=2), gate_up, down).sum().backward()
+
+
+def test_fp8_mlp_bad_arguments():
+    x, gate_up, down = make_fp8_mlp(8, 4, 128, 192, torch.float32)
+    routing = moe_route(torch.randn(8, 4), top_k=2)
+    with pytest.raises(ValueError, match=r"moe_mlp: down must be a pair .fp8, scales. like gate_up, got Tensor"):
+        moe_mlp(x, routing, gate_up, down[0])
+    with pytest.raises(ValueError, match=r"moe_mlp: the scales of down must be \[4, 1, 2\] float32, got \[4, 2, 1\]"):
+        moe_mlp(x, routing, gate_up, (down[0], down[1].mT))
+    with pytest.raises(TypeError, match=r"moe_mlp: x must be .*, got \[8, 128\] float64"):
+        moe_mlp(x.double(), routing, gate_up, down)
+    with pytest.raises(TypeError, match=r"moe_mlp: routing must be what moe_route returned, got Tensor"):
+        moe_mlp(x, routing.indices, gate_up, down)
+
+
 # What every op must pass
 
 
@@ -702,6 +794,8 @@ def test_registration():
     d = moe_dispatch(x.detach(), routing.indices, routing.weights, num_experts=8, alignment=4)
     slots = d.handle.slot_of, d.handle.token_of_slot
     check_op(moe._moe_permute, (x, *slots), differentiable=True)
+    for layout in ("row", "column"):
+        check_op(moe._moe_permute_quantize, (x, *slots, False, layout))
     y = torch.randn(d.data.shape, requires_grad=True)
     shared = torch.randn(7, 16, dtype=torch.bfloat16, requires_grad=True)
     check_op(moe._moe_combine, (y, *slots, weights, shared, None, torch.bfloat16), differentiable=True)
@@ -734,6 +828,16 @@ def test_mlp_compiles_with_its_backward_for_any_number_of_tokens():
         assert torch.equal(got, want)
         for g, w in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs)):
             assert torch.equal(g, w)
+
+
+def test_fp8_mlp_compiles():
+    x, gate_up, down = make_fp8_mlp(9, 4, 128, 64, torch.bfloat16)
+    routing = moe_route(torch.randn(9, 4), top_k=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(moe_mlp, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (9, 5):
+        inputs = x[:tokens], Routing(*(t[:tokens] for t in routing))
+        assert torch.equal(compiled(*inputs, gate_up, down), moe_mlp(*inputs, gate_up, down))
 
 
 def test_handle_crosses_compiled_regions():
