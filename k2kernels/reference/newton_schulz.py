@@ -58,8 +58,8 @@ def polar_express(steps: int, lower: float = 1e-3, safety: float = 1.01) -> tupl
     """Coefficients of the Polar Express schedule (arXiv 2505.16932), in float64.
 
     Step t takes the odd quintic that is closest to 1 on the interval where the singular values can be by then, starting
-    from [lower, 1]. All but the last are evaluated at x / safety, so that singular values that rounding has put a little
-    above 1 stay inside. Once the interval has shrunk to 1 the same polynomial (15/8, -10/8, 3/8) repeats.
+    from [lower, 1]. All but the last are evaluated at x / safety, so that singular values pushed slightly above 1 by
+    rounding stay inside. Once the interval has shrunk to 1 the same polynomial (15/8, -10/8, 3/8) repeats.
     """
     result = []
     low, high = lower, 1.0

@@ -1,0 +1,307 @@
+"""Muon: momentum, orthogonalised matrix by matrix.
+
+    M <- M + (1 - mu) (G - M);   O = NewtonSchulz(M, or G + mu (M - G) with Nesterov)
+    W <- (1 - lr wd) W - lr rms_scale sqrt(max(m, n)) O
+
+Source: Jordan et al., "Muon" (2024); update scale: Liu et al., "Muon is scalable for LLM training" (arXiv
+2502.16982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from k2kernels.ops._check import FLOATS
+from k2kernels.ops.newton_schulz import newton_schulz_grouped
+
+
+class Blocks(NamedTuple):
+    """Matrices of one shape that are orthogonalised one by one: views [k, m, n] into what the optimizer updates."""
+
+    parameter: Tensor
+    grad: Tensor
+    momentum: Tensor
+
+
+class Muon(Optimizer):
+    """Muon for matrices [m, n] and stacks of matrices [E, m, n].
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as any torch optimizer takes them.
+        lr: learning rate; with `rms_scale` 0.2 one that suits AdamW suits Muon too.
+        weight_decay: decoupled; W shrinks by lr * weight_decay, without the update's scale.
+        momentum: decay of the gradient's average.
+        nesterov: mix the gradient into the average once more before orthogonalising.
+        rms_scale: root mean square of an update's elements, about, in units of lr: updates are scaled by
+            rms_scale * sqrt(max(m, n)).
+        schedule, steps: as in `k2kernels.newton_schulz`.
+        momentum_dtype: how the momentum is stored, float32 or bfloat16; float64 parameters always have a float64 one.
+        iterate_dtype: as in `k2kernels.newton_schulz`; None takes float16 on a GPU, float32 on a CPU, and float64 for
+            float64 parameters.
+        max_elements: matrices are stacked and orthogonalised together up to this many elements, which bounds the
+            memory a step needs. Results do not depend on it (to the bit on a CPU with one thread).
+
+    A step computes in float32 (float64 for float64) and rounds half-precision parameters once. Gradients are not
+    changed. A parameter whose gradient is None is left alone with its state: no decay, no momentum. A gradient with
+    NaN or an infinity makes that matrix NaN, as in torch's optimizers; others are unaffected. With a
+    torch.amp.GradScaler, a step with overflow changes nothing.
+
+    Raises:
+        ValueError: for an option out of range or a parameter that is no matrix or stack of matrices.
+        TypeError: for complex parameters and sparse gradients.
+    """
+
+    # GradScaler then calls step() also on overflow and leaves scale and verdict in `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        rms_scale: float = 0.2,
+        schedule: str | Sequence[Sequence[float]] = "quintic",
+        steps: int = 5,
+        momentum_dtype: torch.dtype = torch.float32,
+        iterate_dtype: torch.dtype | None = None,
+        max_elements: int = 2**27,
+    ):
+        defaults = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            rms_scale=rms_scale,
+            schedule=schedule,
+            steps=steps,
+        )
+        self._configure(momentum_dtype, iterate_dtype, max_elements)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in any torch optimizer; matrices and stacks of matrices only."""
+        super().add_param_group(param_group)
+        self._check_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what `closure`, if given, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = getattr(self, "grad_scale", None)
+        if float(getattr(self, "found_inf", 0)) > 0:
+            self._skipped()
+            return loss
+        self._prepare()
+        for group in self.param_groups:
+            self._update(group, 1.0 if scale is None else float(scale))
+        self._updated()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, to the bit.
+
+        Raises:
+            ValueError: when names, shapes, dtypes or the kind of state do not fit this optimizer.
+        """
+        self._check_state_dict(state_dict)
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype, which would round the float32 momentum of bfloat16 parameters.
+        for saved_id, p in self._saved_parameters(state_dict):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                device = "cpu" if key == "step" else p.device
+                self.state[p][key] = value.detach().clone().to(device)
+
+    def _configure(self, momentum_dtype: Any, iterate_dtype: Any, max_elements: int) -> None:
+        """Checks and keeps the options that concern how, not what, is computed."""
+        self._name = type(self).__name__
+        if momentum_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{self._name}: momentum_dtype must be float32 or bfloat16, got {momentum_dtype!r}")
+        if iterate_dtype is not None and iterate_dtype not in FLOATS:
+            raise ValueError(f"{self._name}: iterate_dtype must be None or one of {FLOATS}, got {iterate_dtype!r}")
+        if max_elements < 1:
+            raise ValueError(f"{self._name}: max_elements must be at least 1, got {max_elements}")
+        self._momentum_dtype, self._iterate_dtype, self._max_elements = momentum_dtype, iterate_dtype, max_elements
+        self._row_splits: dict[Tensor, tuple[int, ...]] = {}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for key in ("lr", "weight_decay", "momentum", "rms_scale"):
+            if not 0 <= float(group[key]) < (1 if key == "momentum" else math.inf):
+                limit = "in [0, 1)" if key == "momentum" else "finite and at least 0"
+                raise ValueError(f"{self._name}: {key} must be {limit}, got {group[key]}")
+        # Checks schedule and steps, as every step will.
+        newton_schulz_grouped([], schedule=group["schedule"], steps=group["steps"])
+        for i, p in enumerate(group["params"]):
+            if p.is_complex():
+                raise TypeError(f"{self._name}: complex parameters are not supported, got {list(p.shape)} {p.dtype}")
+            if p.ndim not in (2, 3):
+                name = group.get("param_names", [f"parameter {i}"] * (i + 1))[i]
+                raise ValueError(
+                    f"{self._name}: {name} must be a matrix [m, n] or a stack of matrices [E, m, n], "
+                    f"got {list(p.shape)}; MuonClip sends such parameters to AdamW"
+                )
+
+    def _prepare(self) -> None:
+        """Refuses what cannot be served, before anything has changed."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise TypeError(f"{self._name}: gradients must be dense, got {p.grad.layout} for {list(p.shape)}")
+
+    def _update(self, group: dict[str, Any], grad_scale: float) -> None:
+        """One step of a parameter group."""
+        blocks = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p, dtype=self._stored(p))
+            views = (_cut(t, self._row_splits.get(p)) for t in (p, p.grad, state["momentum_buffer"]))
+            blocks += [Blocks(*view) for view in zip(*views)]
+        muon_update(
+            blocks,
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            rms_scale=group["rms_scale"],
+            schedule=group["schedule"],
+            steps=group["steps"],
+            iterate_dtype=self._iterate_dtype,
+            max_elements=self._max_elements,
+            grad_scale=grad_scale,
+        )
+
+    def _skipped(self) -> None:
+        """Called instead of the updates when the gradients overflowed."""
+
+    def _updated(self) -> None:
+        """Called after the updates of a step."""
+
+    def _stored(self, p: Tensor) -> torch.dtype:
+        return torch.float64 if p.dtype == torch.float64 else self._momentum_dtype
+
+    def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the state that a parameter has after its first step."""
+        return {"momentum_buffer": (tuple(p.shape), self._stored(p))}
+
+    def _optional_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The same for state that depends on other things than the parameter's own updates."""
+        return {}
+
+    def _saved_parameters(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        return zip(saved, chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def require(got: Any, wanted: Any, what: str) -> None:
+            if got != wanted:
+                raise ValueError(f"{self._name}.load_state_dict: {what} must be {wanted}, got {got}")
+
+        saved_groups = state_dict["param_groups"]
+        require(len(saved_groups), len(self.param_groups), "number of parameter groups")
+        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
+            require(len(saved["params"]), len(group["params"]), f"number of parameters of group {i}")
+            require(saved.get("method"), group.get("method"), f"method of group {i}")
+            names = group.get("param_names") or list(map(str, saved["params"]))
+            for name, saved_name in zip(names, saved.get("param_names") or names):
+                require(saved_name, name, f"parameter names of group {i}")
+            for saved_id, p, name in zip(saved["params"], group["params"], names):
+                entries = state_dict["state"].get(saved_id, {})
+                expected, optional = self._state_of(group, p), self._optional_state_of(p)
+                if core := sorted(entries.keys() - optional.keys()):
+                    require(core, sorted(expected), f"state of {name}")
+                expected |= optional
+                for key, value in entries.items():
+                    require((tuple(value.shape), value.dtype), expected[key], f"{key} of {name}")
+
+
+def muon_update(
+    blocks: Sequence[Blocks],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    rms_scale: float,
+    schedule: str | Sequence[Sequence[float]],
+    steps: int,
+    iterate_dtype: torch.dtype | None,
+    max_elements: int,
+    grad_scale: float = 1.0,
+) -> None:
+    """One Muon step of every block, in place; matrices of one shape are stacked and orthogonalised together."""
+    for chunk in _chunks(blocks, max_elements):
+        wide = torch.float64 if chunk[0].parameter.dtype == torch.float64 else torch.float32
+        buckets: dict[tuple[int, ...], list[Blocks]] = defaultdict(list)
+        for block in chunk:
+            buckets[tuple(block.parameter.shape[1:])].append(block)
+        directions = newton_schulz_grouped(
+            [_direction(bucket, wide, momentum, nesterov, grad_scale) for bucket in buckets.values()],
+            schedule=schedule,
+            steps=steps,
+            iterate_dtype=iterate_dtype or (torch.float16 if chunk[0].parameter.is_cuda else wide),
+        )
+        for (shape, bucket), direction in zip(buckets.items(), directions):
+            parameters = [block.parameter for block in bucket]
+            updated = [p if p.dtype == wide else p.to(wide) for p in parameters]
+            torch._foreach_mul_(updated, 1 - lr * weight_decay)
+            scale = lr * rms_scale * math.sqrt(max(shape))
+            torch._foreach_add_(updated, direction.split([len(p) for p in parameters]), alpha=-scale)
+            for p, u in zip(parameters, updated):
+                if u is not p:
+                    p.copy_(u)
+
+
+def _direction(bucket: list[Blocks], dtype: torch.dtype, momentum: float, nesterov: bool, grad_scale: float) -> Tensor:
+    """Updates the momentum of matrices of one shape and stacks what is to be orthogonalised [B, m, n]."""
+    sizes = [len(block.grad) for block in bucket]
+    grad = torch.cat([block.grad for block in bucket]).to(dtype)
+    if grad_scale != 1:
+        grad /= grad_scale
+    average = torch.cat([block.momentum for block in bucket]).to(dtype)
+    average.lerp_(grad, 1 - momentum)
+    for block, new in zip(bucket, average.split(sizes)):
+        block.momentum.copy_(new)
+    return grad.lerp_(average, momentum) if nesterov else average
+
+
+def _cut(t: Tensor, rows: tuple[int, ...] | None) -> Sequence[Tensor]:
+    """Views [k, m, n] of a matrix or a stack of matrices, cut into blocks of `rows`."""
+    t = t if t.ndim == 3 else t.unsqueeze(0)
+    return (t,) if rows is None else t.split(rows, dim=1)
+
+
+def _chunks(blocks: Sequence[Blocks], max_elements: int) -> Iterator[list[Blocks]]:
+    """Runs of blocks of one device and precision, equal shapes together, of at most `max_elements` (or one matrix)."""
+
+    def kind(block: Blocks) -> tuple[Any, ...]:
+        p = block.parameter
+        return str(p.device), p.dtype == torch.float64, tuple(p.shape[1:])
+
+    chunk: list[Blocks] = []
+    room = max_elements
+    for block in sorted((b for b in blocks if b.parameter.numel()), key=kind):
+        _, m, n = block.parameter.shape
+        for part in map(Blocks._make, zip(*(t.split(max(1, max_elements // (m * n))) for t in block))):
+            if chunk and (part.parameter.numel() > room or kind(part)[:2] != kind(chunk[0])[:2]):
+                yield chunk
+                chunk, room = [], max_elements
+            chunk.append(part)
+            room -= part.parameter.numel()
+    if chunk:
+        yield chunk

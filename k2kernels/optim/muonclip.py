@@ -1,0 +1,287 @@
+"""MuonClip: Muon for the hidden matrices, AdamW for the rest, QK-Clip after each update.
+
+Source: Kimi K2 technical report (2025), section 2.1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from k2kernels._backend import UnsupportedError
+from k2kernels.optim.adamw import adamw_update
+from k2kernels.optim.muon import Muon
+from k2kernels.optim.qk_clip import ClipReport, ClipTarget, QKClip, find_targets, resolve_targets, scale_rows
+from k2kernels.optim.routing import METHODS, Route, route, row_splits
+
+_WHERE_POSSIBLE = QKClip()  # the default: clip if the model can tell its logits
+
+
+class MuonClip(Muon):
+    """Muon, AdamW and QK-Clip in one optimizer with two parameter groups: [0] "muon", [1] "adamw".
+
+    Args:
+        model_or_named_parameters: a module, or (name, parameter) pairs such as `model.named_parameters()`.
+        lr: learning rate; at rms_scale 0.2 Muon's updates are as large as AdamW's.
+        weight_decay, momentum, nesterov, rms_scale: as in `Muon`.
+        adamw: options of the other group: lr (default: the same lr), betas (0.9, 0.95), eps 1e-8 and weight_decay
+            (default: the same).
+        qk_clip: a `QKClip`, or None: no clipping. By default QKClip() when the model has `max_logits()`, else a
+        warning. splits: glob pattern of names -> how a fused matrix is cut by rows before orthogonalisation:
+        "gate_up" (two equal
+            blocks), "heads" (one block per attention head), a number of equal blocks, a list of block sizes, or None
+            (not at all). The first pattern that matches wins. By default "*gate_up_proj*" is cut in two, and
+            kv_a_proj_with_mqa into latent and rope rows.
+        rules: glob pattern of names -> "muon" or "adamw", over the default routing (see `routing_table`).
+        router: the method of the expert router's matrix.
+        schedule, steps, momentum_dtype, iterate_dtype, max_elements: as in `Muon`.
+        process_group: must be None.
+
+    The order of a step: Muon and AdamW updates with weight decay; QK-Clip with the largest logits since the last
+    step; `model.reset_max_logits()`. Layers whose query or key weights do not require a gradient are not clipped.
+    When a step is skipped by a torch.amp.GradScaler, the maxima are reset and nothing else happens; a loop that skips
+    steps by itself calls `reset_max_logits()`.
+
+    `last_clip` is {layer: ClipReport(max_logit [H], gamma [H])} of the last step. A head whose maximum is NaN or +inf
+    is not scaled; on a CPU there is a warning, on a GPU (where the host would have to wait) only
+    `last_clip[layer].non_finite`.
+
+    Raises:
+        ValueError: for options out of range, patterns that match nothing, sizes that do not fit.
+        UnsupportedError: for a process group.
+    """
+
+    def __init__(
+        self,
+        model_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
+        lr: float,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        rms_scale: float = 0.2,
+        adamw: Mapping[str, Any] | None = None,
+        qk_clip: QKClip | None = _WHERE_POSSIBLE,
+        splits: Mapping[str, str | int | Sequence[int] | None] | None = None,
+        rules: Mapping[str, str] | None = None,
+        router: str = "muon",
+        schedule: str | Sequence[Sequence[float]] = "quintic",
+        steps: int = 5,
+        momentum_dtype: torch.dtype = torch.float32,
+        iterate_dtype: torch.dtype | None = None,
+        max_elements: int = 2**27,
+        process_group: None = None,
+    ):
+        if process_group is not None:
+            raise UnsupportedError("MuonClip: process_group must be None; updates are not distributed yet")
+        self._configure(momentum_dtype, iterate_dtype, max_elements)
+        model = model_or_named_parameters if isinstance(model_or_named_parameters, nn.Module) else None
+        named = _named(model_or_named_parameters)
+        self._table = route(named, model=model, rules=rules, router=router)
+        parameters = dict(named)
+        self._set_up_clip(qk_clip, model, parameters)
+        latent, heads = _fused_rows(model, parameters)
+        self._cuts = row_splits(self._table, splits, known=latent, heads=heads)
+        self._row_splits = {parameters[name]: rows for name, rows in self._cuts.items()}
+
+        muon = dict(
+            method="muon",
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            rms_scale=rms_scale,
+            schedule=schedule,
+            steps=steps,
+            step=0,
+        )
+        rest = dict(method="adamw", lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+        unknown = set(adamw or {}) - {"lr", "betas", "eps", "weight_decay"}
+        if unknown:
+            raise ValueError(f"MuonClip: adamw takes lr, betas, eps and weight_decay, got {sorted(unknown)}")
+        rest.update(adamw or {})
+        groups = []
+        for options in (muon, rest):
+            members = [pair for pair, row in zip(named, self._table) if row.method == options["method"]]
+            names, tensors = [name for name, _ in members], [p for _, p in members]
+            groups.append(dict(params=tensors, param_names=names, **options))
+        Optimizer.__init__(self, groups, dict(lr=lr, weight_decay=weight_decay))
+
+    def routing_table(self) -> list[Route]:
+        """(name, shape, "muon" or "adamw", reason) of every parameter; the reason also tells how a matrix is cut."""
+        table = []
+        for row in self._table:
+            cut = self._cuts.get(row.name)
+            table.append(row._replace(reason=f"{row.reason}, rows cut {_sizes(cut)}") if cut else row)
+        return table
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds (name, parameter) pairs with "method" "muon" or "adamw"; other options default to that group's."""
+        method = param_group.get("method")
+        if method not in METHODS:
+            raise ValueError(f"MuonClip.add_param_group: method must be 'muon' or 'adamw', got {method!r}")
+        for group in self.param_groups:
+            if group["method"] == method:
+                for key in group.keys() - {"params", "param_names"}:
+                    param_group.setdefault(key, group[key])
+        super().add_param_group(param_group)
+
+    def reset_max_logits(self) -> None:
+        """Forgets the logits seen since the last step, as `step` does: for loops that skip a step by themselves."""
+        if self._reset_source is not None:
+            self._reset_source()
+
+    def _set_up_clip(self, clip: QKClip | None, model: nn.Module | None, parameters: dict[str, Tensor]) -> None:
+        """Finds the layers to clip and who tells their logits."""
+        self.last_clip: dict[Any, ClipReport] = {}
+        self._clip, self._targets = clip, []
+        self._read_source = self._reset_source = None
+        self._pending: list[tuple[ClipTarget, ClipReport, Tensor | None]] = []
+        if clip is None:
+            return
+        targets, self._read_source, self._reset_source = clip.targets, clip.max_logits, clip.reset_max_logits
+        if model is not None:
+            if targets is None:
+                targets = find_targets(model)
+            source = next((m for m in model.modules() if hasattr(m, "max_logits")), None)
+            if self._read_source is None and source is not None:
+                self._read_source = source.max_logits
+                self._reset_source = self._reset_source or source.reset_max_logits
+        if targets and self._read_source is not None:
+            self._targets = resolve_targets(targets, parameters)
+            return
+        missing = "attention with qk_clip_spec()" if not targets else "max_logits()"
+        message = f"MuonClip: the model has no {missing}; give QKClip(targets=..., max_logits=...) or qk_clip=None"
+        if clip is not _WHERE_POSSIBLE:
+            raise ValueError(message)
+        warnings.warn(message + "; nothing is clipped now", stacklevel=4)
+        self._clip = self._read_source = self._reset_source = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group["method"] == "muon":
+            return super()._check_group(group)
+        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        bad = [key for key in ("lr", "eps", "weight_decay") if not 0 <= float(options[key]) < math.inf]
+        if bad or not all(0 <= beta < 1 for beta in options["betas"]):
+            raise ValueError(f"MuonClip: adamw must have lr, eps, weight_decay >= 0 and betas in [0, 1), got {options}")
+        for name, p in zip(group["param_names"], group["params"]):
+            if p.is_complex():
+                raise TypeError(f"MuonClip: complex parameters are not supported, got {name} {p.dtype}")
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._pending = []
+        if self._clip is None:
+            return
+        maxima, step = self._read_source(), self.param_groups[0]["step"]
+        for target in self._targets:
+            if not all(p.requires_grad for p in target.query + target.key):
+                continue
+            s = maxima.get(target.layer)
+            if s is None or tuple(s.shape) != (target.num_heads,):
+                got = "nothing" if s is None else list(s.shape)
+                raise ValueError(
+                    f"MuonClip: max_logits() must give [{target.num_heads}] for layer {target.layer!r}, got {got}; "
+                    f"it has the layers {list(maxima)}"
+                )
+            s = s.detach().clone()
+            average = None
+            if self._clip.mode != "exact":
+                average = self.state[target.query[0]].get("clip_average")
+                if average is None:
+                    average = torch.ones(target.num_heads, dtype=torch.float64, device=s.device)
+            gamma, average = self._clip.gamma(s, average, step)
+            self._pending.append((target, ClipReport(s, gamma), average))
+
+    def _update(self, group: dict[str, Any], grad_scale: float) -> None:
+        if group["method"] == "muon":
+            return super()._update(group, grad_scale)
+        parameters = [p for p in group["params"] if p.grad is not None]
+        adamw_update(
+            parameters,
+            [p.grad for p in parameters],
+            [self.state[p] for p in parameters],
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            grad_scale=grad_scale,
+        )
+
+    def _updated(self) -> None:
+        if self._clip is not None:
+            self.last_clip = {target.layer: report for target, report, _ in self._pending}
+        for target, report, average in self._pending:
+            if average is not None:
+                self.state[target.query[0]]["clip_average"] = average
+            on_cpu = report.gamma.device.type == "cpu"
+            # Multiplying by 1 changes nothing: it is skipped where looking does not make the host wait.
+            if not on_cpu or bool((report.gamma != 1).any()):
+                scale_rows(target, report.gamma, self._clip.alpha)
+            if on_cpu and bool(report.non_finite.any()):
+                heads = report.non_finite.nonzero().flatten().tolist()
+                warnings.warn(
+                    f"MuonClip: the largest logit of layer {target.layer}, heads {heads}, is not finite; "
+                    "they were not scaled",
+                    stacklevel=4,
+                )
+        self._pending = []
+        self.param_groups[0]["step"] += 1
+        self.reset_max_logits()
+
+    def _skipped(self) -> None:
+        self.reset_max_logits()
+
+    def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if group["method"] == "muon":
+            return super()._state_of(group, p)
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        return {"step": ((), torch.float32), "exp_avg": (tuple(p.shape), wide), "exp_avg_sq": (tuple(p.shape), wide)}
+
+    def _optional_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if self._clip is None or self._clip.mode == "exact":
+            return {}
+        heads = {target.query[0]: target.num_heads for target in self._targets}
+        return {"clip_average": ((heads[p],), torch.float64)} if p in heads else {}
+
+
+def _named(model_or_named_parameters: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(model_or_named_parameters, nn.Module):
+        return list(model_or_named_parameters.named_parameters())
+    named = list(model_or_named_parameters)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in named):
+        raise TypeError(
+            "MuonClip: parameters must be a module or (name, parameter) pairs; pass model.named_parameters()"
+        )
+    if len({name for name, _ in named}) < len(named):
+        raise ValueError("MuonClip: parameter names must be unique")
+    return named
+
+
+def _fused_rows(
+    model: nn.Module | None, parameters: dict[str, Tensor]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """What latent attention tells by name: latent and rope rows of its down projection, heads of the others."""
+    names = {id(p): name for name, p in parameters.items()}
+    latent, heads = {}, {}
+    for path, module in model.named_modules() if model is not None else ():
+        if not hasattr(module, "qk_clip_spec"):
+            continue
+        spec = module.qk_clip_spec()
+        for p in (spec["query"], spec["key"]):
+            heads[names.get(id(p))] = spec["num_heads"]
+        down = f"{path}.kv_a_proj_with_mqa.weight"
+        if down in parameters and spec["rope_dim"]:
+            latent[down] = (parameters[down].shape[0] - spec["rope_dim"], spec["rope_dim"])
+    return latent, heads
+
+
+def _sizes(rows: Sequence[int]) -> str:
+    """2x384 for equal blocks, 512+64 for others."""
+    return f"{len(rows)}x{rows[0]}" if len(set(rows)) == 1 else "+".join(map(str, rows))

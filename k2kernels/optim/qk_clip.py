@@ -1,0 +1,187 @@
+"""QK-Clip: after an update, shrinks the query and key weights of the attention heads whose logits have grown too
+large.
+
+A head whose largest scaled logit S exceeds the threshold tau gets gamma = tau / S. In latent attention the logit is
+q_nope · k_nope + q_rope · k_rope with k_rope shared by all heads, so the head's own rows are scaled:
+q_nope by gamma^alpha, k_nope by gamma^(1 - alpha), q_rope by gamma. k_rope and the values stay as they are.
+
+Source: Kimi K2 technical report (2025), section 2.1; Su, "QK-Clip" (2025, kexue.fm/archives/11126).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("exact", "smooth", "smooth_literal")
+
+
+class ClipTarget(NamedTuple):
+    """The weights behind the logits of one attention layer.
+
+    Rows of `query` are per head [nope | rope], rows of `key` per head [nope | value]; scaling acts on rows only.
+    Without latent attention, nope_dim is the head size and rope_dim 0. Where heads share keys (grouped or multi-query
+    attention), `key` is None: the query takes all of gamma, so that the other heads of a group are not touched.
+    """
+
+    layer: Any  # the key in `max_logits()`
+    query: Any  # a parameter, its name, or several (weight and bias)
+    key: Any
+    num_heads: int
+    nope_dim: int
+    rope_dim: int = 0
+    value_dim: int = 0
+
+
+class ClipReport(NamedTuple):
+    """What QK-Clip saw and did in one layer."""
+
+    max_logit: Tensor  # [H]; -inf: no logit was seen
+    gamma: Tensor  # float64 [H]: the logits' factor; 1: not clipped
+
+    @property
+    def non_finite(self) -> Tensor:
+        """Bool [H]: the maximum was NaN or +inf, so the head was not scaled."""
+        return self.max_logit.isnan() | self.max_logit.isposinf()
+
+
+@dataclass
+class QKClip:
+    """Settings of QK-Clip.
+
+    Args:
+        threshold: tau, or a function of the number of steps done so far. Lower it gradually: a jump from 100 to 30
+            scales every hot head by 0.3 in one step.
+        alpha: how gamma is shared: queries get gamma^alpha, keys gamma^(1 - alpha); their product is exact for any.
+        smoothing: decay of a running average e of gamma, for the two smooth modes; None there means 0.9.
+        mode: "exact" (the paper's, default without smoothing): gamma = tau / S where S > tau, else 1.
+            "smooth" (default with smoothing): max(e, tau / S) where S > tau, but tau / S at once where S > 2 tau,
+            else 1; logits never fall below tau.
+            "smooth_literal": e itself, always. It keeps shrinking a head after S has fallen below tau (with tau 100 a
+            head that once reached 1000 ends at 2.4); for comparison.
+        targets: `ClipTarget`s (or dicts of its fields) for models without `qk_clip_spec()`.
+        max_logits: function that returns {layer: [H]}: the largest scaled logit of each head over all the
+            micro-batches (and ranks) of the step, -inf where none was seen; instead of the model's `max_logits()`.
+        reset_max_logits: function called after each step; instead of the model's `reset_max_logits()`.
+
+    Raises:
+        ValueError: for a value out of range, or a mode that contradicts `smoothing`.
+    """
+
+    threshold: float | Callable[[int], float] = 100.0
+    alpha: float = 0.5
+    smoothing: float | None = None
+    mode: str | None = None
+    targets: Sequence[ClipTarget | Mapping[str, Any]] | None = None
+    max_logits: Callable[[], Mapping[Any, Tensor]] | None = None
+    reset_max_logits: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is None:
+            self.mode = "exact" if self.smoothing is None else "smooth"
+        if self.mode not in MODES:
+            raise ValueError(f"QKClip: mode must be one of {MODES}, got {self.mode!r}")
+        if self.mode == "exact" and self.smoothing is not None:
+            raise ValueError("QKClip: mode 'exact' does not smooth; leave smoothing None, or take mode 'smooth'")
+        if self.mode != "exact" and self.smoothing is None:
+            self.smoothing = 0.9
+        if self.smoothing is not None and not 0 <= self.smoothing < 1:
+            raise ValueError(f"QKClip: smoothing must be in [0, 1), got {self.smoothing}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"QKClip: alpha must be in [0, 1], got {self.alpha}")
+        if not callable(self.threshold):
+            self.threshold_at(0)
+
+    def threshold_at(self, step: int) -> float:
+        """tau for the step after `step` steps."""
+        tau = float(self.threshold(step) if callable(self.threshold) else self.threshold)
+        if not 0 < tau < math.inf:
+            raise ValueError(f"QKClip: threshold must be positive and finite, got {tau} at step {step}")
+        return tau
+
+    def gamma(self, max_logit: Tensor, average: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
+        """Factors float64 [H] for the largest logits [H], and the new running average (None in mode "exact").
+
+        NaN and +inf give 1 and leave the average alone, and so does -inf, which means that no logit was seen.
+        """
+        tau = self.threshold_at(step)
+        s = max_logit.double()
+        seen = s.isfinite()
+        # A comparison, not a clamp of tau / s: negative maxima would give negative factors and NaN roots.
+        hot = seen & (s > tau)
+        gamma = torch.where(hot, tau / s, 1.0)
+        if average is None:
+            return gamma, None
+        average = torch.where(seen, self.smoothing * average + (1 - self.smoothing) * gamma, average)
+        if self.mode == "smooth_literal":
+            return torch.where(seen, average, 1.0), average
+        gentle = hot & (s <= 2 * tau)
+        return torch.where(gentle, torch.maximum(average, gamma), gamma), average
+
+
+def find_targets(model: nn.Module) -> list[ClipTarget]:
+    """The attention layers of a model: its modules with `qk_clip_spec()`, by the last number in their name."""
+    found: dict[Any, ClipTarget] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "qk_clip_spec"):
+            numbers = [int(part) for part in path.split(".") if part.isdecimal()]
+            layer = numbers[-1] if numbers else path
+            if layer in found:
+                raise ValueError(
+                    f"QKClip: two attention modules are layer {layer}; give QKClip(targets=..., max_logits=...)"
+                )
+            found[layer] = ClipTarget(layer, **module.qk_clip_spec())
+    return list(found.values())
+
+
+def resolve_targets(
+    targets: Sequence[ClipTarget | Mapping[str, Any]], parameters: Mapping[str, Tensor]
+) -> list[ClipTarget]:
+    """Targets with `query` and `key` as tuples of parameters of the optimizer, of the right sizes."""
+    names = {id(p): name for name, p in parameters.items()}
+
+    def resolve(target: ClipTarget, field: str, rows: int) -> tuple[Tensor, ...]:
+        value = getattr(target, field)
+        where = f"QKClip: {field} of layer {target.layer}"
+        members = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+        result = []
+        for member in members:
+            p = parameters.get(member) if isinstance(member, str) else member
+            if id(p) not in names:
+                got = repr(member) if isinstance(member, str) else "another tensor"
+                raise ValueError(f"{where} must be a parameter of this optimizer, or its name, got {got}")
+            if p.shape[0] != rows:
+                raise ValueError(f"{where} must have {rows} rows, got {list(p.shape)} ({names[id(p)]})")
+            result.append(p)
+        return tuple(result)
+
+    resolved = []
+    for target in targets:
+        target = target if isinstance(target, ClipTarget) else ClipTarget(**target)
+        query = resolve(target, "query", target.num_heads * (target.nope_dim + target.rope_dim))
+        key = resolve(target, "key", target.num_heads * (target.nope_dim + target.value_dim))
+        if not query:
+            raise ValueError(f"QKClip: query of layer {target.layer} must be a parameter, got None")
+        resolved.append(target._replace(query=query, key=key))
+    return resolved
+
+
+def scale_rows(target: ClipTarget, gamma: Tensor, alpha: float) -> None:
+    """Multiplies the logits of each head by gamma [H] through the rows of its query and key weights."""
+    nope, rope, value = target.nope_dim, target.rope_dim, target.value_dim
+    share = gamma**alpha if target.key else gamma
+    query = torch.cat([_rows(share, nope), _rows(gamma, rope)], dim=1)
+    key = torch.cat([_rows(gamma ** (1 - alpha), nope), gamma.new_ones(len(gamma), value)], dim=1)
+    for parameters, factors in ((target.query, query), (target.key, key)):
+        for p in parameters:
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            p.mul_(factors.to(wide).reshape(-1, *[1] * (p.ndim - 1)))
+
+
+def _rows(per_head: Tensor, count: int) -> Tensor:
+    return per_head[:, None].expand(-1, count)
