@@ -1,0 +1,85 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from k2kernels import UnsupportedError
+from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_route
+from k2kernels.parallel import ExpertParallel
+
+SIZES = dict(num_experts=8, hidden=128, top_k=2, max_tokens=16)
+
+
+def run(dispatch, combine, quantize):
+    torch.manual_seed(0)
+    x = torch.randn(16, 128, requires_grad=not quantize)
+    logits = torch.randn(16, 8, requires_grad=True)
+    shared = torch.randn(16, 128)
+    routing = moe_route(logits, top_k=2)
+    sent = dispatch(x, routing.indices, routing.weights, alignment=4, quantize=quantize, scale_layout="column")
+    rows = sent.data.float()
+    out = combine(rows.square(), sent.handle, shared=shared, out_dtype=torch.bfloat16)
+    out.float().square().sum().backward()
+    return [rows, sent.offsets, sent.counts, out, logits.grad] + ([sent.scales] if quantize else [x.grad])
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("transport", ["auto", "local"])
+def test_local_transport_is_the_ops(transport, quantize):
+    layer = ExpertParallel(**SIZES, transport=transport)
+    got = run(layer.dispatch, layer.combine, quantize)
+    want = run(lambda *args, **kwargs: moe_dispatch(*args, num_experts=8, **kwargs), moe_combine, quantize)
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    assert (layer.transport, layer.rank, layer.world_size) == ("local", 0, 1)
+    assert (layer.first_expert, layer.num_local_experts) == (0, 8)
+
+
+def test_local_transport_compiles():
+    layer = ExpertParallel(**SIZES)
+    x, routing = torch.randn(9, 128), moe_route(torch.randn(9, 8), top_k=2)
+
+    def through(x, indices, weights):
+        sent = layer.dispatch(x, indices, weights)
+        return layer.combine(sent.data, sent.handle)
+
+    compiled = torch.compile(through, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (9, 4):
+        args = x[:tokens], routing.indices[:tokens], routing.weights[:tokens]
+        assert torch.equal(compiled(*args), through(*args))
+
+
+def test_a_group_of_one_rank_is_local(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert ExpertParallel(dist.group.WORLD, **SIZES).transport == "local"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_is_not_served_says_so():
+    for transport in ("torch", "symmetric", "virtual"):
+        with pytest.raises(UnsupportedError, match=rf"transport '{transport}' is not served; served is 'local'"):
+            ExpertParallel(**SIZES, transport=transport)
+
+    class TwoRanks:
+        def size(self):
+            return 2
+
+    for transport in ("auto", "local"):
+        with pytest.raises(
+            UnsupportedError, match=r"ExpertParallel: a group of 2 ranks is not served; served is 'local'"
+        ):
+            ExpertParallel(TwoRanks(), **SIZES, transport=transport)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"ExpertParallel: transport must be one of 'auto', .*, got 'nccl'"):
+        ExpertParallel(**SIZES, transport="nccl")
+    with pytest.raises(ValueError, match=r"ExpertParallel: num_experts must be at least 1, got 0"):
+        ExpertParallel(num_experts=0, hidden=128, top_k=2, max_tokens=16)
+    layer = ExpertParallel(**SIZES)
+    with pytest.raises(ValueError, match=r"ExpertParallel.dispatch: x must be at most max_tokens=16 rows, got 17"):
+        layer.dispatch(torch.zeros(17, 128), torch.zeros(17, 2, dtype=torch.int32), torch.zeros(17, 2))
+    with pytest.raises(ValueError, match=r"ExpertParallel.dispatch: x must be \[T=4, 128\], got \[4, 64\] float32"):
+        layer.dispatch(torch.zeros(4, 64), torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"indices must be \[T=4, 2\], got \[4, 3\] int32"):
+        layer.dispatch(torch.zeros(4, 128), torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3))
