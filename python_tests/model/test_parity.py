@@ -1,0 +1,371 @@
+"""The model against transformers' DeepseekV3: the same logits and continuations, and no convention that could be otherwise."""
+
+import functools
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from k2kernels.model import K2Config, K2Model, attention, rope
+from k2kernels.model import moe as moe_module
+from k2kernels.ops.moe import Routing
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+TOLERANCE = 3e-4  # float32, logits up to about 5
+FAR = 1.0  # a wrong convention moves some logit by more
+
+
+def their_config(name, **changes):
+    values = {**tiny.CONFIGS[name], **changes}
+    scaling = values.pop("rope_scaling", None) or dict(rope_type="default")
+    values["rope_parameters"] = dict(scaling, rope_theta=values.pop("rope_theta"))
+    values["num_mtp_layers"] = values.pop("num_nextn_predict_layers", 0)
+    return transformers.DeepseekV3Config(**values, num_key_value_heads=values["num_attention_heads"])
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """theirs(name): a random transformers model, saved to `path`, with its logits of `ids`."""
+
+    @functools.cache
+    def make(name):
+        torch.manual_seed(len(name))
+        model = transformers.DeepseekV3ForCausalLM(their_config(name)).eval()
+        tiny.fill(model)
+        if name == "deepseek":  # all choices below 0, so that a group masked by 0 would win
+            for layer in model.model.layers[2:]:
+                layer.mlp.gate.e_score_correction_bias.sub_(1.5)
+        if name == "moonlight":  # small activations, on which the eps of the norms weighs
+            model.model.embed_tokens.weight.data.mul_(3e-3)
+            for layer in model.model.layers:
+                layer.self_attn.kv_a_proj_with_mqa.weight.data[:48].mul_(1e-3)
+        path = tmp_path_factory.mktemp(name)
+        model.save_pretrained(path)
+        ids = torch.randint(0, 256, (3, 40))
+        with torch.no_grad():
+            return SimpleNamespace(model=model, path=path, ids=ids, logits=model(ids).logits)
+
+    return make
+
+
+def load(path, **kwargs):
+    return K2Model.from_pretrained(path, progress=False, **kwargs)
+
+
+def distance(model, case):
+    with torch.no_grad():
+        return float((model(case.ids) - case.logits).abs().max())
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_logits_of_their_checkpoint(theirs, name):
+    case = theirs(name)
+    assert case.logits.abs().max() > 3
+    assert distance(load(case.path), case) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_greedy_continuations_of_their_checkpoint(theirs, name):
+    case = theirs(name)
+    want = case.model.generate(case.ids, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = load(case.path).generate(case.ids, max_new_tokens=32, eos_token_ids=[])
+    assert torch.equal(got, want)
+    assert len(set(got[0, 40:].tolist())) > 10  # no fixed point that any model would give
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_they_read_our_checkpoint(name, tmp_path):
+    ours = tiny.model(name)
+    ours.save_pretrained(tmp_path)
+    model, report = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.randint(0, 256, (2, 30))
+    with torch.no_grad():
+        assert (ours(ids) - model.eval()(ids).logits).abs().max() < TOLERANCE
+
+
+def test_tied_embedding(tmp_path):
+    ours = tiny.model("kimi", tie_word_embeddings=True)
+    ours.save_pretrained(tmp_path)
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 256, (2, 30))
+    with torch.no_grad():
+        assert (ours(ids) - model(ids).logits).abs().max() < TOLERANCE
+
+
+# MTP
+
+
+def their_mtp(path, config, monkeypatch):
+    """Their main model and MTP layers, read from our checkpoint; they expect MTP layers at index 61."""
+    mtp = [rf"model\.layers\.{config.num_hidden_layers + k}.*" for k in range(config.num_nextn_predict_layers)]
+    monkeypatch.setattr(transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", mtp)
+    main = transformers.DeepseekV3ForCausalLM.from_pretrained(path).eval()
+    return main, transformers.modeling_layers.MtpModel.from_pretrained(main).eval()
+
+
+@pytest.mark.parametrize("name, layers", [("kimi", 2), ("deepseek", 1)])
+@torch.no_grad()
+def test_mtp_logits(name, layers, tmp_path, monkeypatch):
+    ours = tiny.model(name, num_nextn_predict_layers=layers)
+    ours.save_pretrained(tmp_path)
+    main, mtp = their_mtp(tmp_path, ours.config, monkeypatch)
+    ids = torch.randint(0, 256, (2, 20))
+    _, hidden = ours(ids, return_hidden=True)
+    assert (hidden - main.model(ids).last_hidden_state).abs().max() < TOLERANCE
+    got = ours.mtp_logits(ids, hidden)
+    for k in range(layers):
+        cache = transformers.cache_utils.MtpCache(config=mtp.config)
+        positions = torch.arange(k + 1, 20)[None]
+        hidden = mtp.forward_layer(k, hidden[:, :-1], positions, cache, input_ids=ids[:, k + 1 :])
+        assert got[k].shape == (2, 19 - k, 256)
+        assert (got[k] - mtp.shared_head(hidden)).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_speculative_continuation(tmp_path, monkeypatch):
+    ours = tiny.model("deepseek", num_nextn_predict_layers=1)
+    ours.save_pretrained(tmp_path)
+    main, _ = their_mtp(tmp_path, ours.config, monkeypatch)
+    ids = torch.randint(0, 256, (1, 20))
+    want = main.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, use_mtp=True)
+    assert torch.equal(ours.generate(ids, max_new_tokens=24, eos_token_ids=[], speculative=True), want)
+
+
+# Block FP8
+
+FP8 = dict(
+    tiny.CONFIGS["kimi"],
+    hidden_size=192,
+    kv_lora_rank=136,
+    q_lora_rank=72,
+    intermediate_size=256,
+    moe_intermediate_size=128,
+)
+QUANTISED = re.compile(r".*\.(self_attn\.\w+_proj\w*|mlp\.(\w+\.)*(gate|up|down)_proj)\.weight")
+
+
+def quantised(weight):
+    """Codes, scales and what they stand for, block by block; blocks at the edges are cut off."""
+    rows, columns = (range(0, size, 128) for size in weight.shape)
+    codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(len(rows), len(columns))
+    exact = torch.empty_like(weight)
+    for i in rows:
+        for j in columns:
+            block = slice(i, i + 128), slice(j, j + 128)
+            scale = weight[block].abs().max() / 448
+            codes[block] = (weight[block] / scale).to(torch.float8_e4m3fn)
+            scales[i // 128, j // 128] = scale
+            exact[block] = codes[block].float() * scale
+    return codes, scales, exact
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    """A block-FP8 checkpoint, and transformers' model of the numbers that its codes stand for."""
+    torch.manual_seed(8)
+    model = transformers.DeepseekV3ForCausalLM(their_config("kimi", **FP8)).eval()
+    tiny.fill(model)
+    path, plain = tmp_path_factory.mktemp("fp8"), tmp_path_factory.mktemp("plain")
+    model.save_pretrained(plain)
+    exact = load_file(plain / "model.safetensors")
+    stored = dict(exact)
+    for name in filter(QUANTISED.fullmatch, exact):
+        stored[name], stored[f"{name}_scale_inv"], exact[name] = quantised(exact[name])
+    assert sum(name.endswith("_scale_inv") for name in stored) == 4 * 5 + 3 + 3 * (8 + 1) * 3
+    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
+    (path / "config.json").write_text(json.dumps(config))
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(plain).eval()
+    ids = torch.randint(0, 256, (3, 40))
+    with torch.no_grad():
+        return SimpleNamespace(model=model, path=path, plain=plain, ids=ids, logits=model(ids).logits)
+
+
+def test_fp8_checkpoint_dequantised(fp8):
+    model = load(fp8.path)
+    assert model.model.layers[1].self_attn.kv_a_proj_with_mqa.weight.shape == (152, 192)  # partial blocks both ways
+    assert distance(model, fp8) < TOLERANCE
+    want = fp8.model.generate(fp8.ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(fp8.ids, max_new_tokens=24, eos_token_ids=[]), want)
+
+
+# Each convention, got wrong on purpose
+
+
+class PlainRouter:
+    """Routing written out in the plainest way, with switches that get one thing wrong."""
+
+    def __init__(self, wrong=""):
+        self.wrong = wrong
+
+    def __call__(self, logits, bias, *, top_k, n_group, topk_group, score, normalize, scale):
+        wrong = self.wrong
+        scores = logits.softmax(-1) if wrong == "softmax scores" else logits.sigmoid()
+        choice = scores if wrong == "no bias" else scores + bias
+        rows = []
+        for row in choice:
+            groups = row.split(len(row) // n_group)
+            best = [max(g) if wrong == "group maximum" else sum(sorted(g)[-2:]) for g in groups]
+            kept = sorted(range(n_group), key=lambda g: -best[g])[: n_group if wrong == "no groups" else topk_group]
+            masked = 0.0 if wrong == "masked by 0" else -math.inf
+            values = [float(v) if g in kept else masked for g, group in enumerate(groups) for v in group]
+            rows.append(sorted(range(len(row)), key=lambda e: -values[e])[:top_k])
+        indices = torch.tensor(rows)
+        weights = (choice if wrong == "bias in the weights" else scores).gather(1, indices)
+        if wrong != "no normalisation":
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights * (1 if wrong == "no scaling" else scale)
+        return Routing(indices.int(), weights, indices.flatten().bincount(minlength=logits.shape[1]))
+
+
+def named(name, plant):
+    plant.__name__ = name
+    return plant
+
+
+def mscale_to_the(power):
+    def plant(model, monkeypatch):
+        config = model.config
+        mscale = 0.1 * config.rope_scaling["mscale_all_dim"] * math.log(config.rope_scaling["factor"]) + 1
+        monkeypatch.setattr(K2Config, "softmax_scale", config.qk_head_dim**-0.5 * mscale**power)
+
+    return named(f"mscale_to_the_{power}", plant)
+
+
+def softmax_scale(dim):
+    def plant(model, monkeypatch):
+        right, config = model.config.softmax_scale, model.config
+        wrong = right * (getattr(config, dim) / config.qk_head_dim) ** -0.5
+        monkeypatch.setattr(K2Config, "softmax_scale", wrong)
+
+    return named(f"scale_of_{dim}", plant)
+
+
+def half_split_rope(model, monkeypatch):
+    right = attention.apply_rope
+    monkeypatch.setattr(attention, "apply_rope", lambda x, cos, sin, interleaved: right(x, cos, sin, not interleaved))
+
+
+def no_yarn(model, monkeypatch):
+    c = model.config
+    model.rope.inverse_frequency.copy_(rope.inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, None))
+
+
+def inverted_ramp(model, monkeypatch):
+    c = model.config
+    plain = rope.inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, None)
+    right, slow = model.rope.inverse_frequency, plain / c.rope_scaling["factor"]
+    model.rope.inverse_frequency.copy_(plain + slow - right)
+
+
+def no_attention_factor(model, monkeypatch):
+    monkeypatch.setattr(K2Config, "rope_attention_factor", 1.0)
+
+
+def other_eps(wrong):
+    def plant(model, monkeypatch):
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] == wrong:
+                module.eps = {1e-5: 1e-6, 1e-6: 1e-5}[module.eps]
+
+    return named(f"other_eps_of_{wrong}", plant)
+
+
+def without(norm):
+    def plant(model, monkeypatch):
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] == norm:
+                module.forward = lambda x: x
+
+    return named(f"without_{norm}", plant)
+
+
+def value_before_key(model, monkeypatch):
+    c = model.config
+    for layer in model.model.layers:
+        weight = layer.self_attn.kv_b_proj.weight
+        weight.copy_(weight.view(c.num_attention_heads, -1, c.kv_lora_rank).roll(-c.v_head_dim, dims=1).view_as(weight))
+
+
+def rope_before_nope(model, monkeypatch):
+    c = model.config
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_b_proj.weight
+        weight.copy_(weight.unflatten(0, (-1, c.qk_head_dim)).roll(-c.qk_rope_head_dim, dims=1).view_as(weight))
+
+
+def up_before_gate(model, monkeypatch):
+    for name, weight in model.named_parameters():
+        if "gate_up_proj" in name:
+            rows = weight.dim() - 2
+            weight.copy_(weight.roll(weight.shape[rows] // 2, dims=rows))
+
+
+def no_shared_expert(model, monkeypatch):
+    for layer in model.model.layers:
+        layer.mlp.shared_experts = None
+
+
+def router(wrong):
+    def plant(model, monkeypatch):
+        monkeypatch.setattr(moe_module, "moe_route", PlainRouter(wrong))
+
+    return named(wrong.replace(" ", "_"), plant)
+
+
+@pytest.mark.parametrize("name", ["kimi", "deepseek"])
+def test_plain_router(theirs, name, monkeypatch):
+    """The router that the wrong ones below are variants of is right."""
+    case = theirs(name)
+    monkeypatch.setattr(moe_module, "moe_route", PlainRouter())
+    assert distance(load(case.path), case) < TOLERANCE
+
+
+WRONG = [
+    ("kimi", half_split_rope),
+    ("kimi", mscale_to_the(0)),
+    ("kimi", mscale_to_the(1)),
+    ("kimi", mscale_to_the(4)),
+    ("kimi", softmax_scale("qk_nope_head_dim")),
+    ("kimi", softmax_scale("latent_dim")),
+    ("kimi", no_yarn),
+    ("kimi", inverted_ramp),
+    ("deepseek", no_yarn),
+    ("deepseek", inverted_ramp),
+    ("deepseek", no_attention_factor),
+    ("kimi", value_before_key),
+    ("kimi", rope_before_nope),
+    ("kimi", up_before_gate),
+    ("kimi", no_shared_expert),
+    ("kimi", without("kv_a_layernorm")),
+    ("kimi", without("q_a_layernorm")),
+    ("kimi", without("norm")),
+    ("moonlight", other_eps("kv_a_layernorm")),
+    ("moonlight", other_eps("input_layernorm")),
+    ("kimi", router("bias in the weights")),
+    ("kimi", router("no bias")),
+    ("kimi", router("no normalisation")),
+    ("kimi", router("no scaling")),
+    ("kimi", router("softmax scores")),
+    ("deepseek", router("group maximum")),
+    ("deepseek", router("no groups")),
+    ("deepseek", router("masked by 0")),
+]
+
+
+@pytest.mark.parametrize("name, plant", WRONG, ids=[f"{name}-{plant.__name__}" for name, plant in WRONG])
+@torch.no_grad()
+def test_a_wrong_convention_shows(theirs, name, plant, monkeypatch):
+    case = theirs(name)
+    model = load(case.path)
+    plant(model, monkeypatch)
+    assert distance(model, case) > FAR
