@@ -9,8 +9,9 @@ from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops._register import register
 from k2kernels.reference import mla_cache as reference
 
-ROW_BYTES = reference.ROW_BYTES
-QUANTIZED_SIZE = reference.LATENT + reference.ROPE  # of a row in the 656-byte layout
+ROW_BYTES, LATENT = reference.ROW_BYTES, reference.LATENT
+QUANTIZED_SIZE = reference.LATENT + reference.ROPE  # elements of a row of ROW_BYTES
+CACHE_DTYPES = (*FLOATS, torch.uint8)
 
 
 def mla_append(
@@ -35,7 +36,7 @@ def mla_append(
     """
     args = Arguments("mla_append")
     kv = args.tensor("kv", kv, ("T", "D"), FLOATS)
-    kv_cache = check_cache(args, kv_cache, kv.shape[1])
+    kv_cache = check_cache(args, kv_cache, CACHE_DTYPES, kv.shape[1])
     block_table, positions = _check_tokens(args, block_table, positions)
     args.no_gradient(kv=kv, kv_cache=kv_cache)
     _mla_append(kv, kv_cache, block_table, positions, bool(power_of_two))
@@ -58,26 +59,25 @@ def mla_gather(
         TypeError, ValueError: for dtypes and shapes, and, on a CPU, for positions or pages out of range.
     """
     args = Arguments("mla_gather")
-    kv_cache = check_cache(args, kv_cache)
+    kv_cache = check_cache(args, kv_cache, CACHE_DTYPES)
     block_table, positions = _check_tokens(args, block_table, positions)
     args.choice("dtype", dtype, FLOATS)
     return _mla_gather(kv_cache, block_table, positions, dtype)
 
 
-def check_cache(args: Arguments, kv_cache: Tensor, size: int | None = None) -> Tensor:
-    """A cache of rows with `size` elements (any, if None)."""
-    dtypes = (*FLOATS, torch.uint8)
+def check_cache(args: Arguments, kv_cache: Tensor, dtypes: tuple[torch.dtype, ...], size: int | None = None) -> Tensor:
+    """A cache of rows with `size` elements (any number, if None)."""
     kv_cache = args.tensor("kv_cache", kv_cache, ("pages", "page_size", "row"), dtypes)
-    row = kv_cache.shape[-1]
     if kv_cache.dtype == torch.uint8:
         args.require(
-            row == ROW_BYTES and size in (None, QUANTIZED_SIZE),
+            size in (None, QUANTIZED_SIZE),
             "kv_cache",
-            f"uint8 [pages, page_size, {ROW_BYTES}] for rows of {QUANTIZED_SIZE} elements",
-            f"{list(kv_cache.shape)}" + ("" if size is None else f" for rows of {size}"),
+            f"floats for rows of {size} elements",
+            "uint8",
+            f"the {ROW_BYTES}-byte layout holds rows of {QUANTIZED_SIZE}",
         )
-    else:
-        args.require(size in (None, row), "kv_cache", f"[pages, page_size, {size}]", list(kv_cache.shape))
+        size = ROW_BYTES
+    args.require(size in (None, kv_cache.shape[2]), "kv_cache", f"[pages, page_size, {size}]", list(kv_cache.shape))
     args.require(kv_cache.shape[1] > 0, "kv_cache", "of page_size >= 1", list(kv_cache.shape))
     return kv_cache
 
@@ -111,7 +111,7 @@ def _validate(op: str, kv_cache: Tensor, block_table: Tensor, positions: Tensor)
     """Checks positions and pages; returns page and place inside the page of the tokens that have one."""
     pages, page_size = kv_cache.shape[:2]
     capacity = block_table.shape[1] * page_size
-    if (wrong := positions[(positions < -1) | (positions >= capacity)]).numel():
+    if (wrong := positions[(positions < -1) | (positions.long() >= capacity)]).numel():
         raise ValueError(f"{op}: positions must be in [-1, {capacity}) (max_pages * page_size), got {int(wrong[0])}")
     wanted = positions >= 0
     sequence, position = reference.token_sequences(block_table, positions)[wanted], positions[wanted].long()

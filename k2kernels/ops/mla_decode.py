@@ -9,7 +9,7 @@ from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
 from k2kernels.ops._register import register
-from k2kernels.ops.mla_cache import check_cache, check_pages
+from k2kernels.ops.mla_cache import LATENT, ROW_BYTES, check_cache, check_pages
 from k2kernels.reference import mla_decode as reference
 
 
@@ -71,20 +71,15 @@ def mla_decode(
     args = Arguments("mla_decode")
     q = args.tensor("q", q, ("B", "s_q", "H", "D") if cu_seqlens_q is None else ("T", "H", "D"), FLOATS)
     size = q.shape[-1]
-    kv_cache = check_cache(args, kv_cache, size)
-    if kv_cache.dtype not in (q.dtype, torch.uint8):
-        raise TypeError(f"mla_decode: kv_cache must be {q.dtype} like q, or torch.uint8, got {kv_cache.dtype}")
+    kv_cache = check_cache(args, kv_cache, (q.dtype, torch.uint8), size)
     block_table = args.tensor("block_table", block_table, ("B", "max_pages"), torch.int32)
     seq_lens = args.tensor("seq_lens", seq_lens, ("B",), torch.int32)
     cu_seqlens_q = args.optional("cu_seqlens_q", cu_seqlens_q, (seq_lens.shape[0] + 1,), torch.int32)
     softmax_scale = args.positive("softmax_scale", softmax_scale)
-    args.require(0 < head_dim_v <= size, "head_dim_v", f"in 1 .. {size} (the last axis of q)", head_dim_v)
+    args.integer("head_dim_v", head_dim_v, 1, size, remedy="it is the latent part of q's last axis")
     if kv_cache.dtype == torch.uint8:
-        args.require(head_dim_v == 512, "head_dim_v", "512 for the 656-byte cache", head_dim_v)
-    if split == "auto":
-        split = reference.AUTO
-    else:
-        args.require(isinstance(split, int) and split > 0, "split", "'auto' or a positive int", repr(split))
+        args.require(head_dim_v == LATENT, "head_dim_v", f"{LATENT} for a cache of {ROW_BYTES}-byte rows", head_dim_v)
+    split = reference.AUTO if split == "auto" else args.integer("split", split, 1, remedy="or 'auto'")
     request = (
         q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, bool(causal), head_dim_v, split,
         bool(return_max_logits),
@@ -129,7 +124,7 @@ def _validate(
 ) -> None:
     pages, page_size = kv_cache.shape[:2]
     capacity = block_table.shape[1] * page_size
-    if (wrong := seq_lens[(seq_lens < 0) | (seq_lens > capacity)]).numel():
+    if (wrong := seq_lens[(seq_lens < 0) | (seq_lens.long() > capacity)]).numel():
         raise ValueError(
             f"mla_decode: seq_lens must be in [0, {capacity}] (max_pages * page_size), got {int(wrong[0])}"
         )

@@ -48,9 +48,10 @@ def mla_decode(
             )
             for b, one in enumerate(q_THD.split(lengths.tolist()))
         ]
-    out, lse, maximum = (torch.cat(parts).reshape(*q.shape[:-1], -1) for parts in zip(*results))
-    lse = lse.squeeze(-1)
-    return out.to(q.dtype), lse, maximum.squeeze(-1) if return_max_logits else lse.new_empty(0)
+    out, lse, maximum = (torch.cat(parts) for parts in zip(*results))
+    rows = q.shape[:-1]
+    max_logits = maximum.reshape(rows) if return_max_logits else lse.new_empty(0)
+    return out.reshape(*rows, head_dim_v).to(q.dtype), lse.reshape(rows), max_logits
 
 
 def mla_decode_out(*args) -> tuple[Tensor, Tensor]:

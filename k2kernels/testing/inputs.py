@@ -1,0 +1,82 @@
+"""Inputs of tests and benchmarks: the sizes of the models, and caches in which all that must not be read is poison."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from k2kernels.reference.mla_cache import ROW_BYTES, pack
+
+
+class ModelSizes(NamedTuple):
+    """Sizes of one model, named as in its configuration file where that has a name."""
+
+    hidden: int
+    heads: int
+    nope: int  # part of a query or key head without rotary position
+    rope: int  # part with it
+    value: int  # of a head
+    latent: int  # kv_lora_rank
+    experts: int
+    top_k: int
+    expert_intermediate: int
+
+    @property
+    def cache_row(self) -> int:
+        return self.latent + self.rope
+
+    @property
+    def softmax_scale(self) -> float:
+        """Without the factor that YaRN adds."""
+        return (self.nope + self.rope) ** -0.5
+
+
+KIMI_K2 = ModelSizes(
+    hidden=7168, heads=64, nope=128, rope=64, value=128, latent=512, experts=384, top_k=8, expert_intermediate=2048
+)
+DEEPSEEK_V3 = KIMI_K2._replace(heads=128, experts=256)
+
+BAD_PAGES = (2147480000, -1, -2147483648)  # in entries of the block table that must not be looked at
+
+
+class PagedCache(NamedTuple):
+    kv_cache: Tensor  # [pages, page_size, D], or uint8 [pages, page_size, 656]
+    block_table: Tensor  # int32 [B, max_pages]
+    seq_lens: Tensor  # int32 [B]
+
+
+def poisoned_cache(
+    rows: list[Tensor],
+    page_size: int,
+    *,
+    quantize: bool = False,
+    power_of_two: bool = False,
+    strided: bool = False,
+    spare_pages: int = 2,
+) -> PagedCache:
+    """A paged cache that holds rows[b] [seq_len, D] as sequence b, its pages in random order.
+
+    Everything else is poison: NaN in unused slots and pages (in every field of a quantised row), page ids out of range
+    in unused entries of the block table. With `strided`, pages and slots are further apart than their size, with NaN
+    in between.
+    """
+    size = ROW_BYTES if quantize else rows[0].shape[1]
+    dtype = torch.uint8 if quantize else rows[0].dtype
+    needed = [-(-len(r) // page_size) for r in rows]
+    pages = sum(needed) + spare_pages
+    gap = 16 if strided else 0
+    shape = (pages, page_size + (1 if strided else 0), size + gap)
+    storage = torch.full(shape, 0xFF if quantize else torch.nan, dtype=dtype)
+    kv_cache = storage[:, :page_size, :size]
+
+    block_table = torch.tensor(BAD_PAGES, dtype=torch.int32).repeat(len(rows), max(needed) + 1)
+    free = torch.randperm(pages, dtype=torch.int32)
+    for b, (row, count) in enumerate(zip(rows, needed)):
+        used, free = free[:count], free[count:]
+        block_table[b, :count] = used
+        position = torch.arange(len(row))
+        page = used[position // page_size].long()
+        kv_cache[page, position % page_size] = pack(row, power_of_two) if quantize else row
+    return PagedCache(kv_cache, block_table, torch.tensor([len(r) for r in rows], dtype=torch.int32))
