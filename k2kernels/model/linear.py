@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2kernels.model.config import K2Config
 from k2kernels.ops.fp8_gemm import fp8_gemm
 from k2kernels.ops.quant import dequantize, quantize_1x128
 
@@ -48,21 +47,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def linear(config: K2Config, in_features: int, out_features: int) -> nn.Linear | Fp8Linear:
-    """A linear layer of the kind that a block-FP8 checkpoint quantises: FP8 if the configuration is."""
-    if config.quantization_config is None:
-        return nn.Linear(in_features, out_features, bias=False)
-    return Fp8Linear(in_features, out_features)
-
-
-def fp8_parameters(*shape: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Codes [..., N, K] (zeros, to be loaded) and scales [..., ceil(N/128), ceil(K/128)], both without gradient."""
-    *leading, rows, columns = shape
-    scales = torch.ones(*leading, -(-rows // BLOCK), -(-columns // BLOCK), dtype=torch.float32)
-    codes = torch.zeros(shape, dtype=torch.float8_e4m3fn)
-    return nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
-
-
 class Fp8Linear(nn.Module):
     """A linear layer with an e4m3 weight and one float32 scale per 128x128 block, for inference.
 
@@ -73,7 +57,10 @@ class Fp8Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight, self.weight_scale_inv = fp8_parameters(out_features, in_features)
+        codes = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(-(-out_features // BLOCK), -(-in_features // BLOCK), dtype=torch.float32)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         data, scales = quantize_1x128(x.flatten(0, -2))

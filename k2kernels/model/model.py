@@ -47,8 +47,7 @@ class Decoder(nn.Module):
 class K2Model(nn.Module):
     """A language model; weights are random (normal, standard deviation config.initializer_range) until loaded.
 
-    With config.quantization_config (block FP8) the linear layers and experts hold e4m3 codes and scales instead, zeros
-    until loaded, and the model is for inference.
+    Loading with keep_fp8 puts e4m3 codes and scales in the place of linear layers and experts; that is for inference.
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
     QK-Clip) and how many tokens each expert got (`expert_load`, for `update_router_bias`).
@@ -63,7 +62,7 @@ class K2Model(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rope = Rope(config)
         for parameter in self.parameters():
-            if parameter.dim() > 1 and parameter.requires_grad:  # norms keep their ones; FP8 must be loaded
+            if parameter.dim() > 1:  # norms keep their ones
                 nn.init.normal_(parameter, std=config.initializer_range)
 
     @classmethod

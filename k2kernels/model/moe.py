@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2kernels.model.config import K2Config
-from k2kernels.model.linear import Float32Buffers, fp8_parameters, linear
+from k2kernels.model.linear import Float32Buffers
 from k2kernels.ops.moe import moe_mlp, moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
 
@@ -22,8 +22,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: K2Config, intermediate: int):
         super().__init__()
-        self.gate_up_proj = linear(config, config.hidden_size, 2 * intermediate)
-        self.down_proj = linear(config, intermediate, config.hidden_size)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
@@ -55,20 +55,17 @@ class Experts(nn.Module):
 
     def __init__(self, config: K2Config):
         super().__init__()
-        up = (config.n_routed_experts, 2 * config.moe_intermediate_size, config.hidden_size)
-        down = (config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
-        self.fp8 = config.quantization_config is not None
-        if self.fp8:
-            self.gate_up_proj, self.gate_up_proj_scale_inv = fp8_parameters(*up)
-            self.down_proj, self.down_proj_scale_inv = fp8_parameters(*down)
-        else:
-            self.gate_up_proj, self.down_proj = nn.Parameter(torch.empty(up)), nn.Parameter(torch.empty(down))
+        experts, hidden, intermediate = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
+        self.register_parameter("gate_up_proj_scale_inv", None)
+        self.register_parameter("down_proj_scale_inv", None)
 
     def weights(self) -> tuple:
         """`gate_up` and `down` as `moe_mlp` takes them."""
-        if self.fp8:
-            return (self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)
-        return self.gate_up_proj, self.down_proj
+        if self.gate_up_proj_scale_inv is None:
+            return self.gate_up_proj, self.down_proj
+        return (self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)
 
 
 class Moe(nn.Module):
