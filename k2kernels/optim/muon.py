@@ -247,24 +247,23 @@ def muon_update(
     """One Muon step of every block, in place; matrices of one shape are stacked and orthogonalised together."""
     for chunk in _chunks(blocks, max_elements):
         wide = torch.float64 if chunk[0].parameter.dtype == torch.float64 else torch.float32
-        buckets: dict[tuple[int, ...], list[Blocks]] = defaultdict(list)
+        buckets: dict[tuple[torch.dtype, torch.Size], list[Blocks]] = defaultdict(list)
         for block in chunk:
-            buckets[tuple(block.parameter.shape[1:])].append(block)
+            buckets[block.parameter.dtype, block.parameter.shape[1:]].append(block)
         directions = newton_schulz_grouped(
             [_direction(bucket, wide, momentum, nesterov, grad_scale) for bucket in buckets.values()],
             schedule=schedule,
             steps=steps,
             iterate_dtype=iterate_dtype or (torch.float16 if chunk[0].parameter.is_cuda else wide),
         )
-        for (shape, bucket), direction in zip(buckets.items(), directions):
+        for ((dtype, shape), bucket), direction in zip(buckets.items(), directions):
             parameters = [block.parameter for block in bucket]
-            updated = [p if p.dtype == wide else p.to(wide) for p in parameters]
+            updated = parameters if dtype == wide else [p.to(wide) for p in parameters]
             torch._foreach_mul_(updated, 1 - lr * weight_decay)
             scale = lr * rms_scale * math.sqrt(max(shape))
             torch._foreach_add_(updated, direction.split([len(p) for p in parameters]), alpha=-scale)
-            for p, u in zip(parameters, updated):
-                if u is not p:
-                    p.copy_(u)
+            if updated is not parameters:
+                torch._foreach_copy_(parameters, updated)
 
 
 def _direction(bucket: list[Blocks], dtype: torch.dtype, momentum: float, nesterov: bool, grad_scale: float) -> Tensor:
@@ -275,8 +274,7 @@ def _direction(bucket: list[Blocks], dtype: torch.dtype, momentum: float, nester
         grad /= grad_scale
     average = torch.cat([block.momentum for block in bucket]).to(dtype)
     average.lerp_(grad, 1 - momentum)
-    for block, new in zip(bucket, average.split(sizes)):
-        block.momentum.copy_(new)
+    torch._foreach_copy_([block.momentum for block in bucket], average.split(sizes))
     return grad.lerp_(average, momentum) if nesterov else average
 
 

@@ -160,7 +160,7 @@ class MuonClip(Muon):
         message = f"MuonClip: the model has no {missing}; give QKClip(targets=..., max_logits=...) or qk_clip=None"
         if clip is not _WHERE_POSSIBLE:
             raise ValueError(message)
-        warnings.warn(message + "; nothing is clipped now", stacklevel=4)
+        warnings.warn(message + "; nothing is clipped now", stacklevel=3)
         self._clip = self._read_source = self._reset_source = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ class MuonClip(Muon):
                 warnings.warn(
                     f"MuonClip: the largest logit of layer {target.layer}, heads {heads}, is not finite; "
                     "they were not scaled",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         self._pending = []
         self.param_groups[0]["step"] += 1

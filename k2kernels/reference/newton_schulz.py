@@ -26,14 +26,14 @@ def newton_schulz(x: Tensor, coefficients: Sequence[float], algorithm: str, iter
     """Approximate polar factor of every matrix of [..., m, n]; `coefficients` = a, b, c of each step in turn."""
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    matrices = x.reshape(-1, *x.shape[-2:])
+    matrices = x.contiguous().view(-1, *x.shape[-2:])
     steps = [tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3)]
     if algorithm == "auto":
         short, long = sorted(x.shape[-2:])
         algorithm = "standard" if long < GRAM_ASPECT * short else "gram"
     iterate = _standard if algorithm == "standard" else _gram
     result = iterate(_normalized(matrices).to(iterate_dtype), steps)
-    return result.to(x.dtype).reshape(x.shape).contiguous()
+    return result.to(x.dtype).contiguous().view(x.shape)
 
 
 def newton_schulz_grouped(
@@ -85,10 +85,10 @@ def _normalized(x: Tensor) -> Tensor:
     which would shrink small matrices.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    for order in (float("inf"), 2.0):
-        size = torch.linalg.vector_norm(x, order, dim=(-2, -1), keepdim=True)
-        x = x / size.masked_fill(size == 0, 1.0)
-    return x
+    largest = x.abs().amax(dim=(-2, -1), keepdim=True)
+    x = x / largest.masked_fill(largest == 0, 1.0)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x.div_(norm.masked_fill(norm == 0, 1.0))
 
 
 def _standard(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
