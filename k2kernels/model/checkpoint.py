@@ -29,6 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 SCALE = "_scale_inv"  # `weight_scale_inv` beside `weight`: what its codes are multiplied by
 FP8_BLOCK = (128, 128)  # what the model's FP8 modules hold
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SCALE_DTYPES = (*_FLOATS, torch.float8_e8m0fnu)
 ELEMENTS_AT_ONCE = 1 << 24  # bounds the copies made on the way
 
 # Copies and leftovers that files may hold beside the weights.
@@ -76,7 +77,7 @@ def from_pretrained(
     block = config.weight_block_size
     config = replace(
         config,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_dtype_name(dtype),
         quantization_config=config.quantization_config if keep_fp8 else None,
     )
     with torch.device("meta"):
@@ -124,7 +125,12 @@ def save_pretrained(
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"save_pretrained: every weight must hold data, got {some(meta)} on the meta device")
-    config = replace(model.config, dtype=_dtype_name(tensors))
+    fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
+    config = replace(
+        model.config,
+        dtype=_dtype_name(tensors["model.embed_tokens.weight"].dtype),
+        quantization_config=model.config.quantization_config if fp8 else None,
+    )
     with Writer(path, max_shard_size) as writer:
         writer.write_text("config.json", config.to_json())
         for name, tensor in tqdm(tensors.items(), desc="saving", disable=not progress):
@@ -250,61 +256,52 @@ def _use_fp8_modules(model: nn.Module, tensors: dict[str, TensorInfo]) -> None:
             if _is_fp8(first, tensors):
                 setattr(model.get_submodule(parent), leaf, Fp8Linear(module.in_features, module.out_features))
         elif isinstance(module, Experts):
-            for projection, weight in list(module.named_parameters(recurse=False)):
-                if _is_fp8(next(pieces(f"{name}.{projection}", weight))[0], tensors):
-                    experts, *sizes = weight.shape
-                    grid = [-(-size // step) for size, step in zip(sizes, FP8_BLOCK)]
-                    codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(experts, *grid)
-                    setattr(module, projection, nn.Parameter(codes, requires_grad=False))
-                    setattr(module, projection + SCALE, nn.Parameter(scales, requires_grad=False))
+            weights = dict(module.named_parameters(recurse=False))
+            names = [piece for leaf, weight in weights.items() for piece, _ in pieces(f"{name}.{leaf}", weight)]
+            if not any(_is_fp8(piece, tensors) for piece in names):
+                continue
+            for leaf, weight in weights.items():
+                experts, *sizes = weight.shape
+                grid = [-(-size // step) for size, step in zip(sizes, FP8_BLOCK)]
+                codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(experts, *grid)
+                setattr(module, leaf, nn.Parameter(codes, requires_grad=False))
+                setattr(module, leaf + SCALE, nn.Parameter(scales, requires_grad=False))
 
 
 def _check(wanted: dict[str, _Piece], tensors: dict[str, TensorInfo], tied: set[str], block: Any, path: str) -> None:
     """Raises ValueError with everything that is wrong with the names, shapes and dtypes."""
-    missing = [name for name in wanted if name not in tensors]
-    unexpected, shapes, dtypes = [], [], []
+    faults: dict[str, list[str]] = {"missing": [name for name in wanted if name not in tensors]}
     for name, info in tensors.items():
         if name in wanted:
-            _compare(name, info, wanted[name].like, tensors, block, shapes, dtypes)
+            for kind, fault in faults_of(name, info, wanted[name].like, tensors, block):
+                faults.setdefault(kind, []).append(fault)
         elif not (name in tied or _IGNORED.fullmatch(name) or _is_fp8(name.removesuffix(SCALE), tensors)):
-            unexpected.append(name)
-    problems = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
-    problems.append(("of the wrong dtype", dtypes))
-    if any(items for _, items in problems):
-        lines = [f"{len(items)} {what}: {some(items)}" for what, items in problems if items]
+            faults.setdefault("unexpected", []).append(name)
+    lines = [f"{len(items)} {kind}: {some(items)}" for kind, items in faults.items() if items]
+    if lines:
         raise ValueError(f"{path}: the checkpoint does not fit config.json; tensors\n  " + "\n  ".join(lines))
 
 
-def _compare(
-    name: str,
-    info: TensorInfo,
-    like: Tensor,
-    tensors: dict[str, TensorInfo],
-    block: tuple[int, int] | None,
-    shapes: list[str],
-    dtypes: list[str],
-) -> None:
+def faults_of(
+    name: str, info: TensorInfo, like: Tensor, tensors: dict[str, TensorInfo], block: tuple[int, int] | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with a tensor of the files that is to become `like`: the kind of fault, and a text."""
+    dtype, shape = "of the wrong dtype", "of the wrong shape"
     if info.shape != tuple(like.shape):
-        shapes.append(f"{name} (wanted {list(like.shape)}, got {list(info.shape)})")
-        return
-    got = DTYPES.get(info.dtype)
-    if like.dtype == torch.float8_e4m3fn:
-        if got != like.dtype:
-            dtypes.append(f"{name} (wanted F8_E4M3, got {info.dtype}; load without keep_fp8)")
-    elif got == torch.float8_e4m3fn:
-        scale = tensors.get(name + SCALE)
+        yield shape, f"{name} (wanted {list(like.shape)}, got {list(info.shape)})"
+    elif like.dtype == torch.float8_e4m3fn:
+        if info.dtype != "F8_E4M3":
+            yield dtype, f"{name} (wanted F8_E4M3, got {info.dtype}; load without keep_fp8)"
+    elif info.dtype == "F8_E4M3":
         if block is None:
-            dtypes.append(f"{name} (F8_E4M3, but config.json has no quantization_config with weight_block_size)")
-        elif scale is None:
-            dtypes.append(f"{name} (F8_E4M3, without {name + SCALE})")
+            yield dtype, f"{name} (F8_E4M3, but config.json has no quantization_config with weight_block_size)"
+        elif name + SCALE not in tensors:
+            yield "missing", f"{name + SCALE} (for {name}, which is F8_E4M3)"
         else:
-            grid = tuple(-(-size // step) for size, step in zip(info.shape, block))
-            if scale.shape != grid:
-                shapes.append(f"{name + SCALE} (wanted {list(grid)}, got {list(scale.shape)})")
-            if DTYPES.get(scale.dtype) in (None, torch.float8_e4m3fn):
-                dtypes.append(f"{name + SCALE} (wanted F32, got {scale.dtype})")
-    elif got not in _FLOATS:
-        dtypes.append(f"{name} (wanted a float, got {info.dtype})")
+            grid = [-(-size // step) for size, step in zip(info.shape, block)]
+            yield from faults_of(name + SCALE, tensors[name + SCALE], like.new_empty(grid), tensors, block)
+    elif DTYPES.get(info.dtype) not in (_SCALE_DTYPES if name.endswith(SCALE) else _FLOATS):
+        yield dtype, f"{name} (wanted a float, got {info.dtype})"
 
 
 # ---- filling -------------------------------------------------------------------------------------------------------
@@ -412,5 +409,5 @@ def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
             module.reset_buffers()
 
 
-def _dtype_name(tensors: dict[str, Tensor]) -> str:
-    return str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -114,6 +114,8 @@ class K2Config:
         dtype = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
         values["dtype"] = str(dtype).removeprefix("torch.")
         values.update(_rope_fields(values))
+        if values.get("rope_theta") is None:
+            values.pop("rope_theta", None)
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     @classmethod

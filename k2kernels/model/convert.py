@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from k2kernels.model.checkpoint import ELEMENTS_AT_ONCE, SCALE, dequantize_into, read_codes, read_scales
+from k2kernels.model.checkpoint import ELEMENTS_AT_ONCE, SCALE, dequantize_into, faults_of, read_codes, read_scales
 from k2kernels.model.config import K2Config, read_config_file, text_part
-from k2kernels.model.shards import DTYPES, INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
 from k2kernels.reference.quant import quantize_128x128
 
 # What DeepSeek quantises: attention and feed-forward projections, routed and shared experts. Embedding, head, norms,
@@ -96,31 +96,22 @@ def convert(
 
 def _check(src: Path, tensors: dict[str, TensorInfo], to: str, block: tuple[int, int] | None) -> None:
     """Raises ValueError unless `src` can be converted, judging by the headers of its files."""
-    quantized = [name for name, info in tensors.items() if info.dtype == "F8_E4M3"]
+    quantized = {name for name, info in tensors.items() if info.dtype == "F8_E4M3"}
     if to == "fp8" and (quantized or block):
         raise ValueError(f"convert: src must be BF16 or FP32 to become fp8, got {src}, which is FP8 already")
     if to == "bf16" and not any(_casts(name, info) for name, info in tensors.items()):
         raise ValueError(f"convert: src must hold FP8 or FP32 weights to become bf16, got {src}, which is BF16 already")
     if quantized and block is None:
-        raise ValueError(f"convert: config.json of {src} must have a quantization_config, as {quantized[0]} is FP8")
-    problems = []
-    for name in quantized:
-        info, scale = tensors[name], tensors.get(name + SCALE)
-        grid = tuple(-(-size // step) for size, step in zip(info.shape, block))
-        if len(info.shape) != 2:
-            problems.append(f"{name} (wanted 2 axes, got {list(info.shape)})")
-        elif scale is None:
-            problems.append(f"{name + SCALE} (missing)")
-        elif scale.shape != grid:
-            problems.append(f"{name + SCALE} (wanted {list(grid)}, got {list(scale.shape)})")
-    problems += [
-        f"{name} (a scale without an FP8 weight)"
-        for name in tensors
-        if name.endswith(SCALE) and name.removesuffix(SCALE) not in quantized
-    ]
-    problems += [f"{name} ({info.dtype} is not served)" for name, info in tensors.items() if info.dtype not in DTYPES]
-    if problems:
-        raise ValueError(f"convert: {src} is damaged: {some(problems)}")
+        raise ValueError(f"convert: config.json of {src} must have a quantization_config, as {min(quantized)} is FP8")
+    faults = []
+    for name, info in tensors.items():
+        faults += [fault for _, fault in faults_of(name, info, torch.empty(info.shape, device="meta"), tensors, block)]
+        if name in quantized and len(info.shape) != 2:
+            faults.append(f"{name} (wanted 2 axes, got {list(info.shape)})")
+        if name.endswith(SCALE) and name.removesuffix(SCALE) not in quantized:
+            faults.append(f"{name} (a scale without an FP8 weight)")
+    if faults:
+        raise ValueError(f"convert: {src} is damaged; {len(faults)} tensors: {some(faults)}")
 
 
 def _casts(name: str, info: TensorInfo) -> bool:
