@@ -32,12 +32,10 @@ def moe_route(
     choice = torch.where(logits > -torch.inf, choice, lowest).nan_to_num(nan=lowest, neginf=lowest)
     if n_group > 1:
         grouped = choice.view(tokens, n_group, experts // n_group)
-        best = grouped.sort(dim=-1, descending=True).values
-        group_score = best[..., 0] if bias is None else best[..., :2].sum(-1)
-        dropped = group_score.argsort(dim=-1, descending=True, stable=True)[:, topk_group:, None]
-        choice = grouped.scatter(1, dropped.expand(-1, -1, grouped.shape[-1]), -torch.inf).view(tokens, experts)
-    # Unlike topk, a stable sort promises the lowest index among equals.
-    indices = choice.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+        best = grouped.topk(1 if bias is None else min(2, grouped.shape[-1])).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, _best(best, topk_group), True)
+        choice = torch.where(kept[..., None], grouped, -torch.inf).view(tokens, experts)
+    indices = _best(choice, top_k)
     weights = scores.gather(1, indices)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -166,8 +164,9 @@ def moe_combine(
     """
     dtype = wide(y[:0]).dtype
     total = y.new_zeros((slot_of.shape[0], y.shape[1]), dtype=dtype)
+    rows, slot = _with_zero_row(y, slot_of)
     for k in range(slot_of.shape[1]):
-        row = _rows(y, slot_of[:, k]).to(dtype)
+        row = rows.index_select(0, slot[:, k]).to(dtype)
         total += row if weights is None else row * weights[:, k, None].to(dtype)
     for term in (shared, residual):
         if term is not None:
@@ -238,9 +237,22 @@ def _exclusive_sum(counts: Tensor) -> Tensor:
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index], with zeros where the index is -1."""
-    padded = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
-    index_or_last = torch.where(index < 0, x.shape[0], index)
-    return padded.index_select(0, index_or_last.flatten()).view(*index.shape, *x.shape[1:])
+    rows, index = _with_zero_row(x, index)
+    return rows.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+def _with_zero_row(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """x with a row of zeros at its end, and the index with -1 turned into that row's."""
+    return torch.cat([x, x.new_zeros((1, *x.shape[1:]))]), torch.where(index < 0, x.shape[0], index)
+
+
+def _best(values: Tensor, k: int) -> Tensor:
+    """[rows, k]: where the k largest values of each row are, in descending order, equals in that of their index."""
+    values, found = values.clone(), []
+    for _ in range(k):
+        found.append(values.max(dim=-1, keepdim=True).indices)  # promises the first of equals; topk does not
+        values.scatter_(1, found[-1], -torch.inf)
+    return torch.cat(found, dim=1)
 
 
 def _clean(logits: Tensor) -> Tensor:
