@@ -29,7 +29,7 @@ def quantize_1x128(
 
     - amax is the largest magnitude of the group's finite elements; scale = max(amax / 448, 2**-126), so that a group
       of zeros has zero codes and a finite scale, and no scale is a denormal.
-    - code = x / scale by a true float32 division, clamped to +-448, rounded to nearest with ties to even.
+    - code = x / scale by a true float32 division, rounded to nearest with ties to even; no magnitude exceeds 448.
     - NaN and infinities become the NaN code 0x7F and do not touch the scale of the others.
 
     Args:

@@ -4,11 +4,12 @@ A block of x becomes codes and one float32 scale, x ~ code * scale, by these rul
 
     amax  = largest |x| of the block's finite elements, in float32
     scale = max(amax / 448, 2**-126), rounded up to a power of two if asked, before anything is divided by it
-    code  = e4m3(x / scale): a true float32 division, clamped to +-448, rounded to nearest, ties to even
+    code  = e4m3(x / scale): a true float32 division, then rounded to nearest, ties to even
 
 The floor 2**-126 is the smallest normal float32, a power of two: a block of zeros gets a finite scale and zero codes,
-no scale is a denormal (a GPU may flush those to zero), and blocks with amax >= 448 * 2**-126 do not feel it. NaN and
-infinities become the NaN code 0x7F and leave the scale of their block alone.
+no scale is a denormal (a GPU may flush those to zero), and blocks with amax >= 448 * 2**-126 do not feel it. Nothing
+saturates: no quotient rounds beyond 448. NaN and infinities become the NaN code 0x7F and leave the scale of their block
+alone.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _quantize(x: Tensor, block: tuple[int, int], power_of_two: bool) -> tuple[Te
     if power_of_two:
         # Adding all ones to the mantissa carries into the exponent unless the mantissa was zero.
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    codes = (blocks / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = (blocks / scales).to(torch.float8_e4m3fn).view(torch.uint8)
     codes = torch.where(finite, codes, NAN_CODE).view(torch.float8_e4m3fn)
     return _unblock(codes, x.shape), scales.squeeze((-3, -1)).contiguous()
 

@@ -137,16 +137,23 @@ def test_blocks_are_added_in_order_and_scales_multiplied_first():
 
 
 def test_bias_and_accumulate_come_before_the_one_rounding():
+    # Between 256 and 512 bfloat16 holds the even numbers, 257 rounds down to 256 and 257.001 up to 258.
     a, b = torch.ones(2, 128).to(E4M3), torch.full((3, 128), 2.0).to(E4M3)
-    bias, c = torch.ones(3), torch.ones(2, 3)
-    scales = torch.ones(2, 1), b, torch.ones(1, 1)
-    # 257 is no bfloat16: rounded in between, 256 + 1 + 1 would stay 256.
-    assert fp8_gemm(a, *scales, bias=bias, accumulate=c).eq(258).all()
+    one = torch.ones(2, 1)
+    b_257 = torch.cat([b.float(), torch.ones(3, 1)], dim=1).to(E4M3)
+    args = torch.ones(2, 129).to(E4M3), one.expand(2, 2), b_257, one[:1].expand(1, 2)
+    zeros, ones = torch.zeros(3), torch.ones(2, 3)
+    assert fp8_gemm(*args).eq(256).all()
+    assert fp8_gemm(*args, bias=ones[0], accumulate=torch.zeros(2, 3)).eq(258).all()
+    assert fp8_gemm(*args, bias=zeros, accumulate=ones).eq(258).all()
+    args = a, one, b, one[:1]
+    assert fp8_gemm(*args, bias=zeros + 1.001).eq(258).all()
+    assert fp8_gemm(*args, accumulate=ones * 1.001).eq(258).all()
     bias, c = torch.tensor([1.0, 2, 3]), torch.arange(6.0).view(2, 3)
-    got = fp8_gemm(a, *scales, bias=bias.bfloat16(), accumulate=c.half(), out_dtype=torch.float32)
+    got = fp8_gemm(*args, bias=bias.bfloat16(), accumulate=c.half(), out_dtype=torch.float32)
     assert torch.equal(got, 256 + bias + c)
-    # Bias first: float32 absorbs a bias added after a C of 2**25.
-    got = fp8_gemm(a, *scales, bias=-torch.full((3,), 256.0), accumulate=c + 2.0**-20, out_dtype=torch.float32)
+    # Bias first: 256 + C would lose the low bits of C.
+    got = fp8_gemm(*args, bias=zeros - 256, accumulate=c + 2.0**-20, out_dtype=torch.float32)
     assert torch.equal(got, c + 2.0**-20)
 
 
@@ -302,6 +309,12 @@ def test_wgrad(counts, dtype):
         want, magnitude = exact(a[:, tokens], a_scales[:, blocks], b[:, tokens], b_scales[:, blocks])
         check_gemm(got[group], want, magnitude)
         check_gemm(added[group], want + c[group].double(), magnitude + c[group].abs().double())
+
+
+def test_wgrad_ignores_where_an_empty_group_starts():
+    full = grouped_fp8_wgrad(*TOKENS, offsets=ints(0, 256), counts=ints(200))
+    got = grouped_fp8_wgrad(*TOKENS, offsets=ints(0, 200, 200), counts=ints(200, 0))
+    assert torch.equal(got[0], full[0]) and got[1].eq(0).all()
 
 
 def test_wgrad_is_the_gradient_of_the_grouped_gemm():

@@ -220,6 +220,9 @@ def test_masked_groups():
     data, scales = quantize_1x128(x, counts=counts)
     want, want_scales = quantize_1x128(x[real])
     assert torch.equal(data[real].view(torch.uint8), want.view(torch.uint8)) and torch.equal(scales[real], want_scales)
+    data, scales = quantize_1x128(x, transpose=True, counts=counts)
+    want, want_scales = quantize_1x128(x.nan_to_num(), transpose=True)
+    assert torch.equal(data.view(torch.uint8), want.view(torch.uint8)) and torch.equal(scales, want_scales)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
