@@ -55,7 +55,7 @@ def fp8_gemm(
     args.choice("out_dtype", out_dtype, RESULTS)
     if out is None:
         return _fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out_dtype)
-    out = _out(args, out, ("M", "N"), out_dtype, (bias, accumulate))
+    out = _out(args, out, ("M", "N"), out_dtype, bias=bias, accumulate=accumulate)
     _fp8_gemm_out(a, a_scales, b, b_scales, bias, accumulate, out)
     return out
 
@@ -122,7 +122,7 @@ def grouped_fp8_gemm(
     args.choice("out_dtype", out_dtype, RESULTS)
     if out is None:
         return _grouped_fp8_gemm(a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype)
-    out = _out(args, out, (*rows, "N"), out_dtype, ())
+    out = _out(args, out, (*rows, "N"), out_dtype)
     _grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out)
     return out
 
@@ -184,16 +184,14 @@ def _b_scales(args: Arguments, b: Tensor, b_scales: Tensor) -> Tensor:
         b_scales,
         (*leading, n if fine else -(-n // 128), -(-k // 128)),
         torch.float32,
-        remedy=f"one scale per 128x128 of b {list(b.shape)}, or a row of scales per row of b",
+        remedy="one scale per 128x128 of b, or a row of scales per row of b",
     )
 
 
-def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, inputs: tuple) -> Tensor:
+def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, **inputs: Tensor | None) -> Tensor:
+    """Checks `out`; the `inputs` are those that might want a gradient, which an op that writes in place cannot give."""
     out = args.tensor("out", out, shape, out_dtype, remedy="out_dtype= must name the dtype of out")
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs))
-    args.require(
-        not differentiated, "out", "used without autograd", "an argument with requires_grad", "use torch.no_grad()"
-    )
+    args.no_gradient(out=out, **{name: value for name, value in inputs.items() if value is not None})
     return out
 
 

@@ -96,9 +96,7 @@ def dequantize(
     args.choice("dtype", dtype, FLOATS)
     rows, columns = block
     shape = (*data.shape[:-2], -(-data.shape[-2] // rows), -(-data.shape[-1] // columns))
-    scales = args.tensor(
-        "scales", scales, shape, torch.float32, remedy=f"block {rows}x{columns} of data {list(data.shape)}"
-    )
+    scales = args.tensor("scales", scales, shape, torch.float32, remedy=f"one per {rows}x{columns} of data")
     return _dequantize(data, scales, rows, columns, dtype)
 
 

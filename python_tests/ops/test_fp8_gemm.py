@@ -428,7 +428,7 @@ BAD = {
     "b_scales": (
         dense(b_scales=torch.ones(3, 2)),
         ValueError,
-        r"b_scales must be \[2, 2\] float32, got \[3, 2\] float32; one scale per 128x128 of b \[136, 192\], or a row",
+        r"b_scales must be \[2, 2\] float32, got \[3, 2\] float32; one scale per 128x128 of b, or a row",
     ),
     "bias": (dense(bias=BIAS[:3]), ValueError, r"bias must be \[N=136\] .*, got \[3\]"),
     "accumulate": (dense(accumulate=C.T), ValueError, r"accumulate must be \[M=3, N=136\] .*, got \[136, 3\]"),
@@ -439,7 +439,7 @@ BAD = {
     "out grad": (
         dense(out=OUT, bias=GRAD, out_dtype=torch.float32),
         ValueError,
-        "out must be used without autograd, got an argument with requires_grad; use torch.no_grad()",
+        "fp8_gemm: bias must be a tensor that needs no gradient, got one with requires_grad",
     ),
     "list": (dense(a=[1.0]), TypeError, "a must be a tensor .* got list"),
     "device": (dense(b=DENSE[2].to("meta")), ValueError, "b must be on cpu like the arguments before it, got meta"),

@@ -356,7 +356,7 @@ BAD = {
     "scales": (
         lambda: dequantize(X.to(E4M3), X[:, :3]),
         ValueError,
-        r"scales must be \[6, 2\] float32, got \[6, 3\] float32; block 1x128 of data \[6, 200\]",
+        r"scales must be \[6, 2\] float32, got \[6, 3\] float32; one per 1x128 of data",
     ),
     "odd": (lambda: swiglu_quantize(X[:, :3]), ValueError, "gate_up must be even in its last axis"),
     "weights": (lambda: swiglu_quantize(X, weights=X[0]), ValueError, r"weights must be \[6\] float32, got \[200\]"),
