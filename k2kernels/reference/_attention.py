@@ -41,7 +41,7 @@ def key_borders(queries: Sequences, key_lengths: Tensor, causal: bool) -> Tensor
     if not causal:
         return border
     position = torch.arange(queries.longest, device=key_lengths.device)
-    return torch.minimum(border, border - queries.lengths.unsqueeze(-1) + position + 1)
+    return border - queries.lengths.unsqueeze(-1) + position + 1
 
 
 class State(NamedTuple):

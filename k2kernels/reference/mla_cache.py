@@ -63,7 +63,6 @@ def unpack(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Cache rows as floats: bytes [..., 656] are dequantised to [..., 576], float rows are converted."""
     if rows.dtype != torch.uint8:
         return rows.to(dtype)
-    rows = rows.contiguous()
     codes, scales = rows[..., :LATENT].view(torch.float8_e4m3fn), rows[..., _SCALES].view(torch.float32)
     latent = dequantize(codes, scales, 1, 128, dtype)
     return torch.cat([latent, rows[..., _ROPE].view(torch.bfloat16).to(dtype)], dim=-1)

@@ -73,11 +73,10 @@ def test_equals_naive_in_float64_with_gradients(lengths_q, lengths_k, causal):
     check_close(got.max_logits, peak, budget=1e-14, name="max_logits")
     assert not got.max_logits.requires_grad
 
-    # The sum over the finite lse only: a row that sees nothing has no gradient, whatever arrives for it.
-    weights, row_weights = torch.randn_like(out), torch.randn_like(lse)
-    finite = lse.isfinite()
+    # A row that sees nothing has no gradient, whatever arrives for its lse (of logaddexp(-inf, -inf), for one: NaN).
+    weights, row_weights, finite = torch.randn_like(out), torch.randn_like(lse), lse.isfinite()
     want = torch.autograd.grad((out * weights).sum() + (lse * row_weights)[finite].sum(), leaves, allow_unused=True)
-    grads = torch.autograd.grad([got.out, got.lse], leaves, [weights, row_weights])
+    grads = torch.autograd.grad([got.out, got.lse], leaves, [weights, torch.where(finite, row_weights, math.nan)])
     for name, grad, exact, leaf in zip("qkv", grads, want, leaves):
         check_close(grad, torch.zeros_like(leaf) if exact is None else exact, budget=1e-13, name=f"grad_{name}")
 
@@ -114,7 +113,7 @@ def test_error_is_that_of_torch_attention_in_the_same_precision(lengths, dtype):
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
     exact, same = attention(*exact_leaves), attention(*leaves)
     check_close(got.out, exact, same_precision=same, max_cos_diff=5e-6, name="out")
-    assert got.lse.dtype == torch.float32
+    assert got.out.dtype == dtype and got.lse.dtype == torch.float32
     grad = torch.randn_like(got.out)
     grads = torch.autograd.grad(got.out, leaves, grad)
     exact_grads = torch.autograd.grad(exact, exact_leaves, grad.double())
