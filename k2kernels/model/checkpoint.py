@@ -30,7 +30,7 @@ SCALE = "_scale_inv"  # `weight_scale_inv` beside `weight`: what its codes are m
 FP8_BLOCK = (128, 128)  # what the model's FP8 modules hold
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCALE_DTYPES = (*_FLOATS, torch.float8_e8m0fnu)
-ELEMENTS_AT_ONCE = 1 << 24  # bounds the copies made on the way
+ELEMENTS_AT_ONCE = 1 << 22  # of an FP8 weight: bounds the copies made on the way, about 13 bytes for each
 
 # Copies and leftovers that files may hold beside the weights.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
@@ -324,10 +324,9 @@ def _load(
     first_name = {id(tensor): name for name, tensor in owners.items()}
     tied = {alias: first_name[id(tensor)] for alias, tensor in aliases.items()}
     targets: dict[str, Tensor] = {}  # where the pieces of the owners created so far go
-    window = max(info.nbytes for info in tensors.values())
     total = sum(tensors[name].nbytes for name in wanted)
     bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress)
-    with bar, torch.no_grad(), Reader(window) as weights, Reader(window) as scales:
+    with bar, torch.no_grad(), Reader(tensors.values()) as weights, Reader(tensors.values()) as scales:
         for name, info in tensors.items():
             if name not in wanted:
                 continue

@@ -63,15 +63,15 @@ def convert(
     tensors = scan(src)
     _check(src, tensors, to, block)
 
-    window = max((info.nbytes for info in tensors.values()), default=0)
+    infos = tensors.values()
     bar = tqdm(
-        total=sum(info.nbytes for info in tensors.values()),
+        total=sum(info.nbytes for info in infos),
         desc=f"converting to {to}",
         unit="B",
         unit_scale=True,
         disable=not progress,
     )
-    with bar, torch.no_grad(), Reader(window) as weights, Reader(window) as scales, Writer(dst, max_shard_size) as out:
+    with bar, torch.no_grad(), Reader(infos) as weights, Reader(infos) as scales, Writer(dst, max_shard_size) as out:
         for name, info in tensors.items():
             bar.update(info.nbytes)
             if info.dtype == "F8_E4M3":
@@ -86,8 +86,8 @@ def convert(
                 out.add(name, codes)
                 out.add(name + SCALE, factors)
             else:
-                tensor = weights.get(info)
-                out.add(name, tensor.to(torch.bfloat16) if name.endswith(".weight") else tensor.clone())
+                tensor = weights.get(info)  # copied, as one page held keeps all of the file mapped
+                out.add(name, tensor.to(torch.bfloat16 if name.endswith(".weight") else None, copy=True))
         out.write_text("config.json", json.dumps(_new_config(raw, to), indent=2) + "\n")
         for file in sorted(src.iterdir()):
             if file.is_file() and file.suffix in _COPIED and file.name not in ("config.json", INDEX):

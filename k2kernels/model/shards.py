@@ -89,12 +89,12 @@ class Reader:
     """Reads tensors one at a time, keeping little of the files in memory.
 
     safetensors maps a file into memory, and the pages read stay mapped (and count as the process's own) until the file
-    is closed. So the file is closed whenever `window` bytes of it have been read: give the size of the largest tensor,
-    and no more than that is ever mapped. A tensor that `get` returned must be let go before the next `get`.
+    is closed. So it is closed and opened again after every so many bytes: half of the largest of `tensors`, which keeps
+    the whole below the largest, and openings few. A tensor that `get` returned must be let go before the next `get`.
     """
 
-    def __init__(self, window: int):
-        self.window = window
+    def __init__(self, tensors: Iterable[TensorInfo]):
+        self.window = max((info.nbytes for info in tensors), default=0) // 2
         self._file: Path | None = None
         self._handle: Any = None
         self._mapped = 0
