@@ -58,7 +58,7 @@ def generate(
         ValueError: for any argument out of range; a sequence longer than config.max_position_embeddings; `speculative`
             without MTP layers or with a temperature.
     """
-    model.check_ids("generate", input_ids.cpu())
+    model.check_ids("generate", input_ids, wait=True)
     config = model.config
     stops = list(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
     _require(_is_int(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", "1 or more", max_new_tokens)
@@ -70,7 +70,7 @@ def generate(
         layers = len(model.mtp_layers)
         _require(layers > 0, "speculative", "False for a model without MTP layers", speculative)
         _require(temperature == 0, "temperature", "0 with speculative=True (greedy)", temperature)
-    prompts, lengths = _right_padded(input_ids, attention_mask)
+    prompts, lengths = _right_padded(input_ids, attention_mask, model.lm_head.weight.device)
     longest = max(lengths) + max_new_tokens
     limit = config.max_position_embeddings
     _require(longest <= limit, "prompt and max_new_tokens", f"at most {limit} tokens together", longest)
@@ -92,7 +92,7 @@ def generate(
         newest = pick(model.lm_head(hidden[each, last]))  # chosen, not yet in the cache
         following = prompts.roll(-1, dims=1)
         following[each, last] = newest
-        drafts = draft(model, hidden, following, last, step) if speculative else newest[:, None][:, :0]
+        drafts = draft(model, hidden, following, last, step) if speculative else newest.new_empty(len(rows), 0)
         ready = [[token] for token in newest.tolist()]
 
         while going := result.add(rows, ready):
@@ -229,21 +229,19 @@ class _Result:
         return min((n for n, ended in zip(lengths, self.ended) if not ended), default=max(lengths))
 
 
-def _right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[int]]:
+def _right_padded(input_ids: Tensor, attention_mask: Tensor | None, device: torch.device) -> tuple[Tensor, list[int]]:
     """The prompts moved to the left edge, [B, longest], and their lengths."""
+    input_ids = input_ids.long().to(device)
     if attention_mask is None:
-        return input_ids.long(), [input_ids.shape[1]] * input_ids.shape[0]
-    got = getattr(attention_mask, "shape", attention_mask)
-    _require(got == input_ids.shape, "attention_mask", f"{list(input_ids.shape)} like input_ids", got)
-    real = attention_mask.to(input_ids.device) != 0
+        return input_ids, [input_ids.shape[1]] * input_ids.shape[0]
+    got = list(getattr(attention_mask, "shape", [attention_mask]))
+    _require(got == list(input_ids.shape), "attention_mask", f"{list(input_ids.shape)} like input_ids", got)
+    real = (attention_mask.to(device) != 0).int()
+    runs = (torch.diff(real, dim=1, prepend=torch.zeros_like(real[:, :1])) == 1).sum(dim=1).tolist()
+    _require(set(runs) == {1}, "attention_mask", "one run of ones in each row", f"{runs} runs")
     lengths = real.sum(dim=1)
-    first = real.int().argmax(dim=1)
-    source = torch.arange(int(lengths.max()), device=input_ids.device) + first[:, None]
-    source = source.clamp(max=input_ids.shape[1] - 1)
-    run = real.gather(1, source).cumprod(dim=1).sum(dim=1)  # tokens from the first to the first gap
-    _require(bool((lengths > 0).all()), "attention_mask", "1 at one token or more of each row", "a row of zeros")
-    _require(torch.equal(run, lengths), "attention_mask", "one run of ones in each row", "a gap between ones")
-    return input_ids.long().gather(1, source), lengths.tolist()
+    source = torch.arange(int(lengths.max()), device=device) + real.argmax(dim=1, keepdim=True)
+    return input_ids.gather(1, source.clamp(max=input_ids.shape[1] - 1)), lengths.tolist()
 
 
 @contextlib.contextmanager

@@ -90,14 +90,14 @@ class K2Model(nn.Module):
             return_hidden: also return the hidden states after the final norm, [B, T, hidden], which `mtp_logits` takes.
 
         Returns:
-            float32 [B, T, vocab], or (that, hidden).
+            float32 [B, T, vocab] (float64 of a float64 model), or (that, hidden).
 
         Raises:
             ValueError: T is 0 or above config.max_position_embeddings, or (on a CPU) an id is not in the vocabulary.
         """
         self.check_ids("K2Model", input_ids)
         hidden = self.model(input_ids, self._prefill(*input_ids.shape))
-        logits = self.lm_head(hidden).float()
+        logits = self._logits(hidden)
         return (logits, hidden) if return_hidden else logits
 
     @property
@@ -128,7 +128,7 @@ class K2Model(nn.Module):
         for k, layer in enumerate(self.mtp_layers):
             embedded = self.model.embed_tokens(input_ids[:, k + 1 :])
             hidden = layer(hidden[:, :-1], embedded, self._prefill(batch, length - 1 - k))
-            logits.append(self.lm_head(hidden).float())
+            logits.append(self._logits(hidden))
         return logits
 
     @torch.no_grad()
@@ -193,20 +193,26 @@ class K2Model(nn.Module):
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
         return sum(layer.sequence_loss(alpha) for _, layer in self._moe_layers())
 
-    def check_ids(self, caller: str, input_ids: Tensor) -> None:
-        """Raises ValueError or TypeError unless `input_ids` [B, T] are ids of this vocabulary and fit the context."""
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{caller}: input_ids must be int64 or int32, got {input_ids.dtype}")
+    def check_ids(self, caller: str, input_ids: Tensor, *, wait: bool = False) -> None:
+        """Raises ValueError or TypeError unless `input_ids` [B, T] are ids of this vocabulary and fit the context.
+
+        The ids themselves are looked at on a CPU; with `wait` on every device.
+        """
+        dtype = getattr(input_ids, "dtype", type(input_ids).__name__)
+        if dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{caller}: input_ids must be an int64 or int32 tensor, got {dtype}")
         limit = self.config.max_position_embeddings
         if input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= limit or input_ids.shape[0] == 0:
-            raise ValueError(
-                f"{caller}: input_ids must be [B, T] with 1 to {limit} tokens, got {list(input_ids.shape)}"
-            )
-        if input_ids.is_cpu and not torch.compiler.is_compiling():
+            raise ValueError(f"{caller}: input_ids must be [B, T], T from 1 to {limit}, got {list(input_ids.shape)}")
+        if wait or (input_ids.is_cpu and not torch.compiler.is_compiling()):
             low, high = (int(i) for i in input_ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 wanted = f"0 to {self.config.vocab_size - 1}"
                 raise ValueError(f"{caller}: input_ids must be {wanted}, got {low if low < 0 else high}")
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _prefill(self, batch: int, length: int) -> Prefill:
         device = self.lm_head.weight.device

@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 class Router(Float32Buffers):
-    """Scores of the experts in float32, and the bias that balances them; both stay float32 in a bfloat16 model."""
+    """Logits of the experts, in float32 (float64 stays) like the bias that balances them, in a bfloat16 model too."""
 
     def __init__(self, config: K2Config):
         super().__init__()
@@ -43,7 +43,8 @@ class Router(Float32Buffers):
         self.expert_counts.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float())
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 class Experts(nn.Module):
