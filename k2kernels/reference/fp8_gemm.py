@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from k2kernels.reference.quant import from_e4m3
+
 
 def fp8_gemm(
     a: Tensor,
@@ -105,7 +107,7 @@ def _promoted(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tenso
     result = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.float32)
     for block in range(a_scales.shape[1]):
         k = slice(128 * block, 128 * (block + 1))
-        partial = a[:, k].float() @ b[:, k].float().mT
+        partial = from_e4m3(a[:, k]) @ from_e4m3(b[:, k]).mT
         result.addcmul_(partial, torch.outer(a_scales[:, block], b_scales[:, block]))
     return result
 

@@ -45,7 +45,7 @@ def quantize_128x128(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
 def dequantize(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
     """code * scale in float32 (exact in float64 for float64), rounded once to dtype."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    blocks = _blocks(data.to(wide), (block_rows, block_columns)) * scales.to(wide)[..., :, None, :, None]
+    blocks = _blocks(from_e4m3(data).to(wide), (block_rows, block_columns)) * scales.to(wide)[..., :, None, :, None]
     return _unblock(blocks, data.shape).to(dtype)
 
 
@@ -85,6 +85,18 @@ def column_layout(scales: Tensor) -> Tensor:
     stored = scales.new_zeros((*scales.shape[:-2], scales.shape[-1], -(-rows // 4) * 4))
     stored[..., :rows] = scales.mT
     return stored[..., :rows].mT
+
+
+def from_e4m3(codes: Tensor) -> Tensor:
+    """`codes.float()`, which PyTorch does one by one on a CPU, by integer operations, several times faster.
+
+    Sign, exponent and mantissa put into a float16 read as the value times 2**-8, denormals included. The NaN code alone
+    reads as a number: it gets the exponent of NaN.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)  # repeats the sign to the left, so that it survives the shift
+    is_nan = ((bits & 0x7F) + 1) & 0x80  # 0x80 or 0
+    float16 = (bits << 7) & ~0x4000 | is_nan * (0x7C00 // 0x80)
+    return float16.view(torch.float16).float().mul_(256)
 
 
 def _without_padding(x: Tensor, offsets: Tensor | None, counts: Tensor | None) -> Tensor:
