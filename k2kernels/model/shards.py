@@ -55,8 +55,8 @@ class WriteError(OSError):
 def scan(path: str | Path) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint directory by name, from the headers of its files alone.
 
-    A single `model.safetensors`, or shards with `model.safetensors.index.json`. The index decides what belongs to the
-    checkpoint; every shard it names must exist, be whole, and hold what the index says.
+    A single `model.safetensors` (which wins if both are there, as in transformers), or shards with an index. The index
+    decides what belongs to the checkpoint; every shard it names must exist, be whole, and hold what the index says.
 
     Raises:
         FileNotFoundError: no checkpoint, or a shard is missing.
@@ -198,8 +198,9 @@ class Writer:
             os.rename(self.directory, self.path)
         else:
             self._replace()
-        _fsync(self.path)
-        _fsync(self.path.absolute().parent)
+        with contextlib.suppress(OSError):  # not every file system can; the files themselves are on the disk
+            _fsync(self.path)
+            _fsync(self.path.absolute().parent)
 
     def _replace(self) -> None:
         """Puts the staged files in the place of the old checkpoint's, which come back on any error."""
@@ -247,7 +248,7 @@ def some(items: Iterable[str], most: int = 10) -> str:
 def _open(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{file}: is truncated or no safetensors file ({error}); fetch it again") from error
 
 
