@@ -1,8 +1,66 @@
 """k2kernels: kernels, a thin model and the MuonClip optimizer for the Kimi-K2 / DeepSeek-V3 family."""
 
+import importlib
+from types import ModuleType
+
 from k2kernels._backend import UnsupportedError, backend, emulated, launch_count
-from k2kernels.ops.quant import swiglu
+from k2kernels._info import info
+from k2kernels.ops.fp8_gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
+from k2kernels.ops.mla_cache import mla_append, mla_gather
+from k2kernels.ops.mla_decode import MlaOutput, merge_attention_states, mla_decode
+from k2kernels.ops.mla_prefill import mla_prefill
+from k2kernels.ops.moe import (
+    Dispatched,
+    Routing,
+    moe_combine,
+    moe_dispatch,
+    moe_mlp,
+    moe_route,
+    moe_sequence_loss,
+    moe_update_bias,
+)
+from k2kernels.ops.newton_schulz import newton_schulz, newton_schulz_grouped
+from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, swiglu, swiglu_quantize
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedError", "backend", "emulated", "launch_count", "swiglu"]
+__all__ = [
+    "Dispatched",
+    "MlaOutput",
+    "Routing",
+    "UnsupportedError",
+    "backend",
+    "dequantize",
+    "emulated",
+    "fp8_gemm",
+    "grouped_fp8_gemm",
+    "grouped_fp8_wgrad",
+    "info",
+    "launch_count",
+    "merge_attention_states",
+    "mla_append",
+    "mla_decode",
+    "mla_gather",
+    "mla_prefill",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_mlp",
+    "moe_route",
+    "moe_sequence_loss",
+    "moe_update_bias",
+    "newton_schulz",
+    "newton_schulz_grouped",
+    "quantize_1x128",
+    "quantize_128x128",
+    "swiglu",
+    "swiglu_quantize",
+]
+
+_SUBPACKAGES = ("model", "optim", "parallel", "testing", "train")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports a part of the package when it is first named: `k2kernels.model.K2Model`."""
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"k2kernels.{name}")
+    raise AttributeError(f"module 'k2kernels' has no attribute {name!r}")

@@ -21,7 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files to learn")
     add("--out", required=True, metavar="DIR", help="directory of the run")
-    add("--steps", type=int, default=300)
+    add("--steps", type=int, default=600)
     add("--config", default="tiny", metavar="PRESET|DIR", help="preset, or directory with config.json (default: tiny)")
     add("--optimizer", default="muonclip", help="muonclip, muon (no clip) or adamw")
     add("--resume", action="store_true", help="go on with the run in --out, where there is one")

@@ -29,7 +29,10 @@ def read_text(paths: Sequence[Path]) -> str:
     if not paths:
         from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+        # The reference shows whole sections under several topics. Each paragraph is taken once: otherwise much of the
+        # held-out text would stand in the training text too.
+        paragraphs = "\n\n".join(topics[name].strip() for name in sorted(topics)).split("\n\n")
+        return "\n\n".join(dict.fromkeys(paragraphs)) + "\n"
     parts = []
     for path in paths:
         raw = Path(path).read_bytes()

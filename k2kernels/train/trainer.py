@@ -23,6 +23,7 @@ from k2kernels.train.plots import plot_loss, plot_max_logits
 OPTIMIZERS = ("muonclip", "muon", "adamw")
 WARMUP_STEPS = 10
 DECAY_FRACTION = 0.5  # of the steps, at the end, over which the learning rates fall linearly to zero
+VALIDATION_TOKENS = 4096  # in one pass
 STATE_FILE = "training_state.pt"
 HISTORY_FILE = "history.jsonl"
 
@@ -34,7 +35,7 @@ class TrainOptions:
     text: tuple[str, ...] = ()  # files; none: CPython's language reference
     config: str = "tiny"  # a preset's name, or a directory with a config.json
     optimizer: str = "muonclip"
-    steps: int = 300
+    steps: int = 600
     batch_size: int = 16
     length: int = 128
     lr: float = 0.02  # of the matrices, by Muon
@@ -105,12 +106,11 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = K2Model(config).train()
         self.optimizer = self._make_optimizer()
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[Row] = []
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
             self.history = [Row(**row) for row in state["history"]]
 
     @property
@@ -138,17 +138,19 @@ class Trainer:
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         balance = self.model.sequence_loss(o.sequence_loss) if o.sequence_loss else 0.0
         (loss + balance).backward()
+        nats = loss.item()
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr):
+            group["lr"] = lr * self._lr_factor(step)
         max_logits = {layer: float(heads.max()) for layer, heads in self.model.max_logits().items()}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
         self.model.reset_max_logits()
         load = self.model.expert_load()
         self.model.update_router_bias(o.bias_rate)
         return Row(
             step=step + 1,
-            loss=float(loss),
-            bits_per_byte=float(loss) / math.log(2) / self.corpus.train_bytes_per_token,
+            loss=nats,
+            bits_per_byte=nats / math.log(2) / self.corpus.train_bytes_per_token,
             max_logits=max_logits,
             clipped_heads=self._clipped_heads(),
             expert_load=max((float(counts.max() / counts.mean()) for counts in load.values()), default=1.0),
@@ -160,9 +162,10 @@ class Trainer:
         """Bits per byte of the held-out text."""
         inputs, targets = self.corpus.validation_windows(self.options.length)
         self.model.eval()
+        windows = max(1, VALIDATION_TOKENS // self.options.length)
         nats = sum(
             float(F.cross_entropy(self.model(x).flatten(0, 1), y.flatten(), reduction="sum"))
-            for x, y in zip(inputs.split(self.options.batch_size), targets.split(self.options.batch_size))
+            for x, y in zip(inputs.split(windows), targets.split(windows))
         )
         self.model.train()
         return nats / inputs.numel() / math.log(2) / self.corpus.valid_bytes_per_token
@@ -174,7 +177,6 @@ class Trainer:
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "history": [dataclasses.asdict(row) for row in self.history],
         }
         _replace(self.out / STATE_FILE, lambda file: torch.save(state, file))
@@ -221,7 +223,9 @@ class Trainer:
             state = torch.load(path, weights_only=True)
             identity = state["identity"]
         except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise ValueError(f"--resume: {path} cannot be read ({error}); remove it to start over") from None
+            raise ValueError(
+                f"--resume: {path} cannot be read ({type(error).__name__}); remove it to start over"
+            ) from error
         differing = [k for k in self.identity if identity.get(k) != self.identity[k]]
         if differing:
             what = ", ".join(f"{k} was {identity.get(k)!r}, is {self.identity[k]!r}" for k in differing)

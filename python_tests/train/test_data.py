@@ -17,15 +17,15 @@ def tokenizer(text):
 
 
 def test_the_default_text_is_the_language_reference(text):
-    assert len(text.encode()) > 400_000 and 'The "with" statement' in text
+    assert len(text.encode()) > 300_000 and 'The "with" statement' in text
 
 
 def test_held_out_text_is_a_tenth_and_not_trained_on(text):
     train, valid = hold_out(text)
     assert len(train) + len(valid) == len(text)
     assert 0.08 < len(valid) / len(text) < 0.12
-    line = max(valid.splitlines(), key=len)
-    assert line in valid and line not in train
+    seen = set(train.split("\n\n"))
+    assert not [p for p in valid.split("\n\n") if len(p) > 80 and p in seen]
 
 
 def test_short_text_is_held_out_too():
@@ -55,4 +55,4 @@ def test_validation_windows_cover_the_held_out_part_once(text, tokenizer):
 
 
 def test_bits_per_byte_of_xz(text):
-    assert 1.4 < xz_bits_per_byte(text) < 1.9
+    assert 1.7 < xz_bits_per_byte(text) < 2.3

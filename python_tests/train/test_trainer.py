@@ -1,5 +1,6 @@
 """A resumed run repeats the curve of an uninterrupted one, whatever stopped it, and nothing is lost."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,10 +11,23 @@ import time
 import pytest
 import torch
 
+from k2kernels.train.data import read_text
 from k2kernels.train.trainer import HISTORY_FILE, STATE_FILE, Trainer, TrainOptions
 
-OPTIONS = dict(steps=12, batch_size=2, length=32)
+SIZES = dict(steps=12, batch_size=2, length=32)
 FLAGS = ["--steps", "12", "--batch-size", "2", "--length", "32", "--threads", "1", "--save-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(read_text([])[:60_000])
+    return str(path)
+
+
+@pytest.fixture
+def options(text):
+    return TrainOptions(text=(text,), **SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +44,10 @@ def curve(out):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, text):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
-    for _ in Trainer(TrainOptions(**OPTIONS), out).run():
+    for _ in Trainer(TrainOptions(text=(text,), **SIZES), out).run():
         pass
     return curve(out)
 
@@ -45,17 +59,17 @@ def test_the_run_learns(uninterrupted):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_other_optimizers_learn(optimizer, tmp_path):
-    rows = list(Trainer(TrainOptions(optimizer=optimizer, **OPTIONS), tmp_path).run())
+def test_the_other_optimizers_learn(optimizer, options, tmp_path):
+    rows = list(Trainer(dataclasses.replace(options, optimizer=optimizer), tmp_path).run())
     assert rows[-1].loss < rows[0].loss - 0.3 and rows[-1].clipped_heads == 0
 
 
-def test_resume_repeats_the_curve_bit_for_bit(uninterrupted, tmp_path):
-    first = Trainer(TrainOptions(**OPTIONS), tmp_path, save_every=5)
+def test_resume_repeats_the_curve_bit_for_bit(uninterrupted, options, tmp_path):
+    first = Trainer(options, tmp_path, save_every=5)
     for row in first.run():
         if row.step == 7:  # gone after the save at step 5
             break
-    second = Trainer(TrainOptions(**OPTIONS), tmp_path, resume=True)
+    second = Trainer(options, tmp_path, resume=True)
     assert second.step == 5
     for _ in second.run():
         pass
@@ -63,8 +77,8 @@ def test_resume_repeats_the_curve_bit_for_bit(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_resume_after_a_signal(number, uninterrupted, tmp_path):
-    command = [sys.executable, "-m", "k2kernels", "train", "--out", str(tmp_path / "run"), *FLAGS]
+def test_resume_after_a_signal(number, uninterrupted, text, tmp_path):
+    command = [sys.executable, "-m", "k2kernels", "train", "--out", str(tmp_path / "run"), "--text", text, *FLAGS]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / STATE_FILE).exists() and time.monotonic() < deadline:
@@ -79,8 +93,8 @@ def test_resume_after_a_signal(number, uninterrupted, tmp_path):
     assert curve(tmp_path / "run") == uninterrupted
 
 
-def test_a_failing_save_keeps_the_former_one(tmp_path, monkeypatch):
-    trainer = Trainer(TrainOptions(**OPTIONS), tmp_path, save_every=1)
+def test_a_failing_save_keeps_the_former_one(options, tmp_path, monkeypatch):
+    trainer = Trainer(options, tmp_path, save_every=1)
     run = trainer.run()
     next(run)
     before = (tmp_path / STATE_FILE).read_bytes()
@@ -95,7 +109,7 @@ def test_a_failing_save_keeps_the_former_one(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, HISTORY_FILE}
 
 
-def test_a_damaged_state_is_reported(tmp_path):
+def test_a_damaged_state_is_reported(options, tmp_path):
     (tmp_path / STATE_FILE).write_bytes(b"not a state")
     with pytest.raises(ValueError, match=r"cannot be read .*; remove it to start over"):
-        Trainer(TrainOptions(**OPTIONS), tmp_path, resume=True)
+        Trainer(options, tmp_path, resume=True)
