@@ -49,7 +49,8 @@ class Muon(Optimizer):
         max_elements: matrices are stacked and orthogonalised together up to this many elements, which bounds the
             memory a step needs. Results do not depend on it (to the bit on a CPU with one thread).
 
-    A step computes in float32 (float64 for float64) and rounds half-precision parameters once. Gradients are not
+    A step computes in float32 (float64 for float64) and rounds half-precision parameters once; there are no master
+    weights, so small updates of bfloat16 parameters get lost: keep the parameters in float32. Gradients are not
     changed. A parameter whose gradient is None is left alone with its state: no decay, no momentum. A gradient with
     NaN or an infinity makes that matrix NaN, as in torch's optimizers; others are unaffected. With a
     torch.amp.GradScaler, a step with overflow changes nothing.
@@ -110,6 +111,10 @@ class Muon(Optimizer):
             self._update(group, 1.0 if scale is None else float(scale))
         self._updated()
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, so that copy.deepcopy((model, optimizer)) gives a working pair; torch keeps only the groups."""
+        return self.__dict__.copy()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, to the bit.

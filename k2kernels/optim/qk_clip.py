@@ -180,7 +180,7 @@ def scale_rows(target: ClipTarget, gamma: Tensor, alpha: float) -> None:
     for parameters, factors in ((target.query, query), (target.key, key)):
         for p in parameters:
             wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            p.mul_(factors.to(wide).reshape(-1, *[1] * (p.ndim - 1)))
+            p.mul_(factors.to(p.device, wide).reshape(-1, *[1] * (p.ndim - 1)))
 
 
 def _rows(per_head: Tensor, count: int) -> Tensor:

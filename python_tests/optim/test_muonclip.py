@@ -1,3 +1,5 @@
+import copy
+
 import latent
 import pytest
 import torch
@@ -336,6 +338,16 @@ def test_sparse_gradients_are_refused_before_anything_changes():
     with pytest.raises(TypeError, match=r"MuonClip: gradients must be dense, got torch.sparse_coo for \[16, 12\]"):
         optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_copy_of_model_and_optimizer_goes_the_same_way():
+    model = latent.Model()
+    optimizer = MuonClip(model, 0.02, qk_clip=CLIP)
+    train(model, optimizer, 2)
+    twin, other = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 2, first=2)
+    train(twin, other, 2, first=2)
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(model.parameters(), twin.parameters()))
 
 
 def test_it_is_deterministic():
