@@ -32,7 +32,7 @@ def moe_route(
     choice = torch.where(logits > -torch.inf, choice, lowest).nan_to_num(nan=lowest, neginf=lowest)
     if n_group > 1:
         grouped = choice.view(tokens, n_group, experts // n_group)
-        best = grouped.topk(1 if bias is None else min(2, grouped.shape[-1])).values.sum(-1)
+        best = grouped.topk(1 if bias is None else min(2, grouped.shape[-1])).values.sum(-1).clamp(min=lowest)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, _best(best, topk_group), True)
         choice = torch.where(kept[..., None], grouped, -torch.inf).view(tokens, experts)
     indices = _best(choice, top_k)
@@ -80,7 +80,7 @@ def _loss_slope(shares: Tensor, indices: Tensor, cu_seqlens: Tensor | None, alph
     """[T, E]: the derivative of the loss, which is linear in the shares: alpha * f / (length * sequences)."""
     (tokens, experts), top_k = shares.shape, indices.shape[1]
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, tokens], device=shares.device)
+        cu_seqlens = torch.arange(2, device=shares.device) * tokens
     cu_seqlens = cu_seqlens.long()
     lengths = cu_seqlens.diff()
     sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, device=shares.device), right=True)

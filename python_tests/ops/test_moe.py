@@ -147,11 +147,27 @@ def test_route_survives_nan_and_infinities(score, bias):
         assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 8 for row in got.indices.tolist())
         assert got.weights.isfinite().all()
         assert got.indices[:2].tolist() == [[0, 1, 2]] * 2 and (got.weights[:2] == 0).all()
+        assert (got.weights[2] == got.weights[2, 0]).all() and got.weights[2, 0] > 0.3  # +inf is a large number
         if n_group == 1:
             assert sorted(got.indices[3].tolist()) == [2, 4, 7]  # a bad expert only when no other is left
             assert sorted(got.indices[4].tolist()[:2]) == [2, 3]
+            assert got.weights[4].max() > 0.6
         (grad,) = torch.autograd.grad(got.weights.square().sum(), logits)
         assert grad.isfinite().all() and (grad[:2] == 0).all()
+
+
+def test_route_of_nothing_but_nan_keeps_as_many_groups():
+    got = moe_route(torch.full((2, 8), math.nan), torch.zeros(8), top_k=4, n_group=4, topk_group=2)
+    assert got.indices.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_route_survives_a_bad_bias():
+    bias = torch.tensor([math.nan, -math.inf, 0.0, -1.0, math.inf, 0.0, 0.0, 0.0])
+    got = moe_route(torch.zeros(1, 8), bias, top_k=7)
+    assert got.indices.tolist() == [[4, 2, 5, 6, 7, 3, 0]]
+    assert got.weights.isfinite().all()
+    got = moe_route(torch.zeros(1, 8), bias, top_k=4, n_group=2, topk_group=1)
+    assert got.indices.tolist() == [[4, 5, 6, 7]]
 
 
 def test_route_of_vanishing_scores_is_zero_not_nan():
@@ -216,11 +232,11 @@ def test_route_bad_arguments():
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_sequence_loss_formula(score):
-    experts, top_k, alpha, ends = 6, 2, 0.3, [0, 4, 4, 11]
+    experts, top_k, alpha, ends = 6, 2, 0.3, [0, 4, 4, 7, 11]
     logits = torch.randn(11, experts, dtype=F64)
     indices = torch.randint(-1, experts, (11, top_k), dtype=torch.int32)
     losses = []
-    for start, end in ((0, 4), (4, 11)):
+    for start, end in ((0, 4), (4, 7), (7, 11)):
         length, loss = end - start, 0.0
         for e in range(experts):
             f = experts / (top_k * length) * int((indices[start:end] == e).sum())
@@ -228,7 +244,7 @@ def test_sequence_loss_formula(score):
             loss += f * sum(float(row[e] / row.sum()) for row in scores) / length
         losses.append(alpha * loss)
     got = moe_sequence_loss(logits, indices, top_k=top_k, alpha=alpha, cu_seqlens=torch.tensor(ends), score=score)
-    assert got.item() == pytest.approx(sum(losses) / 2, rel=1e-12)
+    assert got.item() == pytest.approx(sum(losses) / 3, rel=1e-12)
     whole = moe_sequence_loss(logits[:4], indices[:4], top_k=top_k, alpha=alpha, score=score)
     assert whole.item() == pytest.approx(losses[0], rel=1e-12)
 
