@@ -258,6 +258,7 @@ def test_it_has_no_backward():
         (dict(steps=2.0), r"steps must be an int in 1..100, got 2.0"),
         (dict(schedule="cubic"), r"schedule must be one of 'quintic', 'polar_express', got 'cubic'"),
         (dict(schedule=QUINTIC[:3]), r"schedule must be one \(a, b, c\) for each of the 5 steps, got 3; pass steps=3"),
+        (dict(schedule=TEN_STEPS), r"schedule must be one \(a, b, c\) for each of the 5 steps, got 10; pass steps=10"),
         (dict(schedule=[(1.0, 2.0)] * 5), r"schedule must be 'quintic', 'polar_express' or a sequence of \(a, b, c\)"),
         (dict(schedule=[(1.0, 2.0, float("nan"))] * 5), r"schedule must be .* of finite numbers, got"),
         (dict(schedule=3), r"schedule must be .*, got 3"),
