@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k2kernels.reference._numeric import wide
+
 E4M3_MAX = 448.0
 NAN_CODE = 0x7F
 SMALLEST_NORMAL = 2.0**-126
@@ -51,17 +53,16 @@ def dequantize(data: Tensor, scales: Tensor, block_rows: int, block_columns: int
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2I], gate first; computed in float32 (float64 stays), one rounding."""
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    gate, up = wide(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of `swiglu`: [..., I] and [..., 2I] give [..., 2I]."""
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    gate, up = wide(gate_up).chunk(2, dim=-1)
     grad = grad.to(gate.dtype)
-    sigmoid = torch.sigmoid(gate)
-    d_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([d_gate, grad * gate * sigmoid], dim=-1).to(gate_up.dtype)
+    d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat([d_gate, grad * F.silu(gate)], dim=-1).to(gate_up.dtype)
 
 
 def swiglu_quantize(
@@ -141,7 +142,3 @@ def _unblock(blocks: Tensor, shape: torch.Size) -> Tensor:
     *leading, row_blocks, rows, column_blocks, columns = blocks.shape
     padded = blocks.reshape(*leading, row_blocks * rows, column_blocks * columns)
     return padded[..., : shape[-2], : shape[-1]].contiguous()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
