@@ -104,11 +104,13 @@ class K2Config:
         for key, wanted in _FIXED.items():
             if values.get(key, wanted) != wanted:
                 raise UnsupportedError(f"K2Config: {key} must be {wanted!r}, got {values[key]!r}")
-        heads = values.get("num_attention_heads")
-        if values.get("num_key_value_heads", heads) not in (None, heads):
+        # Keys and values are expanded to all heads, so the number means nothing; transformers' default of 128 stays in
+        # the files of smaller models. A number below would ask for another kind of attention.
+        heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
+        if _is_int(heads) and _is_int(shared) and shared < heads:
             raise UnsupportedError(
-                f"K2Config: num_key_value_heads must equal num_attention_heads={heads} (latent attention expands its "
-                f"keys to all heads), got {values['num_key_value_heads']}"
+                f"K2Config: num_key_value_heads must equal num_attention_heads={heads}, as latent attention expands "
+                f"its keys to all heads, got {shared}"
             )
         values.setdefault("num_nextn_predict_layers", values.get("num_mtp_layers", 0))
         dtype = values.get("dtype") or values.get("torch_dtype") or "bfloat16"

@@ -17,7 +17,7 @@ from checkpoints import ALIGNED, FP8_CONFIG, PARTIAL, assert_same, dequantize, f
 from safetensors.torch import load_file, save_file
 
 from k2kernels import UnsupportedError
-from k2kernels.model import K2Config, K2Model
+from k2kernels.model import K2Config, K2Model, checkpoint, shards
 from k2kernels.model.checkpoint import load_weights, save_pretrained
 
 LAYER = "model.layers.1."
@@ -146,6 +146,10 @@ def test_one_step_of_training_after_loading(tmp_path):
     model = load(tmp_path).train()
     tensors = [*model.parameters(), *model.buffers()]
     assert all(t.device.type == "cpu" for t in tensors) and all(p.requires_grad for p in model.parameters())
+    saved = model.state_dict()
+    unsaved = {name: buffer for name, buffer in tiny.model("kimi").named_buffers() if name not in saved}
+    assert len(unsaved) > 5
+    assert_same({name: buffer for name, buffer in model.named_buffers() if name not in saved}, unsaved)
     model(torch.randint(0, 256, (2, 8))).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert all(logits.isfinite().all() for logits in model.max_logits().values())
@@ -183,6 +187,13 @@ def test_bfloat16_saved_and_read_back(tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert_same(load(tmp_path).state_dict(), model.state_dict())
+
+
+def test_config_follows_the_weights(tmp_path):
+    """A configuration read from an FP8 checkpoint does not make a float model's files FP8."""
+    tiny.model("kimi", quantization_config=FP8_CONFIG, dtype="bfloat16").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == config["torch_dtype"] == "float32"
 
 
 def test_load_weights_into_a_model(tmp_path):
@@ -282,8 +293,9 @@ class TestMtp:
 # ---- block FP8 -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_fp8_is_dequantised(tmp_path, shards):
+@pytest.mark.parametrize(("shards", "at_once"), [(1, 1 << 22), (3, 1)])
+def test_fp8_is_dequantised(tmp_path, monkeypatch, shards, at_once):
+    monkeypatch.setattr(checkpoint, "ELEMENTS_AT_ONCE", at_once)  # 1: a row of blocks at a time
     path, tensors = fp8_checkpoint(tmp_path, PARTIAL, shards)
     shapes = {tuple(t.shape) for t in tensors.values() if t.dtype == torch.float8_e4m3fn}
     assert any(r % 128 and c % 128 for r, c in shapes) and max(r for r, _ in shapes) > 256
@@ -694,7 +706,6 @@ def test_failing_renames(tmp_path, monkeypatch):
 
 def test_interrupted_while_writing(tmp_path, monkeypatch):
     """Ctrl-C counts as an error: nothing appears."""
-    from k2kernels.model import shards
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -763,9 +774,7 @@ def test_peak_memory(tmp_path):
     )
     with torch.device("meta"):
         model = K2Model(config)
-    from k2kernels.model.checkpoint import pieces
-
-    shapes = {n: piece.shape for name, t in model.state_dict().items() for n, piece in pieces(name, t)}
+    shapes = {n: piece.shape for name, t in model.state_dict().items() for n, piece in checkpoint.pieces(name, t)}
     most = max(shape.numel() for shape in shapes.values())
     random = np.frombuffer(np.random.default_rng(0).bytes(2 * most), dtype=np.int16) & 0x3FFF  # finite, below 2
     random, path, tensors = torch.from_numpy(random).view(torch.bfloat16), tmp_path / "big", {}

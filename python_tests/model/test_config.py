@@ -170,6 +170,13 @@ def test_recognised_but_not_served(changes, message):
         K2Config.from_dict({**KIMI, **changes})
 
 
+def test_number_of_key_heads_left_at_transformers_default():
+    small = {**KIMI, "num_attention_heads": 4}
+    assert K2Config.from_dict({**small, "num_key_value_heads": 128}) == K2Config.from_dict(
+        {**small, "num_key_value_heads": 4}
+    )
+
+
 def test_constructor_checks_too():
     with pytest.raises(ValueError, match="hidden_size"):
         K2Config(hidden_size=-1)

@@ -11,7 +11,8 @@ import torch
 from checkpoints import ALIGNED, FP8_CONFIG, PARTIAL, assert_same, dequantize, fp8_checkpoint, quantize, read, write
 
 from k2kernels import UnsupportedError
-from k2kernels.model import K2Model
+from k2kernels.model import K2Model, shards
+from k2kernels.model import convert as module
 from k2kernels.model.convert import convert
 
 
@@ -24,9 +25,10 @@ def float_checkpoint(path, sizes=PARTIAL, dtype=torch.bfloat16, **changes):
     return read(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_to_fp8(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "at_once"), [(torch.bfloat16, 1), (torch.float32, 1 << 22)])
+def test_to_fp8(tmp_path, monkeypatch, dtype, at_once):
     """Codes and scales of every block, bit for bit; what DeepSeek leaves alone becomes BF16."""
+    monkeypatch.setattr(module, "ELEMENTS_AT_ONCE", at_once)  # 1: a row of blocks at a time
     source = float_checkpoint(tmp_path / "src", dtype=dtype)
     convert(tmp_path / "src", tmp_path / "dst", "fp8", progress=False)
     expected = quantize({name: tensor.float() for name, tensor in source.items()})
@@ -217,8 +219,6 @@ def test_numbers_that_have_no_scale(tmp_path, value):
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    from k2kernels.model import shards
-
     float_checkpoint(tmp_path / "src")
 
     def full(_, file, **__):
