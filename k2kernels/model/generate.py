@@ -96,8 +96,6 @@ def generate(
         ready = [[token] for token in newest.tolist()]
 
         while going := result.add(rows, ready):
-            for row in set(rows) - {rows[i] for i in going}:
-                session.cache.free(row)
             if len(going) < len(rows):
                 keep = torch.tensor(going, device=prompts.device)
                 rows, newest, drafts = [rows[i] for i in going], newest[keep], drafts[keep]

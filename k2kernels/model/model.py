@@ -191,7 +191,8 @@ class K2Model(nn.Module):
         `alpha` is config.aux_loss_alpha by default. Add the result to your loss.
         """
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
-        return sum(layer.sequence_loss(alpha) for _, layer in self._moe_layers())
+        zero = torch.zeros((), device=self.lm_head.weight.device)
+        return sum((layer.sequence_loss(alpha) for _, layer in self._moe_layers()), start=zero)
 
     def check_ids(self, caller: str, input_ids: Tensor, *, wait: bool = False) -> None:
         """Raises ValueError or TypeError unless `input_ids` [B, T] are ids of this vocabulary and fit the context.

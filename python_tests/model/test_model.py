@@ -3,6 +3,7 @@ import io
 import math
 import re
 
+import plain
 import pytest
 import tiny
 import torch
@@ -23,6 +24,19 @@ def test_logits_and_hidden_states():
     torch.testing.assert_close(logits, hidden @ model.lm_head.weight.T)
     torch.testing.assert_close(hidden, F.rms_norm(hidden, (96,)) * hidden.pow(2).mean(-1, keepdim=True).sqrt())
     assert torch.equal(logits, model(IDS.int()))
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_the_model_written_out(name):
+    """Logits, and the largest attention logits in training mode, of two sequences."""
+    model = tiny.model(name)
+    want = [plain.forward(model, sequence) for sequence in IDS]
+    torch.testing.assert_close(model(IDS), torch.stack([logits for logits, _ in want]).float(), atol=3e-4, rtol=0)
+    model.train()(IDS)
+    peaks = torch.maximum(want[0][1], want[1][1])
+    for layer, got in model.max_logits().items():
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, peaks[layer].float(), atol=3e-4, rtol=0)
 
 
 def test_a_token_sees_the_past_of_its_own_sequence_only():
@@ -119,6 +133,13 @@ def test_bfloat16():
     assert (logits - want).norm() / want.norm() < 0.03
 
 
+def test_the_router_computes_in_float32():
+    gate = tiny.model().bfloat16().model.layers[1].mlp.gate
+    x = torch.randn(50, 96).bfloat16()
+    assert gate(x).dtype == torch.float32
+    torch.testing.assert_close(gate(x).double(), x.double() @ gate.weight.double().T, atol=1e-5, rtol=1e-5)
+
+
 def test_casts_leave_the_bias_and_the_counters_alone():
     model = tiny.model()
     bias = model.model.layers[1].mlp.gate.e_score_correction_bias.clone()
@@ -148,45 +169,6 @@ def test_tied_embedding():
 
 
 # Attention logits
-
-
-def logits_of(layer, x, cos, sin):
-    """Scaled, masked attention logits [B, H, T, T] of a layer's input x [B, T, hidden], written out."""
-    c, attention = layer.self_attn.config, layer.self_attn
-    x = x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * layer.input_layernorm.weight
-    norms = {"q": attention.q_a_layernorm.weight, "kv": attention.kv_a_layernorm.weight}
-
-    def normed(y, which):
-        return y / (y.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norms[which]
-
-    def rotated(y):
-        even, odd = y[..., ::2], y[..., 1::2]
-        return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-
-    q = (normed(x @ attention.q_a_proj.weight.T, "q") @ attention.q_b_proj.weight.T).unflatten(-1, (4, 40)).mT.mT
-    q = q.transpose(1, 2)
-    compressed = x @ attention.kv_a_proj_with_mqa.weight.T
-    keys = (normed(compressed[..., :48], "kv") @ attention.kv_b_proj.weight.T).unflatten(-1, (4, 56)).transpose(1, 2)
-    scores = q[..., :24] @ keys[..., :24].mT + rotated(q[..., 24:]) @ rotated(compressed[:, None, :, 48:]).mT
-    future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
-    return (scores * c.softmax_scale).masked_fill(future, -math.inf)
-
-
-@torch.no_grad()
-def test_max_logits():
-    model = tiny.model().train()
-    inputs = []
-    hooks = [layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0])) for layer in model.model.layers]
-    model(IDS)
-    for hook in hooks:
-        hook.remove()
-    cos, sin = model.rope(torch.arange(24))
-    want = [logits_of(layer, x, cos, sin).amax(dim=(0, 2, 3)) for layer, x in zip(model.model.layers, inputs)]
-    got = model.max_logits()
-    assert list(got) == [0, 1, 2, 3]
-    for layer in got:
-        assert got[layer].dtype == torch.float32
-        torch.testing.assert_close(got[layer], want[layer], atol=1e-4, rtol=1e-4)
 
 
 def test_max_logits_run_until_reset_and_in_training_mode_only():
@@ -301,7 +283,7 @@ def test_preset_trains():
     losses = []
     for _ in range(8):
         loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

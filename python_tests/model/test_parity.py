@@ -10,12 +10,12 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from plain import PlainRouter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from k2kernels.model import K2Config, K2Model, attention, rope
 from k2kernels.model import moe as moe_module
-from k2kernels.ops.moe import Routing
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
@@ -247,32 +247,6 @@ def plant_quantised_activations(model, monkeypatch):
 
 
 # Each convention, got wrong on purpose
-
-
-class PlainRouter:
-    """Routing written out in the plainest way, with switches that get one thing wrong."""
-
-    def __init__(self, wrong=""):
-        self.wrong = wrong
-
-    def __call__(self, logits, bias, *, top_k, n_group, topk_group, score, normalize, scale):
-        wrong = self.wrong
-        scores = logits.softmax(-1) if wrong == "softmax scores" else logits.sigmoid()
-        choice = scores if wrong == "no bias" else scores + bias
-        rows = []
-        for row in choice:
-            groups = row.split(len(row) // n_group)
-            best = [max(g) if wrong == "group maximum" else sum(sorted(g)[-2:]) for g in groups]
-            kept = sorted(range(n_group), key=lambda g: -best[g])[: n_group if wrong == "no groups" else topk_group]
-            masked = 0.0 if wrong == "masked by 0" else -math.inf
-            values = [float(v) if g in kept else masked for g, group in enumerate(groups) for v in group]
-            rows.append(sorted(range(len(row)), key=lambda e: -values[e])[:top_k])
-        indices = torch.tensor(rows)
-        weights = (choice if wrong == "bias in the weights" else scores).gather(1, indices)
-        if wrong != "no normalisation":
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = weights * (1 if wrong == "no scaling" else scale)
-        return Routing(indices.int(), weights, indices.flatten().bincount(minlength=logits.shape[1]))
 
 
 def named(name, plant):
