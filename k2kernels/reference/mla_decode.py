@@ -6,8 +6,6 @@ Shape suffixes: T tokens of all sequences, B sequences, H heads, Q and K positio
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -91,7 +89,7 @@ def _attend_paged(
     sequence_B1 = torch.arange(queries.batch, device=seq_lens.device).unsqueeze(-1)
     longest = max([1, *seq_lens.tolist()])
 
-    parts = []
+    state = None
     for start in range(0, longest, split):
         position_K = torch.arange(start, min(start + split, longest), device=seq_lens.device)
         real_BK = position_K < seq_lens.unsqueeze(-1)
@@ -100,8 +98,8 @@ def _attend_paged(
         # All heads of a sequence share its keys: one matrix product for the rows of all of them.
         scores_BHQK = (q_BHQD.flatten(1, 2) @ keys_BKD.mT).unflatten(1, q_BHQD.shape[1:3])
         scores_BHQK.masked_fill_(position_K >= border_BQ[:, None, :, None], -torch.inf)
-        parts.append(attend(scores_BHQK.flatten(1, 2), keys_BKD[..., :head_dim_v]))
+        part = attend(scores_BHQK.flatten(1, 2), keys_BKD[..., :head_dim_v])
+        state = part if state is None else merge(state, part)
 
-    state = functools.reduce(merge, parts)
     heads = q_BHQD.shape[1:3]
     return tuple(queries.join(x.unflatten(1, heads)) for x in (state.out, state.lse, state.maximum))
