@@ -73,10 +73,11 @@ class Arguments:
     def require(self, condition: Any, name: str, wanted: str | Callable[[], str], got: Any, remedy: str = "") -> None:
         """Raises ValueError unless `condition` holds: `name` must be `wanted`, got `got`.
 
-        A `wanted` that holds sizes is given as a function: torch.compile cannot format a symbolic size.
+        What holds sizes is given as a function that makes the text: torch.compile cannot format a symbolic size.
         """
         if not condition:
             wanted = wanted() if callable(wanted) else wanted
+            got = got() if callable(got) else got
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {got}{_also(remedy)}")
 
     def choice(self, name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -96,9 +97,8 @@ class Arguments:
         good = (
             isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
         )
-        self.require(
-            good, name, f"an int >= {low}" if high is None else f"an int in {low} .. {high}", repr(value), remedy
-        )
+        wanted = "an int >= {}" if high is None else "an int in {} .. {}"
+        self.require(good, name, lambda: wanted.format(low, high), lambda: repr(value), remedy)
         return value
 
     def no_gradient(self, **tensors: torch.Tensor) -> None:

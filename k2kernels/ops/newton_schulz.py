@@ -81,7 +81,7 @@ def _options(
     args: Arguments, steps: Any, schedule: Any, algorithm: Any, iterate_dtype: Any
 ) -> tuple[list[float], str, torch.dtype]:
     """The checked options in the form the ops take them; the coefficients in one flat list."""
-    args.require(isinstance(steps, int) and 1 <= steps <= 100, "steps", "an int in 1..100", repr(steps))
+    args.integer("steps", steps, 1, 100)
     args.choice("algorithm", algorithm, ("auto", "standard", "gram"))
     args.choice("iterate_dtype", iterate_dtype, FLOATS)
     if isinstance(schedule, str):

@@ -254,8 +254,8 @@ def test_it_has_no_backward():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(steps=0), r"steps must be an int in 1..100, got 0"),
-        (dict(steps=2.0), r"steps must be an int in 1..100, got 2.0"),
+        (dict(steps=0), r"steps must be an int in 1 .. 100, got 0"),
+        (dict(steps=2.0), r"steps must be an int in 1 .. 100, got 2.0"),
         (dict(schedule="cubic"), r"schedule must be one of 'quintic', 'polar_express', got 'cubic'"),
         (dict(schedule=QUINTIC[:3]), r"schedule must be one \(a, b, c\) for each of the 5 steps, got 3; pass steps=3"),
         (dict(schedule=TEN_STEPS), r"schedule must be one \(a, b, c\) for each of the 5 steps, got 10; pass steps=10"),

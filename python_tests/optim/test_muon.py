@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from k2kernels.optim import Muon
+from k2kernels.optim import Muon, muon
 from k2kernels.testing.compare import check_close
 
 QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
@@ -92,6 +92,23 @@ def test_results_do_not_depend_on_how_matrices_are_batched(max_elements):
             o.step()
     for p, q in zip(together, alone):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("max_elements, calls", [(1, 8), (120, 5), (10**6, 1)])
+def test_memory_is_bounded_by_what_is_orthogonalised_together(monkeypatch, max_elements, calls):
+    params = parameters((6, 10), (5, 6, 10), (6, 10), (6, 10))
+    sizes = []
+
+    def spy(xs, **options):
+        sizes.append(sum(x.numel() for x in xs))
+        return list(xs)
+
+    optimizer = Muon(params, 0.1, max_elements=max_elements)
+    set_grads(params, 0)
+    monkeypatch.setattr(muon, "newton_schulz_grouped", spy)
+    optimizer.step()
+    assert sum(sizes) == 8 * 60 and max(sizes) <= max(max_elements, 60)
+    assert len(sizes) == calls
 
 
 def test_a_stack_is_its_matrices():
@@ -291,7 +308,7 @@ def test_grad_scaler(unscale):
         (dict(momentum_dtype=torch.float16), "momentum_dtype must be float32 or bfloat16, got torch.float16"),
         (dict(iterate_dtype="fp16"), "iterate_dtype must be None or one of .*, got 'fp16'"),
         (dict(max_elements=0), "max_elements must be at least 1, got 0"),
-        (dict(steps=0), "steps must be an int in 1..100, got 0"),
+        (dict(steps=0), r"steps must be an int in 1 .. 100, got 0"),
         (dict(schedule="cubic"), "schedule must be one of 'quintic', 'polar_express', got 'cubic'"),
     ],
 )

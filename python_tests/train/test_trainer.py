@@ -30,14 +30,6 @@ def options(text):
     return TrainOptions(text=(text,), **SIZES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def curve(out):
     rows = [json.loads(line) for line in (out / HISTORY_FILE).read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
