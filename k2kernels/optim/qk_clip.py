@@ -113,15 +113,14 @@ class QKClip:
         s = max_logit.double()
         seen = s.isfinite()
         # A comparison, not a clamp of tau / s: negative maxima would give negative factors and NaN roots.
-        hot = seen & (s > tau)
-        gamma = torch.where(hot, tau / s, 1.0)
+        gamma = torch.where(seen & (s > tau), tau / s, 1.0)
         if average is None:
             return gamma, None
         average = torch.where(seen, self.smoothing * average + (1 - self.smoothing) * gamma, average)
         if self.mode == "smooth_literal":
             return torch.where(seen, average, 1.0), average
-        gentle = hot & (s <= 2 * tau)
-        return torch.where(gentle, torch.maximum(average, gamma), gamma), average
+        # The average is at most 1, so a head at gamma 1 keeps it.
+        return torch.where(s > 2 * tau, gamma, torch.maximum(average, gamma)), average
 
 
 def find_targets(model: nn.Module) -> list[ClipTarget]:
