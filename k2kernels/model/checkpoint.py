@@ -177,8 +177,7 @@ def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], pat
     """The config, and the tensors, with the same number of MTP layers."""
     layers = config.num_hidden_layers
     found = sorted({int(m[1]) for m in map(_MTP.fullmatch, tensors) if m} - set(range(layers)))
-    beyond = {int(m[1]) for m in map(_LAYER.match, tensors) if m and int(m[1]) >= layers}
-    if config.num_nextn_predict_layers and not beyond:
+    if config.num_nextn_predict_layers and not found:
         warnings.warn(
             f"{path}: config.json has num_nextn_predict_layers={config.num_nextn_predict_layers}, but the files hold "
             "no MTP layer; the model is loaded without",

@@ -597,6 +597,19 @@ def test_index_that_points_elsewhere(plain):
     assert "nowhere.weight" in str(caught.value) and "is in none of the shards" in str(caught.value)
 
 
+def test_index_decides_what_belongs_to_the_checkpoint(plain):
+    path, _, _ = plain
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    expected = load(path).state_dict()
+    save_file({**load_file(path / SHARD), "odd": torch.ones(1), "lm_head.weight": torch.ones(64, 32)}, path / SHARD)
+    assert_same(load(path).state_dict(), expected)
+    del index["weight_map"]["lm_head.weight"]
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
+        load(path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_broken_index(plain, text):
     path, _, _ = plain
