@@ -39,9 +39,13 @@ def test_growing_keeps_the_pages_and_freeing_returns_them():
     assert pages_of(made, 2) == []
     freed = pages_of(made, 1)
     made.free(1)
+    made.free(1)  # nothing is given back twice
     assert pages_of(made, 1) == [] and made.free_pages == 2
     made.reserve(2, 70)
     assert sorted(pages_of(made, 2)) == sorted(freed)
+    made.free(2)
+    made.reserve(1, 1)
+    assert pages_of(made, 1)[0] in freed
 
 
 def test_rows_are_written_where_the_table_says():
