@@ -249,6 +249,7 @@ def test_a_state_dict_that_does_not_fit_is_refused():
         (dict(rules={"lm_head*": "muon"}), "number of parameters of group 0 must be 15, got 14"),
         (dict(rules={"lm_head*": "muon", "*1*q_a_proj*": "adamw"}), "parameter names of group 0 must be"),
         (dict(qk_clip=None), r"state of layers.0.self_attn.q_b_proj.weight must be \['momentum_buffer'\], got"),
+        (dict(qk_clip=QKClip()), r"state of layers.0.self_attn.q_b_proj.weight must be \['momentum_buffer'\], got"),
     ]:
         with pytest.raises(ValueError, match="MuonClip.load_state_dict: " + message):
             MuonClip(latent.Model(), 0.02, **{"qk_clip": CLIP, **options}).load_state_dict(state)
