@@ -316,6 +316,25 @@ def test_gradients_that_are_none_and_parameters_that_are_frozen():
     assert not optimizer.state[model.layers[0]["norm"].bias]
 
 
+def test_both_methods_see_gradients_without_the_scale_of_a_scaler():
+    model = latent.Model()
+    twin = latent.clone(model)
+    optimizer, plain = MuonClip(model, 0.02), MuonClip(twin, 0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        latent.backward(model, step)
+        latent.backward(twin, step)
+        for p in model.parameters():
+            p.grad *= 1024.0
+        scaler.scale(torch.zeros(()))  # a scaler knows its scale only once a loss has been scaled
+        scaler.step(optimizer)
+        scaler.update()
+        plain.step()
+        optimizer.zero_grad()
+        plain.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
 def test_groups_can_be_added():
     model = latent.Model()
     optimizer = MuonClip(model, 0.1)
