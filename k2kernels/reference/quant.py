@@ -133,8 +133,13 @@ def _quantize(x: Tensor, block: tuple[int, int], power_of_two: bool) -> tuple[Te
 def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
     """[..., N, K] as [..., ceil(N/rows), rows, ceil(K/columns), columns], padded with zeros."""
     rows, columns = block
-    x = F.pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows))
-    return x.reshape(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1] // columns, columns)
+    *leading, height, width = x.shape
+    row_blocks, column_blocks = -(-height // rows), -(-width // columns)
+    if (height, width) != (row_blocks * rows, column_blocks * columns):
+        padded = x.new_zeros(*leading, row_blocks * rows, column_blocks * columns)
+        padded[..., :height, :width] = x
+        x = padded
+    return x.reshape(*leading, row_blocks, rows, column_blocks, columns)
 
 
 def _unblock(blocks: Tensor, shape: torch.Size) -> Tensor:
