@@ -112,7 +112,6 @@ class K2Config:
                 f"K2Config: num_key_value_heads must equal num_attention_heads={heads}, as latent attention expands "
                 f"its keys to all heads, got {shared}"
             )
-        values.setdefault("num_nextn_predict_layers", values.get("num_mtp_layers", 0))
         dtype = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
         values["dtype"] = str(dtype).removeprefix("torch.")
         values.update(_rope_fields(values))
