@@ -34,7 +34,7 @@ class K2Config:
     """Sizes and switches of a Kimi-K2 / DeepSeek-V3 model.
 
     A field's default is the one transformers' DeepseekV3Config gives a key that config.json leaves out, except that
-    there are no MTP layers unless asked for.
+    there are no MTP layers and no special tokens unless asked for.
 
     Raises:
         ValueError: a field is out of range (field, wanted, got).
