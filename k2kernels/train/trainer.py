@@ -41,7 +41,7 @@ class TrainOptions:
     lr: float = 0.02  # of the matrices, by Muon
     adamw_lr: float = 3e-3  # of everything else (of everything, with optimizer "adamw")
     threshold: float = 30.0  # of QK-clip, on the scaled logits
-    bias_rate: float = 1e-3  # of the router's loss-free balancing
+    bias_rate: float = 1e-2  # of the router's loss-free balancing
     sequence_loss: float = 1e-4  # weight of the router's sequence-wise balance loss
     seed: int = 0
 

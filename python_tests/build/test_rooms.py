@@ -15,7 +15,7 @@ SHARED_CSRC = {"arch", "common", "tile", "bind", "emulator"}
 FLOORS = {
     "reference": {"reference"},
     "ops": {"ops", "reference", "_backend"},
-    "model": {"model", "ops"},
+    "model": {"model", "ops", "reference"},
     "optim": {"optim", "ops"},
     "parallel": {"parallel", "model", "optim", "ops", "_backend", "reference"},
     "testing": {"testing", "ops", "reference", "_backend"},
