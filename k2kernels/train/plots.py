@@ -88,7 +88,7 @@ def plot_max_logits(
     ends = []
     for index, (layer, values) in enumerate(sorted(layers.items())):
         color = colors(0.85 * index / max(1, len(layers) - 1))
-        axes.plot(steps, values, color=color, linewidth=1.4)
+        axes.plot(steps, values, color=color, linewidth=1.1)
         ends.append((values[-1], f"layer {layer}", color))
     if threshold is not None:
         axes.axhline(threshold, color=ORANGE, linestyle=(0, (4, 3)), linewidth=1.3)
@@ -100,6 +100,7 @@ def plot_max_logits(
             textcoords="offset points",
             color=ORANGE,
             fontsize=9,
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.85, pad=1),
         )
     top = max([threshold or 0, *(v for values in layers.values() for v in values if math.isfinite(v))])
     axes.set_ylim(0, 1.12 * top)
