@@ -47,8 +47,9 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
+            why = f"exit status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
             raise SystemExit(
-                f"k2kernels: `{' '.join(command[:2])} ...` failed ({error}). The build needs CMake >= 3.24 and a "
+                f"k2kernels: `{' '.join(command[:2])} ...` failed ({why}). The build needs CMake >= 3.24 and a "
                 "C++17 compiler: on Debian or Ubuntu `apt-get install g++`, on Fedora `dnf install gcc-c++`, "
                 "on macOS `xcode-select --install`; then `pip install cmake ninja pybind11`."
             ) from None
