@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         message = str(error) or type(error).__name__
+    except RuntimeError as error:
+        if "memory" not in str(error):  # PyTorch has no class of its own for memory that ran out on a CPU
+            raise
+        message = str(error).splitlines()[0]
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

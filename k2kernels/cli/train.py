@@ -88,7 +88,7 @@ def _loop(trainer) -> bool:
         unit="step",
         dynamic_ncols=True,
         disable=not terminal,
-        bar_format="{percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt} {postfix} | {remaining} left",
+        bar_format="{percentage:3.0f}%|{bar:10}| {remaining} left{postfix}",
     )
     try:
         for row in trainer.run():

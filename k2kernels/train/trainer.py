@@ -23,6 +23,7 @@ from k2kernels.train.plots import plot_loss, plot_max_logits
 OPTIMIZERS = ("muonclip", "muon", "adamw")
 WARMUP_STEPS = 10
 DECAY_FRACTION = 0.5  # of the steps, at the end, over which the learning rates fall linearly to zero
+BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
 VALIDATION_TOKENS = 4096  # in one pass
 STATE_FILE = "training_state.pt"
 HISTORY_FILE = "history.jsonl"
@@ -94,7 +95,7 @@ class Trainer:
         self.identity = {**dataclasses.asdict(options), "text": hashlib.sha256(text.encode()).hexdigest()}
         state = self._load_state(resume)
 
-        config = K2Config.preset(options.config) if options.config == "tiny" else _config(options.config)
+        config = _config(options.config)
         if options.length > config.max_position_embeddings:
             raise ValueError(f"--length must be at most {config.max_position_embeddings}, got {options.length}")
         self.tokenizer = train_tokenizer(text, config.vocab_size)
@@ -233,10 +234,17 @@ class Trainer:
         return state
 
 
-def _config(path: str) -> K2Config:
-    if Path(path).exists():
-        return K2Config.from_pretrained(path)
-    return K2Config.preset(path)
+def _config(name: str) -> K2Config:
+    """The configuration of a preset or a directory, if its training fits into this machine's memory."""
+    config = K2Config.from_pretrained(name) if Path(name).is_dir() else K2Config.preset(name)
+    needed = BYTES_PER_PARAMETER * config.parameter_counts()[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"--config {name}: must fit into this machine's {memory / 2**30:.0f} GiB, got a model whose training needs "
+            f"{needed / 2**30:.0f} GiB and activations"
+        )
+    return config
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -64,6 +64,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
         ("train", "--out", out, "--steps", "0"): "--steps must be at least 1, got 0",
         ("train", "--out", out, "--length", "100000"): "--length must be at most",
         ("train", "--out", out, "--config", "kimi-k9"): "kimi-k9",
+        ("train", "--out", out, "--config", "kimi-k2"): "must fit into this machine's",
         ("train", "--out", out, "--lr", "nan"): "--lr must be positive, got nan",
         ("train", "--out", str(checkpoint)): "holds a run already",
         ("train", "--out", str(checkpoint), "--resume", "--seed", "5"): "seed was 0, is 5",
