@@ -59,6 +59,9 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
     Args:
         arch: which kernels: "sm_80" (portable) or "sm_90a" (Hopper).
         seed: selects the adversarial schedule of warps, blocks and asynchronous copies.
+
+    Raises:
+        ValueError: for any other arch.
     """
     if arch not in ARCHS:
         raise ValueError(f"emulated: arch must be one of {ARCHS}, got {arch!r}")

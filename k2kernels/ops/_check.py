@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = 2**63 - 1  # int that an op takes
 
 
 class Arguments:
@@ -41,6 +42,10 @@ class Arguments:
 
         `shape` holds ints (that size), letters (any size, the same wherever the letter stands) and may begin with "..."
         (any leading sizes).
+
+        Raises:
+            TypeError: it is no tensor, or of another dtype.
+            ValueError: it is of another shape, or on another device than the tensors before it.
         """
         if not isinstance(value, torch.Tensor):
             if not hasattr(value, "__dlpack__"):
@@ -48,6 +53,8 @@ class Arguments:
                     f"{self.op}: {name} must be a tensor or have __dlpack__, got {type(value).__name__}{_also(remedy)}"
                 )
             value = torch.from_dlpack(value)
+        if value.layout != torch.strided:
+            raise TypeError(f"{self.op}: {name} must be dense, got layout {value.layout}; convert it with .to_dense()")
         dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         good = dtypes is None or value.dtype in dtypes
         if good and shape is not None:
@@ -85,18 +92,31 @@ class Arguments:
         self.require(value in choices, name, "one of " + ", ".join(map(repr, choices)), repr(value))
         return value
 
-    def positive(self, name: str, value: Any) -> float:
-        """`value` as a float, which must be positive and finite."""
+    def boolean(self, name: str, value: Any) -> bool:
+        """`value`, which must be True or False."""
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.op}: {name} must be True or False, got {value!r}")
+        return value
+
+    def number(self, name: str, value: Any) -> float:
+        """`value` as a float, which must be finite."""
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
-        self.require(0 < value < math.inf, name, "positive and finite", value)
+        self.require(-math.inf < value < math.inf, name, "finite", value)
         return float(value)
+
+    def positive(self, name: str, value: Any) -> float:
+        """`value` as a float, which must be positive and finite."""
+        number = self.number(name, value)
+        self.require(number > 0, name, "positive and finite", value)
+        return number
 
     def integer(self, name: str, value: Any, low: int, high: int | None = None, *, remedy: str = "") -> int:
         """`value`, which must be an int of at least `low` and, if given, at most `high`."""
-        good = (
-            isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-        )
+        good = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+        if good and high is None and value > LARGEST:
+            high = LARGEST
+        good = good and value >= low and (high is None or value <= high)
         wanted = "an int >= {}" if high is None else "an int in {} .. {}"
         self.require(good, name, lambda: wanted.format(low, high), lambda: repr(value), remedy)
         return value
@@ -111,6 +131,13 @@ class Arguments:
                 "one with requires_grad",
                 "call the op under torch.no_grad() or pass a detached tensor",
             )
+
+    def writable(self, name: str, value: torch.Tensor) -> None:
+        """Raises ValueError where elements of `value` share memory, which an op that writes into it would mix up."""
+        shared = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape))
+        self.require(
+            not shared, name, "a tensor with memory for each element", "an expanded one", "call .contiguous() first"
+        )
 
     def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
         dims = list(shape)

@@ -42,6 +42,9 @@ def fp8_gemm(
     Returns:
         D [M, N]. M, N and K are free: none need be a multiple of 128, and any may be 0. Not differentiable.
 
+    Raises:
+        TypeError, ValueError: for dtypes and shapes, and, with `out`, for a tensor that requires a gradient.
+
     Source: DeepSeek-V3 (2024), section 3.3.2; DeepGEMM, fp8_gemm_nt.
     """
     args = Arguments("fp8_gemm")
@@ -55,7 +58,8 @@ def fp8_gemm(
     args.choice("out_dtype", out_dtype, RESULTS)
     if out is None:
         return _fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out_dtype)
-    out = _out(args, out, ("M", "N"), out_dtype, bias=bias, accumulate=accumulate)
+    inputs = dict(a_scales=a_scales, b_scales=b_scales, bias=bias, accumulate=accumulate)
+    out = _out(args, out, ("M", "N"), out_dtype, **inputs)
     _fp8_gemm_out(a, a_scales, b, b_scales, bias, accumulate, out)
     return out
 
@@ -97,6 +101,10 @@ def grouped_fp8_gemm(
     Returns:
         D [cap, N] or [G, maxM, N]. Groups may be empty. Not differentiable.
 
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, both layouts or none, an `out` that requires a gradient, and, on a
+            CPU, for offsets, counts or masked_m out of range.
+
     Source: DeepGEMM, m_grouped_fp8_gemm_nt_contiguous and _masked.
     """
     args = Arguments("grouped_fp8_gemm")
@@ -119,10 +127,12 @@ def grouped_fp8_gemm(
         counts = args.tensor("masked_m", masked_m, ("G",), torch.int32)
     else:
         counts = args.optional("counts", counts, ("G",), torch.int32)
+    if expected_m is not None:
+        args.integer("expected_m", expected_m, 0)
     args.choice("out_dtype", out_dtype, RESULTS)
     if out is None:
         return _grouped_fp8_gemm(a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype)
-    out = _out(args, out, (*rows, "N"), out_dtype)
+    out = _out(args, out, (*rows, "N"), out_dtype, a_scales=a_scales, b_scales=b_scales)
     _grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out)
     return out
 
@@ -159,6 +169,10 @@ def grouped_fp8_wgrad(
     Returns:
         D [G, N, K]; an empty group gives zeros (or C). Not differentiable.
 
+    Raises:
+        TypeError, ValueError: for dtypes and shapes, and, on a CPU, for offsets or counts out of range, or for a group
+            with tokens that starts between two multiples of 128.
+
     Source: DeepGEMM, k_grouped_fp8_gemm_nt_contiguous; here all groups share one matrix.
     """
     args = Arguments("grouped_fp8_wgrad")
@@ -192,6 +206,7 @@ def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, **i
     """Checks `out`; the `inputs` are those that might want a gradient, which an op that writes in place cannot give."""
     out = args.tensor("out", out, shape, out_dtype, remedy="out_dtype= must name the dtype of out")
     args.no_gradient(out=out, **{name: value for name, value in inputs.items() if value is not None})
+    args.writable("out", out)
     return out
 
 

@@ -80,15 +80,17 @@ def mla_decode(
     if kv_cache.dtype == torch.uint8:
         args.require(head_dim_v == LATENT, "head_dim_v", f"{LATENT} for a cache of {ROW_BYTES}-byte rows", head_dim_v)
     split = reference.AUTO if split == "auto" else args.integer("split", split, 1, remedy="or 'auto'")
+    args.boolean("causal", causal)
+    args.boolean("return_max_logits", return_max_logits)
     request = (
-        q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, bool(causal), head_dim_v, split,
-        bool(return_max_logits),
+        q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, causal, head_dim_v, split, return_max_logits,
     )  # fmt: skip
     if out is None:
         out, lse, max_logits = _mla_decode(*request)
     else:
         out = args.tensor("out", out, (*q.shape[:-1], head_dim_v), q.dtype)
         args.no_gradient(q=q, kv_cache=kv_cache, out=out)
+        args.writable("out", out)
         lse, max_logits = _mla_decode_out(*request, out)
     return MlaOutput(out, lse, max_logits if return_max_logits else None)
 
@@ -103,6 +105,9 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
     Returns:
         (out, lse) as `mla_decode` returns them; 0 and -inf where neither saw a key. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: for dtypes and shapes.
     """
     args = Arguments("merge_attention_states")
     out_a = args.tensor("out_a", out_a, ("...", "D"), FLOATS)

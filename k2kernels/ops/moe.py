@@ -81,7 +81,8 @@ def moe_route(
         as the largest finite number. Differentiable in logits.
 
     Raises:
-        ValueError: when n_group does not divide E, or the kept groups hold fewer than top_k experts.
+        TypeError, ValueError: for dtypes and shapes, when n_group does not divide E, or when the kept groups hold fewer
+            than top_k experts.
 
     Source: DeepSeek-V3 `inference/model.py` (class Gate), and the routers of Megatron-LM.
     """
@@ -90,15 +91,19 @@ def moe_route(
     bias = args.optional("bias", bias, ("E",), (torch.float32, torch.float64), remedy="keep the bias in float32")
     experts = logits.shape[1]
     args.choice("score", score, ("sigmoid", "softmax"))
-    args.require(1 <= top_k <= experts, "top_k", lambda: f"from 1 to E={experts}", top_k)
-    args.require(n_group >= 1 and experts % n_group == 0, "n_group", lambda: f"a divisor of E={experts}", n_group)
-    args.require(1 <= topk_group <= n_group, "topk_group", lambda: f"from 1 to n_group={n_group}", topk_group)
+    for name, value in (("top_k", top_k), ("n_group", n_group), ("topk_group", topk_group)):
+        args.integer(name, value, 1)
+    args.boolean("normalize", normalize)
+    scale = args.number("scale", scale)
+    args.require(top_k <= experts, "top_k", lambda: f"from 1 to E={experts}", top_k)
+    args.require(experts % n_group == 0, "n_group", lambda: f"a divisor of E={experts}", n_group)
+    args.require(topk_group <= n_group, "topk_group", lambda: f"from 1 to n_group={n_group}", topk_group)
     kept = topk_group * (experts // n_group)
     args.require(
         top_k <= kept, "top_k", lambda: f"at most the {kept} experts of the kept groups", top_k, "raise topk_group"
     )
     # The op returns the weights first: PyTorch's opcheck adds up the outputs and wants a float to begin with.
-    weights, indices, counts = _moe_route(logits, bias, top_k, n_group, topk_group, score, normalize, float(scale))
+    weights, indices, counts = _moe_route(logits, bias, top_k, n_group, topk_group, score, normalize, scale)
     return Routing(indices, weights, counts)
 
 
@@ -122,24 +127,29 @@ def moe_sequence_loss(
         indices: int32 or int64 [T, K]. They are counted as given. DeepSeek-V3 counts the choice without the bias: for
             that, pass `moe_route(logits, top_k=K).indices`. Index -1 is not counted.
         top_k: K.
-        cu_seqlens: int32 or int64 [sequences + 1], from 0 to T: where the sequences begin and end; None is one
+        cu_seqlens: int32 or int64 [B+1], from 0 to T: where each of B sequences begins and ends; None is one
             sequence. Empty sequences do not count in the mean.
         score: as in `moe_route`.
 
     Returns:
         A float32 scalar (float64 for float64 logits), 0 for T=0; differentiable in logits through P.
 
+    Raises:
+        TypeError, ValueError: for dtypes and shapes, and, on a CPU, for indices below -1 or from E on, or for
+            cu_seqlens that do not rise from 0 to T.
+
     Source: DeepSeek-V3 report (arXiv 2412.19437), equations 17 to 20.
     """
     args = Arguments("moe_sequence_loss")
     logits = args.tensor("logits", logits, ("T", "E"), FLOATS)
     indices = args.tensor("indices", indices, ("T", "K"), INDICES)
-    cu_seqlens = args.optional("cu_seqlens", cu_seqlens, ("sequences + 1",), INDICES)
+    cu_seqlens = args.optional("cu_seqlens", cu_seqlens, ("B+1",), INDICES)
     args.choice("score", score, ("sigmoid", "softmax"))
+    args.integer("top_k", top_k, 1)
     args.require(top_k == indices.shape[1], "top_k", lambda: f"the width of indices, {indices.shape[1]}", top_k)
-    args.require(top_k >= 1, "top_k", "at least 1", top_k)
+    alpha = args.number("alpha", alpha)
     args.require(cu_seqlens is None or cu_seqlens.numel() > 0, "cu_seqlens", "at least [0]", "an empty tensor")
-    return _moe_sequence_loss(logits, indices, cu_seqlens, float(alpha), score)
+    return _moe_sequence_loss(logits, indices, cu_seqlens, alpha, score)
 
 
 def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float, mode: str = "sign") -> Tensor:
@@ -159,13 +169,16 @@ def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float, mode: str = "s
     Returns:
         The new bias, float32 [E]. Comparisons are made in integers and are exact.
 
+    Raises:
+        TypeError, ValueError: for dtypes (a bias not in float32, counts not integers), shapes and mode.
+
     Source: Wang et al., "Auxiliary-Loss-Free Load Balancing" (arXiv 2408.15664).
     """
     args = Arguments("moe_update_bias")
     bias = args.tensor("bias", bias, ("E",), torch.float32, remedy="keep the bias in float32")
     counts = args.tensor("counts", counts, ("E",), INDICES, remedy="count in integers")
     args.choice("mode", mode, ("sign", "quantile"))
-    return _moe_update_bias(bias, counts, float(rate), mode)
+    return _moe_update_bias(bias, counts, args.number("rate", rate), mode)
 
 
 def moe_dispatch(
@@ -202,25 +215,27 @@ def moe_dispatch(
         [S, ceil(H/128)]. Differentiable in x unless quantised; the weights get their gradient from `moe_combine`.
 
     Raises:
-        ValueError: an index below -1, or E or above (CPU tensors; the kernels drop such a pair).
+        TypeError, ValueError: for dtypes, shapes and options, for a capacity of 2**31 slots or more, and, on a CPU, for
+            an index below -1 or from E on (a kernel drops such a pair).
+
+    Source: DeepGEMM (the grouped layout); HybridEP (a capacity known beforehand, overflow counted).
     """
     args = Arguments("moe_dispatch")
     x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if quantize else FLOATS)
     indices = args.tensor("indices", indices, ("T", "K"), INDICES)
     weights = args.tensor("weights", weights, ("T", "K"), FLOATS)
-    args.require(num_experts >= 1, "num_experts", "at least 1", num_experts)
-    args.require(alignment >= 1, "alignment", "at least 1", alignment)
+    args.integer("num_experts", num_experts, 1)
+    args.integer("alignment", alignment, 1)
+    args.boolean("quantize", quantize)
+    args.boolean("power_of_two", power_of_two)
     args.choice("scale_layout", scale_layout, ("row", "column"))
-    if capacity is None:
+    if capacity is not None:
+        args.integer("capacity", capacity, 0)
+    else:
         pairs = indices.shape[0] * indices.shape[1]
         capacity = pairs + min(num_experts, pairs) * (alignment - 1)
         capacity = (capacity + alignment - 1) // alignment * alignment
-    args.require(
-        capacity >= 0 and capacity % alignment == 0,
-        "capacity",
-        lambda: f"a multiple of alignment={alignment}",
-        capacity,
-    )
+    args.require(capacity % alignment == 0, "capacity", lambda: f"a multiple of alignment={alignment}", capacity)
     args.require(capacity < 2**31, "capacity", "below 2**31 slots", capacity, "dispatch fewer tokens at a time")
     slot_of, token_of_slot, offsets, counts, overflow = _moe_plan(indices, num_experts, alignment, capacity)
     handle = Handle(slot_of, token_of_slot, offsets, counts, weights, overflow)
@@ -252,6 +267,9 @@ def moe_combine(
 
     Returns:
         [T, H]; a token without slots gets shared + residual only. Differentiable in y, the weights, shared, residual.
+
+    Raises:
+        TypeError, ValueError: for dtypes and shapes, and for a handle that is not `moe_dispatch`'s.
     """
     args = Arguments("moe_combine")
     if not isinstance(handle, Handle):
@@ -259,10 +277,11 @@ def moe_combine(
     args.sizes["S"], (args.sizes["T"], args.sizes["K"]) = handle.token_of_slot.shape[0], handle.slot_of.shape
     y = args.tensor("y", y, ("S", "H"), FLOATS)
     args.tensor("handle.slot_of", handle.slot_of, ("T", "K"), torch.int32)
+    args.tensor("handle.token_of_slot", handle.token_of_slot, ("S",), torch.int32)
     args.tensor("handle.weights", handle.weights, ("T", "K"), FLOATS)
     shared = args.optional("shared", shared, ("T", "H"), FLOATS)
     residual = args.optional("residual", residual, ("T", "H"), FLOATS)
-    out_dtype = args.choice("out_dtype", out_dtype or y.dtype, FLOATS)
+    out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
     return _moe_combine(y, handle.slot_of, handle.token_of_slot, handle.weights, shared, residual, out_dtype)
 
 
@@ -296,6 +315,11 @@ def moe_mlp(
     Returns:
         [T, H] in out_dtype (x's by default). Differentiable in x, the routing weights, gate_up, down, shared and
         residual; with FP8 weights, in the routing weights, shared and residual only.
+
+    Raises:
+        TypeError, ValueError: for dtypes and shapes, and what the steps raise.
+
+    Source: DeepSeek-V3 (2024), section 2.1.2.
     """
     args = Arguments("moe_mlp")
     fp8 = isinstance(gate_up, (tuple, list))

@@ -47,11 +47,16 @@ def quantize_1x128(
     Returns:
         data float8_e4m3fn like x (or its transpose), contiguous; scales float32. Not differentiable.
 
+    Raises:
+        TypeError, ValueError: for dtypes, shapes and options, and, on a CPU, for offsets or counts out of range.
+
     Source: DeepSeek-V3 (2024), section 3.3.2.
     """
     args = Arguments("quantize_1x128")
     x = args.tensor("x", x, ("...", "M", "K"), QUANTIZABLE)
+    args.boolean("power_of_two", power_of_two)
     args.choice("scale_layout", scale_layout, ("row", "column"))
+    args.boolean("transpose", transpose)
     offsets, counts = _groups(args, x, "x", offsets, counts)
     return _quantize_1x128(x, power_of_two, scale_layout, transpose, offsets, counts)
 
@@ -68,10 +73,14 @@ def quantize_128x128(w: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, 
         data float8_e4m3fn [..., N, K]; scales float32 [..., ceil(N/128), ceil(K/128)], both contiguous: what a
         DeepSeek-V3 checkpoint stores as `weight` and `weight_scale_inv`. Not differentiable.
 
+    Raises:
+        TypeError, ValueError: for dtype and shape.
+
     Source: DeepSeek-V3, README_WEIGHTS.md.
     """
     args = Arguments("quantize_128x128")
     w = args.tensor("w", w, ("...", "N", "K"), QUANTIZABLE)
+    args.boolean("power_of_two", power_of_two)
     return _quantize_128x128(w, power_of_two)
 
 
@@ -89,6 +98,11 @@ def dequantize(
 
     Returns:
         [..., N, K] in dtype, from a product in float32 (float64 for float64). Not differentiable.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes that do not fit the block, and options.
+
+    Source: DeepSeek-V3 (`inference/kernel.py`, weight_dequant).
     """
     args = Arguments("dequantize")
     data = args.tensor("data", data, ("...", "N", "K"), torch.float8_e4m3fn)
@@ -108,6 +122,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Returns:
         [..., I] in gate_up's dtype, computed in float32 (float64 for float64) and rounded once. Differentiable.
+
+    Raises:
+        TypeError, ValueError: for the dtype, or a last axis that is odd.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
@@ -140,12 +157,16 @@ def swiglu_quantize(
         data float8_e4m3fn [..., M, I] and scales float32 [..., M, ceil(I/128)]. Not differentiable. A kernel's exp may
         differ from the reference's in the last bit, hence a code by one step.
 
+    Raises:
+        TypeError, ValueError: for dtypes, shapes and options, and, on a CPU, for offsets or counts out of range.
+
     Source: DeepSeek-V3 (2024), section 3.3; the fused operator of DeepGEMM and SGLang.
     """
     args = Arguments("swiglu_quantize")
     gate_up = args.tensor("gate_up", gate_up, ("...", "M", "2I"), QUANTIZABLE)
     args.require(gate_up.shape[-1] % 2 == 0, "gate_up", "even in its last axis", list(gate_up.shape))
     weights = args.optional("weights", weights, tuple(gate_up.shape[:-1]), torch.float32)
+    args.boolean("power_of_two", power_of_two)
     args.choice("scale_layout", scale_layout, ("row", "column"))
     offsets, counts = _groups(args, gate_up, "gate_up", offsets, counts)
     return _swiglu_quantize(gate_up, weights, power_of_two, scale_layout, offsets, counts)

@@ -32,11 +32,11 @@ class MuonClip(Muon):
         weight_decay, momentum, nesterov, rms_scale: as in `Muon`.
         adamw: options of the other group: lr (default: the same lr), betas (0.9, 0.95), eps 1e-8 and weight_decay
             (default: the same).
-        qk_clip: a `QKClip`, or None: no clipping. By default QKClip() when the model has `max_logits()`, else a
-        warning. splits: glob pattern of names -> how a fused matrix is cut by rows before orthogonalisation:
-        "gate_up" (two equal
-            blocks), "heads" (one block per attention head), a number of equal blocks, a list of block sizes, or None
-            (not at all). The first pattern that matches wins. By default "*gate_up_proj*" is cut in two, and
+        qk_clip: a `QKClip`, or None: no clipping. By default QKClip() if the model tells its logits (`max_logits()`
+            and attention with `qk_clip_spec()`), else no clipping and a warning.
+        splits: glob pattern of names -> how a fused matrix is cut by rows before orthogonalisation: "gate_up" (two
+            equal blocks), "heads" (one block per attention head), a number of equal blocks, a list of block sizes, or
+            None (not at all). The first pattern that matches wins. By default "*gate_up_proj*" is cut in two, and
             kv_a_proj_with_mqa into latent and rope rows.
         rules: glob pattern of names -> "muon" or "adamw", over the default routing (see `routing_table`).
         router: the method of the expert router's matrix.
@@ -54,6 +54,7 @@ class MuonClip(Muon):
 
     Raises:
         ValueError: for options out of range, patterns that match nothing, sizes that do not fit.
+        TypeError: for parameters without names, complex parameters and sparse gradients.
         UnsupportedError: for a process group.
     """
 
@@ -122,7 +123,13 @@ class MuonClip(Muon):
         return table
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds (name, parameter) pairs with "method" "muon" or "adamw"; other options default to that group's."""
+        """Adds (name, parameter) pairs with "method" "muon" or "adamw"; other options default to that group's.
+
+        They are taken as they are: their rows are not cut, and `routing_table` does not list them.
+
+        Raises:
+            ValueError: for another method, an option out of range, or what the method does not take.
+        """
         method = param_group.get("method")
         if method not in METHODS:
             raise ValueError(f"MuonClip.add_param_group: method must be 'muon' or 'adamw', got {method!r}")

@@ -1,1 +1,1 @@
-"""Inputs, comparison and timing shared by the tests and the benchmarks."""
+"""Inputs and comparisons shared by the tests and the benchmarks."""
