@@ -82,7 +82,7 @@ def convert(
             elif name.endswith(SCALE):
                 continue
             elif to == "fp8" and _QUANTIZED.fullmatch(name.removeprefix(prefix)):
-                codes, factors = _quantize(weights.get(info), info, src)
+                codes, factors = _quantize(weights.get(info), info)
                 out.add(name, codes)
                 out.add(name + SCALE, factors)
             else:
@@ -118,7 +118,7 @@ def _casts(name: str, info: TensorInfo) -> bool:
     return info.dtype != "BF16" and name.endswith(".weight")
 
 
-def _quantize(weight: Tensor, info: TensorInfo, src: Path) -> tuple[Tensor, Tensor]:
+def _quantize(weight: Tensor, info: TensorInfo) -> tuple[Tensor, Tensor]:
     """e4m3 codes and scales of 128x128 blocks, computed a few rows of blocks at a time."""
     if weight.dim() != 2:
         raise ValueError(f"convert: {info.name} must have 2 axes, got {list(weight.shape)}")

@@ -25,10 +25,9 @@ class Op:
     Arguments are positional, as in the schema.
     """
 
-    def __init__(self, name: str, *, has_kernel: bool, differentiable: bool, mutates: bool):
+    def __init__(self, name: str, *, has_kernel: bool, mutates: bool):
         self.name = name
         self.has_kernel = has_kernel
-        self.differentiable = differentiable
         self.plain = getattr(torch.ops.k2kernels, name).default
         twin = name if mutates else f"{name}_autograd"
         self.autograd = getattr(torch.ops.k2kernels, twin).default
@@ -89,7 +88,7 @@ def register(
             setup_context=setup_context,
             lib=_LIBRARY,
         )
-    OPS[name] = Op(name, has_kernel=kernel is not None, differentiable=backward is not None, mutates=mutates)
+    OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates)
     return OPS[name]
 
 

@@ -16,6 +16,7 @@ from k2kernels.ops._register import register
 from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm
 from k2kernels.ops.quant import QUANTIZABLE, swiglu, swiglu_quantize
 from k2kernels.reference import moe as reference
+from k2kernels.reference.quant import store_scales
 
 INDICES = (torch.int32, torch.int64)
 
@@ -221,12 +222,12 @@ def moe_dispatch(
     Source: DeepGEMM (the grouped layout); HybridEP (a capacity known beforehand, overflow counted).
     """
     args = Arguments("moe_dispatch")
+    args.boolean("quantize", quantize)
     x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if quantize else FLOATS)
     indices = args.tensor("indices", indices, ("T", "K"), INDICES)
     weights = args.tensor("weights", weights, ("T", "K"), FLOATS)
     args.integer("num_experts", num_experts, 1)
     args.integer("alignment", alignment, 1)
-    args.boolean("quantize", quantize)
     args.boolean("power_of_two", power_of_two)
     args.choice("scale_layout", scale_layout, ("row", "column"))
     if capacity is not None:
@@ -488,7 +489,7 @@ def _permute_quantize_fake(
 ) -> tuple[Tensor, Tensor]:
     slots, hidden = token_of_slot.shape[0], x.shape[1]
     scales = x.new_empty((slots, -(-hidden // 128)), dtype=torch.float32)
-    return x.new_empty((slots, hidden), dtype=E4M3), reference.scale_storage(scales, scale_layout)
+    return x.new_empty((slots, hidden), dtype=E4M3), store_scales(scales, scale_layout)
 
 
 _moe_permute_quantize = register(

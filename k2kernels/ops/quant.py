@@ -199,9 +199,8 @@ def _quantize_1x128_fake(
 ) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = x.mT.shape if transpose else x.shape
     scales = x.new_empty((*leading, rows, -(-columns // 128)), dtype=torch.float32)
-    if scale_layout == "column":
-        scales = reference.column_layout(scales)
-    return x.new_empty((*leading, rows, columns), dtype=torch.float8_e4m3fn), scales
+    data = x.new_empty((*leading, rows, columns), dtype=torch.float8_e4m3fn)
+    return data, reference.store_scales(scales, scale_layout)
 
 
 _quantize_1x128 = register(

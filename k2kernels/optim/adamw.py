@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STATE = ("step", "exp_avg", "exp_avg_sq")
-
 
 def adamw_update(
     parameters: list[Tensor],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.reference._numeric import wide
-from k2kernels.reference.quant import column_layout, quantize_1x128
+from k2kernels.reference.quant import quantize_1x128, store_scales
 
 
 def moe_route(
@@ -142,11 +142,7 @@ def moe_permute_quantize(
     """`moe_permute` of the codes [T, H] and the scales [T, ceil(H/128)] of x."""
     data, scales = quantize_1x128(x, power_of_two)
     codes = _rows(data.view(torch.uint8), token_of_slot)  # bytes: few operations know float8
-    return codes.view(data.dtype), scale_storage(_rows(scales, token_of_slot), scale_layout)
-
-
-def scale_storage(scales: Tensor, scale_layout: str) -> Tensor:
-    return column_layout(scales) if scale_layout == "column" else scales
+    return codes.view(data.dtype), store_scales(_rows(scales, token_of_slot), scale_layout)
 
 
 def moe_combine(

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from k2kernels.reference._numeric import wide
+
 QUINTIC = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon; also torch.optim.Muon
 GRAM_ASPECT = 1.5  # long / short side from which iterating on the Gram matrix is used: below, it gains little
 CUSHION = 0.02407327424182761  # of Polar Express; the value behind the coefficients printed in the paper
@@ -84,7 +86,7 @@ def _normalized(x: Tensor) -> Tensor:
     Dividing by the largest element first keeps the squares in range whatever the scale of x, so no epsilon is needed,
     which would shrink small matrices.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = wide(x)
     largest = x.abs().amax(dim=(-2, -1), keepdim=True)
     x = x / largest.masked_fill(largest == 0, 1.0)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)

@@ -36,7 +36,7 @@ def quantize_1x128(
     """One scale per 128 elements of a row of x [..., M, K], or of x^T [..., K, M]; padding rows count as zeros."""
     x = _without_padding(x, offsets, counts)
     data, scales = _quantize(x.mT if transpose else x, (1, 128), power_of_two)
-    return data, column_layout(scales) if scale_layout == "column" else scales
+    return data, store_scales(scales, scale_layout)
 
 
 def quantize_128x128(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -46,9 +46,9 @@ def quantize_128x128(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
 
 def dequantize(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
     """code * scale in float32 (exact in float64 for float64), rounded once to dtype."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    blocks = _blocks(from_e4m3(data).to(wide), (block_rows, block_columns)) * scales.to(wide)[..., :, None, :, None]
-    return _unblock(blocks, data.shape).to(dtype)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = _blocks(from_e4m3(data).to(precision), (block_rows, block_columns))
+    return _unblock(codes * scales.to(precision)[..., :, None, :, None], data.shape).to(dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -80,8 +80,10 @@ def swiglu_quantize(
     return quantize_1x128(hidden, power_of_two, scale_layout, False, offsets, counts)
 
 
-def column_layout(scales: Tensor) -> Tensor:
-    """The same scales [..., M, blocks], stored so that the rows are contiguous: strides (1, M rounded up to 4)."""
+def store_scales(scales: Tensor, scale_layout: str) -> Tensor:
+    """The same scales [..., M, blocks]; for "column" with the rows contiguous, strides (1, M rounded up to 4)."""
+    if scale_layout == "row":
+        return scales
     rows = scales.shape[-2]
     stored = scales.new_zeros((*scales.shape[:-2], scales.shape[-1], -(-rows // 4) * 4))
     stored[..., :rows] = scales.mT
