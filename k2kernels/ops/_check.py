@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LARGEST = 2**63 - 1  # int that an op takes
+LARGEST = 2**63 - 1  # an op takes ints of 64 bits
 
 
 class Arguments:
@@ -98,18 +98,13 @@ class Arguments:
             raise TypeError(f"{self.op}: {name} must be True or False, got {value!r}")
         return value
 
-    def number(self, name: str, value: Any) -> float:
-        """`value` as a float, which must be finite."""
+    def number(self, name: str, value: Any, *, positive: bool = False) -> float:
+        """`value` as a float, which must be finite and, if asked for, positive."""
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
-        self.require(-math.inf < value < math.inf, name, "finite", value)
+        low, wanted = (0, "positive and finite") if positive else (-math.inf, "finite")
+        self.require(low < value < math.inf, name, wanted, value)
         return float(value)
-
-    def positive(self, name: str, value: Any) -> float:
-        """`value` as a float, which must be positive and finite."""
-        number = self.number(name, value)
-        self.require(number > 0, name, "positive and finite", value)
-        return number
 
     def integer(self, name: str, value: Any, low: int, high: int | None = None, *, remedy: str = "") -> int:
         """`value`, which must be an int of at least `low` and, if given, at most `high`."""

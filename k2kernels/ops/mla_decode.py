@@ -75,7 +75,7 @@ def mla_decode(
     block_table = args.tensor("block_table", block_table, ("B", "max_pages"), torch.int32)
     seq_lens = args.tensor("seq_lens", seq_lens, ("B",), torch.int32)
     cu_seqlens_q = args.optional("cu_seqlens_q", cu_seqlens_q, (seq_lens.shape[0] + 1,), torch.int32)
-    softmax_scale = args.positive("softmax_scale", softmax_scale)
+    softmax_scale = args.number("softmax_scale", softmax_scale, positive=True)
     args.integer("head_dim_v", head_dim_v, 1, size, remedy="it is the latent part of q's last axis")
     if kv_cache.dtype == torch.uint8:
         args.require(head_dim_v == LATENT, "head_dim_v", f"{LATENT} for a cache of {ROW_BYTES}-byte rows", head_dim_v)

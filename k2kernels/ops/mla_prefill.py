@@ -55,10 +55,10 @@ def mla_prefill(
     cu_seqlens_q = args.tensor("cu_seqlens_q", cu_seqlens_q, ("B+1",), torch.int32)
     cu_seqlens_k = args.tensor("cu_seqlens_k", cu_seqlens_k, ("B+1",), torch.int32)
     args.require(cu_seqlens_q.shape[0] > 0, "cu_seqlens_q", "of length B + 1", list(cu_seqlens_q.shape))
-    softmax_scale = args.positive("softmax_scale", softmax_scale)
-    out, lse, max_logits = _mla_prefill(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, bool(causal), bool(return_max_logits)
-    )
+    softmax_scale = args.number("softmax_scale", softmax_scale, positive=True)
+    args.boolean("causal", causal)
+    args.boolean("return_max_logits", return_max_logits)
+    out, lse, max_logits = _mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, return_max_logits)
     return MlaOutput(out, lse, max_logits if return_max_logits else None)
 
 

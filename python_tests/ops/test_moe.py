@@ -545,7 +545,7 @@ def test_dispatch_bad_arguments():
         moe_dispatch(x, weights, weights, num_experts=5)
     with pytest.raises(ValueError, match=r"moe_dispatch: capacity must be a multiple of alignment=8, got 12"):
         moe_dispatch(x, indices, weights, num_experts=5, alignment=8, capacity=12)
-    with pytest.raises(ValueError, match=r"moe_dispatch: alignment must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"moe_dispatch: alignment must be an int >= 1, got 0"):
         moe_dispatch(x, indices, weights, num_experts=5, alignment=0)
     dispatched = moe_dispatch(x, indices, weights, num_experts=5)
     with pytest.raises(ValueError, match=r"moe_combine: y must be \[S=6, H\] .*, got \[5, 4\] float32"):
