@@ -22,7 +22,7 @@ def mla_append(
     Args:
         kv: [T, D], rows [latent | rope]; bfloat16, float16, float32 or float64; rounded to the cache's dtype.
         kv_cache: [pages, page_size, D] floats, or uint8 [pages, page_size, 656] for D = 576: 512 e4m3 codes, 4 float32
-            scales (one per 128 codes, as `quantize_1x128` makes them), 64 bfloat16. Any strides.
+            scales (one per 128 codes, as `quantize_1x128` makes them), 64 bfloat16. Any strides but those of expand().
         block_table: int32 [B, max_pages], the pages of each sequence. T is a multiple of B and token t belongs to
             sequence t // (T // B): B x s tokens of a batch, or one row of the table for each token (B = T).
         positions: int32 or int64 [T], place of each token in its sequence, 0 being the first; -1 writes nothing.
@@ -38,8 +38,10 @@ def mla_append(
     kv = args.tensor("kv", kv, ("T", "D"), FLOATS)
     kv_cache = check_cache(args, kv_cache, CACHE_DTYPES, kv.shape[1])
     block_table, positions = _check_tokens(args, block_table, positions)
+    args.boolean("power_of_two", power_of_two)
     args.no_gradient(kv=kv, kv_cache=kv_cache)
-    _mla_append(kv, kv_cache, block_table, positions, bool(power_of_two))
+    args.writable("kv_cache", kv_cache)
+    _mla_append(kv, kv_cache, block_table, positions, power_of_two)
 
 
 def mla_gather(
