@@ -7,9 +7,9 @@ from torch import Tensor
 
 from k2kernels.model.config import K2Config
 from k2kernels.ops.mla_cache import mla_append
+from k2kernels.reference.mla_cache import LATENT, ROPE, ROW_BYTES
 
 PAGE_SIZE = 64  # tokens
-FP8_LATENT, FP8_ROPE, FP8_BYTES = 512, 64, 656  # the one FP8 layout: 512 e4m3, 4 float32 scales, 64 bfloat16
 
 
 class LatentCache:
@@ -47,12 +47,12 @@ class LatentCache:
             raise ValueError(f"LatentCache: cache_dtype must be 'auto' or 'fp8', got {cache_dtype!r}")
         width = config.latent_dim
         if cache_dtype == "fp8":
-            if (config.kv_lora_rank, config.qk_rope_head_dim) != (FP8_LATENT, FP8_ROPE):
+            if (config.kv_lora_rank, config.qk_rope_head_dim) != (LATENT, ROPE):
                 raise ValueError(
-                    f"LatentCache: cache_dtype 'fp8' needs kv_lora_rank {FP8_LATENT} and qk_rope_head_dim {FP8_ROPE}, "
+                    f"LatentCache: cache_dtype 'fp8' needs kv_lora_rank {LATENT} and qk_rope_head_dim {ROPE}, "
                     f"got {config.kv_lora_rank} and {config.qk_rope_head_dim}; use 'auto'"
                 )
-            width, dtype = FP8_BYTES, torch.uint8
+            width, dtype = ROW_BYTES, torch.uint8
         self.max_tokens = max_tokens
         per_row = pages_for(max_tokens)
         self.num_pages = rows * per_row if num_pages is None else num_pages

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from k2kernels.model.config import K2Config
+from k2kernels.reference.mla_cache import LATENT, ROPE, ROW_BYTES
 
 GPU_GB = (80, 141)  # A100 / H100, H200; in units of 10^9 bytes
 GPU_COUNTS = (1, 2, 4, 8, 16, 32)
 USABLE = 0.9  # the rest is left to activations and buffers; an assumption
-_FP8_CACHE = (512, 64)  # kv_lora_rank and rope dimension that the 656-byte row is laid out for
 
 
 class Fit(NamedTuple):
@@ -83,7 +83,7 @@ def capacity(config: K2Config) -> Capacity:
             weights["fp8"] += size * (4 if kind == "float32" else 2)
     layers, rank, rope = config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim
     cache_bf16 = layers * config.latent_dim * 2
-    cache_fp8 = layers * (rank + 4 * rank // 128 + 2 * rope) if (rank, rope) == _FP8_CACHE else None
+    cache_fp8 = layers * ROW_BYTES if (rank, rope) == (LATENT, ROPE) else None
     expanded = layers * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * 2
     fits = []
     for gb in GPU_GB:

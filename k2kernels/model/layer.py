@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from k2kernels.model.attention import Decode, LatentAttention, Prefill
 from k2kernels.model.config import K2Config
-from k2kernels.model.linear import RMSNorm
 from k2kernels.model.moe import Mlp, Moe
 
 
@@ -15,9 +14,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: K2Config, index: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config, index)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.is_moe_layer(index):
             self.mlp = Moe(config)
         else:

@@ -1,11 +1,10 @@
-"""Small modules of the model: RMSNorm, the block-FP8 linear layer, buffers that stay float32."""
+"""Small modules of the model: the block-FP8 linear layer, and buffers that stay float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2kernels.ops.fp8_gemm import fp8_gemm
@@ -33,18 +32,6 @@ class Float32Buffers(nn.Module):
         if any(buffer.is_meta and not self._buffers[name].is_meta for name, buffer in before.items()):
             self.reset_buffers()
         return self
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Fp8Linear(nn.Module):

@@ -18,7 +18,6 @@ from k2kernels.model.attention import Decode, Prefill
 from k2kernels.model.config import K2Config
 from k2kernels.model.generate import generate
 from k2kernels.model.layer import DecoderLayer
-from k2kernels.model.linear import RMSNorm
 from k2kernels.model.moe import Moe
 from k2kernels.model.mtp import MtpLayer
 from k2kernels.model.rope import Rope
@@ -34,7 +33,7 @@ class Decoder(nn.Module):
         layers = [DecoderLayer(config, index) for index in range(self.depth)]
         mtp = [MtpLayer(config, self.depth + k) for k in range(config.num_nextn_predict_layers)]
         self.layers = nn.ModuleList([*layers, *mtp])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, step: Prefill | Decode) -> Tensor:
         """[B, T] -> [B, T, hidden], after the final norm."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from k2kernels.model.attention import Decode, Prefill
 from k2kernels.model.config import K2Config
 from k2kernels.model.layer import DecoderLayer
-from k2kernels.model.linear import RMSNorm
 
 if TYPE_CHECKING:
     from k2kernels.model.model import K2Model
@@ -25,10 +24,10 @@ class MtpLayer(DecoderLayer):
 
     def __init__(self, config: K2Config, index: int):
         super().__init__(config, index)
-        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.enorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.shared_head = nn.ModuleDict({"norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(self, hidden: Tensor, embedded: Tensor, step: Prefill | Decode) -> Tensor:
         """Both [B, T, hidden]: normed hidden states, and the embedding of each position's next token.
