@@ -23,15 +23,6 @@ TEN_STEPS = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
 SHAPES = [(24, 24), (20, 50), (50, 20), (24, 30), (1, 7), (7, 1), (16, 300)]
 
 
-@pytest.fixture
-def one_thread():
-    """With several threads a product may be cut differently alone than in a batch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def with_spectrum(values, m, n):
     """[m, n] float64 with these singular values."""
     left = torch.linalg.qr(torch.randn(m, len(values), dtype=torch.float64))[0]
@@ -169,8 +160,8 @@ def test_restarts_keep_the_gram_iteration_stable(kind, dtype, triples):
 
 @pytest.mark.parametrize("shape", [(16, 16), (20, 50), (50, 20), (5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.usefixtures("one_thread")
 def test_a_matrix_does_not_depend_on_its_batch(shape, dtype):
+    """On one thread: several may cut a product differently alone than in a batch."""
     x = torch.randn(2, 3, *shape)
     want = newton_schulz(x, iterate_dtype=dtype)
     grouped = newton_schulz_grouped([x[0, 0], x, torch.randn(4, 9), x[1]], iterate_dtype=dtype)
