@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from k2kernels.model.attention import Decode, Prefill
 from k2kernels.model.cache import LatentCache, pages_for
 from k2kernels.model.mtp import draft
+from k2kernels.ops._check import Arguments
 
 if TYPE_CHECKING:
     from k2kernels.model.model import K2Model
@@ -61,19 +62,21 @@ def generate(
     model.check_ids("generate", input_ids, wait=True)
     config = model.config
     stops = list(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    _require(_is_int(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", "1 or more", max_new_tokens)
-    _require(math.isfinite(temperature) and temperature >= 0, "temperature", "0 or more", temperature)
-    _require(top_k is None or (_is_int(top_k) and top_k >= 1), "top_k", "1 or more", top_k)
-    _require(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
-    _require(all(_is_int(i) for i in stops), "eos_token_ids", "integers", eos_token_ids)
+    args = Arguments("generate")
+    args.integer("max_new_tokens", max_new_tokens, 1)
+    args.require(math.isfinite(temperature) and temperature >= 0, "temperature", "0 or more", temperature)
+    if top_k is not None:
+        args.integer("top_k", top_k, 1)
+    args.require(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
+    args.require(all(type(token) is int for token in stops), "eos_token_ids", "integers", eos_token_ids)
     if speculative:
         layers = len(model.mtp_layers)
-        _require(layers > 0, "speculative", "False for a model without MTP layers", speculative)
-        _require(temperature == 0, "temperature", "0 with speculative=True (greedy)", temperature)
-    prompts, lengths = _right_padded(input_ids, attention_mask, model.lm_head.weight.device)
+        args.require(layers > 0, "speculative", "False for a model without MTP layers", speculative)
+        args.require(temperature == 0, "temperature", "0 with speculative=True (greedy)", temperature)
+    prompts, lengths = _right_padded(args, input_ids, attention_mask, model.lm_head.weight.device)
     longest = max(lengths) + max_new_tokens
     limit = config.max_position_embeddings
-    _require(longest <= limit, "prompt and max_new_tokens", f"at most {limit} tokens together", longest)
+    args.require(longest <= limit, "prompt and max_new_tokens", f"at most {limit} tokens together", longest)
 
     generator = None if seed is None else torch.Generator(prompts.device).manual_seed(seed)
 
@@ -227,16 +230,18 @@ class _Result:
         return min((n for n, ended in zip(lengths, self.ended) if not ended), default=max(lengths))
 
 
-def _right_padded(input_ids: Tensor, attention_mask: Tensor | None, device: torch.device) -> tuple[Tensor, list[int]]:
+def _right_padded(
+    args: Arguments, input_ids: Tensor, attention_mask: Tensor | None, device: torch.device
+) -> tuple[Tensor, list[int]]:
     """The prompts moved to the left edge, [B, longest], and their lengths."""
     input_ids = input_ids.long().to(device)
     if attention_mask is None:
         return input_ids, [input_ids.shape[1]] * input_ids.shape[0]
     got = list(getattr(attention_mask, "shape", [attention_mask]))
-    _require(got == list(input_ids.shape), "attention_mask", f"{list(input_ids.shape)} like input_ids", got)
+    args.require(got == list(input_ids.shape), "attention_mask", f"{list(input_ids.shape)} like input_ids", got)
     real = (attention_mask.to(device) != 0).int()
     runs = (torch.diff(real, dim=1, prepend=torch.zeros_like(real[:, :1])) == 1).sum(dim=1).tolist()
-    _require(set(runs) == {1}, "attention_mask", "one run of ones in each row", f"{runs} runs")
+    args.require(set(runs) == {1}, "attention_mask", "one run of ones in each row", f"{runs} runs")
     lengths = real.sum(dim=1)
     source = torch.arange(int(lengths.max()), device=device) + real.argmax(dim=1, keepdim=True)
     return input_ids.gather(1, source.clamp(max=input_ids.shape[1] - 1)), lengths.tolist()
@@ -252,12 +257,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(condition: object, name: str, wanted: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"generate: {name} must be {wanted}, got {got}")
