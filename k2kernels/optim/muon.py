@@ -10,6 +10,7 @@ Source: Jordan et al., "Muon" (2024); update scale: Liu et al., "Muon is scalabl
 from __future__ import annotations
 
 import math
+import numbers
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -137,16 +138,16 @@ class Muon(Optimizer):
             raise ValueError(f"{self._name}: momentum_dtype must be float32 or bfloat16, got {momentum_dtype!r}")
         if iterate_dtype is not None and iterate_dtype not in FLOATS:
             raise ValueError(f"{self._name}: iterate_dtype must be None or one of {FLOATS}, got {iterate_dtype!r}")
-        if max_elements < 1:
-            raise ValueError(f"{self._name}: max_elements must be at least 1, got {max_elements}")
+        if not isinstance(max_elements, int) or max_elements < 1:
+            raise ValueError(f"{self._name}: max_elements must be an int of at least 1, got {max_elements!r}")
         self._momentum_dtype, self._iterate_dtype, self._max_elements = momentum_dtype, iterate_dtype, max_elements
         self._row_splits: dict[Tensor, tuple[int, ...]] = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for key in ("lr", "weight_decay", "momentum", "rms_scale"):
-            if not 0 <= float(group[key]) < (1 if key == "momentum" else math.inf):
-                limit = "in [0, 1)" if key == "momentum" else "finite and at least 0"
-                raise ValueError(f"{self._name}: {key} must be {limit}, got {group[key]}")
+            check_number(f"{self._name}: {key}", group[key], below=1 if key == "momentum" else math.inf)
+        if not isinstance(group["nesterov"], bool):
+            raise TypeError(f"{self._name}: nesterov must be True or False, got {group['nesterov']!r}")
         # Checks schedule and steps, as every step will.
         newton_schulz_grouped([], schedule=group["schedule"], steps=group["steps"])
         for i, p in enumerate(group["params"]):
@@ -233,6 +234,15 @@ class Muon(Optimizer):
                 expected |= optional
                 for key, value in entries.items():
                     require((tuple(value.shape), value.dtype), expected[key], f"{key} of {name}")
+
+
+def check_number(what: str, value: Any, *, below: float = math.inf) -> None:
+    """Raises TypeError or ValueError unless `value`, which may be a tensor, is a number of at least 0 and `below`."""
+    if not isinstance(value, (numbers.Real, Tensor)) or isinstance(value, bool):
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    if not 0 <= float(value) < below:
+        limit = "finite and at least 0" if below == math.inf else f"in [0, {below})"
+        raise ValueError(f"{what} must be {limit}, got {value}")
 
 
 def muon_update(

@@ -5,7 +5,6 @@ Source: Kimi K2 technical report (2025), section 2.1.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from k2kernels._backend import UnsupportedError
 from k2kernels.optim.adamw import adamw_update
-from k2kernels.optim.muon import Muon
+from k2kernels.optim.muon import Muon, check_number
 from k2kernels.optim.qk_clip import ClipReport, ClipTarget, QKClip, find_targets, resolve_targets, scale_rows
 from k2kernels.optim.routing import METHODS, Route, route, row_splits
 
@@ -103,6 +102,8 @@ class MuonClip(Muon):
             step=0,
         )
         rest = dict(method="adamw", lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+        if not isinstance(adamw, (Mapping, type(None))):
+            raise TypeError(f"MuonClip: adamw must be a dict or None, got {adamw!r}")
         unknown = set(adamw or {}) - {"lr", "betas", "eps", "weight_decay"}
         if unknown:
             raise ValueError(f"MuonClip: adamw takes lr, betas, eps and weight_decay, got {sorted(unknown)}")
@@ -152,6 +153,8 @@ class MuonClip(Muon):
         self._pending: list[tuple[ClipTarget, ClipReport, Tensor | None]] = []
         if clip is None:
             return
+        if not isinstance(clip, QKClip):
+            raise TypeError(f"MuonClip: qk_clip must be a QKClip or None, got {clip!r}; write QKClip(threshold=...)")
         targets, self._read_source, self._reset_source = clip.targets, clip.max_logits, clip.reset_max_logits
         if model is not None:
             if targets is None:
@@ -173,10 +176,13 @@ class MuonClip(Muon):
     def _check_group(self, group: dict[str, Any]) -> None:
         if group["method"] == "muon":
             return super()._check_group(group)
-        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        bad = [key for key in ("lr", "eps", "weight_decay") if not 0 <= float(options[key]) < math.inf]
-        if bad or not all(0 <= beta < 1 for beta in options["betas"]):
-            raise ValueError(f"MuonClip: adamw must have lr, eps, weight_decay >= 0 and betas in [0, 1), got {options}")
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"MuonClip: adamw's betas must be two numbers, got {betas!r}")
+        for key in ("lr", "eps", "weight_decay"):
+            check_number(f"MuonClip: adamw's {key}", group[key])
+        for beta in betas:
+            check_number("MuonClip: each of adamw's betas", beta, below=1)
         for name, p in zip(group["param_names"], group["params"]):
             if p.is_complex():
                 raise TypeError(f"MuonClip: complex parameters are not supported, got {name} {p.dtype}")
@@ -261,7 +267,7 @@ class MuonClip(Muon):
 def _named(model_or_named_parameters: Any) -> list[tuple[str, Tensor]]:
     if isinstance(model_or_named_parameters, nn.Module):
         return list(model_or_named_parameters.named_parameters())
-    named = list(model_or_named_parameters)
+    named = list(model_or_named_parameters) if isinstance(model_or_named_parameters, Iterable) else [None]
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in named):
         raise TypeError(
             "MuonClip: parameters must be a module or (name, parameter) pairs; pass model.named_parameters()"

@@ -11,6 +11,7 @@ Source: Kimi K2 technical report (2025), section 2.1; Su, "QK-Clip" (2025, kexue
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,19 +91,19 @@ class QKClip:
             raise ValueError("QKClip: mode 'exact' does not smooth; leave smoothing None, or take mode 'smooth'")
         if self.mode != "exact" and self.smoothing is None:
             self.smoothing = 0.9
-        if self.smoothing is not None and not 0 <= self.smoothing < 1:
-            raise ValueError(f"QKClip: smoothing must be in [0, 1), got {self.smoothing}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"QKClip: alpha must be in [0, 1], got {self.alpha}")
+        if self.smoothing is not None and not (_is_number(self.smoothing) and 0 <= self.smoothing < 1):
+            raise ValueError(f"QKClip: smoothing must be in [0, 1), got {self.smoothing!r}")
+        if not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
+            raise ValueError(f"QKClip: alpha must be in [0, 1], got {self.alpha!r}")
         if not callable(self.threshold):
             self.threshold_at(0)
 
     def threshold_at(self, step: int) -> float:
         """tau for the step after `step` steps."""
-        tau = float(self.threshold(step) if callable(self.threshold) else self.threshold)
-        if not 0 < tau < math.inf:
-            raise ValueError(f"QKClip: threshold must be positive and finite, got {tau} at step {step}")
-        return tau
+        tau = self.threshold(step) if callable(self.threshold) else self.threshold
+        if not (_is_number(tau) and 0 < tau < math.inf):
+            raise ValueError(f"QKClip: threshold must be positive and finite, got {tau!r} at step {step}")
+        return float(tau)
 
     def gamma(self, max_logit: Tensor, average: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
         """Factors float64 [H] for the largest logits [H], and the new running average (None in mode "exact").
@@ -180,6 +181,10 @@ def scale_rows(target: ClipTarget, gamma: Tensor, alpha: float) -> None:
         for p in parameters:
             wide = torch.float64 if p.dtype == torch.float64 else torch.float32
             p.mul_(factors.to(p.device, wide).reshape(-1, *[1] * (p.ndim - 1)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
 
 
 def _rows(per_head: Tensor, count: int) -> Tensor:

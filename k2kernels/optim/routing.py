@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ def route(
     Raises:
         ValueError: for a rule that matches nothing, names no method, or sends to Muon what is not a matrix.
     """
-    rules = dict(rules or {})
+    rules = _patterns("rules", rules)
     for pattern, method in [*rules.items(), ("router", router)]:
         if method not in METHODS:
             raise ValueError(f"MuonClip: rule {pattern!r} must be 'muon' or 'adamw', got {method!r}")
@@ -88,7 +88,7 @@ def row_splits(
     Raises:
         ValueError: for a pattern that matches nothing or a parameter of AdamW, or sizes that do not add up.
     """
-    splits = dict(splits or {})
+    splits = _patterns("splits", splits)
     check_matched("splits", splits, [(row.name, None) for row in table])
     result = {}
     for row in table:
@@ -142,6 +142,12 @@ def check_matched(argument: str, patterns: Mapping[str, object], parameters: Seq
             f"MuonClip: {argument} match no parameter: {', '.join(map(repr, unmatched))}; "
             "names are those of model.named_parameters()"
         )
+
+
+def _patterns(argument: str, patterns: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(patterns, (Mapping, type(None))):
+        raise TypeError(f"MuonClip: {argument} must be a dict from patterns of names, or None, got {patterns!r}")
+    return dict(patterns or {})
 
 
 def _by_module(model: nn.Module | None) -> dict[str, tuple[str, str]]:

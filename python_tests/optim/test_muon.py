@@ -297,7 +297,7 @@ def test_grad_scaler(unscale):
         (dict(momentum=1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (dict(momentum_dtype=torch.float16), "momentum_dtype must be float32 or bfloat16, got torch.float16"),
         (dict(iterate_dtype="fp16"), "iterate_dtype must be None or one of .*, got 'fp16'"),
-        (dict(max_elements=0), "max_elements must be at least 1, got 0"),
+        (dict(max_elements=0), "max_elements must be an int of at least 1, got 0"),
         (dict(steps=0), r"steps must be an int in 1 .. 100, got 0"),
         (dict(schedule="cubic"), "schedule must be one of 'quintic', 'polar_express', got 'cubic'"),
     ],
@@ -305,6 +305,12 @@ def test_grad_scaler(unscale):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         Muon(parameters((4, 6)), **{"lr": 0.1, **options})
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum", "rms_scale", "nesterov"])
+def test_options_of_the_wrong_type(name):
+    with pytest.raises(TypeError, match=f"^Muon: {name} must be .*, got 'much'"):
+        Muon(parameters((4, 6)), **{"lr": 0.1, name: "much"})
 
 
 def test_bad_parameters_and_gradients():

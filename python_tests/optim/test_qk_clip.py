@@ -287,6 +287,9 @@ def test_a_loop_that_skips_by_itself_resets_the_maxima():
     [
         (dict(threshold=0.0), "threshold must be positive and finite, got 0.0"),
         (dict(threshold=float("inf")), "threshold must be positive and finite, got inf"),
+        (dict(threshold="hot"), "threshold must be positive and finite, got 'hot'"),
+        (dict(alpha=None), r"alpha must be in \[0, 1\], got None"),
+        (dict(smoothing="0.9"), r"smoothing must be in \[0, 1\), got '0.9'"),
         (dict(alpha=1.5), r"alpha must be in \[0, 1\], got 1.5"),
         (dict(smoothing=1.0), r"smoothing must be in \[0, 1\), got 1.0"),
         (dict(mode="ema"), "mode must be one of .*, got 'ema'"),
