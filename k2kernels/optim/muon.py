@@ -150,11 +150,11 @@ class Muon(Optimizer):
             raise TypeError(f"{self._name}: nesterov must be True or False, got {group['nesterov']!r}")
         # Checks schedule and steps, as every step will.
         newton_schulz_grouped([], schedule=group["schedule"], steps=group["steps"])
-        for i, p in enumerate(group["params"]):
+        params = group["params"]
+        for name, p in zip(group.get("param_names") or [f"parameter {i}" for i in range(len(params))], params):
             if p.is_complex():
-                raise TypeError(f"{self._name}: complex parameters are not supported, got {list(p.shape)} {p.dtype}")
+                raise TypeError(f"{self._name}: complex parameters are not supported, got {name} {p.dtype}")
             if p.ndim not in (2, 3):
-                name = group.get("param_names", [f"parameter {i}"] * (i + 1))[i]
                 raise ValueError(
                     f"{self._name}: {name} must be a matrix [m, n] or a stack of matrices [E, m, n], "
                     f"got {list(p.shape)}; MuonClip sends such parameters to AdamW"

@@ -106,27 +106,31 @@ def row_splits(
             raise ValueError(
                 f"{where} matches {row.name}, which goes to AdamW ({row.reason}); make the pattern narrower"
             )
-        spec, rows = splits[pattern], row.shape[-2]
-        if spec is None:
-            continue
-        if spec == "heads":
-            if row.name not in heads:
-                raise ValueError(f"{where}: the heads of {row.name} are not known; give the number of blocks instead")
-            spec = heads[row.name]
-        elif spec == "gate_up":
-            spec = 2
-        if isinstance(spec, int):
-            if spec < 1 or rows % spec:
-                raise ValueError(f"{where}: the {rows} rows of {row.name} do not divide into {spec} equal blocks")
-            spec = (rows // spec,) * spec
-        elif isinstance(spec, str) or not all(isinstance(size, int) and size > 0 for size in spec):
-            raise ValueError(
-                f"{where} must be 'gate_up', 'heads', a number of blocks, a list of sizes or None, got {spec!r}"
-            )
-        if sum(spec) != rows:
-            raise ValueError(f"{where}: block sizes of {row.name} must add up to {rows}, got {list(spec)}")
-        result[row.name] = tuple(spec)
+        if splits[pattern] is not None:
+            result[row.name] = _block_sizes(splits[pattern], row, heads, where)
     return result
+
+
+def _block_sizes(spec: str | int | Sequence[int], row: Route, heads: Mapping[str, int], where: str) -> tuple[int, ...]:
+    """The row blocks of one matrix, as an entry of `splits` asks for them; `where` names the entry in errors."""
+    rows = row.shape[-2]
+    if spec == "heads":
+        if row.name not in heads:
+            raise ValueError(f"{where}: the heads of {row.name} are not known; give the number of blocks instead")
+        spec = heads[row.name]
+    elif spec == "gate_up":
+        spec = 2
+    if isinstance(spec, int):
+        if spec < 1 or rows % spec:
+            raise ValueError(f"{where}: the {rows} rows of {row.name} do not divide into {spec} equal blocks")
+        return (rows // spec,) * spec
+    if isinstance(spec, str) or not all(isinstance(size, int) and size > 0 for size in spec):
+        raise ValueError(
+            f"{where} must be 'gate_up', 'heads', a number of blocks, a list of sizes or None, got {spec!r}"
+        )
+    if sum(spec) != rows:
+        raise ValueError(f"{where}: block sizes of {row.name} must add up to {rows}, got {list(spec)}")
+    return tuple(spec)
 
 
 def first_match(name: str, patterns: Mapping[str, object]) -> str | None:
