@@ -67,6 +67,7 @@ def from_pretrained(
     """
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"from_pretrained: dtype must be a float dtype or None, got {dtype!r}")
+    device = _device(device)
     raw = read_config_file(path)
     config = K2Config.from_pretrained(path)
     tensors = _named_as_in_model(scan(path), text_part(raw)[1])
@@ -84,7 +85,7 @@ def from_pretrained(
         model = cls(config)
         if keep_fp8:
             _use_fp8_modules(model, tensors)
-    _load(model, tensors, block, str(path), dtype, torch.device(device), progress)
+    _load(model, tensors, block, str(path), dtype, device, progress)
     return model.eval()
 
 
@@ -405,6 +406,15 @@ def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         if meta:
             module.reset_buffers()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device, which must be there: better said before the files are read."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # a name that torch does not know; one without a driver
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"from_pretrained: device must be one of this machine, got {device!r} ({reason})") from error
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -139,7 +139,7 @@ class K2Config:
     @classmethod
     def preset(cls, name: str) -> K2Config:
         """A published model ("kimi-k2", "deepseek-v3", "moonlight-16b-a3b") or "tiny", K2 in miniature for a laptop."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"K2Config.preset: name must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +41,7 @@ def generate(
         temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
         top_k, top_p: draw from the k likeliest tokens, and from the smallest set of likeliest ones that together have
             probability p or more.
-        seed: of the draws: same call, same tokens. None draws from PyTorch's global generator.
+        seed: of the draws, 0 or more: same call, same tokens. None draws from PyTorch's global generator.
         eos_token_ids: a row ends with the first of these; None takes the checkpoint's, [] never stops early.
         attention_mask: [B, T], 1 (or True) at real tokens. Prompts of different lengths are padded on the left or on
             the right, and each is continued as if it were alone.
@@ -56,20 +55,27 @@ def generate(
         config.pad_token_id (or, without one, the stop id again).
 
     Raises:
-        ValueError: for any argument out of range; a sequence longer than config.max_position_embeddings; `speculative`
-            without MTP layers or with a temperature.
+        TypeError, ValueError: for any argument of another type or out of range; a sequence longer than
+            config.max_position_embeddings; `speculative` without MTP layers or with a temperature.
     """
     model.check_ids("generate", input_ids, wait=True)
     config = model.config
-    stops = list(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    stops = config.eos_token_ids if eos_token_ids is None else eos_token_ids
     args = Arguments("generate")
+    good = isinstance(stops, Collection) and all(type(token) is int for token in stops)
+    args.require(good, "eos_token_ids", "a list of ints", repr(eos_token_ids))
     args.integer("max_new_tokens", max_new_tokens, 1)
-    args.require(math.isfinite(temperature) and temperature >= 0, "temperature", "0 or more", temperature)
+    args.number("temperature", temperature)
+    args.require(temperature >= 0, "temperature", "0 or more", temperature)
     if top_k is not None:
         args.integer("top_k", top_k, 1)
-    args.require(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
-    args.require(all(type(token) is int for token in stops), "eos_token_ids", "integers", eos_token_ids)
-    if speculative:
+    if top_p is not None:
+        args.number("top_p", top_p)
+        args.require(0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
+    if seed is not None:
+        args.integer("seed", seed, 0)
+    args.require(on_token is None or callable(on_token), "on_token", "a function or None", on_token)
+    if args.boolean("speculative", speculative):
         layers = len(model.mtp_layers)
         args.require(layers > 0, "speculative", "False for a model without MTP layers", speculative)
         args.require(temperature == 0, "temperature", "0 with speculative=True (greedy)", temperature)
@@ -195,7 +201,7 @@ class _Result:
     """The new tokens of all rows, and which rows have ended."""
 
     def __init__(
-        self, rows: int, limit: int, stops: list[int], pad: int | None, on_token: Callable[[Tensor], None] | None
+        self, rows: int, limit: int, stops: Collection[int], pad: int | None, on_token: Callable[[Tensor], None] | None
     ):
         self.new: list[list[int]] = [[] for _ in range(rows)]
         self.ended = [False] * rows

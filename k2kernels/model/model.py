@@ -21,6 +21,7 @@ from k2kernels.model.layer import DecoderLayer
 from k2kernels.model.moe import Moe
 from k2kernels.model.mtp import MtpLayer
 from k2kernels.model.rope import Rope
+from k2kernels.ops._check import FLOATS, Arguments
 
 
 class Decoder(nn.Module):
@@ -54,6 +55,8 @@ class K2Model(nn.Module):
 
     def __init__(self, config: K2Config):
         super().__init__()
+        if not isinstance(config, K2Config):
+            raise TypeError(f"K2Model: config must be a K2Config, got {type(config).__name__}; see K2Config.from_dict")
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -120,7 +123,9 @@ class K2Model(nn.Module):
         """
         if not self.mtp_layers:
             raise ValueError("mtp_logits: the configuration must have num_nextn_predict_layers above 0, got 0")
+        self.check_ids("mtp_logits", input_ids)
         batch, length = input_ids.shape
+        Arguments("mtp_logits").tensor("hidden", hidden, (batch, length, self.config.hidden_size), FLOATS)
         if length <= len(self.mtp_layers):
             raise ValueError(f"mtp_logits: input_ids must have more than {len(self.mtp_layers)} tokens, got {length}")
         logits = []
@@ -204,6 +209,9 @@ class K2Model(nn.Module):
         limit = self.config.max_position_embeddings
         if input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= limit or input_ids.shape[0] == 0:
             raise ValueError(f"{caller}: input_ids must be [B, T], T from 1 to {limit}, got {list(input_ids.shape)}")
+        device = self.lm_head.weight.device
+        if input_ids.device != device and (input_ids.is_meta or not wait):
+            raise ValueError(f"{caller}: input_ids must be on {device} like the model, got {input_ids.device}")
         if wait or (input_ids.is_cpu and not torch.compiler.is_compiling()):
             low, high = (int(i) for i in input_ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:

@@ -169,6 +169,9 @@ def test_dtype(tmp_path):
             assert loaded.state_dict()[name].dtype == wanted.dtype and torch.equal(loaded.state_dict()[name], wanted)
     with pytest.raises(TypeError, match=r"dtype must be a float dtype or None, got torch\.int8"):
         load(tmp_path, dtype=torch.int8)
+    for device in ("gpu", "cpu:x", 5.0) + (() if torch.cuda.is_available() else ("cuda",)):
+        with pytest.raises(ValueError, match=rf"device must be one of this machine, got {device!r} \("):
+            load(tmp_path, device=device)
 
 
 def test_default_dtype(tmp_path, plain):

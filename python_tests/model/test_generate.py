@@ -233,10 +233,17 @@ def test_ends_of_the_context():
         (dict(input_ids=torch.tensor([[1, -100]])), r"input_ids must be 0 to 255, got -100"),
         (dict(max_new_tokens=0), "max_new_tokens must be an int >= 1, got 0"),
         (dict(temperature=-1.0), "temperature must be 0 or more, got -1.0"),
-        (dict(temperature=float("nan")), "temperature must be 0 or more, got nan"),
+        (dict(temperature=float("nan")), "temperature must be finite, got nan"),
+        (dict(temperature="hot"), "temperature must be a number, got str"),
         (dict(temperature=1.0, top_k=0), "top_k must be an int >= 1, got 0"),
         (dict(temperature=1.0, top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
         (dict(temperature=1.0, top_p=1.1), "top_p must be above 0 and at most 1, got 1.1"),
+        (dict(temperature=1.0, top_p="most"), "top_p must be a number, got str"),
+        (dict(temperature=1.0, seed="first"), "seed must be an int >= 0, got 'first'"),
+        (dict(eos_token_ids=5), "eos_token_ids must be a list of ints, got 5"),
+        (dict(eos_token_ids=["</s>"]), r"eos_token_ids must be a list of ints, got \['</s>'\]"),
+        (dict(on_token=5), "on_token must be a function or None, got 5"),
+        (dict(input_ids=ids(2, 5).to("meta")), "generate: input_ids must be on cpu like the model, got meta"),
         (dict(cache_dtype="int4"), "cache_dtype must be 'auto' or 'fp8', got 'int4'"),
         (dict(cache_dtype="fp8"), "'fp8' needs kv_lora_rank 512 and qk_rope_head_dim 64"),
         (dict(attention_mask=torch.ones(2, 4)), r"attention_mask must be \[2, 5\] like input_ids"),
@@ -248,12 +255,13 @@ def test_ends_of_the_context():
             dict(attention_mask=torch.tensor([[1] * 5, [1, 0, 1, 1, 1]])),
             r"attention_mask must be one run of ones in each row, got \[1, 2\] runs",
         ),
+        (dict(speculative="yes"), "speculative must be True or False, got 'yes'"),
         (dict(speculative=True), "speculative must be False for a model without MTP layers"),
     ],
 )
 def test_bad_arguments(changes, message):
     model = tiny.model()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         model.generate(**{**dict(input_ids=ids(2, 5), max_new_tokens=4), **changes})
 
 

@@ -259,6 +259,13 @@ def test_bad_ids():
         model(IDS.float())
     with pytest.raises(TypeError, match="generate: input_ids must be an int64 or int32 tensor, got list"):
         model.generate(IDS.tolist(), max_new_tokens=1)
+    with pytest.raises(ValueError, match="K2Model: input_ids must be on cpu like the model, got meta"):
+        model(IDS.to("meta"))
+
+
+def test_a_config_is_wanted():
+    with pytest.raises(TypeError, match=r"K2Model: config must be a K2Config, got dict; see K2Config.from_dict"):
+        K2Model(K2Config.preset("tiny").to_dict())
 
 
 @pytest.mark.parametrize("shape", [(5, 200), (2, 3, 136)])

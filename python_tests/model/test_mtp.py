@@ -134,3 +134,8 @@ def test_bad_arguments():
         model.mtp_logits(PROMPT[:, :1], torch.zeros(3, 1, 96))
     with pytest.raises(ValueError, match="num_nextn_predict_layers above 0, got 0"):
         tiny.model().mtp_logits(PROMPT, torch.zeros(3, 20, 96))
+    with pytest.raises(ValueError, match="mtp_logits: input_ids must be 0 to 255, got 1277"):
+        model.mtp_logits(PROMPT + 1024, torch.zeros(3, 20, 96))
+    for hidden, got in ((torch.zeros(1, 20, 96), r"\[1, 20, 96\] float32"), (None, "NoneType")):
+        with pytest.raises((TypeError, ValueError), match=f"mtp_logits: hidden must be .*, got {got}"):
+            model.mtp_logits(PROMPT, hidden)
