@@ -3,15 +3,15 @@
 import functools
 import json
 import math
-import re
 from types import SimpleNamespace
 
+import checkpoints
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from plain import PlainRouter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from k2kernels.model import K2Config, K2Model, attention, rope
@@ -150,22 +150,6 @@ FP8 = dict(
     intermediate_size=256,
     moe_intermediate_size=128,
 )
-QUANTISED = re.compile(r".*\.(self_attn\.\w+_proj\w*|mlp\.(\w+\.)*(gate|up|down)_proj)\.weight")
-
-
-def quantised(weight):
-    """Codes, scales and what they stand for, block by block; blocks at the edges are cut off."""
-    rows, columns = (range(0, size, 128) for size in weight.shape)
-    codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(len(rows), len(columns))
-    exact = torch.empty_like(weight)
-    for i in rows:
-        for j in columns:
-            block = slice(i, i + 128), slice(j, j + 128)
-            scale = weight[block].abs().max() / 448
-            codes[block] = (weight[block] / scale).to(torch.float8_e4m3fn)
-            scales[i // 128, j // 128] = scale
-            exact[block] = codes[block].float() * scale
-    return codes, scales, exact
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +160,12 @@ def fp8(tmp_path_factory):
     tiny.fill(model)
     path, plain = tmp_path_factory.mktemp("fp8"), tmp_path_factory.mktemp("plain")
     model.save_pretrained(plain)
-    exact = load_file(plain / "model.safetensors")
-    stored = dict(exact)
-    for name in filter(QUANTISED.fullmatch, exact):
-        stored[name], stored[f"{name}_scale_inv"], exact[name] = quantised(exact[name])
+    stored = checkpoints.quantize(checkpoints.read(plain))
+    exact = checkpoints.dequantize(stored, torch.float32)
     assert sum(name.endswith("_scale_inv") for name in stored) == 4 * 5 + 3 + 3 * (8 + 1) * 3
     save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
-    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
-    config["quantization_config"] = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
-    (path / "config.json").write_text(json.dumps(config))
+    checkpoints.write(path, stored, {**config, "quantization_config": checkpoints.FP8_CONFIG})
     model = transformers.DeepseekV3ForCausalLM.from_pretrained(plain).eval()
     ids = torch.randint(0, 256, (3, 40))
     with torch.no_grad():
