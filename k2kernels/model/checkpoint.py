@@ -89,25 +89,6 @@ def from_pretrained(
     return model.eval()
 
 
-def load_weights(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-) -> None:
-    """Fills an existing model (of the module names of K2Model) from the checkpoint directory `path`.
-
-    Parameters on the meta device are created in `dtype` (None: as they are) on `device`; others keep theirs.
-    Raises what `from_pretrained` raises.
-    """
-    raw = read_config_file(path)
-    tensors = _named_as_in_model(scan(path), text_part(raw)[1])
-    block = K2Config.from_dict(raw).weight_block_size
-    _load(model, tensors, block, str(path), dtype, torch.device(device), progress)
-
-
 def save_pretrained(
     model: nn.Module, path: str | Path, *, max_shard_size: int = MAX_SHARD_SIZE, progress: bool = False
 ) -> None:
@@ -312,10 +293,11 @@ def _load(
     tensors: dict[str, TensorInfo],
     block: tuple[int, int] | None,
     path: str,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     device: torch.device,
     progress: bool,
 ) -> None:
+    """Checks that the files fit `model`, which is on the meta device, then gives it memory and fills it."""
     owners = _unique(model)
     aliases = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in owners}
     wanted = {name: _Piece(owner, like) for owner, whole in owners.items() for name, like in pieces(owner, whole)}
@@ -381,16 +363,15 @@ def dequantize_into(target: Tensor, codes: Tensor, scales: Tensor, block: tuple[
         target[part] = dequantize(device_codes, device_scales, *block, target.dtype)
 
 
-def _create(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """The model's tensor `name`, given memory if it has none."""
-    if not tensor.is_meta:
-        return tensor
+def _create(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Gives the model's tensor `name` memory: weights in `dtype`, scales and buffers in their own."""
     castable = isinstance(tensor, nn.Parameter) and tensor.dtype in _FLOATS and not name.endswith(SCALE)
     new = torch.empty_like(tensor, dtype=dtype if castable else None, device=device)
     return _put(model, name, new, like=tensor)
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Makes `tensor` the model's `name`: as a parameter, if it stands for one (`like`)."""
     parent, _, leaf = name.rpartition(".")
     if isinstance(like, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=like.requires_grad)

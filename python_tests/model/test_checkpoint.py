@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from k2kernels import UnsupportedError
 from k2kernels.model import K2Config, K2Model, checkpoint, shards
-from k2kernels.model.checkpoint import load_weights, save_pretrained
+from k2kernels.model.checkpoint import save_pretrained
 
 LAYER = "model.layers.1."
 
@@ -170,7 +170,9 @@ def test_dtype(tmp_path):
     with pytest.raises(TypeError, match=r"dtype must be a float dtype or None, got torch\.int8"):
         load(tmp_path, dtype=torch.int8)
     for device in ("gpu", "cpu:x", 5.0) + (() if torch.cuda.is_available() else ("cuda",)):
-        with pytest.raises(ValueError, match=rf"device must be one of this machine, got {device!r} \("):
+        with pytest.raises(
+            ValueError, match=rf"from_pretrained: device must be one of this machine, got {device!r} \("
+        ):
             load(tmp_path, device=device)
 
 
@@ -197,15 +199,6 @@ def test_config_follows_the_weights(tmp_path):
     tiny.model("kimi", quantization_config=FP8_CONFIG, dtype="bfloat16").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == config["torch_dtype"] == "float32"
-
-
-def test_load_weights_into_a_model(tmp_path):
-    model, other = tiny.model("kimi"), tiny.model("kimi")
-    model.save_pretrained(tmp_path)
-    pointers = {name: p.data_ptr() for name, p in other.named_parameters()}
-    load_weights(other, tmp_path, progress=False)
-    assert_same(other.state_dict(), model.state_dict())
-    assert pointers == {name: p.data_ptr() for name, p in other.named_parameters()}
 
 
 def test_progress(tmp_path, capfd):
@@ -283,7 +276,10 @@ class TestMtp:
         _, tensors, config = made
         del tensors["model.layers.3.eh_proj.weight"], tensors["model.layers.3.self_attn.o_proj.weight"]
         write(tmp_path / "x", tensors, config)
-        with pytest.raises(ValueError, match=r"2 missing: model\.layers\.3.*eh_proj|o_proj"):
+        with pytest.raises(
+            ValueError,
+            match=r"2 missing: model\.layers\.3\.self_attn\.o_proj\.weight, model\.layers\.3\.eh_proj\.weight",
+        ):
             load(tmp_path / "x")
 
     def test_too_many_layers_are_no_mtp_layers(self, tmp_path, plain):
