@@ -15,6 +15,7 @@ from k2kernels.model.config import K2Config
 from k2kernels.model.linear import Float32Buffers
 from k2kernels.ops.moe import moe_mlp, moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
+from k2kernels.reference._numeric import wide
 
 
 class Mlp(nn.Module):
@@ -43,8 +44,8 @@ class Router(Float32Buffers):
         self.expert_counts.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        x = wide(x)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Experts(nn.Module):

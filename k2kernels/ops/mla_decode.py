@@ -11,6 +11,7 @@ from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
 from k2kernels.ops._register import register
 from k2kernels.ops.mla_cache import LATENT, ROW_BYTES, check_cache, check_pages
 from k2kernels.reference import mla_decode as reference
+from k2kernels.reference._numeric import wide_dtype
 
 
 class MlaOutput(NamedTuple):
@@ -111,7 +112,7 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     """
     args = Arguments("merge_attention_states")
     out_a = args.tensor("out_a", out_a, ("...", "D"), FLOATS)
-    row_dtype = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    row_dtype = wide_dtype(out_a.dtype)
     lse_a = args.tensor("lse_a", lse_a, out_a.shape[:-1], row_dtype)
     out_b = args.tensor("out_b", out_b, out_a.shape, out_a.dtype)
     lse_b = args.tensor("lse_b", lse_b, out_a.shape[:-1], row_dtype)
@@ -151,7 +152,7 @@ def _fake(
     split: int,
     return_max_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    row_dtype = wide_dtype(q.dtype)
     lse = q.new_empty(q.shape[:-1], dtype=row_dtype)
     max_logits = q.new_empty(q.shape[:-1] if return_max_logits else 0, dtype=row_dtype)
     return q.new_empty(*q.shape[:-1], head_dim_v), lse, max_logits

@@ -11,6 +11,7 @@ from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
 from k2kernels.ops._register import register
 from k2kernels.ops.mla_decode import MlaOutput
 from k2kernels.reference import mla_prefill as reference
+from k2kernels.reference._numeric import wide_dtype
 
 
 def mla_prefill(
@@ -70,7 +71,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: bool, return_max_logits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    row_dtype = wide_dtype(q.dtype)
     tokens, heads = q.shape[:2]
     lse = q.new_empty(tokens, heads, dtype=row_dtype)
     max_logits = q.new_empty((tokens, heads) if return_max_logits else 0, dtype=row_dtype)

@@ -16,6 +16,7 @@ from k2kernels.ops._register import register
 from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm
 from k2kernels.ops.quant import QUANTIZABLE, swiglu, swiglu_quantize
 from k2kernels.reference import moe as reference
+from k2kernels.reference._numeric import wide_dtype
 from k2kernels.reference.quant import store_scales
 
 INDICES = (torch.int32, torch.int64)
@@ -367,7 +368,7 @@ def moe_mlp(
 def _route_fake(logits: Tensor, bias: Any, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     return (
-        logits.new_empty((tokens, top_k), dtype=_wide(logits)),
+        logits.new_empty((tokens, top_k), dtype=wide_dtype(logits.dtype)),
         logits.new_empty((tokens, top_k), dtype=torch.int32),
         logits.new_empty((experts,), dtype=torch.int64),
     )
@@ -418,7 +419,7 @@ def _loss_grad(ctx: Any, grad: Tensor) -> tuple:
 _moe_sequence_loss = register(
     "moe_sequence_loss(Tensor logits, Tensor indices, Tensor? cu_seqlens, float alpha, str score) -> Tensor",
     reference=reference.moe_sequence_loss,
-    fake=lambda logits, *_: logits.new_empty((), dtype=_wide(logits)),
+    fake=lambda logits, *_: logits.new_empty((), dtype=wide_dtype(logits.dtype)),
     validate=_loss_validate,
     setup_context=_loss_setup,
     backward=_loss_grad,
@@ -592,7 +593,3 @@ def _check_indices(op: str, indices: Tensor, num_experts: int) -> None:
         raise ValueError(
             f"{op}: indices must be from -1 (none) to E-1={num_experts - 1}, got {low if low < -1 else high}"
         )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from k2kernels.reference._numeric import wide
+from k2kernels.reference._numeric import wide, wide_dtype
 from k2kernels.reference.quant import quantize_1x128, store_scales
 
 
@@ -158,7 +158,7 @@ def moe_combine(
 
     `weights=None` stands for ones.
     """
-    dtype = wide(y[:0]).dtype
+    dtype = wide_dtype(y.dtype)
     total = y.new_zeros((slot_of.shape[0], y.shape[1]), dtype=dtype)
     rows, slot = _with_zero_row(y, slot_of)
     for k in range(slot_of.shape[1]):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k2kernels.reference._numeric import wide
+from k2kernels.reference._numeric import wide, wide_dtype
 
 E4M3_MAX = 448.0
 NAN_CODE = 0x7F
@@ -46,7 +46,7 @@ def quantize_128x128(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
 
 def dequantize(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
     """code * scale in float32 (exact in float64 for float64), rounded once to dtype."""
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    precision = wide_dtype(dtype)
     codes = _blocks(from_e4m3(data).to(precision), (block_rows, block_columns))
     return _unblock(codes * scales.to(precision)[..., :, None, :, None], data.shape).to(dtype)
 

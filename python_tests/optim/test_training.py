@@ -50,7 +50,7 @@ def train(clip, steps=400):
 
 
 def test_the_clip_holds_the_logits_that_explode_without_it():
-    """Without clip the logits run away (201 at the end), with it they stay at the threshold; both runs learn."""
+    """Without clip the logits run away (to about 200), with it they stay at the threshold; both runs learn."""
     threshold = 30.0
     free, free_loss = train(None)
     held, held_loss = train(QKClip(threshold))
