@@ -35,6 +35,10 @@ def run(options: argparse.Namespace) -> int:
     if not path.is_dir():
         raise ValueError(f"{path}: must be a directory with a checkpoint")
     tokenizer = load_tokenizer(path)
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that Python could not decode
+        raise ValueError("--prompt must be UTF-8 text, got other bytes") from None
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ValueError("--prompt must hold text, got an empty one")
@@ -67,17 +71,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _Stream:
-    """Prints text as soon as its bytes are complete; a character may need several tokens."""
+    """Prints prompt and text as soon as its bytes are complete; a character may need several tokens."""
 
     def __init__(self, tokenizer, prompt: list[int]):
         self.tokenizer, self.ids, self.shown = tokenizer, list(prompt), ""
-        self._show()
 
     def add(self, token: int) -> None:
         self.ids.append(token)
-        self._show()
-
-    def _show(self) -> None:
         text = self.tokenizer.decode(self.ids)
         if text.startswith(self.shown) and not text.endswith("\ufffd"):
             print(text[len(self.shown) :], end="", flush=True)

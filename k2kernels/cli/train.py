@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+MAX_THREADS = 1024
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
@@ -39,9 +41,11 @@ def run(options: argparse.Namespace) -> int:
     from k2kernels.train.trainer import Trainer, TrainOptions  # after the arguments: it imports much
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
+        if not 1 <= options.threads <= MAX_THREADS:
+            raise ValueError(f"--threads must be from 1 to {MAX_THREADS}, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if not options.out:
+        raise ValueError("--out must name a directory, got an empty name")
     if options.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
     names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed")

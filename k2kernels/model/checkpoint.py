@@ -392,10 +392,13 @@ def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
 def _device(device: str | torch.device) -> torch.device:
     """The device, which must be there: better said before the files are read."""
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:  # a name that torch does not know; one without a driver
         reason = str(error).splitlines()[0]
         raise ValueError(f"from_pretrained: device must be one of this machine, got {device!r} ({reason})") from error
+    if found.type == "meta":
+        raise ValueError(f"from_pretrained: device must hold data, got {device!r}; K2Model(config) needs no files")
+    return found
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -52,6 +52,8 @@ class TrainOptions:
         for name in ("steps", "batch_size", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed must be from 0 to {2**31 - 1}, got {self.seed}")
         for name in ("lr", "adamw_lr", "threshold"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
@@ -87,10 +89,13 @@ class Trainer:
     Raises:
         ValueError: for bad options or text, or when `out` holds a run that other options made.
         FileExistsError: when `out` holds a run and `resume` is off.
+        NotADirectoryError: when `out` is a file.
     """
 
     def __init__(self, options: TrainOptions, out: Path, *, resume: bool = False, save_every: int = 50):
         self.options, self.out, self.save_every = options, Path(out), save_every
+        if self.out.exists() and not self.out.is_dir():
+            raise NotADirectoryError(f"--out {self.out}: must be a directory, got a file")
         text = read_text([Path(p) for p in options.text])
         self.identity = {**dataclasses.asdict(options), "text": hashlib.sha256(text.encode()).hexdigest()}
         state = self._load_state(resume)
@@ -121,6 +126,7 @@ class Trainer:
 
     def run(self) -> Iterator[Row]:
         """Does the remaining steps, one per iteration; saves on the way and at the end."""
+        self.out.mkdir(parents=True, exist_ok=True)  # a place that refuses is better known before the first step
         validate_every = max(1, self.options.steps // 6)
         while self.step < self.options.steps:
             row = self._train_step(self.step)
@@ -256,5 +262,9 @@ def _replace(path: Path, write: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns what the file system refused into a RuntimeError about its own bookkeeping.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path}: cannot be written ({reason}); what was there before is unchanged") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -66,11 +66,27 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
         ("train", "--out", out, "--config", "kimi-k9"): "kimi-k9",
         ("train", "--out", out, "--config", "kimi-k2"): "must fit into this machine's",
         ("train", "--out", out, "--lr", "nan"): "--lr must be positive, got nan",
+        ("train", "--out", out, "--seed", "-1"): "--seed must be from 0 to 2147483647, got -1",
+        ("train", "--out", out, "--seed", str(10**11)): "--seed must be from 0 to 2147483647, got 100000000000",
+        ("train", "--out", out, "--threads", str(10**11)): "--threads must be from 1 to 1024, got 100000000000",
+        ("train", "--out", ""): "--out must name a directory, got an empty name",
+        ("train", "--out", str(tmp_path / "binary"), "--steps", "1"): "must be a directory, got a file",
         ("train", "--out", str(checkpoint)): "holds a run already",
         ("train", "--out", str(checkpoint), "--resume", "--seed", "5"): "seed was 0, is 5",
         ("generate", str(tmp_path / "none"), "--prompt", "x"): "must be a directory",
         ("generate", str(tmp_path), "--prompt", "x"): "tokenizer.json",
         ("generate", str(checkpoint), "--prompt", ""): "--prompt must hold text",
+        ("generate", str(checkpoint), "--prompt", "\udcff"): "--prompt must be UTF-8 text",
+        (
+            "generate",
+            str(checkpoint),
+            "--prompt",
+            "x",
+            "--device",
+            "gpu",
+        ): "device must be one of this machine, got 'gpu'",
+        ("generate", str(checkpoint), "--prompt", "x", "--device", "meta"): "device must hold data, got 'meta'",
+        ("generate", str(checkpoint), "--prompt", "x", "--seed", "-1"): "seed must be an int >= 0, got -1",
         ("generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "100000"): "at most 512 tokens together",
         ("generate", str(checkpoint), "--prompt", "x", "--cache-dtype", "int4"): "cache_dtype",
         ("info", "kimi-k9"): "kimi-k9",
@@ -80,7 +96,9 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
     }
     for arguments, message in cases.items():
         assert main(arguments) == 2, arguments
-        error = capsys.readouterr().err
+        printed = capsys.readouterr()
+        error = printed.err
+        assert printed.out == ""
         assert message in error and f"k2kernels {arguments[0]}: " in error, (arguments, error)
     assert not (tmp_path / "new").exists()
 

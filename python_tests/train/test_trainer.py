@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +101,20 @@ def test_a_failing_save_keeps_the_former_one(options, tmp_path, monkeypatch):
         next(run)
     assert (tmp_path / STATE_FILE).read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, HISTORY_FILE}
+
+
+def test_a_file_system_that_refuses_ends_with_a_message(text, tmp_path):
+    """No file may exceed a megabyte, which the state does: as on a full disk, torch.save itself fails."""
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "k2kernels", "train", "--text", text, "--out", str(out), *FLAGS],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(rf"{STATE_FILE}: cannot be written \(.*File too large.*\); what was there before", done.stderr)
+    assert list(out.iterdir()) == []
 
 
 def test_a_damaged_state_is_reported(options, tmp_path):
