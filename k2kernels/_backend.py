@@ -61,10 +61,12 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
         seed: selects the adversarial schedule of warps, blocks and asynchronous copies.
 
     Raises:
-        ValueError: for any other arch.
+        ValueError: for any other arch, or a seed that is no int.
     """
     if arch not in ARCHS:
         raise ValueError(f"emulated: arch must be one of {ARCHS}, got {arch!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"emulated: seed must be an int, got {seed!r}")
     return _entered(Mode("emulated", arch, seed))
 
 

@@ -333,6 +333,8 @@ def moe_mlp(
     )
     if not isinstance(routing, tuple) or len(routing) < 2:
         raise TypeError(f"moe_mlp: routing must be what moe_route returned, got {type(routing).__name__}")
+    for name, pair in (("gate_up", gate_up), ("down", down)) if fp8 else ():
+        args.require(len(pair) == 2, name, "a pair (fp8, scales)", f"a {type(pair).__name__} of {len(pair)}")
     indices, weights = routing[:2]
     (gate_up, gate_up_scales), (down, down_scales) = (gate_up, down) if fp8 else ((gate_up, None), (down, None))
     x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if fp8 else FLOATS)

@@ -72,3 +72,5 @@ def test_backend_and_emulated_refuse_unknown_names():
         k2kernels.backend("gpu")
     with pytest.raises(ValueError, match="got 'sm_70'"):
         k2kernels.emulated("sm_70")
+    with pytest.raises(ValueError, match="emulated: seed must be an int, got 'random'"):
+        k2kernels.emulated(seed="random")

@@ -770,6 +770,8 @@ def test_fp8_mlp_bad_arguments():
     routing = moe_route(torch.randn(8, 4), top_k=2)
     with pytest.raises(ValueError, match=r"moe_mlp: down must be a pair .fp8, scales. like gate_up, got Tensor"):
         moe_mlp(x, routing, gate_up, down[0])
+    with pytest.raises(ValueError, match=r"moe_mlp: gate_up must be a pair .fp8, scales., got a tuple of 1"):
+        moe_mlp(x, routing, gate_up[:1], down)
     with pytest.raises(ValueError, match=r"moe_mlp: the scales of down must be \[4, 1, 2\] float32, got \[4, 2, 1\]"):
         moe_mlp(x, routing, gate_up, (down[0], down[1].mT))
     with pytest.raises(TypeError, match=r"moe_mlp: x must be .*, got \[8, 128\] float64"):
