@@ -20,8 +20,7 @@ py::dict build_info() {
 }
 
 void decode_e4m3(std::uintptr_t codes, std::uintptr_t values, std::size_t count) {
-    k2k::decode_e4m3(reinterpret_cast<const std::uint8_t*>(codes),
-                     reinterpret_cast<float*>(values),
+    k2k::decode_e4m3(reinterpret_cast<const std::uint8_t*>(codes), reinterpret_cast<float*>(values),
                      count);
 }
 
@@ -30,10 +29,6 @@ void decode_e4m3(std::uintptr_t codes, std::uintptr_t values, std::size_t count)
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled part of k2kernels.";
     m.def("build_info", &build_info, "How this module was built.");
-    m.def("decode_e4m3",
-          &decode_e4m3,
-          py::arg("codes"),
-          py::arg("values"),
-          py::arg("count"),
+    m.def("decode_e4m3", &decode_e4m3, py::arg("codes"), py::arg("values"), py::arg("count"),
           "Decodes `count` e4m3 bytes at address `codes` to float32 at address `values`.");
 }
