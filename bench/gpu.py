@@ -1,4 +1,4 @@
-"""Measures on a GPU all shapes that the benchmarks name in `gpu_cases()`, beside the peers found; the second half of `make gpu`.
+"""Measures on a GPU the shapes that the benchmarks name in `gpu_cases()`, beside the peers found.
 
     python bench/gpu.py [OP ...] [--results bench/results/gpu.jsonl]
 
