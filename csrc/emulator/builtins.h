@@ -54,7 +54,7 @@ struct Builtins {
 };
 
 // The CUDA thread that is running on this OS thread.
-extern thread_local Builtins* g_current;
+extern __thread Builtins* g_current;
 
 }  // namespace k2k::emulator
 

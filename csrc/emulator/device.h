@@ -37,6 +37,7 @@ uint32_t cluster_size();
 void* shared_storage(std::size_t bytes, Where where);
 uint32_t smem_address(const void* pointer, Where where);
 void* cluster_pointer(const void* pointer, uint32_t rank, Where where);
+uint32_t cluster_address(uint32_t address, uint32_t rank, Where where);
 void load(void* value, const void* source, std::size_t bytes, Where where);
 void store(void* target, const void* value, std::size_t bytes, Where where);
 void fence_proxy_async(Where where);
