@@ -107,10 +107,16 @@ void bulk_load(void* target,
     preempt("bulk_load", where);
 }
 
-void bulk_copy_to_cluster(
-    void* target, const void* source, uint32_t bytes, void* barrier, Where where) {
+void bulk_copy_to_cluster(void* local_target,
+                          const void* source,
+                          uint32_t bytes,
+                          void* local_barrier,
+                          uint32_t rank,
+                          Where where) {
     race::Quiet quiet;
     enter("bulk_copy_to_cluster", where, 90);
+    uint8_t* target = peer(local_target, rank, where);
+    void* barrier = peer(local_barrier, rank, where);
     check_bulk(target, source, bytes, where);
     Block& from = shared_range(source, bytes, "bulk_copy_to_cluster", where);
     Block& to = shared_range(target, bytes, "bulk_copy_to_cluster", where);
@@ -118,12 +124,12 @@ void bulk_copy_to_cluster(
     checked_mbarrier(barrier, "bulk_copy_to_cluster", where);
     const auto* first = static_cast<const uint8_t*>(source);
     const std::vector<uint8_t> data(first, first + bytes), poison(bytes, 0xff);
-    async_proxy_writes(to, static_cast<uint8_t*>(target), poison.data(), bytes);
+    async_proxy_writes(to, target, poison.data(), bytes);
     add_copy(where, &to, [=, to_block = &to] {
         if (std::memcmp(source, data.data(), bytes)) {
             fail(where, "the source of a bulk copy was overwritten while it was in flight");
         }
-        async_proxy_writes(*to_block, static_cast<uint8_t*>(target), data.data(), bytes);
+        async_proxy_writes(*to_block, target, data.data(), bytes);
         mbarrier_complete_tx(barrier, bytes, where);
     });
     preempt("bulk_copy_to_cluster", where);

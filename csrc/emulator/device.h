@@ -57,6 +57,7 @@ auto atomic(const void* address, std::size_t bytes, Order order, Where where, Op
 void nanosleep(Where where);
 uint64_t globaltimer();
 [[noreturn]] void trap(Where where);
+void enter_sm90(const char* doing, Where where);  // for what has no effect here
 
 // async_copy.cpp
 void cp_async(uint32_t target, const void* source, int bytes, int source_bytes, Where where);
@@ -72,7 +73,7 @@ void bulk_load(void* target,
 void bulk_store(void* target, const void* source, uint32_t bytes, Where where);
 void bulk_reduce_add(Type type, void* target, const void* source, uint32_t bytes, Where where);
 void bulk_copy_to_cluster(
-    void* target, const void* source, uint32_t bytes, void* barrier, Where where);
+    void* target, const void* source, uint32_t bytes, void* barrier, uint32_t rank, Where where);
 void bulk_commit(Where where);
 void bulk_wait(int pending_groups, bool only_read, Where where);
 

@@ -64,4 +64,6 @@ void enter(const char* doing, Where where, int arch) {
     }
 }
 
+void enter_sm90(const char* doing, Where where) { enter(doing, where, 90); }
+
 }  // namespace k2k::emulator

@@ -2,13 +2,7 @@
 // memory. Read it to see what a kernel takes from csrc/arch and csrc/common.
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
-#include "common/launch.h"
-
-#ifndef BUG
-#define BUG 0
-#endif
-
-using namespace k2k;
+#include "support.h"
 
 struct Storage {
     float warp_sum[4];
@@ -29,6 +23,6 @@ __global__ void __launch_bounds__(128) warp_sum_kernel(const float* x, float* su
     }
 }
 
-extern "C" void warp_sum(const float* x, float* sums, int num_blocks) {
-    launch({num_blocks, 128, sizeof(Storage)}, warp_sum_kernel, x, sums);
+extern "C" int warp_sum(const float* x, float* sums, int num_blocks) {
+    return guard([=] { launch({num_blocks, 128, sizeof(Storage)}, warp_sum_kernel, x, sums); });
 }
