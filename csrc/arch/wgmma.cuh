@@ -160,7 +160,7 @@ K2K_DEVICE void wgmma_wait(K2K_WHERE_ONLY) {
 
 // The N that have wrappers.
 template <class T, int N, Major kMajorA, Major kMajorB>
-constexpr void check_wgmma() {
+K2K_HOST_DEVICE constexpr void check_wgmma() {
     static_assert(N == 8 || N == 16 || N == 24 || N == 32 || N == 64 || N == 96 || N == 128 ||
                       N == 160 || N == 192 || N == 256,
                   "add this N to K2K_FOR_EACH_N");

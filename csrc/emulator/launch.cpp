@@ -212,6 +212,7 @@ void run_resident(Machine& machine) {
     for (std::size_t i = 0; i < machine.resident_threads; ++i) {
         num_warps = std::max<std::size_t>(num_warps, machine.threads[i]->machine_warp + 1);
     }
+    machine.warps_per_block = machine.blocks[0]->warps.size();
     machine.scheduler = make_scheduler(machine, num_warps);
     for (std::size_t i = 0; i < machine.resident_threads; ++i) {
         make_ready(machine.threads[i].get());

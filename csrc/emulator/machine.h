@@ -142,6 +142,8 @@ class Scheduler {
     virtual ~Scheduler() = default;
     virtual void push(Thread* thread) = 0;
     virtual Thread* pop() = 0;  // null when nobody is ready
+    // The thread's warp goes last from now on, where there are priorities.
+    virtual void demote(Thread*) {}
 };
 
 struct Machine;
@@ -157,6 +159,7 @@ struct Machine {
     std::vector<std::unique_ptr<Cluster>> clusters;
     std::size_t resident_threads = 0, resident_blocks = 0, live = 0;
     unsigned num_grids = 1;
+    std::size_t warps_per_block = 1;  // of the first block that is resident
     std::vector<Copy> in_flight;
     const Where* delivering = nullptr;  // for reports: whose copy faults
     std::vector<Thread*> pollers;
@@ -184,6 +187,8 @@ void wait(const char* doing, Where where);
 void yield(const char* doing, Where where);
 // The calling thread has changed what others can see: the schedule may turn to another warp.
 void preempt(const char* doing, Where where);
+// The calling thread has released something: its warp may fall behind those that waited for it.
+void fall_behind();
 // The calling thread looks at memory in a loop: runs others; reports a deadlock if none moves.
 void poll(const char* doing, Where where);
 void switch_to(Thread* next);

@@ -237,7 +237,10 @@ void before_atomic(const void* address, std::size_t bytes, Order order, bool is_
 }
 
 void after_atomic(const void* address, Order order) {
+    race::Quiet quiet;
     if (order == Order::kAcquire || order == Order::kAcqRel) race::acquire(address);
+    // What was released is out: who waits for it may run before this thread goes on.
+    if (order == Order::kRelease || order == Order::kAcqRel) fall_behind();
 }
 
 void fence(Order, Where where) {

@@ -1,4 +1,5 @@
 // Who runs next: three schedules, and what happens when nobody can.
+#include <algorithm>
 #include <utility>
 
 #include "emulator/machine.h"
@@ -61,7 +62,7 @@ class Pct : public Scheduler {
         for (std::size_t warp = 0; warp < num_warps; ++warp) {
             warp_at_[warp] = rank_of_[warp] = static_cast<unsigned>(warp);
         }
-        for (std::size_t i = num_warps; i > 1; --i) swap_ranks(i - 1, machine_.random() % i);
+        shuffle_ranks();
     }
 
     void push(Thread* thread) override {
@@ -83,7 +84,31 @@ class Pct : public Scheduler {
         return nullptr;
     }
 
+    void demote(Thread* thread) override {
+        swap_ranks(rank_of_[thread->machine_warp], rank_of_.size() - 1);
+    }
+
   private:
+    // Seeds 1 and 2 let the first, or the last, block run far ahead of the others: with these two
+    // every block has been ahead of its neighbour. Further seeds mix all warps.
+    void shuffle_ranks() {
+        const std::size_t count = warp_at_.size();
+        const uint64_t seed = machine_.options.seed;
+        if (seed == 2) std::reverse(warp_at_.begin(), warp_at_.end());
+        for (std::size_t rank = 0; rank < count; ++rank) {
+            rank_of_[warp_at_[rank]] = static_cast<unsigned>(rank);
+        }
+        const bool by_block = seed == 1 || seed == 2;
+        const std::size_t span =
+            by_block ? std::max<std::size_t>(1, machine_.warps_per_block) : count;
+        for (std::size_t first = 0; first < count; first += span) {
+            const std::size_t size = std::min(span, count - first);
+            for (std::size_t i = size; i > 1; --i) {
+                swap_ranks(first + i - 1, first + machine_.random() % i);
+            }
+        }
+    }
+
     Thread* take_lane(unsigned warp) {
         uint32_t lanes = lanes_[warp];
         for (uint32_t skip = machine_.random() % __builtin_popcount(lanes); skip > 0; --skip) {
@@ -142,6 +167,13 @@ void make_ready(Thread* thread) {
     g_machine->scheduler->push(thread);
 }
 
+// Threads that poll look again.
+static void wake_pollers() {
+    std::vector<Thread*> pollers;
+    pollers.swap(g_machine->pollers);
+    for (Thread* thread : pollers) make_ready(thread);
+}
+
 Thread* next_thread() {
     Machine& machine = *g_machine;
     const auto& copies = machine.in_flight;
@@ -164,9 +196,7 @@ Thread* next_thread() {
         if (machine.idle_rounds > kMaxIdleRounds) {
             report_deadlock("the threads that still run only poll, and nothing changes");
         }
-        std::vector<Thread*> pollers;
-        pollers.swap(machine.pollers);
-        for (Thread* thread : pollers) make_ready(thread);
+        wake_pollers();
     }
 }
 
@@ -200,8 +230,17 @@ void preempt(const char* doing, Where where) {
     Machine& machine = *g_machine;
     self()->polls = 0;
     machine.progress = true;
+    if (machine.options.schedule != Schedule::kPct || machine.random() % 4) return;
+    wake_pollers();
+    yield(doing, where);
+}
+
+void fall_behind() {
+    Machine& machine = *g_machine;
     if (machine.options.schedule == Schedule::kPct && machine.random() % 4 == 0) {
-        yield(doing, where);
+        machine.scheduler->demote(self());
+        wake_pollers();
+        yield(self()->doing, self()->where);
     }
 }
 

@@ -1,7 +1,7 @@
 // C[M][N] = A[M][K] B[N][K]^T for sm_80 on: cp.async, two stages, ldmatrix, mma.sync.
 //
-// Grid: (N / 64, M / 64) blocks of 4 warps, each 32x32 of the tile. A row of a stage is 64 bytes: four
-// chunks of 16, of which chunk c lies at c ^ (row / 2 % 4).
+// Grid: (N / 64, M / 64) blocks of 4 warps, each 32x32 of the tile. A row of a stage is 64 bytes:
+// four chunks of 16, of which chunk c lies at c ^ (row / 2 % 4).
 #include "arch/cp_async.cuh"
 #include "arch/matrix.cuh"
 #include "arch/mma.cuh"
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(128)
             if (valid) source += static_cast<size_t>(global_row) * k + k0 + chunk * 8;
             const int offset = row * kRowBytes + (chunk ^ row / 2 % 4) * 16;
             const int skew = BUG == 8 ? 8 : 0;  // BUG 8: not at a multiple of 16
-            arch::cp_async(arch::smem_address(&smem.tile[stage][offset]) + skew, source, valid);  // @5 @8
+            arch::cp_async(arch::smem_address(&smem.tile[stage][offset]) + skew, source,
+                           valid);  // @5 @8
         }
         arch::cp_async_commit();
     };
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(128)
         if (step + 1 < num_steps) {
             load(stage ^ 1, (step + 1) * BLOCK_K);
             if (BUG != 1) arch::cp_async_wait<1>();  // BUG 1: reads before the copy has landed
-        } else if (BUG != 6) {  // BUG 6: the last tile is not waited for
+        } else if (BUG != 6) {                       // BUG 6: the last tile is not waited for
             arch::cp_async_wait<0>();
         }
         if (BUG != 2 && (BUG != 7 || threadIdx.x < 96 || step + 1 < num_steps)) {

@@ -1,4 +1,5 @@
-// C[M][N] = A[M][K] B[N][K]^T for sm_90a: a producer warpgroup feeds two consumer warpgroups by TMA.
+// C[M][N] = A[M][K] B[N][K]^T for sm_90a: a producer warpgroup feeds two consumer warpgroups by
+// TMA.
 //
 // Grid: (N / 128, M / 128) blocks. | event | arrivals       | waiter   |
 //                                  | full  | 1 + the bytes  | consumer |
@@ -25,14 +26,15 @@ struct alignas(1024) Storage {
 K2K_DEVICE void produce(Storage& smem, const TensorMap& map_a, const TensorMap& map_b, int steps) {
     for (int step = 0; step < steps; ++step) {
         const int stage = step % kStages, parity = step / kStages % 2;
-        if (BUG != 3) arch::mbarrier_wait(smem.empty[stage], parity ^ 1);  // @11 @20
+        if (BUG != 3) arch::mbarrier_wait(smem.empty[stage], parity ^ 1);  // @11 @15 @20
         uint32_t bytes = kStageBytes;
         if (BUG == 5) bytes += 16;
         if (BUG == 6) bytes -= kStageBytes / 2;
-        arch::mbarrier_arrive_expect_tx(smem.full[stage], bytes);  // @3 @12 @14
+        arch::mbarrier_arrive_expect_tx(smem.full[stage], bytes);  // @1 @3 @14
         const int k0 = step * BLOCK_K;
         const int skew = BUG == 18 ? 64 : 0;
-        arch::tma_load_2d(smem.a[stage] + skew, map_a, smem.full[stage], k0, blockIdx.y * BLOCK_M);  // @18 @19
+        arch::tma_load_2d(smem.a[stage] + skew, map_a, smem.full[stage], k0,
+                          blockIdx.y * BLOCK_M);  // @17 @18
         if (BUG == 19) return;  // BUG 19: half of the copies, and nobody waits for the rest
         arch::tma_load_2d(smem.b[stage], map_b, smem.full[stage], k0, blockIdx.x * BLOCK_N);  // @17
     }
@@ -47,7 +49,7 @@ K2K_DEVICE void consume(Storage& smem, float* c, int m, int n, int steps, int wa
     for (int step = 0; step < steps; ++step) {
         const int stage = step % kStages;
         const int parity = (BUG == 2 ? 0 : step / kStages % 2) ^ (BUG == 14 ? 1 : 0);
-        if (BUG != 1 || step == 0) arch::mbarrier_wait(smem.full[stage], parity);  // @2 @5
+        if (BUG != 1 || step == 0) arch::mbarrier_wait(smem.full[stage], parity);  // @2 @5 @12 @19
         const arch::Swizzle swizzle = arch::Swizzle::k128;
         const uint64_t tile_a =
             arch::matrix_descriptor(smem.a[stage] + warpgroup * 64 * BLOCK_K, swizzle, 0, 1024);
@@ -56,15 +58,17 @@ K2K_DEVICE void consume(Storage& smem, float* c, int m, int n, int steps, int wa
         K2K_UNROLL
         for (int kk = 0; kk < BLOCK_K / 16; ++kk) {
             const uint64_t along_k = kk * arch::descriptor_step(BUG == 10 ? 64 : 32);
-            arch::wgmma_ss<bf16, BLOCK_N>(acc, tile_a + along_k, tile_b + along_k, true);  // @7 @9 @1 @16
+            arch::wgmma_ss<bf16, BLOCK_N>(acc, tile_a + along_k, tile_b + along_k,
+                                          true);  // @7 @9 @10 @16
         }
         arch::wgmma_commit();
         if (BUG == 7 && thread == 0) arch::mbarrier_arrive(smem.empty[stage]);  // BUG 7: too early
-        if (BUG != 8 || step + 1 < steps) arch::wgmma_wait<0>();  // BUG 8: the last is not waited for
+        if (BUG != 8 || step + 1 < steps)
+            arch::wgmma_wait<0>();                              // BUG 8: the last is not waited for
         if (BUG != 16) arch::barrier_sync(1 + warpgroup, 128);  // BUG 16: one warp speaks for four
         const bool releases = BUG == 15 ? step == 0 || thread == 0 : thread == 0;
         const bool lost = BUG == 20 && step == 1 && warpgroup == 0;
-        if (releases && BUG != 7 && !lost) arch::mbarrier_arrive(smem.empty[stage]);  // @15
+        if (releases && BUG != 7 && !lost) arch::mbarrier_arrive(smem.empty[stage]);
     }
 
     const int row0 = blockIdx.y * BLOCK_M + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
@@ -76,13 +80,12 @@ K2K_DEVICE void consume(Storage& smem, float* c, int m, int n, int steps, int wa
     }
 }
 
-__global__ void __launch_bounds__(384, 1)
-    gemm_wgmma_kernel(const __grid_constant__ TensorMap map_a,
-                      const __grid_constant__ TensorMap map_b,
-                      float* c,
-                      int m,
-                      int n,
-                      int k) {
+__global__ void __launch_bounds__(384, 1) gemm_wgmma_kernel(const __grid_constant__ TensorMap map_a,
+                                                            const __grid_constant__ TensorMap map_b,
+                                                            float* c,
+                                                            int m,
+                                                            int n,
+                                                            int k) {
     Storage& smem = arch::shared_storage<Storage>();
     const int steps = (k + BLOCK_K - 1) / BLOCK_K, role = threadIdx.x / 128;
 
@@ -108,9 +111,7 @@ static TensorMap make_map(const bf16* base, int rows, int k, int box_rows) {
     const auto swizzle = BUG == 4 ? arch::Swizzle::k64 : arch::Swizzle::k128;
     const uint64_t size = rows + (BUG == 17 ? 8 : 0);  // BUG 17: the map is taller than the matrix
     const uint32_t width = BUG == 4 ? 32 : BLOCK_K;
-    return arch::make_tensor_map(Type::kBf16,
-                                 base,
-                                 {static_cast<uint64_t>(k), size},
+    return arch::make_tensor_map(Type::kBf16, base, {static_cast<uint64_t>(k), size},
                                  {static_cast<uint64_t>(k) * sizeof(bf16)},
                                  {width, static_cast<uint32_t>(box_rows) * (BUG == 4 ? 2 : 1)},
                                  swizzle);

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the test kernels share. BUG is 0 on a GPU; in the emulator the tests choose it at run time, so
-// that one compilation serves all planted bugs. `// @7` marks where bug 7 is to be seen.
+// What the test kernels share. BUG is 0 on a GPU; in the emulator the tests choose it at run time,
+// so that one compilation serves all planted bugs. `// @7` marks where bug 7 is to be seen.
 
 #include "common/launch.h"
 

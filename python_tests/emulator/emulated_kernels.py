@@ -12,7 +12,16 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 KERNELS = Path(__file__).parent / "kernels"
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", "-DK2K_EMULATED", f"-I{ROOT / 'csrc'}", f"-I{KERNELS}"]
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-DK2K_EMULATED",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{KERNELS}",
+]
 # What a GPU would trip over or leave undefined becomes a fault, which the emulator reports.
 CHECKS = ["-fsanitize=alignment,bounds,shift-exponent", "-fsanitize-undefined-trap-on-error"]
 KERNEL_FLAGS = ["-O1", "-g", "-DBUG=planted_bug", "-Wno-unknown-pragmas", *CHECKS]
