@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(128)
             const bf16* source = is_a ? a : b;
             if (valid) source += static_cast<size_t>(global_row) * k + k0 + chunk * 8;
             const int offset = row * kRowBytes + (chunk ^ row / 2 % 4) * 16;
-            const int skew = BUG == 8 ? 8 : 0;  // BUG 8: not at a multiple of 16
-            arch::cp_async(arch::smem_address(&smem.tile[stage][offset]) + skew, source,
-                           valid);  // @5 @8
+            uint32_t target = arch::smem_address(&smem.tile[stage][offset]);
+            if (BUG == 8) target += 8;              // BUG 8: not at a multiple of 16
+            arch::cp_async(target, source, valid);  // @5 @8
         }
         arch::cp_async_commit();
     };

@@ -32,9 +32,8 @@ K2K_DEVICE void produce(Storage& smem, const TensorMap& map_a, const TensorMap& 
         if (BUG == 6) bytes -= kStageBytes / 2;
         arch::mbarrier_arrive_expect_tx(smem.full[stage], bytes);  // @1 @3 @14
         const int k0 = step * BLOCK_K;
-        const int skew = BUG == 18 ? 64 : 0;
-        arch::tma_load_2d(smem.a[stage] + skew, map_a, smem.full[stage], k0,
-                          blockIdx.y * BLOCK_M);  // @17 @18
+        bf16* tile_a = smem.a[stage] + (BUG == 18 ? 64 : 0);
+        arch::tma_load_2d(tile_a, map_a, smem.full[stage], k0, blockIdx.y * BLOCK_M);  // @17 @18
         if (BUG == 19) return;  // BUG 19: half of the copies, and nobody waits for the rest
         arch::tma_load_2d(smem.b[stage], map_b, smem.full[stage], k0, blockIdx.x * BLOCK_N);  // @17
     }
@@ -57,9 +56,8 @@ K2K_DEVICE void consume(Storage& smem, float* c, int m, int n, int steps, int wa
         if (BUG != 9) arch::wgmma_fence();
         K2K_UNROLL
         for (int kk = 0; kk < BLOCK_K / 16; ++kk) {
-            const uint64_t along_k = kk * arch::descriptor_step(BUG == 10 ? 64 : 32);
-            arch::wgmma_ss<bf16, BLOCK_N>(acc, tile_a + along_k, tile_b + along_k,
-                                          true);  // @7 @9 @10 @16
+            const uint64_t at = kk * arch::descriptor_step(BUG == 10 ? 64 : 32);
+            arch::wgmma_ss<bf16, BLOCK_N>(acc, tile_a + at, tile_b + at, true);  // @7 @9 @10 @16
         }
         arch::wgmma_commit();
         if (BUG == 7 && thread == 0) arch::mbarrier_arrive(smem.empty[stage]);  // BUG 7: too early
