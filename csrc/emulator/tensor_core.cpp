@@ -1,9 +1,8 @@
 #include "emulator/tensor_core.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-
-#include "emulator/machine.h"
 
 // The inner loops are compiled twice, the wider version is chosen when the module is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
@@ -49,24 +48,33 @@ K2K_WIDE void multiply_float(float* c, const float* a, const float* b, int m, in
     }
 }
 
-// H100's FP8 sum of 32 products and the accumulator: all are aligned to the largest exponent and
-// cut off below 13 fraction bits (measured by several authors; the package mmaemu models it so).
+// An e4m3 value's exponent; subnormals have that of the smallest normal.
+int e4m3_exponent(float value) { return std::max(std::ilogb(value), -6); }
+
+// `value` without its bits below 2^(exponent - 13).
+double cut(double value, int exponent) {
+    const double unit = std::ldexp(1.0, exponent - 13);
+    return std::trunc(value / unit) * unit;
+}
+
+// H100's sum of 32 FP8 products and the accumulator: all are aligned to the largest exponent and
+// cut to 13 fraction bits, summed, and the sum is cut again. As the package mmaemu models cuBLAS on
+// H100 (mmaemu/model/chain.py, preset "hopper").
 float hopper_sum(float accumulator, const float* a, const float* b, int n) {
-    constexpr int kFractionBits = 13;
-    double products[kMaxK];
-    int largest = accumulator != 0 ? std::ilogb(accumulator) : -1000;
+    constexpr int kNone = -1000;
+    int largest = accumulator != 0 ? std::ilogb(accumulator) : kNone;
     for (int k = 0; k < kMaxK; ++k) {
-        products[k] = double(a[k]) * b[static_cast<long>(k) * n];
-        if (a[k] == 0 || b[static_cast<long>(k) * n] == 0) continue;
-        // exponents add; a product's significand may reach 4
-        const int exponent = std::ilogb(a[k]) + std::ilogb(b[static_cast<long>(k) * n]);
-        largest = exponent > largest ? exponent : largest;
+        const float b_k = b[static_cast<long>(k) * n];
+        if (a[k] == 0 || b_k == 0) continue;
+        largest = std::max(largest, e4m3_exponent(a[k]) + e4m3_exponent(b_k));
     }
-    if (largest == -1000) return accumulator;
-    const double unit = std::ldexp(1.0, largest - kFractionBits);
-    double sum = std::trunc(accumulator / unit);
-    for (const double product : products) sum += std::trunc(product / unit);
-    return static_cast<float>(sum * unit);
+    if (largest == kNone) return 0;
+    double sum = cut(accumulator, largest);
+    for (int k = 0; k < kMaxK; ++k) {
+        sum += cut(double(a[k]) * b[static_cast<long>(k) * n], largest);
+    }
+    if (std::isnan(sum)) return soft::bits_float(0x7fffffff);
+    return sum == 0 ? 0 : static_cast<float>(cut(sum, std::ilogb(sum)));
 }
 
 }  // namespace
@@ -87,9 +95,9 @@ void decode_columns(Type type, const void* bytes, int columns, float* values) {
     }
 }
 
-void multiply(Type type, float* c, const float* a, const float* b, int m, int n) {
+void multiply(Type type, float* c, const float* a, const float* b, int m, int n, bool as_hopper) {
     const int k_count = k_of(type);
-    if (type != Type::kE4m3 || !g_machine->options.hopper_fp8) {
+    if (type != Type::kE4m3 || !as_hopper) {
         multiply_float(c, a, b, m, n, k_count);
         return;
     }

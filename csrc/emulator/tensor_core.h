@@ -19,7 +19,9 @@ void decode_rows(Type type, const void* bytes, int rows, float* values);
 // `columns` columns of 32 bytes (K is contiguous) to floats: values[k][column].
 void decode_columns(Type type, const void* bytes, int columns, float* values);
 
-// c[m][n] += a[m][K] b[K][n]. In float, one product after the other; FP8 as the options say.
-void multiply(Type type, float* c, const float* a, const float* b, int m, int n);
+// c[m][n] += a[m][K] b[K][n] in float, one product after the other; `as_hopper`: FP8 with the
+// rounding of H100's wgmma.
+void multiply(
+    Type type, float* c, const float* a, const float* b, int m, int n, bool as_hopper = false);
 
 }  // namespace k2k::emulator

@@ -265,7 +265,8 @@ void execute_wgmma(Thread** lanes, void** arguments, uint32_t) {
         std::memset(d, 0xff, sizeof(float) * n / 2);
     }
     if (!q.accumulate) std::fill(result->begin(), result->end(), 0.0f);
-    multiply(q.shape.type, result->data(), a, operation.b_values.data(), kWarpRows, n);
+    multiply(q.shape.type, result->data(), a, operation.b_values.data(), kWarpRows, n,
+             g_machine->options.hopper_fp8);
 
     WarpWgmma::Pending pending{warp.issued - 1, thread.wgmma_groups, {}, result};
     for (unsigned lane = 0; lane < kWarpSize; ++lane) pending.d[lane] = at(lane)->d;
