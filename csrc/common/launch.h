@@ -2,11 +2,11 @@
 
 // The only place a grid starts: on a stream of a GPU, or in the emulator. Errors throw.
 
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 
+#include "common/error.h"
 #include "common/macros.h"
 
 #ifdef K2K_EMULATED
@@ -14,6 +14,9 @@
 #endif
 
 namespace k2k {
+
+// Kernels started by this OS thread.
+inline thread_local long num_launches = 0;
 
 struct LaunchShape {
     dim3 grid;
@@ -33,15 +36,20 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&
                         shape.cooperative};
     std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
     emulator::launch(grid, [kernel, parameters] { std::apply(kernel, parameters); });
+    ++num_launches;
 }
 
 #else
 
 inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string("k2kernels: ") + what + ": " +
-                                 cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // else the next call would report it again
+    const std::string message = std::string("k2kernels: ") + what + ": " +
+                                cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
+    if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
+        throw NoDeviceError(message);
     }
+    throw Error(message);
 }
 
 template <class... Parameters, class... Arguments>
@@ -79,6 +87,7 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&
     check_cuda(cudaLaunchKernelEx(&config, kernel,
                                   static_cast<Parameters>(std::forward<Arguments>(arguments))...),
                "launching a kernel");
+    ++num_launches;
 }
 
 #endif

@@ -1,0 +1,132 @@
+#pragma once
+
+// The transpose, quantised along what were rows: weight gradients reduce over tokens, and 8-bit
+// operands of Hopper's tensor cores must have the reduced axis contiguous.
+//
+//     codes[k, m], scales[k, m / 128] <- x[m, k]         bit for bit quantize_1x128(x^T)
+//
+// Tile      128 rows (tokens) x 128 bytes of columns: 64 of two bytes, 32 of four. Blocks walk
+//           tiles as config.h says.
+// Thread    four neighbouring rows of 16 bytes: the four codes of a column are one word.
+// In flight 64 bytes a thread, 16 KiB a block.
+// Stages    1. load; maximum of each column over a thread's rows, over the lanes of the same
+//              columns, over the warps (shared memory)
+//           2. scales and codes; the words go into a transposed tile in shared memory
+//           3. whole rows of 128 codes leave, 16 bytes a thread
+// Shared    8 KiB of codes, a row of 128 for each column. Its 16-byte chunk c lies at place
+//           c ^ (column / kVector % 8), so that a warp's writes (8 columns, kVector apart, of one
+//           chunk) and its reads (8 chunks of a column) both touch every bank once. Maxima: 2 KiB.
+// Limits    rows that do not begin on 16 bytes, in or out, go element by element.
+
+#include "quant/kernel_rows.cuh"
+
+namespace k2k {
+
+constexpr int kTransposeWarps = kTransposeThreads / 32;
+
+template <int kColumns>
+struct TransposeStorage {
+    uint4 codes[kColumns][kTransposeRows / 16];
+    float column_amax[kTransposeWarps][kColumns];
+    RealRows<kTransposeRows, kTransposeWarps> real;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kTransposeThreads)
+    quantize_transposed_kernel(const __grid_constant__ QuantizeParams p) {
+    constexpr int kColumns = transpose_columns(sizeof(T));
+    constexpr int kVector = 16 / sizeof(T);  // columns of a thread
+    auto& smem = arch::shared_storage<TransposeStorage<kColumns>>();
+
+    const bool grouped = p.groups.offsets != nullptr || p.groups.counts != nullptr;
+    const int64_t row_tiles = ceil_div(p.rows, kTransposeRows);
+    const int column_in_tile = threadIdx.x % 8 * kVector;
+    const int quad = threadIdx.x / 8;  // of rows
+
+    for (int64_t tile = blockIdx.y; tile < p.batches * row_tiles; tile += gridDim.y) {
+        const int64_t batch = p.batches == 1 ? 0 : tile / row_tiles;
+        const int64_t row_tile = tile - batch * row_tiles;
+        const int64_t first_row = row_tile * kTransposeRows;
+        if (grouped) smem.real.find(p.groups, batch, first_row, p.rows);
+        const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride;
+        uint8_t* codes = p.codes + batch * p.columns * p.rows;
+
+        for (int64_t first_column = int64_t(blockIdx.x) * kColumns; first_column < p.columns;
+             first_column += int64_t(gridDim.x) * kColumns) {
+            // 1. Load four rows; the largest of each column.
+            const int64_t column = first_column + column_in_tile;
+            alignas(16) T values[4][kVector] = {};
+            K2K_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int64_t row = first_row + quad * 4 + i;
+                if (row >= p.rows || (grouped && !smem.real.has(quad * 4 + i))) continue;
+                const T* source = x + row * p.x_row_stride + column;
+                if (on_16_bytes(source) && column + kVector <= p.columns) {
+                    reinterpret_cast<uint4&>(values[i]) =
+                        arch::load_nc_no_allocate(reinterpret_cast<const uint4*>(source));
+                } else {
+                    K2K_UNROLL
+                    for (int j = 0; j < kVector; ++j) {
+                        if (column + j < p.columns) values[i][j] = source[j];
+                    }
+                }
+            }
+            float columns[kVector][4];
+            float amax[kVector];
+            K2K_UNROLL
+            for (int j = 0; j < kVector; ++j) {
+                K2K_UNROLL
+                for (int i = 0; i < 4; ++i) columns[j][i] = as_float(values[i][j]);
+                amax[j] = tile::thread_finite_amax(columns[j]);
+                amax[j] = max_number(amax[j], arch::shuffle_xor(amax[j], 8));
+                amax[j] = max_number(amax[j], arch::shuffle_xor(amax[j], 16));
+            }
+            if (arch::lane_id() < 8) {
+                K2K_UNROLL
+                for (int j = 0; j < kVector; ++j) {
+                    smem.column_amax[arch::warp_id()][column_in_tile + j] = amax[j];
+                }
+            }
+            arch::sync_block();
+
+            // 2. Scales; codes, four neighbouring rows at once.
+            K2K_UNROLL
+            for (int j = 0; j < kVector; ++j) {
+                const int c = column_in_tile + j;
+                float largest = 0;
+                K2K_UNROLL
+                for (int warp = 0; warp < kTransposeWarps; ++warp) {
+                    largest = max_number(largest, smem.column_amax[warp][c]);
+                }
+                const tile::Divisor divisor = tile::divisor_of(largest, p.power_of_two);
+                const int chunk = quad / 4 ^ threadIdx.x % 8;
+                reinterpret_cast<uint32_t*>(&smem.codes[c][chunk])[quad % 4] =
+                    tile::encode4(columns[j][0], columns[j][1], columns[j][2], columns[j][3], divisor);
+                if (quad == j && column + j < p.columns) {
+                    p.scales[batch * p.scale_batch_stride + (column + j) * p.scale_row_stride +
+                             row_tile * p.scale_column_stride] = divisor.scale;
+                }
+            }
+            arch::sync_block();
+
+            // 3. Rows of codes leave.
+            K2K_UNROLL
+            for (int i = 0; i < kColumns / (kTransposeThreads / 8); ++i) {
+                const int c = quad + i * (kTransposeThreads / 8);
+                const int chunk = threadIdx.x % 8;
+                const uint4 words = smem.codes[c][chunk ^ (c / kVector % 8)];
+                if (first_column + c >= p.columns) continue;
+                uint8_t* codes_row = codes + (first_column + c) * p.rows;
+                tile::store_sixteen(codes_row,
+                                    first_row + chunk * 16,
+                                    p.rows,
+                                    on_16_bytes(codes_row),
+                                    reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
+            }
+            // The next tile's codes are written behind the barrier that follows its maxima, which
+            // nobody reads any more.
+        }
+    }
+}
+
+}  // namespace k2k

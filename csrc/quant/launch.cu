@@ -1,0 +1,101 @@
+#include "quant/launch.h"
+
+#include <string>
+
+#include "common/launch.h"
+#include "quant/kernel_128x128.cuh"
+#include "quant/kernel_rows.cuh"
+#include "quant/kernel_transposed.cuh"
+
+namespace k2k {
+
+namespace {
+
+// Calls f with a null pointer of the type.
+template <class F>
+void by_type(Type type, F&& f) {
+    switch (type) {
+        case Type::kBf16:
+            return f(static_cast<bf16*>(nullptr));
+        case Type::kFp16:
+            return f(static_cast<fp16*>(nullptr));
+        case Type::kF32:
+            return f(static_cast<float*>(nullptr));
+        default:
+            throw Error("k2kernels: the quantisers take bfloat16, float16 and float32, got type " +
+                        std::to_string(static_cast<int>(type)));
+    }
+}
+
+template <class Pointer>
+using Element = std::remove_pointer_t<Pointer>;
+
+LaunchShape row_shape(int64_t batches, int64_t rows, int64_t columns, void* stream) {
+    const Walk grid =
+        walk(batches * ceil_div(rows, kTileRows), ceil_div(columns, 128 * kTileBlocks));
+    LaunchShape shape{{grid.x, grid.y}, kRowThreads};
+    shape.stream = stream;
+    return shape;
+}
+
+bool empty(const QuantizeParams& p) { return p.batches * p.rows * p.columns == 0; }
+
+}  // namespace
+
+void launch_quantize_1x128(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
+    shape.smem_bytes = sizeof(TileRows);
+    by_type(p.type, [&](auto* type) {
+        launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/false>, p);
+    });
+}
+
+void launch_swiglu_quantize(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
+    shape.smem_bytes = sizeof(TileRows);
+    by_type(p.type, [&](auto* type) {
+        launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/true>, p);
+    });
+}
+
+void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    by_type(p.type, [&](auto* type) {
+        using T = Element<decltype(type)>;
+        constexpr int kColumns = transpose_columns(sizeof(T));
+        const Walk grid =
+            walk(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
+        LaunchShape shape{{grid.x, grid.y}, kTransposeThreads, sizeof(TransposeStorage<kColumns>)};
+        shape.stream = stream;
+        launch(shape, quantize_transposed_kernel<T>, p);
+    });
+}
+
+void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    const int64_t blocks = p.batches * ceil_div(p.rows, 128) * ceil_div(p.columns, 128);
+    const int64_t most = (int64_t(1) << 31) - 1;
+    LaunchShape shape{
+        static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads, sizeof(BlockMaxima)};
+    shape.stream = stream;
+    by_type(p.type, [&](auto* type) {
+        launch(shape, quantize_128x128_kernel<Element<decltype(type)>>, p);
+    });
+}
+
+void launch_dequantize(const DequantizeParams& p, void* stream) {
+    if (p.batches * p.rows * p.columns == 0) return;
+    const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
+    by_type(p.type,
+            [&](auto* type) { launch(shape, dequantize_kernel<Element<decltype(type)>>, p); });
+}
+
+void launch_swiglu(const SwigluParams& p, void* stream) {
+    if (p.rows * p.columns == 0) return;
+    const LaunchShape shape = row_shape(1, p.rows, p.columns, stream);
+    by_type(p.type, [&](auto* type) { launch(shape, swiglu_kernel<Element<decltype(type)>>, p); });
+}
+
+}  // namespace k2k

@@ -1,0 +1,59 @@
+#pragma once
+
+// Sixteen neighbours of a row: what one thread of a memory-bound kernel loads, holds in registers
+// and stores. Sixteen one-byte elements are one 16-byte access, the widest there is; sixteen
+// two-byte elements are two, which lie side by side, so that whole 32-byte sectors move.
+
+#include "arch/convert.cuh"
+#include "arch/ldst.cuh"
+
+namespace k2k::tile {
+
+template <class T>
+struct alignas(16) Sixteen {
+    static constexpr int kVectors = sizeof(T);  // of 16 bytes
+    T values[16];
+};
+
+// row[column .. column + 15], zeros beyond `columns`. `aligned`: the row begins on 16 bytes.
+template <class T>
+K2K_DEVICE Sixteen<T> load_sixteen(const T* row,
+                                   int64_t column,
+                                   int64_t columns,
+                                   bool aligned K2K_WHERE) {
+    Sixteen<T> result;
+    if (aligned && column + 16 <= columns) {
+        const auto* source = reinterpret_cast<const uint4*>(row + column);
+        auto* target = reinterpret_cast<uint4*>(result.values);
+        K2K_UNROLL
+        for (int i = 0; i < Sixteen<T>::kVectors; ++i) {
+            target[i] = arch::load_nc_no_allocate(source + i K2K_PASS_WHERE);
+        }
+    } else {
+        K2K_UNROLL
+        for (int i = 0; i < 16; ++i) result.values[i] = column + i < columns ? row[column + i] : T{};
+    }
+    return result;
+}
+
+// Stores the elements that lie before `columns`.
+template <class T>
+K2K_DEVICE void store_sixteen(T* row,
+                              int64_t column,
+                              int64_t columns,
+                              bool aligned,
+                              const Sixteen<T>& sixteen) {
+    if (aligned && column + 16 <= columns) {
+        auto* target = reinterpret_cast<uint4*>(row + column);
+        const auto* source = reinterpret_cast<const uint4*>(sixteen.values);
+        K2K_UNROLL
+        for (int i = 0; i < Sixteen<T>::kVectors; ++i) target[i] = source[i];
+    } else {
+        K2K_UNROLL
+        for (int i = 0; i < 16; ++i) {
+            if (column + i < columns) row[column + i] = sixteen.values[i];
+        }
+    }
+}
+
+}  // namespace k2k::tile
