@@ -1,6 +1,7 @@
 // What only the emulator's module has: its options, guarded memory, counters.
-#include "bind/bind.h"
 #include "emulator/emulator.h"
+
+#include "bind/bind.h"
 
 namespace k2k::bind {
 
@@ -31,10 +32,7 @@ py::dict counters() {
 
 void bind_runtime(py::module_& m) {
     py::register_local_exception<emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
-    m.def("configure",
-          &configure,
-          py::arg("arch"),
-          py::arg("seed"),
+    m.def("configure", &configure, py::arg("arch"), py::arg("seed"),
           "Chip (compute capability x 10) and schedule of this thread's launches from now on.");
     m.def("counters", &counters, "Of this thread's launches so far.");
     m.def(
@@ -43,10 +41,8 @@ void bind_runtime(py::module_& m) {
         py::arg("bytes"),
         "Address of memory filled with 0xff whose surroundings fault when a kernel touches them.");
     m.def(
-        "release",
-        [](Address address) { emulator::release(pointer<void>(address)); },
-        py::arg("address"),
-        "Gives memory of `allocate` back.");
+        "release", [](Address address) { emulator::release(pointer<void>(address)); },
+        py::arg("address"), "Gives memory of `allocate` back.");
     bind_quant(m);
 }
 

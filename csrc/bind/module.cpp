@@ -28,9 +28,7 @@ PYBIND11_MODULE(K2K_MODULE, m, py::mod_gil_not_used()) {
         [](Address codes, Address values, std::size_t count) {
             decode_e4m3(pointer<const std::uint8_t>(codes), pointer<float>(values), count);
         },
-        py::arg("codes"),
-        py::arg("values"),
-        py::arg("count"),
+        py::arg("codes"), py::arg("values"), py::arg("count"),
         "Decodes `count` e4m3 bytes at address `codes` to float32 at address `values`.");
     bind_runtime(m);
 }

@@ -124,12 +124,18 @@ K2K_HOST_DEVICE float e4m3_to_float(e4m3 value) {
 }
 
 // Rounds to nearest, ties to even; beyond 448 saturates, as `cvt.rn.satfinite.e4m3x2.f32` does.
+// Without branches, for GPUs that lack the instruction: about 15 others.
 K2K_HOST_DEVICE e4m3 float_to_e4m3(float value) {
-    const uint32_t bits = float_bits(value), sign = bits >> 24 & 0x80;
-    const uint32_t magnitude = bits & 0x7fffffff;
+    const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffff;
+    const uint32_t odd = magnitude >> 20 & 1;
+    // Keeps 3 of 23 bits of mantissa; 120 is the difference of the exponents' biases.
+    const uint32_t normal = (magnitude - (120u << 23) + 0x7ffff + odd) >> 20;
+    // Below 2^-6 the step is 2^-9, the step of floats from 2^14 on: the addition rounds.
+    const uint32_t subnormal = float_bits(bits_float(magnitude) + 0x1p14f) - 0x46800000;
+    uint32_t code = magnitude < 0x3c800000 ? subnormal : normal;
+    code = code > 0x7e ? 0x7e : code;
     if (magnitude > 0x7f800000) return {0x7f};
-    const uint32_t rounded = magnitude >= 0x43e00000 ? 0x7e : round_magnitude(magnitude, 3, 7);
-    return {static_cast<uint8_t>(sign | (rounded > 0x7e ? 0x7e : rounded))};
+    return {static_cast<uint8_t>(code | (bits >> 24 & 0x80))};
 }
 
 }  // namespace soft

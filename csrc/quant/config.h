@@ -8,9 +8,9 @@ namespace k2k {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Row kernels (quantize_1x128, swiglu, swiglu_quantize, dequantize): a tile is 8 rows of 4 blocks of
-// 128, 16 elements for each of 256 threads. Four blocks of a row are 1 KiB of bfloat16, enough for
-// DRAM to stream; eight rows let the scales of a column leave as whole 16-byte runs.
+// Row kernels (quantize_1x128, swiglu, swiglu_quantize, dequantize): a tile is 8 rows of 4 blocks
+// of 128, 16 elements for each of 256 threads. Four blocks of a row are 1 KiB of bfloat16, enough
+// for DRAM to stream; eight rows let the scales of a column leave as whole 16-byte runs.
 constexpr int kRowThreads = 256;
 constexpr int kTileRows = 8;
 constexpr int kTileBlocks = 4;

@@ -6,8 +6,8 @@
 //
 // Grid      a block of 512 threads for each 128x128, the blocks of a row of them side by side.
 // Thread    two times 16 neighbours of a row, loaded once and held in registers between the
-//           block's maximum and the codes: 64 bytes of bfloat16 in flight, 32 KiB a block, three
-//           blocks a multiprocessor.
+//           block's maximum and the codes: 64 bytes of bfloat16 in flight, 32 KiB a block; 64
+//           registers let two blocks share a multiprocessor.
 // Shared    the maximum of each of 16 warps.
 // Limits    as in kernel_rows.cuh.
 
@@ -49,12 +49,14 @@ __global__ void __launch_bounds__(kBlockThreads)
         float values[2][16];
         widen(values[0], sixteens[0]);
         widen(values[1], sixteens[1]);
-        const float amax = max_number(tile::block_amax<32>(values[0]), tile::block_amax<32>(values[1]));
+        const float amax =
+            max_number(tile::block_amax<32>(values[0]), tile::block_amax<32>(values[1]));
         if (arch::lane_id() == 0) maxima.of_warp[arch::warp_id()] = amax;
         arch::sync_block();
         const float of_warp = maxima.of_warp[arch::lane_id() % (kBlockThreads / 32)];
-        const tile::Divisor divisor =
-            tile::divisor_of(tile::max_over_lanes<kBlockThreads / 32>(of_warp), p.power_of_two);
+        const float scale =
+            tile::scale_of(tile::max_over_lanes<kBlockThreads / 32>(of_warp), p.power_of_two);
+        const tile::Divisor divisor = tile::divisor_of(scale);
         arch::sync_block();  // the next block's maxima come into the same place
 
         K2K_UNROLL
@@ -63,15 +65,12 @@ __global__ void __launch_bounds__(kBlockThreads)
             if (row >= p.rows) continue;
             const uint4 words = tile::encode16(values[i], divisor);
             uint8_t* codes_row = codes + row * p.columns;
-            tile::store_sixteen(codes_row,
-                                column,
-                                p.columns,
-                                on_16_bytes(codes_row),
+            tile::store_sixteen(codes_row, column, p.columns, on_16_bytes(codes_row),
                                 reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
         }
         if (threadIdx.x == 0) {
             p.scales[batch * p.scale_batch_stride + row_block * p.scale_row_stride +
-                     column_block * p.scale_column_stride] = divisor.scale;
+                     column_block * p.scale_column_stride] = scale;
         }
     }
 }

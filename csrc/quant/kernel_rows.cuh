@@ -10,8 +10,9 @@
 // Tile      8 rows x 512 columns; blocks walk tiles as config.h says (no tail of idle blocks).
 // Thread    16 neighbours of a row: 16-byte loads and stores, everything else in registers. Eight
 //           lanes hold a block of 128; three shuffles give its maximum.
-// In flight 32 bytes of bfloat16 a thread (64 of gate and up): at 1,536 threads a multiprocessor
-//           48 KiB, above the 20 to 36 KiB that hide the latency of DRAM (bandwidth x latency).
+// In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 63 registers a thread a
+//           multiprocessor holds 1,280 and 1,024 threads, 40 and 64 KiB; by bandwidth x latency of
+//           DRAM, 20 to 36 KiB are needed.
 // Scales    "row": a warp holds four blocks of one row, so their scales are 16 bytes in a row.
 //           "column": a warp holds one block of four rows, whose scales are neighbours then too.
 // Shared    one word a warp, only to learn which rows are padding.
@@ -126,31 +127,27 @@ __global__ void __launch_bounds__(kRowThreads)
 
             const float amax = tile::block_amax<8>(values);
             if (!here) continue;
-            const tile::Divisor divisor = tile::divisor_of(amax, p.power_of_two);
-            const uint4 words = tile::encode16(values, divisor);
-            tile::store_sixteen(codes,
-                                column,
-                                p.columns,
-                                on_16_bytes(codes),
+            const float scale = tile::scale_of(amax, p.power_of_two);
+            const uint4 words = tile::encode16(values, tile::divisor_of(scale));
+            tile::store_sixteen(codes, column, p.columns, on_16_bytes(codes),
                                 reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
-            if (place.lane == 0) scales[block * p.scale_column_stride] = divisor.scale;
+            if (place.lane == 0) scales[block * p.scale_column_stride] = scale;
         }
     }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) swiglu_kernel(
-    const __grid_constant__ SwigluParams p) {
+__global__ void __launch_bounds__(kRowThreads)
+    swiglu_kernel(const __grid_constant__ SwigluParams p) {
     const RowPlace place = row_place(/*scales_by_column=*/false);
     for (int64_t tile = blockIdx.y; tile < ceil_div(p.rows, kTileRows); tile += gridDim.y) {
         const int64_t row = tile * kTileRows + place.row;
         if (row >= p.rows) continue;
         const T* gate_up = static_cast<const T*>(p.gate_up) + row * p.row_stride;
         T* hidden_row = static_cast<T*>(p.hidden) + row * p.columns;
-        for (int64_t column = int64_t(blockIdx.x) * kTileBlocks * 128 +
-                              (place.block * 8 + place.lane) * 16;
-             column < p.columns;
-             column += int64_t(gridDim.x) * kTileBlocks * 128) {
+        for (int64_t column =
+                 int64_t(blockIdx.x) * kTileBlocks * 128 + (place.block * 8 + place.lane) * 16;
+             column < p.columns; column += int64_t(gridDim.x) * kTileBlocks * 128) {
             float hidden[16];
             load_swiglu(hidden, gate_up, column, p.columns);
             tile::Sixteen<T> result;
@@ -174,11 +171,9 @@ __global__ void __launch_bounds__(kRowThreads)
                               (p.block_rows == 1 ? row : row / 128) * p.scale_row_stride;
         T* values_row = static_cast<T*>(p.values) + (batch * p.rows + row) * p.columns;
         for (int64_t block = int64_t(blockIdx.x) * kTileBlocks + place.block;
-             block * 128 + place.lane * 16 < p.columns;
-             block += int64_t(gridDim.x) * kTileBlocks) {
+             block * 128 + place.lane * 16 < p.columns; block += int64_t(gridDim.x) * kTileBlocks) {
             const int64_t column = block * 128 + place.lane * 16;
-            const auto sixteen =
-                tile::load_sixteen(codes, column, p.columns, on_16_bytes(codes));
+            const auto sixteen = tile::load_sixteen(codes, column, p.columns, on_16_bytes(codes));
             const float scale = scales[block * p.scale_column_stride];
             float values[16];
             K2K_UNROLL

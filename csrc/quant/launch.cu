@@ -1,11 +1,10 @@
-#include "quant/launch.h"
-
 #include <string>
 
 #include "common/launch.h"
 #include "quant/kernel_128x128.cuh"
 #include "quant/kernel_rows.cuh"
 #include "quant/kernel_transposed.cuh"
+#include "quant/launch.h"
 
 namespace k2k {
 
@@ -77,8 +76,8 @@ void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
     const int64_t blocks = p.batches * ceil_div(p.rows, 128) * ceil_div(p.columns, 128);
     const int64_t most = (int64_t(1) << 31) - 1;
-    LaunchShape shape{
-        static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads, sizeof(BlockMaxima)};
+    LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads,
+                      sizeof(BlockMaxima)};
     shape.stream = stream;
     by_type(p.type, [&](auto* type) {
         launch(shape, quantize_128x128_kernel<Element<decltype(type)>>, p);

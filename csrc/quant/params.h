@@ -9,8 +9,9 @@ namespace k2k {
 // Rows that are groups of a matrix (offsets), or the first rows of each matrix (counts alone); all
 // rows where both are null. Rows outside are neither read nor written.
 struct RowGroups {
-    const int32_t* offsets;  // [num_groups + 1], where each group begins; null if matrices are groups
-    const int32_t* counts;   // [num_groups]; null if groups fill their offsets
+    const int32_t*
+        offsets;  // [num_groups + 1], where each group begins; null if matrices are groups
+    const int32_t* counts;  // [num_groups]; null if groups fill their offsets
     int32_t num_groups;
 };
 

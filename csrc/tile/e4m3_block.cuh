@@ -58,28 +58,31 @@ K2K_DEVICE float block_amax(const float (&values)[kCount] K2K_WHERE) {
     return amax;
 }
 
+K2K_DEVICE float scale_of(float amax, bool power_of_two) {
+    const float scale = max_number(amax / 448.0f, FLT_MIN);
+    if (!power_of_two) return scale;
+    // All ones carry into the exponent unless the mantissa is zero.
+    return soft::bits_float((soft::float_bits(scale) + 0x7fffff) & 0x7f800000);
+}
+
 // A scale, ready to divide by. A division costs about ten instructions and a branch, the elements
 // of a block share one reciprocal instead: q = x * (1 / scale) is off by an ulp or two, and
 // q + (x - q * scale) * (1 / scale), the remainder being exact in a fused multiply-add, is
 // float32(x / scale) wherever a code could depend on it. (Checked for every scale's mantissa and
 // every quotient within two ulps of a code or of a middle between codes.) Remainders of tiny
 // numbers would be denormal, hence inexact: both sides are lifted by 2^64 there.
-struct Divisor {
-    float scale;
+struct alignas(16) Divisor {
     float reciprocal;
     float lift;
     float lifted_scale;
-    float correction;  // what undoes the lift and the sign of the remainder
+    float correction;  // of the quotient by the lifted remainder, whose sign is the other one
 };
 
-K2K_DEVICE Divisor divisor_of(float amax, bool power_of_two) {
-    float scale = max_number(amax / 448.0f, FLT_MIN);
-    if (power_of_two) {  // all ones carry into the exponent unless the mantissa is zero
-        scale = soft::bits_float((soft::float_bits(scale) + 0x7fffff) & 0x7f800000);
-    }
-    const float lift = scale < 0x1p-60f ? 0x1p64f : 1.0f;
+K2K_DEVICE Divisor divisor_of(float scale) {
+    const bool tiny = scale < 0x1p-60f;
+    const float lift = tiny ? 0x1p64f : 1.0f, unlift = tiny ? -0x1p-64f : -1.0f;
     const float reciprocal = 1.0f / scale;
-    return {scale, reciprocal, lift, scale * lift, -reciprocal / lift};
+    return {reciprocal, lift, scale * lift, reciprocal * unlift};
 }
 
 // x / scale. The remainder is taken with the other sign so that -0 stays -0.

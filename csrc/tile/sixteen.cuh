@@ -31,18 +31,16 @@ K2K_DEVICE Sixteen<T> load_sixteen(const T* row,
         }
     } else {
         K2K_UNROLL
-        for (int i = 0; i < 16; ++i) result.values[i] = column + i < columns ? row[column + i] : T{};
+        for (int i = 0; i < 16; ++i)
+            result.values[i] = column + i < columns ? row[column + i] : T{};
     }
     return result;
 }
 
 // Stores the elements that lie before `columns`.
 template <class T>
-K2K_DEVICE void store_sixteen(T* row,
-                              int64_t column,
-                              int64_t columns,
-                              bool aligned,
-                              const Sixteen<T>& sixteen) {
+K2K_DEVICE void store_sixteen(
+    T* row, int64_t column, int64_t columns, bool aligned, const Sixteen<T>& sixteen) {
     if (aligned && column + 16 <= columns) {
         auto* target = reinterpret_cast<uint4*>(row + column);
         const auto* source = reinterpret_cast<const uint4*>(sixteen.values);
