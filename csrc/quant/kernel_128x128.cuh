@@ -20,7 +20,7 @@ struct BlockMaxima {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     quantize_128x128_kernel(const __grid_constant__ QuantizeParams p) {
     constexpr int kRowsAtOnce = kBlockThreads / 8;
     BlockMaxima& maxima = arch::shared_storage<BlockMaxima>();

@@ -11,7 +11,7 @@
 // Thread    16 neighbours of a row: 16-byte loads and stores, everything else in registers. Eight
 //           lanes hold a block of 128; three shuffles give its maximum.
 // In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 63 registers a thread a
-//           multiprocessor holds 1,280 and 1,024 threads, 40 and 64 KiB; by bandwidth x latency of
+//           multiprocessor holds five and four blocks, 40 and 64 KiB; by bandwidth x latency of
 //           DRAM, 20 to 36 KiB are needed.
 // Scales    "row": a warp holds four blocks of one row, so their scales are 16 bytes in a row.
 //           "column": a warp holds one block of four rows, whose scales are neighbours then too.
@@ -84,7 +84,7 @@ K2K_DEVICE void load_swiglu(float (&hidden)[16], const T* row, int64_t column, i
 }
 
 template <class T, bool kSwiglu>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kSwiglu ? 4 : 5)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
     TileRows& real = arch::shared_storage<TileRows>();
     const bool by_column = p.scale_row_stride == 1;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 4)
     swiglu_kernel(const __grid_constant__ SwigluParams p) {
     const RowPlace place = row_place(/*scales_by_column=*/false);
     for (int64_t tile = blockIdx.y; tile < ceil_div(p.rows, kTileRows); tile += gridDim.y) {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 5)
     dequantize_kernel(const __grid_constant__ DequantizeParams p) {
     const RowPlace place = row_place(p.scale_row_stride == 1);
     const int64_t row_tiles = ceil_div(p.rows, kTileRows);

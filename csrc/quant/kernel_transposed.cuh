@@ -34,7 +34,7 @@ struct TransposeStorage {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kTransposeThreads)
+__global__ void __launch_bounds__(kTransposeThreads, 4)
     quantize_transposed_kernel(const __grid_constant__ QuantizeParams p) {
     constexpr int kColumns = transpose_columns(sizeof(T));
     constexpr int kVector = 16 / sizeof(T);  // columns of a thread

@@ -6,6 +6,7 @@
 
 #include "arch/convert.cuh"
 #include "arch/ldst.cuh"
+#include "arch/store.cuh"
 
 namespace k2k::tile {
 
@@ -40,12 +41,14 @@ K2K_DEVICE Sixteen<T> load_sixteen(const T* row,
 // Stores the elements that lie before `columns`.
 template <class T>
 K2K_DEVICE void store_sixteen(
-    T* row, int64_t column, int64_t columns, bool aligned, const Sixteen<T>& sixteen) {
+    T* row, int64_t column, int64_t columns, bool aligned, const Sixteen<T>& sixteen K2K_WHERE) {
     if (aligned && column + 16 <= columns) {
         auto* target = reinterpret_cast<uint4*>(row + column);
         const auto* source = reinterpret_cast<const uint4*>(sixteen.values);
         K2K_UNROLL
-        for (int i = 0; i < Sixteen<T>::kVectors; ++i) target[i] = source[i];
+        for (int i = 0; i < Sixteen<T>::kVectors; ++i) {
+            arch::store(target + i, source[i] K2K_PASS_WHERE);
+        }
     } else {
         K2K_UNROLL
         for (int i = 0; i < 16; ++i) {
