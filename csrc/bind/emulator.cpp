@@ -44,6 +44,7 @@ void bind_runtime(py::module_& m) {
         "release", [](Address address) { emulator::release(pointer<void>(address)); },
         py::arg("address"), "Gives memory of `allocate` back.");
     bind_quant(m);
+    bind_mla_cache(m);
 }
 
 }  // namespace k2k::bind

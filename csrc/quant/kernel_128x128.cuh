@@ -41,14 +41,13 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         for (int i = 0; i < 2; ++i) {
             const int64_t row = first_row + i * kRowsAtOnce;
             const T* w_row = w + row * p.x_row_stride;
-            sixteens[i] = row < p.rows
-                              ? tile::load_sixteen(w_row, column, p.columns, on_16_bytes(w_row))
-                              : tile::Sixteen<T>{};
+            sixteens[i] =
+                row < p.rows ? tile::load_sixteen(w_row, column, p.columns) : tile::Sixteen<T>{};
         }
 
         float values[2][16];
-        widen(values[0], sixteens[0]);
-        widen(values[1], sixteens[1]);
+        tile::widen(values[0], sixteens[0]);
+        tile::widen(values[1], sixteens[1]);
         const float amax =
             max_number(tile::block_amax<32>(values[0]), tile::block_amax<32>(values[1]));
         if (arch::lane_id() == 0) maxima.of_warp[arch::warp_id()] = amax;
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
             if (row >= p.rows) continue;
             const uint4 words = tile::encode16(values[i], divisor);
             uint8_t* codes_row = codes + row * p.columns;
-            tile::store_sixteen(codes_row, column, p.columns, on_16_bytes(codes_row),
+            tile::store_sixteen(codes_row, column, p.columns,
                                 reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
         }
         if (threadIdx.x == 0) {

@@ -41,44 +41,15 @@ K2K_DEVICE RowPlace row_place(bool scales_by_column) {
     return {block / kTileBlocks, block % kTileBlocks, lane};
 }
 
-K2K_DEVICE float as_float(float value) { return value; }
-K2K_DEVICE float as_float(bf16 value) { return arch::to_float(value); }
-K2K_DEVICE float as_float(fp16 value) { return arch::to_float(value); }
-
-template <class T>
-K2K_DEVICE void widen(float (&values)[16], const tile::Sixteen<T>& sixteen) {
-    K2K_UNROLL
-    for (int i = 0; i < 16; ++i) values[i] = as_float(sixteen.values[i]);
-}
-
-K2K_DEVICE void narrow(tile::Sixteen<float>& sixteen, const float (&values)[16]) {
-    K2K_UNROLL
-    for (int i = 0; i < 16; ++i) sixteen.values[i] = values[i];
-}
-K2K_DEVICE void narrow(tile::Sixteen<bf16>& sixteen, const float (&values)[16]) {
-    auto* pairs = reinterpret_cast<uint32_t*>(sixteen.values);
-    K2K_UNROLL
-    for (int i = 0; i < 8; ++i) pairs[i] = arch::pack_bf16(values[2 * i], values[2 * i + 1]);
-}
-K2K_DEVICE void narrow(tile::Sixteen<fp16>& sixteen, const float (&values)[16]) {
-    auto* pairs = reinterpret_cast<uint32_t*>(sixteen.values);
-    K2K_UNROLL
-    for (int i = 0; i < 8; ++i) pairs[i] = arch::pack_fp16(values[2 * i], values[2 * i + 1]);
-}
-
-K2K_DEVICE bool on_16_bytes(const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 // silu(gate) * up of 16 columns of a row [gate | up].
 template <class T>
 K2K_DEVICE void load_swiglu(float (&hidden)[16], const T* row, int64_t column, int64_t columns) {
     const T* up_row = row + columns;
-    const auto gate16 = tile::load_sixteen(row, column, columns, on_16_bytes(row));
-    const auto up16 = tile::load_sixteen(up_row, column, columns, on_16_bytes(up_row));
+    const auto gate16 = tile::load_sixteen(row, column, columns);
+    const auto up16 = tile::load_sixteen(up_row, column, columns);
     float gate[16], up[16];
-    widen(gate, gate16);
-    widen(up, up16);
+    tile::widen(gate, gate16);
+    tile::widen(up, up16);
     K2K_UNROLL
     for (int i = 0; i < 16; ++i) hidden[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
@@ -122,14 +93,14 @@ __global__ void __launch_bounds__(kRowThreads, kSwiglu ? 4 : 5)
                     for (int i = 0; i < 16; ++i) values[i] *= weight;
                 }
             } else if (here) {
-                widen(values, tile::load_sixteen(x, column, p.columns, on_16_bytes(x)));
+                tile::widen(values, tile::load_sixteen(x, column, p.columns));
             }
 
             const float amax = tile::block_amax<8>(values);
             if (!here) continue;
             const float scale = tile::scale_of(amax, p.power_of_two);
             const uint4 words = tile::encode16(values, tile::divisor_of(scale));
-            tile::store_sixteen(codes, column, p.columns, on_16_bytes(codes),
+            tile::store_sixteen(codes, column, p.columns,
                                 reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
             if (place.lane == 0) scales[block * p.scale_column_stride] = scale;
         }
@@ -151,8 +122,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
             float hidden[16];
             load_swiglu(hidden, gate_up, column, p.columns);
             tile::Sixteen<T> result;
-            narrow(result, hidden);
-            tile::store_sixteen(hidden_row, column, p.columns, on_16_bytes(hidden_row), result);
+            tile::narrow(result, hidden);
+            tile::store_sixteen(hidden_row, column, p.columns, result);
         }
     }
 }
@@ -173,7 +144,7 @@ __global__ void __launch_bounds__(kRowThreads, 5)
         for (int64_t block = int64_t(blockIdx.x) * kTileBlocks + place.block;
              block * 128 + place.lane * 16 < p.columns; block += int64_t(gridDim.x) * kTileBlocks) {
             const int64_t column = block * 128 + place.lane * 16;
-            const auto sixteen = tile::load_sixteen(codes, column, p.columns, on_16_bytes(codes));
+            const auto sixteen = tile::load_sixteen(codes, column, p.columns);
             const float scale = scales[block * p.scale_column_stride];
             float values[16];
             K2K_UNROLL
@@ -181,8 +152,8 @@ __global__ void __launch_bounds__(kRowThreads, 5)
                 values[i] = arch::to_float(e4m3{sixteen.values[i]}) * scale;
             }
             tile::Sixteen<T> result;
-            narrow(result, values);
-            tile::store_sixteen(values_row, column, p.columns, on_16_bytes(values_row), result);
+            tile::narrow(result, values);
+            tile::store_sixteen(values_row, column, p.columns, result);
         }
     }
 }

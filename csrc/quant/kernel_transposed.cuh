@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
                 const int64_t row = first_row + quad * 4 + i;
                 if (row >= p.rows || (grouped && !smem.real.has(quad * 4 + i))) continue;
                 const T* source = x + row * p.x_row_stride + column;
-                if (on_16_bytes(source) && column + kVector <= p.columns) {
+                if (tile::on_16_bytes(source) && column + kVector <= p.columns) {
                     reinterpret_cast<uint4&>(values[i]) =
                         arch::load_nc_no_allocate(reinterpret_cast<const uint4*>(source));
                 } else {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
             K2K_UNROLL
             for (int j = 0; j < kVector; ++j) {
                 K2K_UNROLL
-                for (int i = 0; i < 4; ++i) columns[j][i] = as_float(values[i][j]);
+                for (int i = 0; i < 4; ++i) columns[j][i] = tile::as_float(values[i][j]);
                 amax[j] = tile::thread_finite_amax(columns[j]);
                 amax[j] = max_number(amax[j], arch::shuffle_xor(amax[j], 8));
                 amax[j] = max_number(amax[j], arch::shuffle_xor(amax[j], 16));
@@ -128,7 +128,6 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
                 if (first_column + c >= p.columns) continue;
                 uint8_t* codes_row = codes + (first_column + c) * p.rows;
                 tile::store_sixteen(codes_row, first_row + chunk * 16, p.rows,
-                                    on_16_bytes(codes_row),
                                     reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
             }
             // The next tile's maxima are free (read before the last barrier); its divisors and

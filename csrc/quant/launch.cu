@@ -1,5 +1,4 @@
-#include <string>
-
+#include "common/dispatch.h"
 #include "common/launch.h"
 #include "quant/kernel_128x128.cuh"
 #include "quant/kernel_rows.cuh"
@@ -9,25 +8,6 @@
 namespace k2k {
 
 namespace {
-
-// Calls f with a null pointer of the type.
-template <class F>
-void by_type(Type type, F&& f) {
-    switch (type) {
-        case Type::kBf16:
-            return f(static_cast<bf16*>(nullptr));
-        case Type::kFp16:
-            return f(static_cast<fp16*>(nullptr));
-        case Type::kF32:
-            return f(static_cast<float*>(nullptr));
-        default:
-            throw Error("k2kernels: the quantisers take bfloat16, float16 and float32, got type " +
-                        std::to_string(static_cast<int>(type)));
-    }
-}
-
-template <class Pointer>
-using Element = std::remove_pointer_t<Pointer>;
 
 LaunchShape row_shape(int64_t batches, int64_t rows, int64_t columns, void* stream) {
     const Walk grid =
@@ -45,7 +25,7 @@ void launch_quantize_1x128(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
     LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
     shape.smem_bytes = sizeof(TileRows);
-    by_type(p.type, [&](auto* type) {
+    by_float_type(p.type, [&](auto* type) {
         launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/false>, p);
     });
 }
@@ -54,14 +34,14 @@ void launch_swiglu_quantize(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
     LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
     shape.smem_bytes = sizeof(TileRows);
-    by_type(p.type, [&](auto* type) {
+    by_float_type(p.type, [&](auto* type) {
         launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/true>, p);
     });
 }
 
 void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
-    by_type(p.type, [&](auto* type) {
+    by_float_type(p.type, [&](auto* type) {
         using T = Element<decltype(type)>;
         constexpr int kColumns = transpose_columns(sizeof(T));
         const Walk grid =
@@ -79,7 +59,7 @@ void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
     LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads,
                       sizeof(BlockMaxima)};
     shape.stream = stream;
-    by_type(p.type, [&](auto* type) {
+    by_float_type(p.type, [&](auto* type) {
         launch(shape, quantize_128x128_kernel<Element<decltype(type)>>, p);
     });
 }
@@ -87,14 +67,15 @@ void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
 void launch_dequantize(const DequantizeParams& p, void* stream) {
     if (p.batches * p.rows * p.columns == 0) return;
     const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
-    by_type(p.type,
-            [&](auto* type) { launch(shape, dequantize_kernel<Element<decltype(type)>>, p); });
+    by_float_type(
+        p.type, [&](auto* type) { launch(shape, dequantize_kernel<Element<decltype(type)>>, p); });
 }
 
 void launch_swiglu(const SwigluParams& p, void* stream) {
     if (p.rows * p.columns == 0) return;
     const LaunchShape shape = row_shape(1, p.rows, p.columns, stream);
-    by_type(p.type, [&](auto* type) { launch(shape, swiglu_kernel<Element<decltype(type)>>, p); });
+    by_float_type(p.type,
+                  [&](auto* type) { launch(shape, swiglu_kernel<Element<decltype(type)>>, p); });
 }
 
 }  // namespace k2k

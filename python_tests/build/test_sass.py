@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(
     not _C.build_info()["cuda_archs"], reason="built without nvcc: there is no machine code"
 )
 
-# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024); 16-byte
-# loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU loads gate and up);
-# and what else must be there, by architecture.
+# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024); the
+# 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU loads gate
+# and up); and what else must be there, by architecture.
 ENCODE = {"sm_90a": {"F2FP.SATFINITE.E4M3": 8}}
 PLANS = {
     "quantize_rows_kernel<bf16, false>": (48, 2, 1, ENCODE),
@@ -43,6 +43,13 @@ PLANS = {
     "swiglu_kernel<fp16>": (64, 4, 2, {}),
     "swiglu_kernel<float>": (64, 8, 4, {}),
 }
+BYTES = {"float": 4, "bf16": 2, "fp16": 2}
+for row, row_bytes in BYTES.items():
+    for cache, cache_bytes in BYTES.items():
+        PLANS[f"mla_append_kernel<{row}, {cache}>"] = (48, row_bytes, cache_bytes, {})
+        PLANS[f"mla_gather_kernel<{row}, {cache}>"] = (48, cache_bytes, 2 * row_bytes, {})  # or zeros
+    PLANS[f"mla_append_kernel<{row}, unsigned char>"] = (48, 2 * row_bytes, 3, ENCODE)  # latent and rope
+    PLANS[f"mla_gather_kernel<{row}, unsigned char>"] = (48, 3, 3 * row_bytes, {})
 
 
 def tool(name):
