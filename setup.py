@@ -1,7 +1,8 @@
-"""Builds the extension module k2kernels._C with CMake; everything else is in pyproject.toml.
+"""Builds the extension modules k2kernels._C and k2kernels._emu with CMake; everything else is in pyproject.toml.
 
-Environment variables: K2K_BUILD_DIR (where CMake works; kept, so that a second build touches only what changed),
-K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
+Environment variables: K2K_CUDA (AUTO: the GPU's kernels if nvcc is found; ON: or fail; OFF), K2K_CUDA_ARCHS
+(80-real;90a-real), K2K_LINEINFO (OFF), K2K_BUILD_DIR (where CMake works; kept, so that a second build touches only what
+changed), K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
 """
 
 import os
@@ -15,31 +16,53 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+FACTS = "_C.json"  # what each kernel takes of a multiprocessor; made where kernels are compiled
+OPTIONS = {
+    "CMAKE_BUILD_TYPE": ("K2K_BUILD_TYPE", "Release"),
+    "K2K_CUDA": ("K2K_CUDA", "AUTO"),
+    "K2K_CUDA_ARCHS": ("K2K_CUDA_ARCHS", "80-real;90a-real"),
+    "K2K_LINEINFO": ("K2K_LINEINFO", "OFF"),
+}
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext):
+    def build_extensions(self):
         import pybind11  # a build requirement: only known to be there when something is built
 
-        out = Path(self.get_ext_fullpath(ext.name)).resolve()  # in k2kernels/ when editable
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build = Path(os.environ.get("K2K_BUILD_DIR", ROOT / "build" / tag))
         configure = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_BUILD_TYPE={os.environ.get('K2K_BUILD_TYPE', 'Release')}",
             f"-DK2K_VERSION={self.distribution.get_version()}",
         ]
+        # Always passed: CMake would remember the last build's.
+        configure += [f"-D{option}={os.environ.get(name, value)}" for option, (name, value) in OPTIONS.items()]
         if ninja := shutil.which("ninja"):  # by name: the cached one may have been another build's
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         if ccache := shutil.which("ccache"):
-            configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}"]
+            configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}", f"-DCMAKE_CUDA_COMPILER_LAUNCHER={ccache}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self._run("cmake", "-S", str(ROOT), "-B", str(build), *configure)
-        self._run("cmake", "--build", str(build), "--target", "_C", "--parallel", jobs)
+        self._run("cmake", "--build", str(build), "--parallel", jobs)
+        for extension in self.extensions:
+            out = Path(self.get_ext_fullpath(extension.name)).resolve()
+            self._install(build / out.name, out)
+        self._install(build / FACTS, out.parent / FACTS)
+
+    def copy_extensions_to_source(self):  # of an editable install
+        super().copy_extensions_to_source()
+        package = Path(self.get_finalized_command("build_py").get_package_dir("k2kernels"))
+        self._install(Path(self.build_lib) / "k2kernels" / FACTS, package / FACTS)
+
+    @staticmethod
+    def _install(made, out):
+        if not made.exists():
+            out.unlink(missing_ok=True)
+            return
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_suffix(".tmp")
-        shutil.copy2(build / out.name, temporary)
+        shutil.copy2(made, temporary)
         os.replace(temporary, out)  # a process that has the old module loaded keeps it
 
     @staticmethod
@@ -51,8 +74,9 @@ class CMakeBuild(build_ext):
             raise SystemExit(
                 f"k2kernels: `{' '.join(command[:2])} ...` failed ({why}). The build needs CMake >= 3.24 and a "
                 "C++17 compiler: on Debian or Ubuntu `apt-get install g++`, on Fedora `dnf install gcc-c++`, "
-                "on macOS `xcode-select --install`; then `pip install cmake ninja pybind11`."
+                "on macOS `xcode-select --install`; then `pip install cmake ninja pybind11`. "
+                "K2K_CUDA=OFF builds without nvcc."
             ) from None
 
 
-setup(ext_modules=[Extension("k2kernels._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("k2kernels._C", []), Extension("k2kernels._emu", [])], cmdclass={"build_ext": CMakeBuild})

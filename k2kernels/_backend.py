@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 ARCHS = ("sm_80", "sm_90a")
@@ -30,7 +30,7 @@ class Mode(NamedTuple):
 
 _mode: contextvars.ContextVar[Mode] = contextvars.ContextVar("k2kernels_mode", default=Mode())  # noqa: B039 (immutable)
 _launches: Counter[str] = Counter()
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 @contextlib.contextmanager
@@ -58,7 +58,8 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
 
     Args:
         arch: which kernels: "sm_80" (portable) or "sm_90a" (Hopper).
-        seed: selects the adversarial schedule of warps, blocks and asynchronous copies.
+        seed: selects the adversarial schedule of warps, blocks and asynchronous copies: 0 is round robin, 1 depth
+            first, any other number a random one.
 
     Raises:
         ValueError: for any other arch, or a seed that is no int.
@@ -75,38 +76,37 @@ def mode() -> Mode:
     return _mode.get()
 
 
-def choose(op: str, device: str, has_kernel: bool) -> str:
+def choose(op: str, device: str, why_not: Callable[[], str | None]) -> str:
     """The body that serves `op` on tensors of `device` ("cpu" or "cuda"): "reference", "cuda" or "emulated".
 
+    Args:
+        why_not: called where a kernel could serve; says what keeps it from doing so, if anything.
+
     Raises:
-        UnsupportedError: when the mode asks for a kernel that does not exist, or for the wrong device.
+        UnsupportedError: when the mode asks for a kernel that cannot serve, or for the wrong device.
     """
     wanted = _mode.get().backend
-    if wanted == "reference":
+    if wanted == "reference" or (wanted == "auto" and device == "cpu"):
         return "reference"
     if wanted == "emulated":
         if device != "cpu":
             raise UnsupportedError(f"{op}: emulated() takes CPU tensors, got {device} tensors; move them with .cpu()")
-        if not has_kernel:
-            raise UnsupportedError(f"{op}: no kernel to emulate yet; leave emulated() to get the reference")
+        if reason := why_not():
+            raise UnsupportedError(f"{op}: cannot be emulated: {reason}; leave emulated() to get the reference")
         return "emulated"
-    if wanted == "cuda":
-        if device != "cuda":
-            raise UnsupportedError(
-                f"{op}: backend('cuda') takes CUDA tensors, got {device} tensors; "
-                "move them with .cuda(), or run the kernel on the CPU inside emulated()"
-            )
-        if not has_kernel:
-            raise UnsupportedError(f"{op}: no CUDA kernel yet; backend('auto') serves it by the reference")
-        return "cuda"
-    if device == "cuda" and has_kernel:
-        return "cuda"
-    if device == "cuda" and op not in _warned:
-        _warned.add(op)
-        warnings.warn(
-            f"{op}: no CUDA kernel yet, the reference (plain PyTorch) runs on the GPU",
-            stacklevel=3,
+    if wanted == "cuda" and device != "cuda":
+        raise UnsupportedError(
+            f"{op}: backend('cuda') takes CUDA tensors, got {device} tensors; "
+            "move them with .cuda(), or run the kernel on the CPU inside emulated()"
         )
+    reason = why_not()
+    if not reason:
+        return "cuda"
+    if wanted == "cuda":
+        raise UnsupportedError(f"{op}: {reason}; backend('auto') serves it by the reference")
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
+        warnings.warn(f"{op}: {reason}; the reference (plain PyTorch) runs on the GPU", stacklevel=3)
     return "reference"
 
 

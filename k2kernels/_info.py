@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from k2kernels.ops._register import OPS
+from k2kernels.ops._launch import serves
+from k2kernels.ops._register import OPS, Op
 
 _PACKAGES = ("numpy", "safetensors", "tqdm", "tokenizers", "matplotlib", "transformers", "cupy", "triton", "pytest")
 
@@ -19,10 +22,14 @@ def info() -> dict[str, Any]:
 
     Returns:
         dict with `version`, `python`, `platform`, `torch` (version, cuda, threads), `packages` (name -> version or
-        None), `extension` (build facts, or `error`), `nvcc` (path or None), `devices` (name, capability, memory in
-        bytes), `ops` (name -> `cpu`, `cuda` bodies and `why`).
+        None), `extension` (build facts, or `error`), `emulator` (`self_check`, or `error`), `nvcc` (path or None),
+        `devices` (name, capability, compute_capability, memory in bytes), `ops` (name -> `cpu`, `cuda` bodies and
+        `why`), `kernels` (what each compiled kernel takes: `kernel`, `arch`, `registers`, `stack_bytes`,
+        `spill_bytes`, `shared_bytes` besides what a launch asks for).
     """
     from k2kernels import __version__
+
+    extension, devices = _extension(), _devices()
 
     return {
         "version": __version__,
@@ -30,17 +37,41 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads()},
         "packages": {name: _version(name) for name in _PACKAGES},
-        "extension": _extension(),
+        "extension": extension,
+        "emulator": _emulator(),
         "nvcc": shutil.which("nvcc"),
-        "devices": _devices(),
-        "ops": {name: _serves(op.has_kernel) for name, op in sorted(OPS.items())},
+        "devices": devices,
+        "ops": {name: _serves(op, extension, devices) for name, op in sorted(OPS.items())},
+        "kernels": _kernels(),
     }
 
 
-def _serves(has_kernel: bool) -> dict[str, str]:
-    if has_kernel:
-        return {"cpu": "reference", "cuda": "cuda", "why": "a kernel is compiled"}
-    return {"cpu": "reference", "cuda": "reference", "why": "no kernel yet; plain PyTorch runs on any device"}
+def _serves(op: Op, extension: dict[str, Any], devices: list[dict[str, Any]]) -> dict[str, str]:
+    archs = extension.get("cuda_archs", ())
+    if not op.has_kernel:
+        why = "no kernel yet; plain PyTorch runs on any device"
+    elif not archs:
+        why = "a kernel, in the emulator; not compiled for GPUs: " + (
+            "the extension is missing" if "error" in extension else "no nvcc was found"
+        )
+    elif devices and not any(serves(arch, *device["compute_capability"]) for arch in archs for device in devices):
+        why = f"a kernel, but only for {', '.join(archs)}"
+    else:
+        return {"cpu": "reference", "cuda": "cuda", "why": f"a kernel, for {', '.join(archs)} and the emulator"}
+    return {"cpu": "reference", "cuda": "reference", "why": why}
+
+
+def _kernels() -> list[dict[str, Any]]:
+    facts = Path(__file__).with_name("_C.json")  # of the build, beside the module
+    return json.loads(facts.read_text()) if facts.exists() else []
+
+
+def _emulator() -> dict[str, Any]:
+    try:
+        from k2kernels import _emu
+    except ImportError as error:
+        return {"error": f"{error}; build it with: pip install -e ."}
+    return {"self_check": _self_check(_emu)}
 
 
 def _version(package: str) -> str | None:
@@ -80,6 +111,7 @@ def _devices() -> list[dict[str, Any]]:
             {
                 "name": properties.name,
                 "capability": f"sm_{properties.major}{properties.minor}",
+                "compute_capability": (properties.major, properties.minor),
                 "memory": properties.total_memory,
             }
         )

@@ -1,12 +1,9 @@
-// The Python module k2kernels._C. Raw pointers and sizes come in; no torch header is included, so
-// the module does not depend on torch's ABI.
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
-
+// The Python modules k2kernels._C and k2kernels._emu.
+#include "bind/bind.h"
+#include "common/error.h"
 #include "common/selfcheck.h"
 
-namespace py = pybind11;
+namespace k2k::bind {
 
 namespace {
 
@@ -15,20 +12,25 @@ py::dict build_info() {
     info["version"] = K2K_VERSION;
     info["build_type"] = K2K_BUILD_TYPE;
     info["compiler"] = __VERSION__;
-    info["cuda_archs"] = py::tuple();  // no kernels are compiled yet
+    info["cuda_archs"] = py::tuple(py::str(K2K_CUDA_ARCHS).attr("split")());
     return info;
-}
-
-void decode_e4m3(std::uintptr_t codes, std::uintptr_t values, std::size_t count) {
-    k2k::decode_e4m3(reinterpret_cast<const std::uint8_t*>(codes), reinterpret_cast<float*>(values),
-                     count);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(K2K_MODULE, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled part of k2kernels.";
+    auto error = py::register_local_exception<Error>(m, "Error", PyExc_RuntimeError);
+    py::register_local_exception<NoDeviceError>(m, "NoDeviceError", error);
     m.def("build_info", &build_info, "How this module was built.");
-    m.def("decode_e4m3", &decode_e4m3, py::arg("codes"), py::arg("values"), py::arg("count"),
-          "Decodes `count` e4m3 bytes at address `codes` to float32 at address `values`.");
+    m.def(
+        "decode_e4m3",
+        [](Address codes, Address values, std::size_t count) {
+            decode_e4m3(pointer<const std::uint8_t>(codes), pointer<float>(values), count);
+        },
+        py::arg("codes"), py::arg("values"), py::arg("count"),
+        "Decodes `count` e4m3 bytes at address `codes` to float32 at address `values`.");
+    bind_runtime(m);
 }
+
+}  // namespace k2k::bind

@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
         archs = ", ".join(extension["cuda_archs"]) or "no CUDA kernels"
         print(f"extension  {extension['build_type']}, compiler {extension['compiler']}, {archs}")
         print(f"           self-check (all 256 e4m3 codes): {extension['self_check']}")
+    emulator = facts["emulator"]
+    print(f"emulator   {'missing: ' + emulator['error'] if 'error' in emulator else 'built'}")
     print(f"nvcc       {facts['nvcc'] or 'not found (needed only to compile CUDA kernels)'}")
     for device in facts["devices"]:
         print(f"device     {device['name']}, {device['capability']}, {device['memory'] / 2**30:.0f} GiB")
@@ -37,8 +39,20 @@ def run(options: argparse.Namespace) -> int:
     print("\nop                                CPU        CUDA       why")
     for name, served in facts["ops"].items():
         print(f"{name:<33} {served['cpu']:<10} {served['cuda']:<10} {served['why']}")
+    _print_kernels(facts["kernels"])
     return _code(facts)
 
 
+def _print_kernels(kernels: list[dict]) -> None:
+    names = [kernel["kernel"].replace("k2k::", "") for kernel in kernels]
+    width = max(map(len, names), default=0)
+    if kernels:
+        print(f"\n{'kernel':<{width}} arch    registers  shared  stack  spilled (bytes; shared: what is fixed)")
+    for name, kernel in zip(names, kernels):
+        columns = "{arch:<7} {registers:>9}  {shared_bytes:>6}  {stack_bytes:>5}  {spill_bytes:>7}"
+        print(f"{name:<{width}} {columns.format(**kernel)}")
+
+
 def _code(facts: dict) -> int:
-    return 1 if facts["extension"].get("self_check", "").startswith("FAILED") else 0
+    checks = (facts[module].get("self_check", "") for module in ("extension", "emulator"))
+    return 1 if any(check.startswith("FAILED") for check in checks) else 0

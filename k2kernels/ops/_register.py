@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from k2kernels import _backend
+from k2kernels.ops import _launch
 
 _LIBRARY = torch.library.Library("k2kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -44,6 +45,7 @@ def register(
     reference: Callable,
     fake: Callable,
     kernel: Callable | None = None,
+    unserved: Callable | None = None,
     validate: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
@@ -56,7 +58,9 @@ def register(
         reference: the plain PyTorch body; same arguments. Its results must not alias its arguments.
         fake: shapes and dtypes of the results, without data.
         kernel: launches the compiled kernel; same arguments. One body serves CUDA and the emulator, because the two
-            extension modules hold the same functions.
+            extension modules hold the same functions: see `_launch.launch`.
+        unserved: says why the kernel does not take these arguments ("float64 ..."), or None where it does; the
+            reference serves them then.
         validate: looks into the *contents* of CPU tensors (indices in range ...) and raises ValueError. CUDA tensors
             are never read by the host.
         setup_context, backward: as torch.library.register_autograd takes them. Without a backward, differentiating
@@ -65,14 +69,18 @@ def register(
     """
     name, arguments = schema.split("(", 1)
 
+    def why_not(device: str, args: tuple) -> str | None:
+        if kernel is None:
+            return "no kernel yet"
+        where = _launch.why_not_emulated() if device == "cpu" else _launch.why_not_cuda(_device_index(args))
+        return where or (unserved(*args) if unserved is not None else None)
+
     def body(device: str) -> Callable:
         def run(*args: Any) -> Any:
-            chosen = _backend.choose(name, device, kernel is not None)
-            if chosen != "reference":
-                return kernel(*args)
+            chosen = _backend.choose(name, device, lambda: why_not(device, args))
             if validate is not None and device == "cpu":
                 validate(*args)
-            return reference(*args)
+            return reference(*args) if chosen == "reference" else kernel(*args)
 
         return run
 
@@ -100,6 +108,15 @@ def _wants_grad(args: tuple) -> bool:
         elif isinstance(arg, (list, tuple)) and _wants_grad(tuple(arg)):
             return True
     return False
+
+
+def _device_index(args: tuple) -> int:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.index
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0].device.index
+    raise TypeError("no tensor among the arguments")
 
 
 def _no_backward(name: str) -> Callable:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._launch import TYPES, launch
 from k2kernels.ops._register import register
 from k2kernels.reference import mla_cache as reference
 
@@ -137,10 +138,60 @@ def _gather_fake(kv_cache: Tensor, block_table: Tensor, positions: Tensor, dtype
     return kv_cache.new_empty(positions.shape[0], size, dtype=dtype)
 
 
+def _launch(
+    op: str, rows: Tensor, kv_cache: Tensor, block_table: Tensor, positions: Tensor, power_of_two: bool
+) -> None:
+    """Moves `rows` into or out of the cache."""
+    block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    positions = positions.contiguous()
+    tokens = positions.shape[0]
+    launch(
+        op,
+        op,
+        rows.device,
+        rows.data_ptr(),
+        TYPES[rows.dtype],
+        rows.stride(0),
+        kv_cache.data_ptr(),
+        TYPES[kv_cache.dtype],
+        kv_cache.stride()[:2],
+        block_table.data_ptr(),
+        block_table.stride(0),
+        positions.data_ptr(),
+        positions.dtype == torch.int64,
+        (tokens, tokens // max(1, block_table.shape[0]), rows.shape[1], kv_cache.shape[1]),
+        power_of_two,
+    )
+
+
+def _unserved(dtype: torch.dtype, kv_cache: Tensor) -> str | None:
+    """Why the kernels do not move rows of `dtype` into or out of this cache."""
+    if torch.float64 in (dtype, kv_cache.dtype):
+        return "no kernel computes in float64"
+    if kv_cache.stride(-1) != 1:
+        return "kernels want the elements of a cache row side by side"
+    if kv_cache.dtype == torch.uint8 and any(n % 16 for n in (kv_cache.data_ptr(), *kv_cache.stride()[:2])):
+        return f"kernels want rows of {ROW_BYTES} bytes to begin at multiples of 16"
+    return None
+
+
+def _append_kernel(kv: Tensor, kv_cache: Tensor, block_table: Tensor, positions: Tensor, power_of_two: bool) -> None:
+    kv = kv if kv.stride(-1) == 1 else kv.contiguous()
+    _launch("mla_append", kv, kv_cache, block_table, positions, power_of_two)
+
+
+def _gather_kernel(kv_cache: Tensor, block_table: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = _gather_fake(kv_cache, block_table, positions, dtype)
+    _launch("mla_gather", rows, kv_cache, block_table, positions, False)
+    return rows
+
+
 _mla_append = register(
     "mla_append(Tensor kv, Tensor(a!) kv_cache, Tensor block_table, Tensor positions, bool power_of_two) -> ()",
     reference=reference.mla_append,
     fake=lambda kv, kv_cache, block_table, positions, power_of_two: None,
+    kernel=_append_kernel,
+    unserved=lambda kv, kv_cache, block_table, positions, power_of_two: _unserved(kv.dtype, kv_cache),
     validate=_validate_append,
     mutates=True,
 )
@@ -148,5 +199,7 @@ _mla_gather = register(
     "mla_gather(Tensor kv_cache, Tensor block_table, Tensor positions, ScalarType dtype) -> Tensor",
     reference=reference.mla_gather,
     fake=_gather_fake,
+    kernel=_gather_kernel,
+    unserved=lambda kv_cache, block_table, positions, dtype: _unserved(dtype, kv_cache),
     validate=lambda kv_cache, block_table, positions, dtype: _validate("mla_gather", kv_cache, block_table, positions),
 )

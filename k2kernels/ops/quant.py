@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_counts, check_groups
+from k2kernels.ops._launch import TYPES, address, launch, matrices
 from k2kernels.ops._register import register
 from k2kernels.reference import quant as reference
 
@@ -194,13 +196,64 @@ def _validate_groups(op: str, x: Tensor, offsets: Tensor | None, counts: Tensor 
         check_counts(op, "counts", counts, x.shape[1])
 
 
+def _empty_scales(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> Tensor:
+    """Scales [..., M, blocks], "column" meaning strides (1, M rounded up to 4)."""
+    if scale_layout == "row":
+        return x.new_empty(shape, dtype=torch.float32)
+    *leading, rows, blocks = shape
+    return x.new_empty((*leading, blocks, -(-rows // 4) * 4), dtype=torch.float32)[..., :rows].mT
+
+
 def _quantize_1x128_fake(
     x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool, offsets: Tensor | None, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = x.mT.shape if transpose else x.shape
-    scales = x.new_empty((*leading, rows, -(-columns // 128)), dtype=torch.float32)
-    data = x.new_empty((*leading, rows, columns), dtype=torch.float8_e4m3fn)
-    return data, reference.store_scales(scales, scale_layout)
+    scales = _empty_scales(x, (*leading, rows, -(-columns // 128)), scale_layout)
+    return x.new_empty((*leading, rows, columns), dtype=torch.float8_e4m3fn), scales
+
+
+def _launch_quantizer(
+    op: str,
+    function: str,
+    x: Tensor,
+    columns: int,
+    results: tuple[Tensor, Tensor],
+    power_of_two: bool,
+    weights: Tensor | None = None,
+    offsets: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fills `results` from x [..., M, columns] ([..., M, 2 * columns] for SwiGLU)."""
+    data, scales = results
+    x = matrices(x)
+    weights, offsets, counts = (t if t is None else t.contiguous() for t in (weights, offsets, counts))
+    groups = 0 if offsets is None else offsets.shape[0] - 1
+    launch(
+        op,
+        function,
+        x.device,
+        x.data_ptr(),
+        TYPES[x.dtype],
+        data.data_ptr(),
+        scales.data_ptr(),
+        address(weights),
+        (x.shape[0], x.shape[1], columns),
+        x.stride()[:2],
+        (scales.stride(-3) if scales.ndim > 2 else 0, *scales.stride()[-2:]),
+        address(offsets),
+        address(counts),
+        groups,
+        power_of_two,
+    )
+    return results
+
+
+def _quantize_1x128_kernel(
+    x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool, offsets: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    results = _quantize_1x128_fake(x, power_of_two, scale_layout, transpose, offsets, counts)
+    function = "quantize_1x128_transposed" if transpose else "quantize_1x128"
+    return _launch_quantizer("quantize_1x128", function, x, x.shape[-1], results, power_of_two, None, offsets, counts)
 
 
 _quantize_1x128 = register(
@@ -208,6 +261,7 @@ _quantize_1x128 = register(
     " -> (Tensor, Tensor)",
     reference=reference.quantize_1x128,
     fake=_quantize_1x128_fake,
+    kernel=_quantize_1x128_kernel,
     validate=lambda x, power_of_two, scale_layout, transpose, offsets, counts: _validate_groups(
         "quantize_1x128", x, offsets, counts
     ),
@@ -216,24 +270,80 @@ _quantize_1x128 = register(
 
 def _quantize_128x128_fake(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = w.shape
-    scales = w.new_empty((*leading, -(-rows // 128), -(-columns // 128)), dtype=torch.float32)
+    scales = _empty_scales(w, (*leading, -(-rows // 128), -(-columns // 128)), "row")
     return w.new_empty(w.shape, dtype=torch.float8_e4m3fn), scales
+
+
+def _quantize_128x128_kernel(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    results = _quantize_128x128_fake(w, power_of_two)
+    return _launch_quantizer("quantize_128x128", "quantize_128x128", w, w.shape[-1], results, power_of_two)
 
 
 _quantize_128x128 = register(
     "quantize_128x128(Tensor w, bool power_of_two) -> (Tensor, Tensor)",
     reference=reference.quantize_128x128,
     fake=_quantize_128x128_fake,
+    kernel=_quantize_128x128_kernel,
 )
+
+
+def _dequantize_fake(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
+    return data.new_empty(data.shape, dtype=dtype)
+
+
+def _dequantize_kernel(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
+    values = _dequantize_fake(data, scales, block_rows, block_columns, dtype)
+    data = matrices(data)
+    scales = scales.reshape(data.shape[0], *scales.shape[-2:])
+    launch(
+        "dequantize",
+        "dequantize",
+        data.device,
+        data.data_ptr(),
+        scales.data_ptr(),
+        values.data_ptr(),
+        TYPES[dtype],
+        tuple(data.shape),
+        data.stride()[:2],
+        scales.stride(),
+        block_rows,
+    )
+    return values
+
+
 _dequantize = register(
     "dequantize(Tensor data, Tensor scales, int block_rows, int block_columns, ScalarType dtype) -> Tensor",
     reference=reference.dequantize,
-    fake=lambda data, scales, block_rows, block_columns, dtype: data.new_empty(data.shape, dtype=dtype),
+    fake=_dequantize_fake,
+    kernel=_dequantize_kernel,
+    unserved=lambda data, scales, block_rows, block_columns, dtype: _float64(dtype),
 )
+
+
+def _float64(dtype: torch.dtype) -> str | None:
+    return "no kernel computes in float64" if dtype == torch.float64 else None
 
 
 def _swiglu_fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+def _swiglu_kernel(gate_up: Tensor) -> Tensor:
+    hidden = _swiglu_fake(gate_up)
+    rows, columns = math.prod(hidden.shape[:-1]), hidden.shape[-1]
+    gate_up = matrices(gate_up.reshape(1, rows, 2 * columns))
+    launch(
+        "swiglu",
+        "swiglu",
+        gate_up.device,
+        gate_up.data_ptr(),
+        hidden.data_ptr(),
+        TYPES[gate_up.dtype],
+        rows,
+        columns,
+        gate_up.stride(1),
+    )
+    return hidden
 
 
 def _swiglu_setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -248,6 +358,8 @@ _swiglu = register(
     "swiglu(Tensor gate_up) -> Tensor",
     reference=reference.swiglu,
     fake=_swiglu_fake,
+    kernel=_swiglu_kernel,
+    unserved=lambda gate_up: _float64(gate_up.dtype),
     setup_context=_swiglu_setup,
     backward=_swiglu_grad,
 )
@@ -259,8 +371,17 @@ _swiglu_backward = register(
 
 
 def _swiglu_quantize_fake(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
-    hidden = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-    return _quantize_1x128_fake(hidden, power_of_two, scale_layout, False, offsets, counts)
+    shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    scales = _empty_scales(gate_up, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
+    return gate_up.new_empty(shape, dtype=torch.float8_e4m3fn), scales
+
+
+def _swiglu_quantize_kernel(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
+    results = _swiglu_quantize_fake(gate_up, weights, power_of_two, scale_layout, offsets, counts)
+    columns = gate_up.shape[-1] // 2
+    return _launch_quantizer(
+        "swiglu_quantize", "swiglu_quantize", gate_up, columns, results, power_of_two, weights, offsets, counts
+    )
 
 
 _swiglu_quantize = register(
@@ -268,6 +389,7 @@ _swiglu_quantize = register(
     " Tensor? counts) -> (Tensor, Tensor)",
     reference=reference.swiglu_quantize,
     fake=_swiglu_quantize_fake,
+    kernel=_swiglu_quantize_kernel,
     validate=lambda gate_up, weights, power_of_two, scale_layout, offsets, counts: _validate_groups(
         "swiglu_quantize", gate_up, offsets, counts
     ),

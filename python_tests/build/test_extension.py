@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 import k2kernels
 from k2kernels import _C
+from k2kernels._backend import choose
 from k2kernels.cli import main
+from k2kernels.ops._launch import serves
 
 
 def test_extension_decodes_every_e4m3_code_as_torch_does():
@@ -42,29 +45,75 @@ def test_doctor_without_the_extension_says_how_to_build_it(capsys, monkeypatch):
     assert "pip install -e ." in capsys.readouterr().out
 
 
+def test_doctor_tells_what_kernels_take(capsys):
+    facts = k2kernels.info()
+    assert bool(facts["kernels"]) == bool(facts["extension"]["cuda_archs"])
+    assert all(kernel["registers"] > 0 and kernel["spill_bytes"] == 0 for kernel in facts["kernels"])
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert all(kernel["kernel"].replace("k2k::", "") in text for kernel in facts["kernels"])
+
+
 def test_import_needs_neither_optional_packages_nor_the_extension():
-    blocked = ["k2kernels._C", "tokenizers", "matplotlib", "transformers", "cupy", "pytest"]
+    blocked = ["k2kernels._C", "k2kernels._emu", "tokenizers", "matplotlib", "transformers", "cupy", "pytest"]
     script = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport k2kernels, k2kernels.cli"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_launch_count_stays_at_zero_without_kernels():
-    before = k2kernels.launch_count()
+def test_launches_are_counted_by_op():
+    counts = [k2kernels.launch_count("swiglu")]
     k2kernels.swiglu(torch.randn(4, 8))
-    assert k2kernels.launch_count() == before == k2kernels.launch_count("swiglu")
+    counts.append(k2kernels.launch_count("swiglu"))
+    with k2kernels.emulated():
+        k2kernels.swiglu(torch.randn(4, 8))
+        counts.append(k2kernels.launch_count("swiglu"))
+        k2kernels.quantize_1x128(torch.randn(4, 8))
+    counts.append(k2kernels.launch_count("swiglu"))
+    assert [count - counts[0] for count in counts] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    "context, message",
+    "context, device, message",
     [
-        (lambda: k2kernels.backend("cuda"), "swiglu: backend\\('cuda'\\) takes CUDA tensors, got cpu tensors"),
-        (lambda: k2kernels.emulated(), "swiglu: no kernel to emulate yet"),
+        (lambda: k2kernels.backend("cuda"), "cpu", "an_op: backend\\('cuda'\\) takes CUDA tensors, got cpu tensors"),
+        (lambda: k2kernels.backend("cuda"), "cuda", "an_op: not today; backend\\('auto'\\) serves it by the reference"),
+        (lambda: k2kernels.emulated(), "cpu", "an_op: cannot be emulated: not today; leave emulated"),
+        (lambda: k2kernels.emulated(), "cuda", "an_op: emulated\\(\\) takes CPU tensors, got cuda tensors"),
     ],
 )
-def test_a_backend_that_cannot_serve_says_so(context, message):
+def test_a_backend_that_cannot_serve_says_so(context, device, message):
     with context(), pytest.raises(k2kernels.UnsupportedError, match=message):
-        k2kernels.swiglu(torch.randn(4, 8))
-    k2kernels.swiglu(torch.randn(4, 8))  # outside the block all is as before
+        choose("an_op", device, lambda: "not today")
+
+
+def test_the_body_that_serves():
+    assert choose("an_op", "cpu", lambda: None) == "reference"
+    with k2kernels.backend("reference"):
+        assert choose("an_op", "cuda", lambda: None) == "reference"
+    assert choose("an_op", "cuda", lambda: None) == "cuda"
+    with k2kernels.emulated():
+        assert choose("an_op", "cpu", lambda: None) == "emulated"
+
+
+def test_a_gpu_without_kernels_gets_the_reference_and_one_warning():
+    with pytest.warns(UserWarning, match="an_op: on Tuesdays; the reference .* runs on the GPU"):
+        assert choose("an_op", "cuda", lambda: "on Tuesdays") == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("an_op", "cuda", lambda: "on Tuesdays") == "reference"
+
+
+def test_which_devices_compiled_code_serves():
+    devices = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+    def served(arch):
+        return [device for device in devices if serves(arch, *device)]
+
+    assert served("80-real") == [(8, 0), (8, 9)]
+    assert served("89-real") == [(8, 9)]
+    assert served("90a-real") == [(9, 0)]
+    assert served("80") == devices[1:]
+    assert served("100a") == [(10, 0)]
 
 
 def test_backend_and_emulated_refuse_unknown_names():

@@ -1,9 +1,11 @@
+import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import k2kernels
 from k2kernels.ops import mla_cache as module
 from k2kernels.ops.mla_cache import mla_append, mla_gather
 from k2kernels.testing.compare import check_close, check_op
@@ -112,6 +114,83 @@ def test_gather_of_quantized_rows_rounds_once(dtype):
     exact = mla_gather(cache.kv_cache, cache.block_table, positions, dtype=torch.float64)
     got = mla_gather(cache.kv_cache, cache.block_table, positions, dtype=dtype)
     assert torch.equal(got, exact.float().to(dtype)) and (got[2] == 0).all()
+
+
+# The reference, which the tests above hold to the definitions, is what the kernels must agree with in every bit: arch
+# and schedule, round robin, depth first and two random ones.
+SCHEDULES = [("sm_80", 0), ("sm_90a", 1), ("sm_80", 2), ("sm_90a", 3)]
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_same_bits(got, want):
+    assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+@pytest.fixture(params=SCHEDULES, ids=lambda schedule: f"{schedule[0]}-{schedule[1]}")
+def emulated(request):
+    """A `with` block in which the kernels run, and must."""
+
+    @contextlib.contextmanager
+    def block():
+        before = k2kernels.launch_count()
+        with k2kernels.emulated(*request.param):
+            yield
+        assert k2kernels.launch_count() == before + 1
+
+    return block
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("size", [24, 576, 1031])
+@pytest.mark.parametrize("target", KERNEL_DTYPES)
+@pytest.mark.parametrize("source", KERNEL_DTYPES)
+def test_kernels_move_rows_as_the_reference_does(emulated, source, target, size, strided):
+    kv = torch.randn(6, size).to(source)
+    kv[1, 3], kv[1, 20] = math.inf, -0.0
+    table = int32([3, 0, *BAD_PAGES[:1]], [1, 2, *BAD_PAGES[:1]])
+    positions = torch.tensor([0, 9, -1, 3, 5, 0])
+    want, got = (empty_cache(4, 5, size, target, strided) for _ in range(2))
+    mla_append(kv, want, table, positions)
+    with emulated():
+        mla_append(kv, got, table, positions)
+    assert_same_bits(got._base, want._base)
+    with emulated():
+        rows = mla_gather(got, table, positions.int(), dtype=source)
+    assert_same_bits(rows, mla_gather(want, table, positions, dtype=source))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_kernels_quantize_rows_as_the_reference_does(emulated, dtype, strided, power_of_two):
+    kv = (torch.randn(7, 600) * torch.exp2(torch.randint(-20, 12, (7, 1)))).to(dtype)[:, 8:584]
+    kv[0] = 0
+    kv[1, :128], kv[2, 200], kv[3, 300] = 448, math.nan, -math.inf
+    table, positions = int32([2, 0, -1]), torch.tensor([0, 1, 2, -1, 4, 5, 7], dtype=torch.int32)
+    want, got = (empty_cache(3, 4, 656, torch.uint8, strided) for _ in range(2))
+    mla_append(kv, want, table, positions, power_of_two=power_of_two)
+    with emulated():
+        mla_append(kv, got, table, positions, power_of_two=power_of_two)
+    assert_same_bits(got._base, want._base)
+    with emulated():
+        rows = mla_gather(got, table, positions, dtype=dtype)
+    torch.testing.assert_close(rows, mla_gather(want, table, positions, dtype=dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "cache, message",
+    [
+        (torch.zeros(2, 4, 8, dtype=torch.float64), "no kernel computes in float64"),
+        (torch.zeros(2, 8, 4).mT, "the elements of a cache row side by side"),
+        (torch.zeros(2, 4, 660, dtype=torch.uint8)[..., :656], "rows of 656 bytes to begin at multiples of 16"),
+    ],
+)
+def test_caches_that_kernels_do_not_take(cache, message):
+    table, positions = int32([1, 0]), torch.arange(3)
+    with k2kernels.emulated(), pytest.raises(k2kernels.UnsupportedError, match="mla_gather: cannot be .*" + message):
+        mla_gather(cache, table, positions, dtype=torch.float32)
+    with pytest.raises(ValueError, match="got 9"), k2kernels.emulated():  # contents are checked here too
+        mla_gather(torch.zeros(2, 4, 8), int32([9]), positions)
 
 
 def test_foreign_arrays_are_written_in_place():

@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import numpy as np
@@ -11,6 +12,28 @@ from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, sw
 from k2kernels.testing.compare import check_close, check_op
 
 E4M3 = torch.float8_e4m3fn
+
+# Every test that takes `body` runs with the reference and with the kernels, in several schedules of their threads.
+BODIES = {
+    "reference": contextlib.nullcontext,
+    "round robin": lambda: k2kernels.emulated("sm_80", seed=0),
+    "depth first": lambda: k2kernels.emulated("sm_90a", seed=1),
+    "random 2": lambda: k2kernels.emulated("sm_80", seed=2),
+    "random 3": lambda: k2kernels.emulated("sm_90a", seed=3),
+}
+
+
+@pytest.fixture(params=BODIES)
+def body(request):
+    with BODIES[request.param]():
+        before = k2kernels.launch_count()
+        yield
+        params = request.node.callspec.params
+        runs = request.param != "reference" and 0 not in params.get("shape", ())  # nothing runs for nothing
+        assert (k2kernels.launch_count() > before) == runs
+
+
+with_kernels = pytest.mark.usefixtures("body")
 
 
 def e4m3_value(code):
@@ -73,6 +96,7 @@ def hard_rows(dtype):
     return torch.cat([spread, wide, bits, tiny, zero, -zero, ends, poisoned, alone]).to(dtype)
 
 
+@with_kernels
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantize_1x128_bit_for_bit(dtype, power_of_two):
@@ -80,6 +104,7 @@ def test_quantize_1x128_bit_for_bit(dtype, power_of_two):
     assert_blocks(x, *quantize_1x128(x, power_of_two=power_of_two), 1, 128, power_of_two)
 
 
+@with_kernels
 def test_every_code_and_every_middle_between_codes_rounds_to_even():
     values = torch.from_numpy(np.concatenate([VALUES, (VALUES[:-1] + VALUES[1:]) / 2])).float()
     beside = torch.cat([values, values.nextafter(torch.tensor(0.0)), values.nextafter(torch.tensor(1e9))]).clamp(
@@ -89,12 +114,14 @@ def test_every_code_and_every_middle_between_codes_rounds_to_even():
     assert_blocks(x, *quantize_1x128(x), 1, 128)
 
 
+@with_kernels
 def test_zeros_have_zero_codes_and_a_finite_scale():
     data, scales = quantize_1x128(torch.zeros(2, 128))
     assert data.view(torch.uint8).eq(0).all() and scales.eq(2.0**-126).all()
     assert quantize_128x128(torch.zeros(130, 3))[1].eq(2.0**-126).all()
 
 
+@with_kernels
 def test_non_finite_elements_leave_the_others_alone():
     x = torch.randn(3, 256)
     clean, clean_scales = quantize_1x128(torch.where(torch.arange(256) == 5, 0, x))
@@ -106,6 +133,7 @@ def test_non_finite_elements_leave_the_others_alone():
     assert torch.equal(data.view(torch.uint8)[:, others], clean.view(torch.uint8)[:, others])
 
 
+@with_kernels
 def test_power_of_two_scales_round_up_and_keep_exact_powers():
     amax = torch.tensor([448.0, 448 * 2.0**-7, 449.0, 447.0, 300.0, 448.0 + 2.0**-14, 1e-30])
     scales = quantize_1x128(amax[:, None], power_of_two=True)[1][:, 0].tolist()
@@ -113,6 +141,7 @@ def test_power_of_two_scales_round_up_and_keep_exact_powers():
     assert scales[6] == 2.0 ** math.ceil(math.log2(1e-30 / 448))
 
 
+@with_kernels
 @pytest.mark.parametrize("shape", [(5, 200), (8, 128), (1, 300), (0, 256), (3, 5, 300), (2, 4, 0)])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_column_layout_holds_the_same_scales(shape, transpose):
@@ -130,6 +159,7 @@ def test_column_layout_holds_the_same_scales(shape, transpose):
         assert column.untyped_storage().nbytes() == 4 * math.prod(shape[:-2]) * blocks * stored_rows
 
 
+@with_kernels
 @pytest.mark.parametrize("shape", [(300, 200), (128, 64), (1, 5), (3, 130, 70), (2, 0, 4)])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_transpose_is_the_quantised_transpose(shape, power_of_two):
@@ -140,6 +170,7 @@ def test_transpose_is_the_quantised_transpose(shape, power_of_two):
     assert torch.equal(scales, want_scales)
 
 
+@with_kernels
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("shape", [(128, 128), (576, 200), (64, 300), (192, 1), (1, 129), (0, 3), (3, 0)])
 def test_quantize_128x128_bit_for_bit(shape, power_of_two):
@@ -147,6 +178,7 @@ def test_quantize_128x128_bit_for_bit(shape, power_of_two):
     assert_blocks(w, *quantize_128x128(w, power_of_two=power_of_two), 128, 128, power_of_two)
 
 
+@with_kernels
 def test_stacked_weights_are_quantised_one_by_one():
     w = torch.randn(3, 192, 130).bfloat16()
     data, scales = quantize_128x128(w)
@@ -156,19 +188,33 @@ def test_stacked_weights_are_quantised_one_by_one():
         assert torch.equal(scales[expert], one_scales)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dequantize_every_code(dtype):
+def every_code():
+    """All codes with six scales, and their exact products."""
     codes = torch.arange(256, dtype=torch.uint8).view(E4M3).expand(3, 256)
     scales = torch.tensor([[1.0, 2.0**-7], [0.3, 1.7], [1e-3, 2.0**-20]])
-    exact = torch.tensor([e4m3_value(code) for code in range(256)], dtype=torch.float64) * torch.stack(
-        [scales[:, 0].double()] * 128 + [scales[:, 1].double()] * 128, dim=1
-    )
+    values = torch.tensor([e4m3_value(code) for code in range(256)], dtype=torch.float64)
+    return codes, scales, values * scales.double().repeat_interleave(128, dim=1)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantize_every_code(dtype):
+    codes, scales, exact = every_code()
     got = dequantize(codes, scales, dtype=dtype)
-    want = exact if dtype == torch.float64 else exact.float().to(dtype)
     assert got.dtype == dtype
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got, exact.float().to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+def test_dequantize_to_float64_is_exact_and_the_references():
+    codes, scales, exact = every_code()
+    got = dequantize(codes, scales, dtype=torch.float64)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, exact, rtol=0, atol=0, equal_nan=True)
+    with k2kernels.emulated(), pytest.raises(k2kernels.UnsupportedError, match="no kernel computes in float64"):
+        dequantize(codes, scales, dtype=torch.float64)
+
+
+@with_kernels
 @pytest.mark.parametrize("shape", [(192, 256), (576, 200), (2, 136, 72), (5, 1, 129)])
 @pytest.mark.parametrize("block", [(1, 128), (128, 128)])
 def test_dequantize_takes_the_block_as_given(shape, block):
@@ -176,17 +222,38 @@ def test_dequantize_takes_the_block_as_given(shape, block):
     *leading, rows, columns = shape
     scales = torch.rand(*leading, -(-rows // block[0]), -(-columns // 128)) + 0.5
     row_block, column_block = torch.arange(rows) // block[0], torch.arange(columns) // 128
-    want = data.double() * scales[..., row_block, :][..., column_block].double()
-    assert torch.equal(dequantize(data, scales, block=block, dtype=torch.float64), want)
-    assert torch.equal(dequantize(data, scales.mT.contiguous().mT, block=list(block), dtype=torch.float64), want)
+    want = (data.double() * scales[..., row_block, :][..., column_block].double()).float()
+    assert torch.equal(dequantize(data, scales, block=block), want)
+    assert torch.equal(dequantize(data, scales.mT.contiguous().mT, block=list(block)), want)
+    assert torch.equal(dequantize(data.mT.contiguous().mT, scales, block=block), want)
 
 
+@with_kernels
 def test_a_round_trip_is_within_half_a_step():
     x = torch.randn(40, 300, dtype=torch.float32)
     data, scales = quantize_1x128(x)
-    error = (dequantize(data, scales, dtype=torch.float64) - x.double()).abs()
+    error = (dequantize(data, scales).double() - x.double()).abs()
     scale = scales.double().repeat_interleave(128, 1)[:, :300]
     assert (error <= torch.maximum(x.double().abs() * 2.0**-4, scale * 2.0**-10) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("shape", [(1100, 1, 1100), (8200, 1, 1)])
+def test_more_tiles_than_blocks(shape):
+    # A block goes on to further columns and rows; the grid of a small input has a block for each tile.
+    x = torch.randn(shape).bfloat16()
+    want = quantize_1x128(x)
+    with k2kernels.emulated(seed=2):
+        got = quantize_1x128(x)
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("shape", [(1100, 1, 130)])
+def test_more_tiles_than_blocks_transposed(shape):
+    x = torch.randn(shape).bfloat16()
+    want = quantize_1x128(x, transpose=True)
+    with k2kernels.emulated(seed=2):
+        got = quantize_1x128(x, transpose=True)
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got[1], want[1])
 
 
 OFFSETS = torch.tensor([0, 128, 128, 256, 384], dtype=torch.int32)
@@ -196,6 +263,7 @@ for _start, _count in zip(OFFSETS.tolist(), COUNTS.tolist()):
     REAL[_start : _start + _count] = True
 
 
+@with_kernels
 @pytest.mark.parametrize("transpose", [False, True])
 def test_padding_rows_are_not_quantised(transpose):
     x = torch.where(REAL[:, None], torch.randn(400, 130), math.nan)
@@ -206,6 +274,7 @@ def test_padding_rows_are_not_quantised(transpose):
     assert torch.equal(scales[rows], want_scales[rows])
 
 
+@with_kernels
 def test_groups_without_counts_fill_the_offsets():
     x = torch.where(torch.arange(400)[:, None] < 384, torch.randn(400, 130), math.nan)
     data, scales = quantize_1x128(x, transpose=True, offsets=OFFSETS)
@@ -213,6 +282,7 @@ def test_groups_without_counts_fill_the_offsets():
     assert torch.equal(data.view(torch.uint8), want.view(torch.uint8)) and torch.equal(scales, want_scales)
 
 
+@with_kernels
 def test_masked_groups():
     counts = torch.tensor([0, 5, 2], dtype=torch.int32)
     real = torch.arange(5) < counts[:, None]
@@ -225,6 +295,7 @@ def test_masked_groups():
     assert torch.equal(data.view(torch.uint8), want.view(torch.uint8)) and torch.equal(scales, want_scales)
 
 
+@with_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_swiglu_is_silu_gate_times_up(dtype):
     gate_up = torch.randn(5, 3, 64).to(dtype)
@@ -238,6 +309,7 @@ def test_swiglu_gradient():
     assert torch.autograd.gradcheck(k2kernels.swiglu, gate_up)
 
 
+@with_kernels
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -255,6 +327,7 @@ def test_swiglu_quantize_rounds_once(dtype, weighted, power_of_two):
     assert steps.float().mean() < 1e-3
 
 
+@with_kernels
 def test_swiglu_quantize_layouts_and_groups():
     gate_up = torch.where(REAL[:, None], torch.randn(400, 2 * 136), math.nan).bfloat16()
     weights = torch.where(REAL, torch.rand(400), math.nan)
@@ -325,6 +398,7 @@ def test_meta_tensors():
     assert [t.shape for t in swiglu_quantize(x)] == [(3, 300, 200), (3, 300, 2)]
 
 
+@with_kernels
 def test_numpy_arrays_and_strided_views():
     x = torch.randn(20, 300)
     want, want_scales = quantize_1x128(x)

@@ -1,0 +1,63 @@
+#pragma once
+
+// Registers, time and launches: what steers a kernel rather than computes.
+
+#include "arch/body.h"
+
+namespace k2k::arch {
+
+// Gives registers of each thread of the warpgroup back (down to kCount) or takes more (up to it);
+// kCount: a multiple of 8 from 24 to 256. sm_90.
+// PTX: #miscellaneous-instructions-setmaxnreg
+template <int kCount>
+K2K_DEVICE void registers_decrease(K2K_WHERE_ONLY) {
+    static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+    K2K_EMULATE(set_max_registers(kCount, false, where));
+    K2K_PTX("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+K2K_DEVICE void registers_increase(K2K_WHERE_ONLY) {
+    static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+    K2K_EMULATE(set_max_registers(kCount, true, where));
+    K2K_PTX("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// Waits until the grids this one depends on have ended and their writes are visible. sm_90.
+// PTX: #parallel-synchronization-and-communication-instructions-griddepcontrol
+K2K_DEVICE void grid_dependency_wait(K2K_WHERE_ONLY) {
+    K2K_EMULATE(enter_sm90("grid_dependency_wait", where));
+    K2K_PTX("griddepcontrol.wait;" :: : "memory");
+}
+
+// Lets dependent grids be set up before this one ends. sm_90.
+// PTX: #parallel-synchronization-and-communication-instructions-griddepcontrol
+K2K_DEVICE void grid_dependency_launch(K2K_WHERE_ONLY) {
+    K2K_EMULATE(enter_sm90("grid_dependency_launch", where));
+    K2K_PTX("griddepcontrol.launch_dependents;" :: : "memory");
+}
+
+// Sleeps for about that long, at most a millisecond. For loops over flags.
+// PTX: #miscellaneous-instructions-nanosleep
+K2K_DEVICE void nanosleep([[maybe_unused]] uint32_t nanoseconds K2K_WHERE) {
+    K2K_EMULATE(nanosleep(where));
+    K2K_PTX("nanosleep.u32 %0;" ::"r"(nanoseconds));
+}
+
+// Nanoseconds on a clock that all GPUs' threads share, in steps of up to a microsecond. In the
+// emulator it counts looks at memory, so a bounded wait ends.
+// PTX: #special-registers-globaltimer
+K2K_DEVICE uint64_t globaltimer() {
+    K2K_EMULATE(globaltimer());
+    uint64_t time = 0;
+    K2K_PTX("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
+// Ends the kernel with an error.
+// PTX: #miscellaneous-instructions-trap
+K2K_DEVICE void trap(K2K_WHERE_ONLY) {
+    K2K_EMULATE(trap(where));
+    K2K_PTX("trap;");
+}
+
+}  // namespace k2k::arch

@@ -1,0 +1,27 @@
+#pragma once
+
+// What the files of csrc/bind share. Both modules, _C for GPUs and _emu for the emulator, are made
+// of the same functions: module.cpp, one file per op, and device.cpp or emulator.cpp. Addresses,
+// strides and a stream come in as numbers; no torch header is included, so that the modules do not
+// depend on torch's ABI. Shapes are checked in Python.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace k2k::bind {
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;  // tensor.data_ptr(), or 0 for none
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void bind_runtime(py::module_& m);  // device.cpp, emulator.cpp or no_device.cpp
+void bind_quant(py::module_& m);
+void bind_mla_cache(py::module_& m);
+
+}  // namespace k2k::bind

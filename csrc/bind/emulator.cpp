@@ -1,0 +1,50 @@
+// What only the emulator's module has: its options, guarded memory, counters.
+#include "emulator/emulator.h"
+
+#include "bind/bind.h"
+
+namespace k2k::bind {
+
+namespace {
+
+// Seed 0 is the plainest schedule, 1 the one farthest from it, any other a random one.
+void configure(int arch, std::uint64_t seed) {
+    emulator::Options& options = emulator::options();
+    options.arch = arch;
+    options.seed = seed;
+    options.schedule = seed == 0   ? emulator::Schedule::kRoundRobin
+                       : seed == 1 ? emulator::Schedule::kDepthFirst
+                                   : emulator::Schedule::kPct;
+    options.delivery = seed < 2 ? emulator::Delivery::kLate : emulator::Delivery::kRandom;
+}
+
+py::dict counters() {
+    const emulator::Counters& counters = emulator::counters();
+    py::dict result;
+    result["launches"] = counters.launches;
+    result["switches"] = counters.switches;
+    result["bytes_loaded"] = counters.bytes_loaded;
+    result["bytes_stored"] = counters.bytes_stored;
+    return result;
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& m) {
+    py::register_local_exception<emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
+    m.def("configure", &configure, py::arg("arch"), py::arg("seed"),
+          "Chip (compute capability x 10) and schedule of this thread's launches from now on.");
+    m.def("counters", &counters, "Of this thread's launches so far.");
+    m.def(
+        "allocate",
+        [](std::size_t bytes) { return reinterpret_cast<Address>(emulator::allocate(bytes)); },
+        py::arg("bytes"),
+        "Address of memory filled with 0xff whose surroundings fault when a kernel touches them.");
+    m.def(
+        "release", [](Address address) { emulator::release(pointer<void>(address)); },
+        py::arg("address"), "Gives memory of `allocate` back.");
+    bind_quant(m);
+    bind_mla_cache(m);
+}
+
+}  // namespace k2k::bind

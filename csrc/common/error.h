@@ -1,0 +1,19 @@
+#pragma once
+
+#include <stdexcept>
+
+namespace k2k {
+
+// What goes wrong on the host side of a launch. Python sees k2kernels._C.Error, a RuntimeError.
+class Error : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
+
+// There is no GPU, or no driver for it.
+class NoDeviceError : public Error {
+  public:
+    using Error::Error;
+};
+
+}  // namespace k2k

@@ -1,0 +1,95 @@
+#pragma once
+
+// The only place a grid starts: on a stream of a GPU, or in the emulator. Errors throw.
+
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "common/error.h"
+#include "common/macros.h"
+
+#ifdef K2K_EMULATED
+#include "emulator/emulator.h"
+#endif
+
+namespace k2k {
+
+// Kernels started by this OS thread.
+inline thread_local long num_launches = 0;
+
+struct LaunchShape {
+    dim3 grid;
+    dim3 block;
+    std::size_t smem_bytes = 0;  // sizeof the kernel's storage struct
+    void* stream = nullptr;      // a cudaStream_t
+    unsigned cluster = 1;        // blocks per cluster, along x
+    bool cooperative = false;    // all blocks must be resident at once: they wait for one another
+    bool overlap_previous = false;  // programmatic dependent launch, see arch/grid_dependency.cuh
+};
+
+#ifdef K2K_EMULATED
+
+template <class... Parameters, class... Arguments>
+void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
+    emulator::Grid grid{shape.grid, shape.block, shape.smem_bytes, shape.cluster,
+                        shape.cooperative};
+    std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
+    emulator::launch(grid, [kernel, parameters] { std::apply(kernel, parameters); });
+    ++num_launches;
+}
+
+#else
+
+inline void check_cuda(cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // else the next call would report it again
+    const std::string message = std::string("k2kernels: ") + what + ": " +
+                                cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
+    if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
+        throw NoDeviceError(message);
+    }
+    throw Error(message);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
+    if (shape.smem_bytes > 48 * 1024) {  // more than this must be asked for
+        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shape.smem_bytes)),
+                   "reserving shared memory");
+    }
+    cudaLaunchAttribute attributes[3];
+    cudaLaunchConfig_t config = {};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.smem_bytes;
+    config.stream = static_cast<cudaStream_t>(shape.stream);
+    config.attrs = attributes;
+    if (shape.cluster > 1) {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = shape.cluster;
+        attribute.val.clusterDim.y = 1;
+        attribute.val.clusterDim.z = 1;
+    }
+    if (shape.cooperative) {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+    }
+    if (shape.overlap_previous) {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+    check_cuda(cudaLaunchKernelEx(&config, kernel,
+                                  static_cast<Parameters>(std::forward<Arguments>(arguments))...),
+               "launching a kernel");
+    ++num_launches;
+}
+
+#endif
+
+}  // namespace k2k

@@ -1,0 +1,45 @@
+#pragma once
+
+// The seam between the two compilers. nvcc compiles a kernel for the GPU; a host compiler given
+// -DK2K_EMULATED compiles the same file for the CPU emulator. Only csrc/arch, csrc/common and
+// csrc/emulator may ask which one is at work.
+//
+//   K2K_DEVICE          in front of a function that runs on the device
+//   K2K_HOST_DEVICE     ... on either side
+//   K2K_UNROLL          in front of a loop that must be unrolled (its registers are an array)
+//   K2K_NO_UNROLL       in front of a loop that must not be
+//   K2K_WHERE           last in a parameter list: the caller's source line, for the emulator's
+//   reports K2K_WHERE_ONLY      the same, for a function that has no other parameter K2K_PASS_WHERE
+//   last in an argument list: hands the caller's line on K2K_PASS_WHERE_ONLY the same, for a call
+//   that has no other argument
+
+#ifdef K2K_EMULATED
+
+#include "emulator/builtins.h"
+
+#define K2K_DEVICE inline
+#define K2K_HOST_DEVICE inline
+#define K2K_UNROLL
+#define K2K_NO_UNROLL
+#define K2K_WHERE , ::k2k::Where where = ::k2k::here()
+#define K2K_WHERE_ONLY ::k2k::Where where = ::k2k::here()
+#define K2K_PASS_WHERE , where
+#define K2K_PASS_WHERE_ONLY where
+
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define K2K_DEVICE __device__ __forceinline__
+#define K2K_HOST_DEVICE __host__ __device__ __forceinline__
+#define K2K_UNROLL _Pragma("unroll")
+#define K2K_NO_UNROLL _Pragma("unroll 1")
+#define K2K_WHERE
+#define K2K_WHERE_ONLY
+#define K2K_PASS_WHERE
+#define K2K_PASS_WHERE_ONLY
+
+#endif

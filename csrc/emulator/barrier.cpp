@@ -1,0 +1,113 @@
+// Barriers of a block (numbered, 16 of them; 0 is everybody's) and of a cluster.
+#include "emulator/machine.h"
+
+namespace k2k::emulator {
+
+static void arrive(
+    NamedBarrier& barrier, unsigned expected, bool waits, const char* name, Where where) {
+    Thread* thread = self();
+    race::release(&barrier);
+    if (barrier.arrived == 0) {
+        barrier.expected = expected;
+        barrier.where = where;
+    } else if (barrier.expected != expected) {
+        fail(where, "%s: %u threads expected here, %u at %s:%d", name, expected, barrier.expected,
+             barrier.where.file, barrier.where.line);
+    }
+    if (++barrier.arrived < expected) {
+        if (waits) {
+            barrier.waiting.push_back(thread);
+            wait(name, where);
+        }
+    } else {
+        barrier.arrived = 0;
+        settle_proxy_fence(*thread->block);
+        for (Thread* waiting : barrier.waiting) make_ready(waiting);
+        barrier.waiting.clear();
+        g_machine->progress = true;
+        if (g_machine->options.schedule != Schedule::kRoundRobin) yield(name, where);
+    }
+    if (waits) race::acquire(&barrier);
+}
+
+void sync_block(Where where) {
+    race::Quiet quiet;
+    enter("sync_block", where);
+    Block& block = *self()->block;
+    NamedBarrier& barrier = block.barriers[0];
+    if (block.live != block.grid->shape.threads.count()) {
+        fail(where, "sync_block after a thread of the block has ended");
+    }
+    if (barrier.arrived && barrier.where.line != where.line) {
+        fail(where, "sync_block is reached from two places: others wait at %s:%d",
+             barrier.where.file, barrier.where.line);
+    }
+    barrier.whole_block = true;
+    arrive(barrier, block.live, /*waits=*/true, "sync_block", where);
+}
+
+static NamedBarrier& named_barrier(uint32_t id, uint32_t num_threads, Where where) {
+    if (id == 0 || id > 15) fail(where, "barrier %u: named barriers are 1 to 15", id);
+    if (num_threads == 0 || num_threads % kWarpSize) {
+        fail(where, "barrier %u: %u threads; warps arrive whole", id, num_threads);
+    }
+    if (num_threads > self()->block->grid->shape.threads.count()) {
+        fail(where, "barrier %u: %u threads, more than the block has", id, num_threads);
+    }
+    return self()->block->barriers[id];
+}
+
+void barrier_sync(uint32_t id, uint32_t num_threads, Where where) {
+    race::Quiet quiet;
+    enter("barrier_sync", where);
+    arrive(named_barrier(id, num_threads, where), num_threads, true, "barrier_sync", where);
+}
+
+void barrier_arrive(uint32_t id, uint32_t num_threads, Where where) {
+    race::Quiet quiet;
+    enter("barrier_arrive", where);
+    arrive(named_barrier(id, num_threads, where), num_threads, false, "barrier_arrive", where);
+}
+
+// ---- clusters: each thread arrives, then waits, once per phase
+
+uint32_t cluster_size() { return static_cast<uint32_t>(self()->block->cluster->blocks.size()); }
+
+void cluster_recheck(Cluster& cluster) {
+    if (cluster.arrived == 0 || cluster.arrived < cluster.live) return;
+    cluster.arrived = 0;
+    ++cluster.phase;
+    for (Block* block : cluster.blocks) settle_proxy_fence(*block);
+    for (Thread* waiting : cluster.waiting) make_ready(waiting);
+    cluster.waiting.clear();
+}
+
+void cluster_arrive(Where where) {
+    race::Quiet quiet;
+    enter("cluster_arrive", where, 90);
+    Thread* thread = self();
+    Cluster& cluster = *thread->block->cluster;
+    if (thread->cluster_arrived) fail(where, "cluster_arrive twice without cluster_wait");
+    thread->cluster_arrived = true;
+    race::release(&cluster);
+    ++cluster.arrived;
+    cluster_recheck(cluster);
+    preempt("cluster_arrive", where);
+}
+
+void cluster_wait(Where where) {
+    race::Quiet quiet;
+    enter("cluster_wait", where, 90);
+    Thread* thread = self();
+    Cluster& cluster = *thread->block->cluster;
+    if (!thread->cluster_arrived) fail(where, "cluster_wait without cluster_arrive");
+    if (thread->cluster_phase == cluster.phase) {
+        cluster.waiting.push_back(thread);
+        wait("cluster_wait", where);
+    }
+    thread->cluster_arrived = false;
+    thread->cluster_phase = cluster.phase;
+    race::acquire(&cluster);
+}
+
+}  // namespace k2k::emulator

@@ -1,0 +1,99 @@
+#include "emulator/fiber.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+
+#include "emulator/race.h"
+
+#ifdef K2K_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace k2k::emulator {
+
+namespace {
+
+constexpr std::size_t kGuard = 64 * 1024;  // more than any page, more than most overruns
+#ifdef K2K_ASAN
+constexpr std::size_t kStack = 512 * 1024;  // red zones make frames large
+#else
+constexpr std::size_t kStack = 128 * 1024;
+#endif
+
+}  // namespace
+
+void allocate_stack(Fiber& fiber) {
+    void* memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, kGuard, PROT_NONE);
+    fiber.stack = static_cast<char*>(memory) + kGuard;
+    fiber.stack_bytes = kStack;
+#ifdef K2K_TSAN
+    fiber.race_detector = __tsan_create_fiber(0);
+#endif
+}
+
+void free_stack(Fiber& fiber) {
+    if (fiber.stack) munmap(fiber.stack - kGuard, kGuard + kStack);
+    fiber.stack = nullptr;
+#ifdef K2K_TSAN
+    if (fiber.race_detector) __tsan_destroy_fiber(fiber.race_detector);
+    fiber.race_detector = nullptr;
+#endif
+}
+
+#ifdef K2K_UCONTEXT
+
+void prepare(Fiber& fiber, void (*entry)(), unsigned) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = fiber.stack_bytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+    fiber.fake_stack = nullptr;
+}
+
+static void transfer(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
+
+#else
+
+extern "C" void k2k_emulator_switch(void** save_stack_pointer, void* new_stack_pointer);
+
+void prepare(Fiber& fiber, void (*entry)(), unsigned color) {
+    auto** top = reinterpret_cast<void**>(fiber.stack + fiber.stack_bytes - color % 64 * 64);
+    *--top = nullptr;  // the return address of `entry`; also keeps the stack aligned
+    *--top = reinterpret_cast<void*>(entry);
+    for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+    fiber.stack_pointer = top;
+    fiber.fake_stack = nullptr;
+}
+
+static void transfer(Fiber& from, Fiber& to) {
+    k2k_emulator_switch(&from.stack_pointer, to.stack_pointer);
+}
+
+#endif
+
+void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool last) {
+#ifdef K2K_TSAN
+    __tsan_switch_to_fiber(to.race_detector, __tsan_switch_to_fiber_no_sync);
+#endif
+#ifdef K2K_ASAN
+    __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
+#endif
+    transfer(from, to);
+#ifdef K2K_ASAN
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void fiber_started([[maybe_unused]] Fiber& fiber) {
+#ifdef K2K_ASAN
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+}
+
+}  // namespace k2k::emulator

@@ -1,0 +1,336 @@
+// A launch: blocks are made resident a few clusters at a time, their threads run as fibers, and
+// whatever goes wrong in one of them comes back as an exception.
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+
+#include "emulator/machine.h"
+
+namespace k2k::emulator {
+
+namespace {
+
+constexpr std::size_t kMaxSharedMemory = 227 * 1024;
+
+thread_local Options t_options;
+thread_local Machine t_machine;
+thread_local std::vector<GridRun>* t_together = nullptr;
+
+[[noreturn]] void back_to_launch(std::string error) {
+    Machine& machine = *g_machine;
+    machine.failed = true;
+    machine.error = std::move(error);
+    Fiber& fiber = self()->fiber;
+    switch_fiber(fiber, machine.main, /*last=*/true);
+    __builtin_unreachable();
+}
+
+// ---- faults
+
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+
+// Runs on its own stack; leaves it by switching to the fiber of launch().
+void on_signal(int signal, siginfo_t* info, void*) {
+    Machine* machine = g_machine;
+    if (!machine || !g_current) {
+        ::signal(signal, SIG_DFL);
+        raise(signal);
+        return;
+    }
+    const Thread& thread = *self();
+    const char* what = signal == SIGFPE   ? "integer division by zero"
+                       : signal == SIGILL ? "undefined behaviour: a misaligned vector access, an "
+                                            "index out of bounds or a shift too far"
+                                          : explain_address(info->si_addr);
+    std::string message = what;
+    if (signal == SIGSEGV || signal == SIGBUS) message += format(", address %p", info->si_addr);
+    if (machine->delivering) {
+        message += format(", by the copy issued at %s:%d", machine->delivering->file,
+                          machine->delivering->line);
+        back_to_launch(message);
+    }
+    message += format(", after %s at %s:%d, ", thread.doing, thread.where.file, thread.where.line);
+    back_to_launch(message + describe(thread));
+}
+
+// While alive, faults come to on_signal.
+class FaultHandlers {
+  public:
+    FaultHandlers() {
+        stack_.resize(64 * 1024);
+        stack_t stack = {};
+        stack.ss_sp = stack_.data();
+        stack.ss_size = stack_.size();
+        sigaltstack(&stack, &old_stack_);
+        struct sigaction action = {};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        for (std::size_t i = 0; i < std::size(kSignals); ++i) {
+            sigaction(kSignals[i], &action, &old_actions_[i]);
+        }
+    }
+    ~FaultHandlers() {
+        for (std::size_t i = 0; i < std::size(kSignals); ++i) {
+            sigaction(kSignals[i], &old_actions_[i], nullptr);
+        }
+        sigaltstack(&old_stack_, nullptr);
+    }
+
+  private:
+    std::vector<char> stack_;
+    stack_t old_stack_ = {};
+    struct sigaction old_actions_[std::size(kSignals)] = {};
+};
+
+// ---- the life of a thread
+
+void thread_exit() {
+    Thread& thread = *self();
+    Block& block = *thread.block;
+    check_thread_exit(thread);
+    thread.state = State::kDone;
+    g_machine->progress = true;
+    Warp& warp = block.warps[thread.warp];
+    warp.live &= ~(1u << thread.lane);
+    for (const Rendezvous& r : warp.rendezvous) {
+        if (r.arrived && r.mask >> thread.lane & 1) {
+            fail(r.where, "a thread ends although other lanes wait for it in %s", r.name);
+        }
+    }
+    --block.live;
+    --block.cluster->live;
+    --g_machine->live;
+    const NamedBarrier& barrier = block.barriers[0];
+    if (barrier.arrived && barrier.whole_block) {
+        fail(barrier.where, "a thread ends although others wait for it in sync_block");
+    }
+    cluster_recheck(*block.cluster);
+    if (block.live > 0) return;
+    if (shared_memory_overrun(block.smem)) {
+        fail(thread.where, "the block wrote outside its %zu bytes of shared memory; it ended",
+             block.smem.bytes);
+    }
+    if (block.cluster->blocks.size() > 1) close_shared_memory(block.smem);
+}
+
+void run_kernel() {
+    fiber_started(self()->fiber);
+    std::string error;
+    try {
+        race::acquire(&g_machine->main);
+        self()->block->grid->kernel();
+        race::release(&g_machine->live);
+        race::Quiet quiet;
+        thread_exit();
+        if (g_machine->live > 0) switch_to(next_thread());
+        deliver_all();
+    } catch (const std::exception& exception) {
+        error = exception.what();
+    }
+    if (!error.empty()) back_to_launch(std::move(error));
+    switch_fiber(self()->fiber, g_machine->main, /*last=*/true);
+    __builtin_unreachable();
+}
+
+// ---- making blocks resident
+
+uint3 unflatten(std::size_t index, dim3 extent) {
+    return {static_cast<unsigned>(index % extent.x),
+            static_cast<unsigned>(index / extent.x % extent.y),
+            static_cast<unsigned>(index / extent.x / extent.y)};
+}
+
+Thread& add_thread(Machine& machine) {
+    if (machine.resident_threads == machine.threads.size()) {
+        machine.threads.push_back(std::make_unique<Thread>());
+        allocate_stack(machine.threads.back()->fiber);
+    }
+    Thread& thread = *machine.threads[machine.resident_threads++];
+    const Fiber fiber = thread.fiber;
+    thread = Thread();
+    thread.fiber = fiber;
+    return thread;
+}
+
+void add_block(Machine& machine, const GridRun& grid, Cluster& cluster, std::size_t index) {
+    if (machine.resident_blocks == machine.blocks.size()) {
+        machine.blocks.push_back(std::make_unique<Block>());
+    }
+    Block& block = *machine.blocks[machine.resident_blocks++];
+    const std::size_t num_threads = grid.shape.threads.count();
+    const std::size_t num_warps = (num_threads + kWarpSize - 1) / kWarpSize;
+    const auto first_warp = static_cast<unsigned>((machine.resident_threads + 31) / kWarpSize);
+
+    block.grid = &grid;
+    block.cluster = &cluster;
+    block.index = unflatten(index, grid.shape.blocks);
+    block.cluster_rank = static_cast<unsigned>(cluster.blocks.size());
+    block.live = static_cast<unsigned>(num_threads);
+    map_shared_memory(block.smem, grid.shape.smem_bytes);
+    block.warps.assign(num_warps, Warp());
+    block.warpgroups.assign((num_threads + kWarpgroupSize - 1) / kWarpgroupSize, nullptr);
+    for (NamedBarrier& barrier : block.barriers) barrier = NamedBarrier();
+    cluster.blocks.push_back(&block);
+    cluster.live += block.live;
+
+    for (std::size_t i = 0; i < num_threads; ++i) {
+        Thread& thread = add_thread(machine);
+        thread.thread_idx = unflatten(i, grid.shape.threads);
+        thread.block_idx = block.index;
+        thread.block_dim = grid.shape.threads;
+        thread.grid_dim = grid.shape.blocks;
+        thread.cluster_rank = block.cluster_rank;
+        thread.block = &block;
+        thread.linear = static_cast<unsigned>(i);
+        thread.lane = static_cast<unsigned>(i % kWarpSize);
+        thread.warp = static_cast<unsigned>(i / kWarpSize);
+        thread.machine_warp = first_warp + thread.warp;
+        thread.doing = "the start";
+        block.warps[thread.warp].live |= 1u << thread.lane;
+        prepare(thread.fiber, run_kernel, thread.linear);
+    }
+}
+
+void clear(Machine& machine) {
+    machine.resident_threads = machine.resident_blocks = machine.live = 0;
+    machine.clusters.clear();
+    machine.in_flight.clear();
+    machine.pollers.clear();
+    machine.mbarrier_waiters.clear();
+    machine.idle_rounds = 0;
+    machine.delivering = nullptr;
+    machine.failed = false;
+}
+
+// Runs what is resident to its end.
+void run_resident(Machine& machine) {
+    std::size_t num_warps = 0;
+    machine.live = machine.resident_threads;
+    for (std::size_t i = 0; i < machine.resident_threads; ++i) {
+        num_warps = std::max<std::size_t>(num_warps, machine.threads[i]->machine_warp + 1);
+    }
+    machine.warps_per_block = machine.blocks[0]->warps.size();
+    machine.scheduler = make_scheduler(machine, num_warps);
+    for (std::size_t i = 0; i < machine.resident_threads; ++i) {
+        make_ready(machine.threads[i].get());
+    }
+    race::release(&machine.main);
+    Thread* first = next_thread();
+    first->state = State::kRunning;
+    g_current = first;
+    switch_fiber(machine.main, first->fiber);
+    g_current = nullptr;
+    race::acquire(&machine.live);
+    if (machine.failed) throw Error(machine.error);
+}
+
+void describe_main_stack([[maybe_unused]] Fiber& main) {
+#ifdef K2K_TSAN
+    main.race_detector = __tsan_get_current_fiber();
+#endif
+#ifdef K2K_ASAN
+    pthread_attr_t attributes;
+    pthread_getattr_np(pthread_self(), &attributes);
+    void* stack;
+    pthread_attr_getstack(&attributes, &stack, &main.stack_bytes);
+    main.stack = static_cast<char*>(stack);
+    pthread_attr_destroy(&attributes);
+#endif
+}
+
+void check(const Grid& grid) {
+    const std::size_t threads = grid.threads.count();
+    if (threads == 0 || threads > 1024) {
+        throw Error(format("launch: %zu threads a block; 1 to 1024 fit", threads));
+    }
+    if (grid.smem_bytes > kMaxSharedMemory) {
+        throw Error(format("launch: %zu bytes of shared memory a block; at most %zu fit",
+                           grid.smem_bytes, kMaxSharedMemory));
+    }
+    if (grid.cluster == 0 || grid.cluster > 16 || grid.blocks.x % grid.cluster) {
+        throw Error(format("launch: %u blocks along x do not divide into clusters of %u",
+                           grid.blocks.x, grid.cluster));
+    }
+    if (grid.blocks.count() == 0) throw Error("launch: an empty grid");
+}
+
+void run(const std::vector<GridRun>& grids) {
+    Machine& machine = t_machine;
+    if (g_current) throw Error("launch: called from within a kernel");
+    g_machine = &machine;
+    machine.options = t_options;
+    machine.random_state = (machine.options.seed + 1) * 0x9e3779b97f4a7c15ull;
+    machine.num_grids = static_cast<unsigned>(grids.size());
+    describe_main_stack(machine.main);
+    FaultHandlers handlers;
+    race::Quiet quiet;
+
+    bool cooperative = grids.size() > 1;
+    std::vector<std::pair<const GridRun*, std::size_t>> clusters;  // grid, first block
+    for (const GridRun& grid : grids) {
+        check(grid.shape);
+        if (grid.shape.cluster > 1 && machine.options.arch < 90) {
+            throw Error(format("launch: clusters need sm_90; this launch emulates sm_%d",
+                               machine.options.arch));
+        }
+        cooperative |= grid.shape.cooperative;
+        for (std::size_t i = 0; i < grid.shape.blocks.count(); i += grid.shape.cluster) {
+            clusters.emplace_back(&grid, i);
+        }
+        ++machine.counters.launches;
+    }
+    if (machine.options.schedule == Schedule::kDepthFirst) {
+        std::reverse(clusters.begin(), clusters.end());
+    } else if (machine.options.schedule == Schedule::kPct) {
+        for (std::size_t i = clusters.size(); i > 1; --i) {
+            std::swap(clusters[i - 1], clusters[machine.random() % i]);
+        }
+    }
+    const std::size_t batch =
+        cooperative ? clusters.size() : std::max(1u, machine.options.resident_clusters);
+    for (std::size_t first = 0; first < clusters.size(); first += batch) {
+        clear(machine);
+        for (std::size_t i = first; i < std::min(first + batch, clusters.size()); ++i) {
+            const auto [grid, first_block] = clusters[i];
+            machine.clusters.push_back(std::make_unique<Cluster>());
+            for (unsigned rank = 0; rank < grid->shape.cluster; ++rank) {
+                add_block(machine, *grid, *machine.clusters.back(), first_block + rank);
+            }
+        }
+        run_resident(machine);
+    }
+}
+
+}  // namespace
+
+Options& options() { return t_options; }
+const Counters& counters() { return t_machine.counters; }
+
+void launch(const Grid& grid, std::function<void()> kernel) {
+    if (t_together) {
+        const auto number = static_cast<unsigned>(t_together->size());
+        t_together->push_back({grid, std::move(kernel), number});
+        return;
+    }
+    run({GridRun{grid, std::move(kernel), 0}});
+}
+
+static thread_local std::vector<GridRun> t_queue;
+
+Together::Together() {
+    if (t_together) throw Error("Together: one is open already");
+    t_queue.clear();
+    t_together = &t_queue;
+}
+
+Together::~Together() { t_together = nullptr; }
+
+void Together::run() {
+    t_together = nullptr;
+    emulator::run(t_queue);
+}
+
+}  // namespace k2k::emulator

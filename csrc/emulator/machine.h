@@ -1,0 +1,256 @@
+#pragma once
+
+// What the emulator's files share: the running program as data (threads, warps, blocks, clusters,
+// copies in flight) and the few functions by which a thread stops and others go on.
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulator/device.h"
+#include "emulator/emulator.h"
+#include "emulator/fiber.h"
+#include "emulator/race.h"
+
+namespace k2k::emulator {
+
+constexpr unsigned kWarpSize = 32, kWarpgroupSize = 128;
+constexpr uint32_t kFullWarp = 0xffffffffu;
+constexpr uint32_t kPoison = 0xffffffffu;  // NaN in every float format, and an absurd index
+
+struct Block;
+struct WarpgroupWgmma;
+struct WarpWgmma;
+
+// ---- threads and warps
+
+enum class State { kReady, kRunning, kWaiting, kPolling, kDone };
+
+// cp.async: data wait here until the thread waits for their group.
+struct CpAsync {
+    uint8_t* target;
+    int bytes, source_bytes;
+    const void* source;
+    uint8_t data[16];  // as it was when the copy was issued
+    Where where;
+};
+
+// Bulk copies out of shared memory, by the thread that commits them.
+struct BulkStore {
+    std::function<bool()> source_unchanged;
+    std::function<void()> write;
+    Where where;
+    unsigned group;
+    bool read = false;
+};
+
+struct Thread : Builtins {
+    Fiber fiber;
+    Block* block = nullptr;
+    unsigned linear = 0;        // in its block
+    unsigned machine_warp = 0;  // among all warps that are resident
+    State state = State::kDone;
+
+    // For reports: the wrapper it is in, or was in last.
+    const char* doing = "";
+    Where where{"", 0};
+    const uint64_t* mbarrier = nullptr;
+    uint32_t parity = 0;
+    unsigned polls = 0;  // in a row
+
+    std::vector<CpAsync> cp_async;
+    std::vector<std::size_t> cp_async_groups;  // where each committed group ends
+    std::vector<BulkStore> bulk_stores;
+    unsigned bulk_groups = 0;
+    bool wgmma_fenced = false;
+    unsigned wgmma_groups = 0;
+    bool cluster_arrived = false;
+    unsigned cluster_phase = 0;
+};
+
+// A rendezvous of the lanes in `mask`: the last to arrive executes for all.
+struct Rendezvous {
+    const char* name = "";
+    uint32_t mask = 0, arrived = 0;
+    Where where{"", 0};
+    Thread* lanes[kWarpSize] = {};
+    void* arguments[kWarpSize] = {};
+};
+
+struct Warp {
+    uint32_t live = 0;
+    Rendezvous rendezvous[4];
+    std::shared_ptr<WarpWgmma> wgmma;
+};
+
+// ---- blocks and clusters
+
+struct NamedBarrier {
+    unsigned expected = 0, arrived = 0;
+    bool whole_block = false;
+    Where where{"", 0};
+    std::vector<Thread*> waiting;
+};
+
+struct SharedMemory {
+    uint8_t* map = nullptr;  // with a page that faults at either end
+    std::size_t map_bytes = 0;
+    uint8_t* base = nullptr;  // at a multiple of 1024
+    std::size_t bytes = 0, capacity = 0;
+    std::vector<uint8_t> async_view;  // what the async proxy has been told of
+    bool fence_pending = false;
+};
+
+struct Cluster {
+    std::vector<Block*> blocks;
+    unsigned live = 0, arrived = 0, phase = 0;
+    Where where{"", 0};
+    std::vector<Thread*> waiting;
+};
+
+struct GridRun {
+    Grid shape;
+    std::function<void()> kernel;
+    unsigned number;
+};
+
+struct Block {
+    const GridRun* grid = nullptr;
+    Cluster* cluster = nullptr;
+    uint3 index{};
+    unsigned cluster_rank = 0, live = 0;
+    SharedMemory smem;
+    std::vector<Warp> warps;
+    std::vector<std::shared_ptr<WarpgroupWgmma>> warpgroups;
+    NamedBarrier barriers[16];
+};
+
+// ---- the machine
+
+// A copy by the async proxy that has not taken effect yet.
+struct Copy {
+    std::function<void()> deliver;
+    Where where;
+    Block* target;  // null for global memory
+};
+
+class Scheduler {
+  public:
+    virtual ~Scheduler() = default;
+    virtual void push(Thread* thread) = 0;
+    virtual Thread* pop() = 0;  // null when nobody is ready
+    // The thread's warp goes last from now on, where there are priorities.
+    virtual void demote(Thread*) {}
+};
+
+struct Machine;
+std::unique_ptr<Scheduler> make_scheduler(Machine& machine, std::size_t num_warps);
+
+struct Machine {
+    Options options;
+    uint64_t random_state = 1;
+    std::unique_ptr<Scheduler> scheduler;
+    Fiber main;
+    std::vector<std::unique_ptr<Thread>> threads;  // the first `resident` of them take part
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    std::size_t resident_threads = 0, resident_blocks = 0, live = 0;
+    unsigned num_grids = 1;
+    std::size_t warps_per_block = 1;  // of the first block that is resident
+    std::vector<Copy> in_flight;
+    const Where* delivering = nullptr;  // for reports: whose copy faults
+    std::vector<Thread*> pollers;
+    std::vector<Thread*> mbarrier_waiters;
+    unsigned idle_rounds = 0;
+    bool progress = false;
+    uint64_t time = 0;
+    bool failed = false;
+    std::string error;
+    Counters counters;
+
+    uint32_t random();
+};
+
+extern __thread Machine* g_machine;
+
+inline Thread* self() { return static_cast<Thread*>(g_current); }
+
+// ---- stopping and going on (scheduler.cpp)
+
+void make_ready(Thread* thread);
+// Stops the calling thread until make_ready() is called for it.
+void wait(const char* doing, Where where);
+// Lets others go first.
+void yield(const char* doing, Where where);
+// The calling thread has changed what others can see: the schedule may turn to another warp.
+void preempt(const char* doing, Where where);
+// The calling thread has released something: its warp may fall behind those that waited for it.
+void fall_behind();
+// The calling thread looks at memory in a loop: runs others; reports a deadlock if none moves.
+void poll(const char* doing, Where where);
+void switch_to(Thread* next);
+Thread* next_thread();
+void add_copy(Where where, Block* target, std::function<void()> deliver);
+void deliver_all();
+bool deliver_now();  // asks the options; for copies that complete when they are waited for
+
+// ---- reports (report.cpp)
+
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+std::string describe(const Thread& thread);
+// Ends the launch: throws Error with the message, the line and the calling thread.
+[[noreturn]] void fail(Where where, const char* text, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void report_deadlock(const char* what);
+// Enters a wrapper: later reports name it. Refuses it where the chip of the options lacks it.
+void enter(const char* doing, Where where, int arch = 80);
+
+// ---- memory (memory.cpp)
+
+void map_shared_memory(SharedMemory& smem, std::size_t bytes);
+void unmap_shared_memory(SharedMemory& smem);
+void close_shared_memory(SharedMemory& smem);  // nobody may touch it from now on
+bool shared_memory_overrun(const SharedMemory& smem);
+// The bytes at a shared-space address of this block or (bits 24 up) of another of its cluster.
+uint8_t* shared_bytes(
+    uint32_t address, std::size_t bytes, unsigned align, const char* what, Where where);
+// The same place in the memory of block `rank` of the cluster.
+uint8_t* peer(const void* pointer, uint32_t rank, Where where);
+// The block whose shared memory holds the pointer; null if none.
+Block* owner_of(const void* pointer);
+// The async proxy writes, or reads, shared memory of `block`.
+void async_proxy_writes(Block& block, uint8_t* target, const void* data, std::size_t bytes);
+void require_proxy_fence(Block& block, const uint8_t* source, std::size_t bytes, Where where);
+void settle_proxy_fence(Block& block);
+const char* explain_address(const void* address);
+
+// ---- barriers (barrier.cpp)
+
+// Ends the phase when all threads that live have arrived.
+void cluster_recheck(Cluster& cluster);
+
+// ---- rendezvous (warp.cpp)
+
+using Execute = void (*)(Thread** lanes, void** arguments, uint32_t mask);
+void rendezvous(const char* name, uint32_t mask, void* argument, Execute execute, Where where);
+
+// ---- mbarrier.cpp, async_copy.cpp, wgmma.cpp
+
+uint64_t* checked_mbarrier(void* barrier, const char* what, Where where);
+// By copies: bytes have come, or cp.async of a thread are complete.
+void mbarrier_complete_tx(void* barrier, uint32_t bytes, Where where);
+void mbarrier_complete_arrival(void* barrier, Where where);
+std::string describe_mbarrier(const Thread& thread);
+void check_thread_exit(Thread& thread);
+// Bulk stores and reductions of a thread; `write` gets the bytes that stood in shared memory.
+void add_bulk_store(const void* source,
+                    uint32_t bytes,
+                    std::function<void(const uint8_t*)> write,
+                    Where where);
+void add_elements(Type type, uint8_t* target, const uint8_t* source, uint32_t bytes, Where where);
+// The block around a range of shared memory.
+Block& shared_range(const void* pointer, std::size_t bytes, const char* what, Where where);
+
+}  // namespace k2k::emulator

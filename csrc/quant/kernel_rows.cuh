@@ -1,0 +1,161 @@
+#pragma once
+
+// Row kernels: 1x128 quantisation, SwiGLU, both at once, and dequantisation.
+//
+//     codes[m, k], scales[m, k / 128] <- x[m, k]                             quantize_1x128
+//     codes[m, i], scales[m, i / 128] <- silu(gate[m, i]) * up[m, i] * w[m]  swiglu_quantize
+//     hidden[m, i]                    <- silu(gate[m, i]) * up[m, i]         swiglu
+//     values[m, k]                    <- codes[m, k] * scales[m / R, k / 128]  dequantize
+//
+// Tile      8 rows x 512 columns; blocks walk tiles as config.h says (no tail of idle blocks).
+// Thread    16 neighbours of a row: 16-byte loads and stores, everything else in registers. Eight
+//           lanes hold a block of 128; three shuffles give its maximum.
+// In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 63 registers a thread a
+//           multiprocessor holds five and four blocks, 40 and 64 KiB; by bandwidth x latency of
+//           DRAM, 20 to 36 KiB are needed.
+// Scales    "row": a warp holds four blocks of one row, so their scales are 16 bytes in a row.
+//           "column": a warp holds one block of four rows, whose scales are neighbours then too.
+// Shared    one word a warp, only to learn which rows are padding.
+// Limits    rows that do not begin on 16 bytes, and their last few columns, go element by element.
+
+#include "arch/smem.cuh"
+#include "quant/config.h"
+#include "quant/row_groups.cuh"
+#include "tile/e4m3_block.cuh"
+#include "tile/sixteen.cuh"
+
+namespace k2k {
+
+using TileRows = RealRows<kTileRows, kRowThreads / 32>;
+
+// Where this thread works in a tile.
+struct RowPlace {
+    int row;    // 0 to 7
+    int block;  // 0 to 3
+    int lane;   // 0 to 7, of a block
+};
+
+K2K_DEVICE RowPlace row_place(bool scales_by_column) {
+    const int block = threadIdx.x / 8, lane = threadIdx.x % 8;
+    if (scales_by_column) return {block % kTileRows, block / kTileRows, lane};
+    return {block / kTileBlocks, block % kTileBlocks, lane};
+}
+
+// silu(gate) * up of 16 columns of a row [gate | up].
+template <class T>
+K2K_DEVICE void load_swiglu(float (&hidden)[16], const T* row, int64_t column, int64_t columns) {
+    const T* up_row = row + columns;
+    const auto gate16 = tile::load_sixteen(row, column, columns);
+    const auto up16 = tile::load_sixteen(up_row, column, columns);
+    float gate[16], up[16];
+    tile::widen(gate, gate16);
+    tile::widen(up, up16);
+    K2K_UNROLL
+    for (int i = 0; i < 16; ++i) hidden[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+template <class T, bool kSwiglu>
+__global__ void __launch_bounds__(kRowThreads, kSwiglu ? 4 : 5)
+    quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
+    TileRows& real = arch::shared_storage<TileRows>();
+    const bool by_column = p.scale_row_stride == 1;
+    const bool grouped = p.groups.offsets != nullptr || p.groups.counts != nullptr;
+    const RowPlace place = row_place(by_column);
+    const int64_t row_tiles = ceil_div(p.rows, kTileRows);
+    const int64_t blocks = ceil_div(p.columns, 128);
+
+    for (int64_t tile = blockIdx.y; tile < p.batches * row_tiles; tile += gridDim.y) {
+        const int64_t batch = p.batches == 1 ? 0 : tile / row_tiles;
+        const int64_t first_row = (tile - batch * row_tiles) * kTileRows;
+        const int64_t row = first_row + place.row;
+        bool is_real = row < p.rows;
+        if (grouped) {
+            real.find(p.groups, batch, first_row, p.rows);
+            if (real.none()) continue;
+            is_real = is_real && real.has(place.row);
+        }
+        const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride + row * p.x_row_stride;
+        uint8_t* codes = p.codes + (batch * p.rows + row) * p.columns;
+        float* scales = p.scales + batch * p.scale_batch_stride + row * p.scale_row_stride;
+
+        for (int64_t first = int64_t(blockIdx.x) * kTileBlocks; first < blocks;
+             first += int64_t(gridDim.x) * kTileBlocks) {
+            const int64_t block = first + place.block;
+            const int64_t column = block * 128 + place.lane * 16;
+            const bool here = is_real && block < blocks;
+
+            float values[16] = {};
+            if (here && kSwiglu) {
+                load_swiglu(values, x, column, p.columns);
+                if (p.weights != nullptr) {
+                    const float weight = p.weights[batch * p.rows + row];
+                    K2K_UNROLL
+                    for (int i = 0; i < 16; ++i) values[i] *= weight;
+                }
+            } else if (here) {
+                tile::widen(values, tile::load_sixteen(x, column, p.columns));
+            }
+
+            const float amax = tile::block_amax<8>(values);
+            if (!here) continue;
+            const float scale = tile::scale_of(amax, p.power_of_two);
+            const uint4 words = tile::encode16(values, tile::divisor_of(scale));
+            tile::store_sixteen(codes, column, p.columns,
+                                reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
+            if (place.lane == 0) scales[block * p.scale_column_stride] = scale;
+        }
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 4)
+    swiglu_kernel(const __grid_constant__ SwigluParams p) {
+    const RowPlace place = row_place(/*scales_by_column=*/false);
+    for (int64_t tile = blockIdx.y; tile < ceil_div(p.rows, kTileRows); tile += gridDim.y) {
+        const int64_t row = tile * kTileRows + place.row;
+        if (row >= p.rows) continue;
+        const T* gate_up = static_cast<const T*>(p.gate_up) + row * p.row_stride;
+        T* hidden_row = static_cast<T*>(p.hidden) + row * p.columns;
+        for (int64_t column =
+                 int64_t(blockIdx.x) * kTileBlocks * 128 + (place.block * 8 + place.lane) * 16;
+             column < p.columns; column += int64_t(gridDim.x) * kTileBlocks * 128) {
+            float hidden[16];
+            load_swiglu(hidden, gate_up, column, p.columns);
+            tile::Sixteen<T> result;
+            tile::narrow(result, hidden);
+            tile::store_sixteen(hidden_row, column, p.columns, result);
+        }
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 5)
+    dequantize_kernel(const __grid_constant__ DequantizeParams p) {
+    const RowPlace place = row_place(p.scale_row_stride == 1);
+    const int64_t row_tiles = ceil_div(p.rows, kTileRows);
+    for (int64_t tile = blockIdx.y; tile < p.batches * row_tiles; tile += gridDim.y) {
+        const int64_t batch = p.batches == 1 ? 0 : tile / row_tiles;
+        const int64_t row = (tile - batch * row_tiles) * kTileRows + place.row;
+        if (row >= p.rows) continue;
+        const uint8_t* codes = p.codes + batch * p.codes_batch_stride + row * p.codes_row_stride;
+        const float* scales = p.scales + batch * p.scale_batch_stride +
+                              (p.block_rows == 1 ? row : row / 128) * p.scale_row_stride;
+        T* values_row = static_cast<T*>(p.values) + (batch * p.rows + row) * p.columns;
+        for (int64_t block = int64_t(blockIdx.x) * kTileBlocks + place.block;
+             block * 128 + place.lane * 16 < p.columns; block += int64_t(gridDim.x) * kTileBlocks) {
+            const int64_t column = block * 128 + place.lane * 16;
+            const auto sixteen = tile::load_sixteen(codes, column, p.columns);
+            const float scale = scales[block * p.scale_column_stride];
+            float values[16];
+            K2K_UNROLL
+            for (int i = 0; i < 16; ++i) {
+                values[i] = arch::to_float(e4m3{sixteen.values[i]}) * scale;
+            }
+            tile::Sixteen<T> result;
+            tile::narrow(result, values);
+            tile::store_sixteen(values_row, column, p.columns, result);
+        }
+    }
+}
+
+}  // namespace k2k

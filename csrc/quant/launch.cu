@@ -1,0 +1,81 @@
+#include "common/dispatch.h"
+#include "common/launch.h"
+#include "quant/kernel_128x128.cuh"
+#include "quant/kernel_rows.cuh"
+#include "quant/kernel_transposed.cuh"
+#include "quant/launch.h"
+
+namespace k2k {
+
+namespace {
+
+LaunchShape row_shape(int64_t batches, int64_t rows, int64_t columns, void* stream) {
+    const Walk grid =
+        walk(batches * ceil_div(rows, kTileRows), ceil_div(columns, 128 * kTileBlocks));
+    LaunchShape shape{{grid.x, grid.y}, kRowThreads};
+    shape.stream = stream;
+    return shape;
+}
+
+bool empty(const QuantizeParams& p) { return p.batches * p.rows * p.columns == 0; }
+
+}  // namespace
+
+void launch_quantize_1x128(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
+    shape.smem_bytes = sizeof(TileRows);
+    by_float_type(p.type, [&](auto* type) {
+        launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/false>, p);
+    });
+}
+
+void launch_swiglu_quantize(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
+    shape.smem_bytes = sizeof(TileRows);
+    by_float_type(p.type, [&](auto* type) {
+        launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/true>, p);
+    });
+}
+
+void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    by_float_type(p.type, [&](auto* type) {
+        using T = Element<decltype(type)>;
+        constexpr int kColumns = transpose_columns(sizeof(T));
+        const Walk grid =
+            walk(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
+        LaunchShape shape{{grid.x, grid.y}, kTransposeThreads, sizeof(TransposeStorage<kColumns>)};
+        shape.stream = stream;
+        launch(shape, quantize_transposed_kernel<T>, p);
+    });
+}
+
+void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
+    if (empty(p)) return;
+    const int64_t blocks = p.batches * ceil_div(p.rows, 128) * ceil_div(p.columns, 128);
+    const int64_t most = (int64_t(1) << 31) - 1;
+    LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads,
+                      sizeof(BlockMaxima)};
+    shape.stream = stream;
+    by_float_type(p.type, [&](auto* type) {
+        launch(shape, quantize_128x128_kernel<Element<decltype(type)>>, p);
+    });
+}
+
+void launch_dequantize(const DequantizeParams& p, void* stream) {
+    if (p.batches * p.rows * p.columns == 0) return;
+    const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
+    by_float_type(
+        p.type, [&](auto* type) { launch(shape, dequantize_kernel<Element<decltype(type)>>, p); });
+}
+
+void launch_swiglu(const SwigluParams& p, void* stream) {
+    if (p.rows * p.columns == 0) return;
+    const LaunchShape shape = row_shape(1, p.rows, p.columns, stream);
+    by_float_type(p.type,
+                  [&](auto* type) { launch(shape, swiglu_kernel<Element<decltype(type)>>, p); });
+}
+
+}  // namespace k2k

@@ -1,0 +1,51 @@
+#pragma once
+
+// What the kernels of this folder are told. Sizes and strides are in elements.
+
+#include "common/dtypes.h"
+
+namespace k2k {
+
+// Rows that are groups of a matrix (offsets), or the first rows of each matrix (counts alone); all
+// rows where both are null. Rows outside are neither read nor written.
+struct RowGroups {
+    const int32_t*
+        offsets;  // [num_groups + 1], where each group begins; null if matrices are groups
+    const int32_t* counts;  // [num_groups]; null if groups fill their offsets
+    int32_t num_groups;
+};
+
+// quantize_1x128 (also transposing), quantize_128x128 and swiglu_quantize.
+struct QuantizeParams {
+    const void* x;         // [batches, rows, columns]; swiglu: [batches, rows, 2 * columns]
+    Type type;             // of x
+    uint8_t* codes;        // [batches, rows, columns], or [batches, columns, rows]; contiguous
+    float* scales;         // at scale_strides
+    const float* weights;  // swiglu: [batches, rows], one factor per row; or null
+    int64_t batches, rows, columns;
+    int64_t x_batch_stride, x_row_stride;
+    int64_t scale_batch_stride, scale_row_stride, scale_column_stride;
+    RowGroups groups;
+    bool power_of_two;
+};
+
+struct DequantizeParams {
+    const uint8_t* codes;  // [batches, rows, columns], contiguous
+    const float* scales;   // [batches, ceil(rows / block_rows), ceil(columns / 128)]
+    void* values;          // as codes
+    Type type;             // of values
+    int64_t batches, rows, columns;
+    int64_t codes_batch_stride, codes_row_stride;
+    int64_t scale_batch_stride, scale_row_stride, scale_column_stride;
+    int64_t block_rows;  // 1 or 128
+};
+
+struct SwigluParams {
+    const void* gate_up;  // [rows, 2 * columns]
+    void* hidden;         // [rows, columns], contiguous
+    Type type;            // of both
+    int64_t rows, columns;
+    int64_t row_stride;  // of gate_up
+};
+
+}  // namespace k2k

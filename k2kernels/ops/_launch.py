@@ -1,0 +1,91 @@
+"""From an op's Python body into the extension modules: `_C` on a GPU, `_emu` in the emulator.
+
+Both hold the same functions: numbers in (addresses, sizes, strides), then a device and a stream; they return how many
+kernels they started.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2kernels import _backend
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.uint8: 4}  # k2k::Type
+
+
+def launch(op: str, function: str, device: torch.device, *args: Any) -> None:
+    """Calls `function` of the module that the mode asks for, on `device` and PyTorch's current stream there."""
+    mode = _backend.mode()
+    if mode.backend == "emulated":
+        module, index, stream = _module("_emu"), -1, 0
+        module.configure(int(mode.arch.removeprefix("sm_").removesuffix("a")), mode.seed)
+    else:
+        module, index = _module("_C"), device.index
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    _backend.count_launch(op, getattr(module, function)(*args, index, stream))
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's elements begin; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def matrices(x: Tensor) -> Tensor:
+    """x [..., M, K] as [B, M, K] with neighbouring columns side by side, copied only if it must be."""
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def why_not_emulated() -> str | None:
+    """What keeps kernels from being emulated, if anything."""
+    try:
+        _module("_emu")
+    except ImportError as error:
+        return f"the emulator is not built ({error}); build it with: pip install -e ."
+    return None
+
+
+@functools.cache
+def why_not_cuda(index: int) -> str | None:
+    """What keeps kernels from running on CUDA device `index`, if anything."""
+    try:
+        archs = _module("_C").build_info()["cuda_archs"]
+    except ImportError as error:
+        return f"the extension is not built ({error}); build it with: pip install -e ."
+    if not archs:
+        return "the extension was built without nvcc; install the CUDA toolkit and build again: pip install -e ."
+    major, minor = torch.cuda.get_device_capability(index)
+    if any(serves(arch, major, minor) for arch in archs):
+        return None
+    return (
+        f"no kernel is compiled for {torch.cuda.get_device_name(index)} (sm_{major}{minor}), only for "
+        f"{', '.join(archs)}; build again with K2K_CUDA_ARCHS"
+    )
+
+
+def serves(arch: str, major: int, minor: int) -> bool:
+    """Whether what CMake compiles for `arch` ("80-real", "90a-real", "80") runs on a device (major, minor).
+
+    Machine code runs on its own and later minor versions, with "a" on its own alone; without "-real" PTX comes along,
+    which a driver compiles for any later device.
+    """
+    number, _, kind = arch.partition("-")
+    exact = number.endswith("a")
+    of = divmod(int(number.rstrip("a")), 10)
+    if exact:
+        return of == (major, minor)
+    if kind == "real":
+        return of[0] == major and of[1] <= minor
+    return of <= (major, minor)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"k2kernels.{name}")

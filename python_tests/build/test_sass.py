@@ -1,0 +1,106 @@
+"""The machine code is what the kernels' plans say: registers, no spills, 16-byte accesses, the meant instructions."""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import pytest
+
+import k2kernels
+from k2kernels import _C
+
+KERNELS = k2kernels.info()["kernels"]
+ARCHS = ("sm_80", "sm_90a")
+
+pytestmark = pytest.mark.skipif(
+    not _C.build_info()["cuda_archs"], reason="built without nvcc: there is no machine code"
+)
+
+# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024); the
+# 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU loads gate
+# and up); and what else must be there, by architecture.
+ENCODE = {"sm_90a": {"F2FP.SATFINITE.E4M3": 8}}
+PLANS = {
+    "quantize_rows_kernel<bf16, false>": (48, 2, 1, ENCODE),
+    "quantize_rows_kernel<fp16, false>": (48, 2, 1, ENCODE),
+    "quantize_rows_kernel<float, false>": (48, 4, 1, ENCODE),
+    "quantize_rows_kernel<bf16, true>": (64, 4, 1, ENCODE),
+    "quantize_rows_kernel<fp16, true>": (64, 4, 1, ENCODE),
+    "quantize_rows_kernel<float, true>": (64, 8, 1, ENCODE),
+    "quantize_128x128_kernel<bf16>": (64, 4, 2, ENCODE),
+    "quantize_128x128_kernel<fp16>": (64, 4, 2, ENCODE),
+    "quantize_128x128_kernel<float>": (64, 8, 2, ENCODE),
+    "quantize_transposed_kernel<bf16>": (64, 4, 2, ENCODE),
+    "quantize_transposed_kernel<fp16>": (64, 4, 2, ENCODE),
+    "quantize_transposed_kernel<float>": (64, 4, 1, ENCODE),
+    "dequantize_kernel<bf16>": (48, 1, 2, {}),
+    "dequantize_kernel<fp16>": (48, 1, 2, {}),
+    "dequantize_kernel<float>": (48, 1, 4, {}),
+    "swiglu_kernel<bf16>": (64, 4, 2, {}),
+    "swiglu_kernel<fp16>": (64, 4, 2, {}),
+    "swiglu_kernel<float>": (64, 8, 4, {}),
+}
+BYTES = {"float": 4, "bf16": 2, "fp16": 2}
+for row, row_bytes in BYTES.items():
+    for cache, cache_bytes in BYTES.items():
+        PLANS[f"mla_append_kernel<{row}, {cache}>"] = (48, row_bytes, cache_bytes, {})
+        PLANS[f"mla_gather_kernel<{row}, {cache}>"] = (48, cache_bytes, 2 * row_bytes, {})  # or zeros
+    PLANS[f"mla_append_kernel<{row}, unsigned char>"] = (48, 2 * row_bytes, 3, ENCODE)  # latent and rope
+    PLANS[f"mla_gather_kernel<{row}, unsigned char>"] = (48, 3, 3 * row_bytes, {})
+
+
+def tool(name):
+    """A program of NVIDIA's, from the PATH or from its package (extra "sass")."""
+    if found := shutil.which(name):
+        return found
+    try:
+        return next(str(f.locate().resolve()) for f in files(f"nvidia-cuda-{name}") or [] if f.name == name)
+    except (PackageNotFoundError, StopIteration):
+        pytest.skip(f"{name} is not installed: pip install k2kernels[sass]")
+
+
+@pytest.fixture(scope="session")
+def sass():
+    """{(arch, symbol): Counter of opcodes} of every kernel in the extension."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    path = f"{Path(nvdisasm).parent}:/usr/bin:/bin"  # cuobjdump runs nvdisasm
+    command = [cuobjdump, "-sass", _C.__file__]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env={"PATH": path}).stdout
+    opcodes = {}
+    for part in re.split(r"\n\s+code for (?=sm_)", text)[1:]:
+        arch = part.split(None, 1)[0]
+        for function in part.split("Function : ")[1:]:
+            symbol, body = function.split("\n", 1)
+            found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", body)
+            opcodes[arch, symbol.strip()] = Counter(found)
+    return opcodes
+
+
+def count(opcodes, *parts):
+    """How many opcodes begin with the first of `parts` and hold the others."""
+    return sum(n for op, n in opcodes.items() if op.startswith(parts[0]) and all(part in op for part in parts[1:]))
+
+
+def short(kernel):
+    return kernel["kernel"].replace("k2k::", "")
+
+
+def test_every_kernel_has_a_plan_and_is_compiled_for_every_architecture():
+    compiled = {(short(kernel), kernel["arch"]) for kernel in KERNELS}
+    assert compiled == {(name, arch) for name in PLANS for arch in ARCHS}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{short(kernel)}-{kernel['arch']}")
+def test_kernel_meets_its_plan(kernel, sass):
+    registers, loads, stores, others = PLANS[short(kernel)]
+    opcodes = sass[kernel["arch"], kernel["symbol"]]
+    assert kernel["registers"] <= registers
+    assert kernel["stack_bytes"] == kernel["spill_bytes"] == 0
+    assert count(opcodes, "LDL") == count(opcodes, "STL") == 0
+    assert count(opcodes, "LDG", ".128") == loads
+    assert count(opcodes, "STG", ".128") == stores
+    for name, least in others.get(kernel["arch"], {}).items():
+        assert count(opcodes, name) >= least, sorted(opcodes)

@@ -1,0 +1,108 @@
+"""Compiles the test kernels and the emulator with the host compiler into one library; knows ctypes."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+KERNELS = Path(__file__).parent / "kernels"
+CXX = os.environ.get("CXX", "g++")
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-DK2K_EMULATED",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{KERNELS}",
+]
+# What a GPU would trip over or leave undefined becomes a fault, which the emulator reports.
+CHECKS = ["-fsanitize=alignment,bounds,shift-exponent", "-fsanitize-undefined-trap-on-error"]
+KERNEL_FLAGS = ["-O1", "-g", "-DBUG=planted_bug", "-Wno-unknown-pragmas", *CHECKS]
+
+SCHEDULES = {"round_robin": (0, 0), "depth_first": (1, 0), "pct1": (2, 1), "pct2": (2, 2)}
+
+
+def _compile(source, folder, flags):
+    """Compiles if the source, any header or the flags have changed."""
+    headers = sorted(p for d in (ROOT / "csrc", KERNELS) for p in d.rglob("*") if p.suffix in {".h", ".cuh"})
+    content = b"".join(p.read_bytes() for p in [source, *headers])
+    key = hashlib.sha256(content + " ".join([CXX, *flags]).encode()).hexdigest()[:16]
+    out = folder / f"{source.stem}-{key}.o"
+    if not out.exists():
+        for old in folder.glob(f"{source.stem}-*.o"):
+            old.unlink()
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        temporary = out.with_suffix(f".{os.getpid()}")
+        subprocess.run([CXX, *flags, *language, "-c", str(source), "-o", str(temporary)], check=True)
+        os.replace(temporary, out)
+    return out
+
+
+@cache
+def library():
+    folder = ROOT / "build" / "emulator_tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    emulator = [*sorted((ROOT / "csrc/emulator").glob("*.[cS]*")), ROOT / "csrc/arch/tensor_map.cpp"]
+    objects = [_compile(source, folder, [*FLAGS, "-O2"]) for source in emulator]
+    kernels = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
+    objects += [_compile(source, folder, [*FLAGS, *KERNEL_FLAGS]) for source in kernels]
+    key = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
+    out = folder / f"kernels-{key}.so"
+    if not out.exists():
+        for old in folder.glob("kernels-*.so"):
+            old.unlink()
+        subprocess.run([CXX, "-shared", *map(str, objects), "-o", str(out)], check=True)
+    lib = ctypes.CDLL(str(out))
+    lib.last_error.restype = ctypes.c_char_p
+    lib.allocate.restype = ctypes.c_void_p
+    lib.allocate.argtypes = [ctypes.c_size_t]
+    lib.release.argtypes = [ctypes.c_void_p]
+    lib.count_switches.restype = lib.count_bytes_loaded.restype = ctypes.c_uint64
+    lib.configure.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    return lib
+
+
+class EmulatorError(RuntimeError):
+    pass
+
+
+def run(kernel, *arguments, schedule="round_robin", delivery=0, arch=90, bug=0, hopper_fp8=False):
+    """Runs a kernel's C function. Arrays are copied to guarded memory and back."""
+    lib = library()
+    policy, seed = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    lib.configure(policy, delivery, seed, arch, hopper_fp8)
+    ctypes.c_int.in_dll(lib, "planted_bug").value = bug
+    addresses, values = [], []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            assert argument.flags.c_contiguous
+            addresses.append((lib.allocate(argument.nbytes), argument))
+            ctypes.memmove(addresses[-1][0], argument.ctypes.data, argument.nbytes)
+            values.append(ctypes.c_void_p(addresses[-1][0]))
+        else:
+            values.append(ctypes.c_int(argument))
+    try:
+        if getattr(lib, kernel)(*values):
+            raise EmulatorError(lib.last_error().decode())
+        for address, array in addresses:
+            ctypes.memmove(array.ctypes.data, address, array.nbytes)
+    finally:
+        ctypes.c_int.in_dll(lib, "planted_bug").value = 0
+        for address, _ in addresses:
+            lib.release(address)
+
+
+def to_bf16(x):
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
