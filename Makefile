@@ -2,6 +2,7 @@
 # make test    the whole suite
 # make env     only the environment (.venv) and the installed package; the others call it
 # make lint    formatters and linters            make bench    benchmarks of what this machine can run
+# make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
 # make clean   remove what the build made (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.9 that it already has is kept.
@@ -19,7 +20,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Threads that wait for one another sleep instead of spinning: on a busy machine that is several times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench clean distclean
+.PHONY: demo test env lint bench gpu clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -33,7 +34,7 @@ env: $(READY)
 
 # With a fitting torch at hand the environment looks into the interpreter's own packages; else it gets the CPU build
 # where no NVIDIA GPU answers, so that no gigabytes of CUDA packages come along.
-$(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell find csrc -name '*.h' -o -name '*.c*')
+$(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell find csrc cmake -type f ! -name '*.md')
 	@$(PYTHON) -c '$(HAS_PYTHON)' || { echo "k2kernels needs Python >= 3.10, got `$(PYTHON) --version`; make PYTHON=..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@if ! $(PY) -c '$(HAS_TORCH)' 2>/dev/null && $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
@@ -57,8 +58,13 @@ lint: env
 bench: env
 	$(PY) -m k2kernels bench
 
+gpu:
+	MAX_JOBS=`nproc` $(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=. timeout 180 $(PYTHON) -m pytest -q -m gpu python_tests/gpu
+	PYTHONPATH=. timeout 240 $(PYTHON) bench/gpu.py
+
 clean:
-	rm -rf build *.egg-info k2kernels/_C*.so out
+	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out
 
 distclean: clean
 	rm -rf $(VENV)

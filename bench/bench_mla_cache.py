@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from k2kernels.ops.mla_cache import mla_append, mla_gather
+from k2kernels.testing.bench import Case
 from k2kernels.testing.inputs import KIMI_K2, poisoned_cache
 
 CACHES = ("bfloat16", "656-byte")
@@ -40,3 +41,30 @@ def test_gather(benchmark, shape, who):
         benchmark(flat.index_select, 0, slots)
     else:
         benchmark(mla_gather, cache, block_table, positions)
+
+
+def gpu_cases() -> list[Case]:
+    """Rows of 128 sequences, and of a prompt of 4096 tokens, into and out of both layouts."""
+    cases = []
+    for tokens in (128, 4096):
+        for name, dtype, width, row_bytes in (
+            ("bf16", torch.bfloat16, KIMI_K2.cache_row, 2 * KIMI_K2.cache_row),
+            ("656", torch.uint8, 656, 656),
+        ):
+
+            def rows(device: torch.device, tokens=tokens, dtype=dtype, width=width) -> tuple[torch.Tensor, ...]:
+                pages = tokens // 64
+                kv = torch.randn(tokens, KIMI_K2.cache_row, device=device).bfloat16()
+                cache = torch.zeros(pages, 64, width, dtype=dtype, device=device)
+                table = torch.randperm(pages, device=device).int()[None]
+                positions = torch.arange(tokens, device=device)
+                mla_append(kv, cache, table, positions)
+                return kv, cache, table, positions
+
+            moved = tokens * (2 * KIMI_K2.cache_row + row_bytes)
+            shape = f"{tokens} tokens, {name}"
+            cases += [
+                Case("mla_append", shape, moved, rows, {"k2kernels": mla_append}),
+                Case("mla_gather", shape, moved, rows, {"k2kernels": lambda kv, *args: mla_gather(*args)}),
+            ]
+    return cases
