@@ -51,9 +51,8 @@ def _serves(op: Op, extension: dict[str, Any], devices: list[dict[str, Any]]) ->
     if not op.has_kernel:
         why = "no kernel yet; plain PyTorch runs on any device"
     elif not archs:
-        why = "a kernel, in the emulator; not compiled for GPUs: " + (
-            "the extension is missing" if "error" in extension else "no nvcc was found"
-        )
+        missing = "the extension is missing" if "error" in extension else "built without nvcc"
+        why = f"a kernel, in the emulator; not compiled for GPUs: {missing}"
     elif devices and not any(serves(arch, *device["compute_capability"]) for arch in archs for device in devices):
         why = f"a kernel, but only for {', '.join(archs)}"
     else:

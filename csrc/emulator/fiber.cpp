@@ -22,6 +22,18 @@ constexpr std::size_t kStack = 512 * 1024;  // red zones make frames large
 constexpr std::size_t kStack = 128 * 1024;
 #endif
 
+// TSan's view of a stack that is used again: the old one if its thread came to its end (it is then
+// ignoring accesses, see fiber_started), else a new one; one that was abandoned cannot be
+// destroyed.
+void renew_race_detector([[maybe_unused]] Fiber& fiber) {
+#ifdef K2K_TSAN
+    if (!fiber.race_detector || !fiber.ended) {
+        fiber.race_detector = __tsan_create_fiber(0);
+        fiber.ended = false;
+    }
+#endif
+}
+
 }  // namespace
 
 void allocate_stack(Fiber& fiber) {
@@ -31,18 +43,11 @@ void allocate_stack(Fiber& fiber) {
     mprotect(memory, kGuard, PROT_NONE);
     fiber.stack = static_cast<char*>(memory) + kGuard;
     fiber.stack_bytes = kStack;
-#ifdef K2K_TSAN
-    fiber.race_detector = __tsan_create_fiber(0);
-#endif
 }
 
 void free_stack(Fiber& fiber) {
     if (fiber.stack) munmap(fiber.stack - kGuard, kGuard + kStack);
     fiber.stack = nullptr;
-#ifdef K2K_TSAN
-    if (fiber.race_detector) __tsan_destroy_fiber(fiber.race_detector);
-    fiber.race_detector = nullptr;
-#endif
 }
 
 #ifdef K2K_UCONTEXT
@@ -54,6 +59,7 @@ void prepare(Fiber& fiber, void (*entry)(), unsigned) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, entry, 0);
     fiber.fake_stack = nullptr;
+    renew_race_detector(fiber);
 }
 
 static void transfer(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
@@ -69,6 +75,7 @@ void prepare(Fiber& fiber, void (*entry)(), unsigned color) {
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
     fiber.stack_pointer = top;
     fiber.fake_stack = nullptr;
+    renew_race_detector(fiber);
 }
 
 static void transfer(Fiber& from, Fiber& to) {
@@ -93,6 +100,10 @@ void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool last) {
 void fiber_started([[maybe_unused]] Fiber& fiber) {
 #ifdef K2K_ASAN
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+#ifdef K2K_TSAN
+    if (fiber.ended) race::ignore_end();
+    fiber.ended = false;
 #endif
 }
 

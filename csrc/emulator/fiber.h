@@ -20,6 +20,7 @@ struct Fiber {
     std::size_t stack_bytes = 0;
     void* race_detector = nullptr;  // TSan's view of it
     void* fake_stack = nullptr;     // ASan's
+    bool ended = false;             // its last computation came to its end
 #ifdef K2K_UCONTEXT
     ucontext_t context;
 #endif

@@ -125,14 +125,15 @@ void run_kernel() {
         race::release(&g_machine->live);
         race::Quiet quiet;
         thread_exit();
+        self()->fiber.ended = true;
         if (g_machine->live > 0) switch_to(next_thread());
         deliver_all();
+        switch_fiber(self()->fiber, g_machine->main, /*last=*/true);
     } catch (const std::exception& exception) {
         error = exception.what();
     }
-    if (!error.empty()) back_to_launch(std::move(error));
-    switch_fiber(self()->fiber, g_machine->main, /*last=*/true);
-    __builtin_unreachable();
+    self()->fiber.ended = false;
+    back_to_launch(std::move(error));
 }
 
 // ---- making blocks resident

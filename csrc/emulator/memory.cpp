@@ -209,6 +209,7 @@ static void check_alignment(const void* address, std::size_t bytes, Where where)
 }
 
 void load(void* value, const void* source, std::size_t bytes, Where where) {
+    race::Quiet quiet;
     enter("load", where);
     check_alignment(source, bytes, where);
     race::read(source, bytes);
@@ -217,6 +218,7 @@ void load(void* value, const void* source, std::size_t bytes, Where where) {
 }
 
 void store(void* target, const void* value, std::size_t bytes, Where where) {
+    race::Quiet quiet;
     enter("store", where);
     check_alignment(target, bytes, where);
     race::write(target, bytes);
@@ -234,9 +236,11 @@ void before_atomic(const void* address, std::size_t bytes, Order order, bool is_
         preempt("atomic", where);
     }
     if (order == Order::kRelease || order == Order::kAcqRel) race::release(address);
+    race::ignore_begin();  // the operation itself is no race
 }
 
 void after_atomic(const void* address, Order order) {
+    race::ignore_end();
     race::Quiet quiet;
     if (order == Order::kAcquire || order == Order::kAcqRel) race::acquire(address);
     // What was released is out: who waits for it may run before this thread goes on.

@@ -53,6 +53,8 @@ inline void write(void* address, std::size_t bytes) {
 
 #else
 
+inline void ignore_begin() {}
+inline void ignore_end() {}
 struct Quiet {
     Quiet() {}
     ~Quiet() {}

@@ -37,10 +37,18 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def matrices(x: Tensor) -> Tensor:
-    """x [..., M, K] as [B, M, K] with neighbouring columns side by side, copied only if it must be."""
-    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    return x if x.stride(-1) == 1 else x.contiguous()
+def matrices(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int]]:
+    """x [..., M, K] as B matrices: x, (B, M, K) and the strides of B and M; columns are neighbours.
+
+    It is copied only if it must be: if columns lie apart, or the leading axes are not one.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.ndim == 2:
+        return x, (1, *x.shape), (0, x.stride(0))
+    if x.ndim > 3:
+        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    return x, tuple(x.shape), x.stride()[:2]
 
 
 def why_not_emulated() -> str | None:

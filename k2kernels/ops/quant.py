@@ -225,8 +225,8 @@ def _launch_quantizer(
 ) -> tuple[Tensor, Tensor]:
     """Fills `results` from x [..., M, columns] ([..., M, 2 * columns] for SwiGLU)."""
     data, scales = results
-    x = matrices(x)
-    weights, offsets, counts = (t if t is None else t.contiguous() for t in (weights, offsets, counts))
+    x, (batches, rows, _), strides = matrices(x)
+    weights, offsets, counts = map(_contiguous, (weights, offsets, counts))
     groups = 0 if offsets is None else offsets.shape[0] - 1
     launch(
         op,
@@ -237,8 +237,8 @@ def _launch_quantizer(
         data.data_ptr(),
         scales.data_ptr(),
         address(weights),
-        (x.shape[0], x.shape[1], columns),
-        x.stride()[:2],
+        (batches, rows, columns),
+        strides,
         (scales.stride(-3) if scales.ndim > 2 else 0, *scales.stride()[-2:]),
         address(offsets),
         address(counts),
@@ -246,6 +246,10 @@ def _launch_quantizer(
         power_of_two,
     )
     return results
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _quantize_1x128_kernel(
@@ -293,8 +297,8 @@ def _dequantize_fake(data: Tensor, scales: Tensor, block_rows: int, block_column
 
 def _dequantize_kernel(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
     values = _dequantize_fake(data, scales, block_rows, block_columns, dtype)
-    data = matrices(data)
-    scales = scales.reshape(data.shape[0], *scales.shape[-2:])
+    data, sizes, strides = matrices(data)
+    scales = scales.reshape(sizes[0], *scales.shape[-2:])
     launch(
         "dequantize",
         "dequantize",
@@ -303,8 +307,8 @@ def _dequantize_kernel(data: Tensor, scales: Tensor, block_rows: int, block_colu
         scales.data_ptr(),
         values.data_ptr(),
         TYPES[dtype],
-        tuple(data.shape),
-        data.stride()[:2],
+        sizes,
+        strides,
         scales.stride(),
         block_rows,
     )
@@ -331,7 +335,7 @@ def _swiglu_fake(gate_up: Tensor) -> Tensor:
 def _swiglu_kernel(gate_up: Tensor) -> Tensor:
     hidden = _swiglu_fake(gate_up)
     rows, columns = math.prod(hidden.shape[:-1]), hidden.shape[-1]
-    gate_up = matrices(gate_up.reshape(1, rows, 2 * columns))
+    gate_up, _, (_, row_stride) = matrices(gate_up.reshape(rows, 2 * columns))
     launch(
         "swiglu",
         "swiglu",
@@ -341,7 +345,7 @@ def _swiglu_kernel(gate_up: Tensor) -> Tensor:
         TYPES[gate_up.dtype],
         rows,
         columns,
-        gate_up.stride(1),
+        row_stride,
     )
     return hidden
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,23 @@ class PagedCache(NamedTuple):
     kv_cache: Tensor  # [pages, page_size, D], or uint8 [pages, page_size, 656]
     block_table: Tensor  # int32 [B, max_pages]
     seq_lens: Tensor  # int32 [B]
+
+
+def guarded_memory(size: int, claimed: int) -> Tensor:
+    """`size` bytes of the emulator's memory as uint8 [claimed]; a kernel that touches what lies around them faults."""
+    from k2kernels import _emu
+
+    address = _emu.allocate(size)
+    buffer = (ctypes.c_uint8 * claimed).from_address(address)
+    weakref.finalize(buffer, _emu.release, address)
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def guarded(x: Tensor) -> Tensor:
+    """A contiguous copy of x, at whose ends an emulated kernel faults."""
+    size = x.numel() * x.element_size()
+    copy = guarded_memory(size, size).view(x.dtype).view(x.shape)
+    return copy.copy_(x)
 
 
 def poisoned_cache(

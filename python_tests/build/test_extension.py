@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import k2kernels
-from k2kernels import _C
+from k2kernels import _C, _emu
 from k2kernels._backend import choose
 from k2kernels.cli import main
 from k2kernels.ops._launch import serves
@@ -23,6 +23,21 @@ def test_extension_decodes_every_e4m3_code_as_torch_does():
 
 def test_extension_is_of_this_version():
     assert _C.build_info()["version"] == k2kernels.__version__
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda_archs"] or _C.device_count() > 0, reason="for kernels without a GPU")
+def test_a_launch_without_a_gpu_says_so():
+    with pytest.raises(_C.NoDeviceError, match=r"k2kernels: .*: cudaError"):
+        _C.swiglu(0, 0, 0, 1, 1, 2, device=0, stream=0)
+    assert issubclass(_C.NoDeviceError, _C.Error) and issubclass(_C.Error, RuntimeError)
+
+
+def test_both_modules_hold_the_same_functions():
+    if not _C.build_info()["cuda_archs"]:
+        pytest.skip("built without nvcc")
+    own = {"allocate", "release", "configure", "counters", "EmulatorError"}, {
+        "device_count", "compute_capability", "cudart_version"}  # fmt: skip
+    assert {n for n in set(dir(_emu)) - own[0] if n[0] != "_"} == {n for n in set(dir(_C)) - own[1] if n[0] != "_"}
 
 
 def test_info_names_a_body_for_every_op():

@@ -26,6 +26,13 @@ FLAGS = [
 CHECKS = ["-fsanitize=alignment,bounds,shift-exponent", "-fsanitize-undefined-trap-on-error"]
 KERNEL_FLAGS = ["-O1", "-g", "-DBUG=planted_bug", "-Wno-unknown-pragmas", *CHECKS]
 
+# K2K_SANITIZE=address or thread: run with LD_PRELOAD=$(g++ -print-file-name=libasan.so) or libtsan.so. The emulator is
+# not instrumented: it tells the sanitizer what its instructions touch.
+SANITIZE = os.environ.get("K2K_SANITIZE", "")
+EMULATOR_FLAGS = ["-O2", *{"": [], "address": ["-DK2K_ASAN"], "thread": ["-DK2K_TSAN"]}[SANITIZE]]
+LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+KERNEL_FLAGS += LINK_FLAGS
+
 SCHEDULES = {"round_robin": (0, 0), "depth_first": (1, 0), "pct1": (2, 1), "pct2": (2, 2)}
 
 
@@ -47,10 +54,10 @@ def _compile(source, folder, flags):
 
 @cache
 def library():
-    folder = ROOT / "build" / "emulator_tests"
+    folder = ROOT / "build" / "emulator_tests" / (SANITIZE or "plain")
     folder.mkdir(parents=True, exist_ok=True)
     emulator = [*sorted((ROOT / "csrc/emulator").glob("*.[cS]*")), ROOT / "csrc/arch/tensor_map.cpp"]
-    objects = [_compile(source, folder, [*FLAGS, "-O2"]) for source in emulator]
+    objects = [_compile(source, folder, [*FLAGS, *EMULATOR_FLAGS]) for source in emulator]
     kernels = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
     objects += [_compile(source, folder, [*FLAGS, *KERNEL_FLAGS]) for source in kernels]
     key = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
@@ -58,7 +65,7 @@ def library():
     if not out.exists():
         for old in folder.glob("kernels-*.so"):
             old.unlink()
-        subprocess.run([CXX, "-shared", *map(str, objects), "-o", str(out)], check=True)
+        subprocess.run([CXX, "-shared", *LINK_FLAGS, *map(str, objects), "-o", str(out)], check=True)
     lib = ctypes.CDLL(str(out))
     lib.last_error.restype = ctypes.c_char_p
     lib.allocate.restype = ctypes.c_void_p

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import k2kernels
+from k2kernels import _emu
 from k2kernels.ops import quant
 from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, swiglu_quantize
 from k2kernels.testing.compare import check_close, check_op
+from k2kernels.testing.inputs import guarded, guarded_memory
 
 E4M3 = torch.float8_e4m3fn
 
@@ -344,6 +346,58 @@ def test_swiglu_quantize_layouts_and_groups():
     data, scales = swiglu_quantize(masked, counts=counts)
     want, want_scales = swiglu_quantize(masked[real])
     assert torch.equal(data.view(torch.uint8)[real], want.view(torch.uint8)) and torch.equal(scales[real], want_scales)
+
+
+COUNT = torch.tensor([5, 0, 8], dtype=torch.int32)
+HALF = torch.bfloat16
+# A call, and the bytes of elements that must come in and go out; scales and group sizes are not counted.
+MOVED = {
+    "rows": (lambda: quantize_1x128(torch.randn(24, 1024, dtype=HALF)), 24 * 1024 * 2, 24 * 1024),
+    "rows of float32": (lambda: quantize_1x128(torch.randn(24, 640)), 24 * 640 * 4, 24 * 640),
+    "transposed": (lambda: quantize_1x128(torch.randn(256, 192, dtype=HALF), transpose=True), 256 * 192 * 2, 256 * 192),
+    "blocks": (lambda: quantize_128x128(torch.randn(192, 384, dtype=HALF)), 192 * 384 * 2, 192 * 384),
+    "groups": (lambda: quantize_1x128(torch.randn(3, 8, 256, dtype=HALF), counts=COUNT), 13 * 256 * 2, 13 * 256),
+    "swiglu": (lambda: k2kernels.swiglu(torch.randn(24, 512, dtype=HALF)), 24 * 512 * 2, 24 * 256 * 2),
+    "swiglu_quantize": (
+        lambda: swiglu_quantize(torch.randn(3, 8, 512, dtype=HALF), counts=COUNT),
+        13 * 512 * 2,
+        13 * 256,
+    ),
+    "dequantize": (
+        lambda: dequantize(torch.zeros(24, 512).to(E4M3), torch.ones(24, 4), dtype=HALF),
+        24 * 512,
+        24 * 1024,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_kernels_move_each_byte_once_in_vectors(case):
+    call, loaded, stored = MOVED[case]
+    with k2kernels.emulated():
+        before = _emu.counters()
+        call()
+        after = _emu.counters()
+    assert after["bytes_loaded"] - before["bytes_loaded"] == loaded
+    assert after["bytes_stored"] - before["bytes_stored"] == stored
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 200), (1, 6), (3, 130, 70), (9, 1024)])
+def test_kernels_stay_within_their_inputs(shape, dtype):
+    x = guarded(torch.randn(shape).to(dtype))
+    with k2kernels.emulated(seed=1):
+        for data, scales in (quantize_1x128(x), quantize_1x128(x, transpose=True), quantize_128x128(x)):
+            block = (1, 128) if scales.shape[-2] == data.shape[-2] else (128, 128)
+            dequantize(guarded(data), guarded(scales), block=block)
+        swiglu_quantize(x)
+        k2kernels.swiglu(x)
+
+
+def test_guarded_memory_faults_when_a_kernel_leaves_it():
+    x = guarded_memory(4096, claimed=8192).view(torch.float32).view(4, 512)
+    with k2kernels.emulated(), pytest.raises(_emu.EmulatorError, match=r"access beyond a global allocation.* block"):
+        quantize_1x128(x)
 
 
 X = torch.linspace(-3, 5, 6 * 200).view(6, 200)
