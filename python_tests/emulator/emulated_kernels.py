@@ -32,18 +32,20 @@ SANITIZE = os.environ.get("K2K_SANITIZE", "")
 EMULATOR_FLAGS = ["-O2", *{"": [], "address": ["-DK2K_ASAN"], "thread": ["-DK2K_TSAN"]}[SANITIZE]]
 LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 KERNEL_FLAGS += LINK_FLAGS
+BUILD = ROOT / "build" / "emulator_tests" / (SANITIZE or "plain")
 
 SCHEDULES = {"round_robin": (0, 0), "depth_first": (1, 0), "pct1": (2, 1), "pct2": (2, 2)}
 
 
-def _compile(source, folder, flags):
-    """Compiles if the source, any header or the flags have changed."""
-    headers = sorted(p for d in (ROOT / "csrc", KERNELS) for p in d.rglob("*") if p.suffix in {".h", ".cuh"})
+def compile_object(source, flags, headers=KERNELS):
+    """Compiles if the source, any header (of csrc or the folder `headers`) or the flags have changed."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    headers = sorted(p for d in (ROOT / "csrc", headers) for p in d.rglob("*") if p.suffix in {".h", ".cuh"})
     content = b"".join(p.read_bytes() for p in [source, *headers])
     key = hashlib.sha256(content + " ".join([CXX, *flags]).encode()).hexdigest()[:16]
-    out = folder / f"{source.stem}-{key}.o"
+    out = BUILD / f"{source.stem}-{key}.o"
     if not out.exists():
-        for old in folder.glob(f"{source.stem}-*.o"):
+        for old in BUILD.glob(f"{source.stem}-*.o"):
             old.unlink()
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         temporary = out.with_suffix(f".{os.getpid()}")
@@ -52,20 +54,23 @@ def _compile(source, folder, flags):
     return out
 
 
-@cache
-def library():
-    folder = ROOT / "build" / "emulator_tests" / (SANITIZE or "plain")
-    folder.mkdir(parents=True, exist_ok=True)
-    emulator = [*sorted((ROOT / "csrc/emulator").glob("*.[cS]*")), ROOT / "csrc/arch/tensor_map.cpp"]
-    objects = [_compile(source, folder, [*FLAGS, *EMULATOR_FLAGS]) for source in emulator]
-    kernels = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
-    objects += [_compile(source, folder, [*FLAGS, *KERNEL_FLAGS]) for source in kernels]
+def link(name, objects):
+    """The emulator and `objects` as one library."""
+    sources = [*sorted((ROOT / "csrc/emulator").glob("*.[cS]*")), ROOT / "csrc/arch/tensor_map.cpp"]
+    objects = [compile_object(source, [*FLAGS, *EMULATOR_FLAGS]) for source in sources] + objects
     key = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
-    out = folder / f"kernels-{key}.so"
+    out = BUILD / f"{name}-{key}.so"
     if not out.exists():
-        for old in folder.glob("kernels-*.so"):
+        for old in BUILD.glob(f"{name}-*.so"):
             old.unlink()
         subprocess.run([CXX, "-shared", *LINK_FLAGS, *map(str, objects), "-o", str(out)], check=True)
+    return out
+
+
+@cache
+def library():
+    kernels = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
+    out = link("kernels", [compile_object(source, [*FLAGS, *KERNEL_FLAGS]) for source in kernels])
     lib = ctypes.CDLL(str(out))
     lib.last_error.restype = ctypes.c_char_p
     lib.allocate.restype = ctypes.c_void_p
