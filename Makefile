@@ -3,6 +3,7 @@
 # make env     only the environment (.venv) and the installed package; the others call it
 # make lint    formatters and linters            make bench    benchmarks of what this machine can run
 # make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
+# make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make clean   remove what the build made (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.9 that it already has is kept.
@@ -20,7 +21,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Threads that wait for one another sleep instead of spinning: on a busy machine that is several times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu clean distclean
+.PHONY: demo test env lint bench gpu sanitize clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -62,6 +63,14 @@ gpu:
 	MAX_JOBS=`nproc` $(PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=. timeout 180 $(PYTHON) -m pytest -q -m gpu python_tests/gpu
 	PYTHONPATH=. timeout 240 $(PYTHON) bench/gpu.py
+
+KERNEL_TESTS := -m pytest -q -p no:faulthandler python_tests/emulator/test_kernels.py
+library = $(shell $(or $(CXX),g++) -print-file-name=$(1))
+sanitize: env
+	K2K_SANITIZE=address ASAN_OPTIONS=detect_leaks=0,handle_segv=0 \
+	    LD_PRELOAD="$(call library,libasan.so) $(call library,libstdc++.so)" $(PY) $(KERNEL_TESTS)
+	K2K_SANITIZE=thread TSAN_OPTIONS=handle_segv=0 OPENBLAS_NUM_THREADS=1 \
+	    LD_PRELOAD=$(call library,libtsan.so) $(PY) $(KERNEL_TESTS) -k "round_robin and gemm_mma"
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out
