@@ -44,7 +44,7 @@ def _compile(source, folder, flags):
     out = folder / f"{source.stem}-{key}.o"
     if not out.exists():
         for old in folder.glob(f"{source.stem}-*.o"):
-            old.unlink()
+            old.unlink(missing_ok=True)
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         temporary = out.with_suffix(f".{os.getpid()}")
         subprocess.run([CXX, *flags, *language, "-c", str(source), "-o", str(temporary)], check=True)
@@ -64,8 +64,10 @@ def library():
     out = folder / f"kernels-{key}.so"
     if not out.exists():
         for old in folder.glob("kernels-*.so"):
-            old.unlink()
-        subprocess.run([CXX, "-shared", *LINK_FLAGS, *map(str, objects), "-o", str(out)], check=True)
+            old.unlink(missing_ok=True)
+        temporary = out.with_suffix(f".{os.getpid()}")  # another test run may build it too
+        subprocess.run([CXX, "-shared", *LINK_FLAGS, *map(str, objects), "-o", str(temporary)], check=True)
+        os.replace(temporary, out)
     lib = ctypes.CDLL(str(out))
     lib.last_error.restype = ctypes.c_char_p
     lib.allocate.restype = ctypes.c_void_p
