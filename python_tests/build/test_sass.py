@@ -13,7 +13,7 @@ import k2kernels
 from k2kernels import _C
 
 KERNELS = k2kernels.info()["kernels"]
-ARCHS = ("sm_80", "sm_90a")
+ARCHS = ["sm_" + arch.split("-")[0] for arch in _C.build_info()["cuda_archs"]]
 
 pytestmark = pytest.mark.skipif(
     not _C.build_info()["cuda_archs"], reason="built without nvcc: there is no machine code"

@@ -46,7 +46,7 @@ def compile_object(source, flags, headers=KERNELS):
     out = BUILD / f"{source.stem}-{key}.o"
     if not out.exists():
         for old in BUILD.glob(f"{source.stem}-*.o"):
-            old.unlink()
+            old.unlink(missing_ok=True)
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         temporary = out.with_suffix(f".{os.getpid()}")
         subprocess.run([CXX, *flags, *language, "-c", str(source), "-o", str(temporary)], check=True)
@@ -62,8 +62,10 @@ def link(name, objects):
     out = BUILD / f"{name}-{key}.so"
     if not out.exists():
         for old in BUILD.glob(f"{name}-*.so"):
-            old.unlink()
-        subprocess.run([CXX, "-shared", *LINK_FLAGS, *map(str, objects), "-o", str(out)], check=True)
+            old.unlink(missing_ok=True)
+        temporary = out.with_suffix(f".{os.getpid()}")  # another test run may build it too
+        subprocess.run([CXX, "-shared", *LINK_FLAGS, *map(str, objects), "-o", str(temporary)], check=True)
+        os.replace(temporary, out)
     return out
 
 
