@@ -15,7 +15,7 @@ from k2kernels import _C
 KERNELS = k2kernels.info()["kernels"]
 ARCHS = ["sm_" + arch.split("-")[0] for arch in _C.build_info()["cuda_archs"]]
 
-pytestmark = pytest.mark.skipif(
+needs_kernels = pytest.mark.skipif(
     not _C.build_info()["cuda_archs"], reason="built without nvcc: there is no machine code"
 )
 
@@ -62,12 +62,11 @@ def tool(name):
         pytest.skip(f"{name} is not installed: pip install k2kernels[sass]")
 
 
-@pytest.fixture(scope="session")
-def sass():
-    """{(arch, symbol): Counter of opcodes} of every kernel in the extension."""
+def machine_code(file):
+    """{(arch, symbol): Counter of opcodes} of every kernel in an extension or an object file."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     path = f"{Path(nvdisasm).parent}:/usr/bin:/bin"  # cuobjdump runs nvdisasm
-    command = [cuobjdump, "-sass", _C.__file__]
+    command = [cuobjdump, "-sass", file]
     text = subprocess.run(command, check=True, capture_output=True, text=True, env={"PATH": path}).stdout
     opcodes = {}
     for part in re.split(r"\n\s+code for (?=sm_)", text)[1:]:
@@ -88,14 +87,8 @@ def short(kernel):
     return kernel["kernel"].replace("k2k::", "")
 
 
-def test_every_kernel_has_a_plan_and_is_compiled_for_every_architecture():
-    compiled = {(short(kernel), kernel["arch"]) for kernel in KERNELS}
-    assert compiled == {(name, arch) for name in PLANS for arch in ARCHS}
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{short(kernel)}-{kernel['arch']}")
-def test_kernel_meets_its_plan(kernel, sass):
-    registers, loads, stores, others = PLANS[short(kernel)]
+def check(kernel, plan, sass):
+    registers, loads, stores, others = plan
     opcodes = sass[kernel["arch"], kernel["symbol"]]
     assert kernel["registers"] <= registers
     assert kernel["stack_bytes"] == kernel["spill_bytes"] == 0
@@ -104,3 +97,20 @@ def test_kernel_meets_its_plan(kernel, sass):
     assert count(opcodes, "STG", ".128") == stores
     for name, least in others.get(kernel["arch"], {}).items():
         assert count(opcodes, name) >= least, sorted(opcodes)
+
+
+@pytest.fixture(scope="session")
+def sass():
+    return machine_code(_C.__file__)
+
+
+@needs_kernels
+def test_every_kernel_has_a_plan_and_is_compiled_for_every_architecture():
+    compiled = {(short(kernel), kernel["arch"]) for kernel in KERNELS}
+    assert compiled == {(name, arch) for name in PLANS for arch in ARCHS}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{short(kernel)}-{kernel['arch']}")
+def test_kernel_meets_its_plan(kernel, sass):
+    check(kernel, PLANS[short(kernel)], sass)
