@@ -1,0 +1,57 @@
+"""Puts the example's files where CONTRIBUTING.md says, and its kernel into a module in the place of `_emu`."""
+
+import hashlib
+import importlib.util
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import k2kernels.ops
+import k2kernels.reference
+from k2kernels.ops import _launch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+
+sys.path.insert(0, str(ROOT / "python_tests" / "emulator"))
+k2kernels.ops.__path__.append(str(HERE / "ops"))
+k2kernels.reference.__path__.append(str(HERE / "reference"))
+
+
+@pytest.fixture(scope="session")
+def _built():
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11, which builds the package, is not installed")
+    from emulated_kernels import BUILD, CHECKS, FLAGS, compile_object, link
+
+    # The two lines of csrc/bind that name the ops, with the example as the only one.
+    folder = BUILD / "example"
+    (folder / "bind").mkdir(parents=True, exist_ok=True)
+    for name in ("bind.h", "emulator.cpp"):
+        text = (ROOT / "csrc/bind" / name).read_text().replace("bind_quant(", "bind_scale_rows(")
+        text = re.sub(r".*\bbind_(?!runtime|scale_rows)\w+\(.*\n", "", text)
+        (folder / "bind" / name).write_text(text)
+    sources = [folder / "bind/emulator.cpp", ROOT / "csrc/bind/module.cpp", ROOT / "csrc/common/selfcheck.cpp"]
+    sources += [HERE / "csrc/bind/scale_rows.cpp", HERE / "csrc/scale_rows/launch.cu"]
+    digests = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
+    together = "".join(f'#include "{source}" // {digest}\n' for source, digest in zip(sources, digests))
+    (folder / "scale_rows.cpp").write_text(together)
+
+    flags = ["-O1", "-g", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", *CHECKS]
+    flags += [f"-I{i}" for i in (folder, HERE / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    flags += ["-DK2K_MODULE=example", *(f'-DK2K_{fact}=""' for fact in ("VERSION", "BUILD_TYPE", "CUDA_ARCHS"))]
+    example = compile_object(folder / "scale_rows.cpp", [*flags, *FLAGS], headers=HERE)
+    spec = importlib.util.spec_from_file_location("example", link("example", [example]))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _example_module(_built, monkeypatch):
+    from k2kernels.ops.scale_rows import scale_rows
+
+    monkeypatch.setattr(k2kernels, "scale_rows", scale_rows, raising=False)
+    monkeypatch.setattr(_launch, "_module", lambda name: _built)

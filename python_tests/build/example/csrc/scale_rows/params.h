@@ -1,0 +1,17 @@
+#pragma once
+
+// What the kernel is told. Sizes and strides are in elements.
+
+#include "common/dtypes.h"
+
+namespace k2k {
+
+struct ScaleRowsParams {
+    const void* x;  // [rows, columns], neighbouring columns side by side
+    void* y;        // [rows, columns], contiguous
+    Type type;      // of both
+    int64_t rows, columns;
+    int64_t x_row_stride;
+};
+
+}  // namespace k2k
