@@ -25,7 +25,8 @@ def info() -> dict[str, Any]:
         None), `extension` (build facts, or `error`), `emulator` (`self_check`, or `error`), `nvcc` (path or None),
         `devices` (name, capability, compute_capability, memory in bytes), `ops` (name -> `cpu`, `cuda` bodies and
         `why`), `kernels` (what each compiled kernel takes: `kernel`, `arch`, `registers`, `stack_bytes`,
-        `spill_bytes`, `shared_bytes` besides what a launch asks for).
+        `spill_bytes`, `shared_bytes` besides what a launch asks for), `conformance` (GPUs whose instructions the
+        emulator is compared with; None away from the source tree).
     """
     from k2kernels import __version__
 
@@ -43,6 +44,7 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "ops": {name: _serves(op, extension, devices) for name, op in sorted(OPS.items())},
         "kernels": _kernels(),
+        "conformance": _conformance(),
     }
 
 
@@ -62,7 +64,13 @@ def _serves(op: Op, extension: dict[str, Any], devices: list[dict[str, Any]]) ->
 
 def _kernels() -> list[dict[str, Any]]:
     facts = Path(__file__).with_name("_C.json")  # of the build, beside the module
-    return json.loads(facts.read_text()) if facts.exists() else []
+    kernels = json.loads(facts.read_text()) if facts.exists() else []
+    return [kernel for kernel in kernels if "conformance::" not in kernel["kernel"]]  # those serve no op
+
+
+def _conformance() -> list[str] | None:
+    tests = Path(__file__).parents[1] / "python_tests" / "emulator"
+    return sorted(path.stem for path in (tests / "recorded").glob("*.npz")) if tests.exists() else None
 
 
 def _emulator() -> dict[str, Any]:

@@ -3,6 +3,8 @@
 // The 16- and 8-bit floats, as storage, and their conversions in integer arithmetic: the same bits
 // on every machine. On a GPU kernels use arch/convert.cuh, which has instructions for most of it.
 
+#include <cstring>
+
 #include "common/macros.h"
 
 namespace k2k {

@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"           self-check (all 256 e4m3 codes): {extension['self_check']}")
     emulator = facts["emulator"]
     print(f"emulator   {'missing: ' + emulator['error'] if 'error' in emulator else 'built'}")
+    if (gpus := facts["conformance"]) is not None:
+        print(f"           conformance: {'recorded on ' + ', '.join(gpus) if gpus else 'not recorded on a GPU yet'}")
     print(f"nvcc       {facts['nvcc'] or 'not found (needed only to compile CUDA kernels)'}")
     for device in facts["devices"]:
         print(f"device     {device['name']}, {device['capability']}, {device['memory'] / 2**30:.0f} GiB")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "k2kernels"
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("[!_]*.py"))
-SHARED_CSRC = {"arch", "common", "tile", "bind", "emulator"}
+SHARED_CSRC = {"arch", "common", "tile", "bind", "conformance", "emulator"}
 
 # What a folder (or file) of the package may import of the package; everything may import what stands below it.
 FLOORS = {

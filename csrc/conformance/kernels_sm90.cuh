@@ -1,0 +1,375 @@
+#pragma once
+
+// The same for what needs sm_90 or sm_90a (and for mma of e4m3, which needs sm_89).
+
+#include "arch/cluster.cuh"
+#include "arch/control.cuh"
+#include "arch/fence.cuh"
+#include "arch/ldst.cuh"
+#include "arch/matrix.cuh"
+#include "arch/tma.cuh"
+#include "arch/wgmma.cuh"
+#include "conformance/shared.cuh"
+
+namespace k2k::conformance {
+
+using arch::Major;
+using arch::Mbarrier;
+using arch::Swizzle;
+using arch::TensorMap;
+
+// ---- warps, stores, matrices
+
+// How many lanes are elected. Input: none.
+__global__ void __launch_bounds__(64) elect_kernel(const uint32_t*, uint32_t* output) {
+    Rows out(output);
+    out(arch::redux_add(uint32_t(arch::elect_one())));
+}
+
+// Every lane adds its four floats to one of two vectors. Input: 32 x 4 floats; output: 2 x 4.
+__global__ void __launch_bounds__(32) add_vector_kernel(const uint32_t* input, uint32_t* output) {
+    const uint32_t lane = arch::lane_id();
+    if (lane < 8) output[lane] = 0;
+    arch::sync_block();
+    const float4 value = reinterpret_cast<const float4*>(input)[lane];
+    arch::reduce_add_vector(reinterpret_cast<float4*>(output) + lane % 2, value);
+}
+
+// The counterpart of ldmatrix_kernel. Input: four words per lane; output: what 32 x 4 words of
+// zeros became, for 1, 2 and 4 matrices, and the same transposed.
+template <int kCount, bool kTransposed>
+K2K_DEVICE void show_stmatrix(MatrixStorage& smem, const uint32_t* input, uint32_t* output) {
+    const uint32_t lane = arch::lane_id();
+    for (int i = 0; i < 4; ++i) smem.words[lane * 4 + i] = 0;
+    uint32_t r[kCount];
+    for (int i = 0; i < kCount; ++i) r[i] = input[i * 32 + lane];
+    arch::sync_warp();
+    arch::stmatrix<kCount, kTransposed>(r, arch::smem_address(&smem.words[lane * 5 % 32 * 4]));
+    arch::sync_warp();
+    for (int i = 0; i < 4; ++i) output[lane * 4 + i] = smem.words[lane * 4 + i];
+    arch::sync_warp();
+}
+__global__ void __launch_bounds__(32) stmatrix_kernel(const uint32_t* input, uint32_t* output) {
+    MatrixStorage& smem = arch::shared_storage<MatrixStorage>();
+    show_stmatrix<1, false>(smem, input, output);
+    show_stmatrix<2, false>(smem, input, output + 128);
+    show_stmatrix<4, false>(smem, input, output + 256);
+    show_stmatrix<1, true>(smem, input, output + 384);
+    show_stmatrix<2, true>(smem, input, output + 512);
+    show_stmatrix<4, true>(smem, input, output + 640);
+}
+
+// ---- mbarriers
+
+// What try_wait says of both parities before and after: an arrival that announces bytes, the other
+// arrival, half of the bytes, all of them. Input: 2 x 16 words; output: thread 0's ten answers,
+// then the words.
+struct alignas(128) TransactionStorage {
+    uint32_t words[32];
+    Mbarrier barrier, half;
+};
+__global__ void __launch_bounds__(32) transaction_kernel(const uint32_t* input, uint32_t* output) {
+    TransactionStorage& smem = arch::shared_storage<TransactionStorage>();
+    if (threadIdx.x == 0) {
+        arch::mbarrier_init(smem.barrier, 2);
+        arch::mbarrier_init(smem.half, 1);
+        arch::fence_mbarrier_init();
+        const auto show = [&] {
+            for (const uint32_t parity : {0, 1}) {
+                *output++ = arch::mbarrier_try_wait(smem.barrier, parity);
+            }
+        };
+        show();
+        arch::mbarrier_arrive_expect_tx(smem.barrier, 64);
+        show();
+        arch::mbarrier_expect_tx(smem.barrier, 64);
+        arch::mbarrier_arrive(smem.barrier);
+        show();
+        arch::bulk_load(smem.words, input, 64, smem.barrier);
+        arch::mbarrier_arrive_expect_tx(smem.half, 64);
+        arch::bulk_load(smem.words + 16, input + 16, 64, smem.half);
+        arch::mbarrier_wait(smem.half, 0);
+        show();
+        arch::bulk_load(smem.words + 16, input + 16, 64, smem.barrier);
+        arch::mbarrier_wait(smem.barrier, 0);
+        show();
+        for (const uint32_t word : smem.words) *output++ = word;
+    }
+}
+
+// ---- TMA
+
+constexpr int kNumBoxes = 3;  // one inside the tensor, two that stick out
+constexpr int kTileBytes = 2048;
+
+struct Boxes {
+    int first[kNumBoxes][3];  // coordinates
+    uint32_t bytes;           // of each
+};
+
+struct alignas(1024) TilesStorage {
+    uint8_t tiles[kNumBoxes][kTileBytes];
+    Mbarrier full;
+};
+
+template <int kRank>
+K2K_DEVICE void load_box(void* target, const TensorMap& map, Mbarrier& full, const int (&c)[3]) {
+    if constexpr (kRank == 1) arch::tma_load_1d(target, map, full, c[0]);
+    if constexpr (kRank == 2) arch::tma_load_2d(target, map, full, c[0], c[1]);
+    if constexpr (kRank == 3) arch::tma_load_3d(target, map, full, c[0], c[1], c[2]);
+}
+template <int kRank>
+K2K_DEVICE void load_box_multicast(
+    void* target, const TensorMap& map, Mbarrier& full, uint16_t mask, const int (&c)[3]) {
+    if constexpr (kRank == 1) arch::tma_load_1d_multicast(target, map, full, mask, c[0]);
+    if constexpr (kRank == 2) arch::tma_load_2d_multicast(target, map, full, mask, c[0], c[1]);
+    if constexpr (kRank == 3) {
+        arch::tma_load_3d_multicast(target, map, full, mask, c[0], c[1], c[2]);
+    }
+}
+template <int kRank>
+K2K_DEVICE void store_box(const TensorMap& map, const void* source, const int (&c)[3]) {
+    if constexpr (kRank == 1) arch::tma_store_1d(map, source, c[0]);
+    if constexpr (kRank == 2) arch::tma_store_2d(map, source, c[0], c[1]);
+    if constexpr (kRank == 3) arch::tma_store_3d(map, source, c[0], c[1], c[2]);
+}
+template <int kRank>
+K2K_DEVICE void add_box(const TensorMap& map, const void* source, const int (&c)[3]) {
+    if constexpr (kRank == 1) arch::tma_reduce_add_1d(map, source, c[0]);
+    if constexpr (kRank == 2) arch::tma_reduce_add_2d(map, source, c[0], c[1]);
+    if constexpr (kRank == 3) arch::tma_reduce_add_3d(map, source, c[0], c[1], c[2]);
+}
+
+// The tiles as they lie in shared memory, one after the other.
+K2K_DEVICE void show_tiles(const TilesStorage& smem, uint32_t bytes, uint32_t* output) {
+    for (int box = 0; box < kNumBoxes; ++box) {
+        const auto* words = reinterpret_cast<const uint32_t*>(smem.tiles[box]);
+        for (uint32_t i = threadIdx.x; i < bytes / 4; i += blockDim.x) {
+            output[box * (bytes / 4) + i] = words[i];
+        }
+    }
+}
+
+template <int kRank>
+__global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ TensorMap map,
+                                                       const __grid_constant__ Boxes boxes,
+                                                       uint32_t* output) {
+    TilesStorage& smem = arch::shared_storage<TilesStorage>();
+    if (threadIdx.x == 0) {
+        arch::tma_prefetch(map);
+        arch::mbarrier_init(smem.full, 1);
+        arch::fence_mbarrier_init();
+        arch::mbarrier_arrive_expect_tx(smem.full, kNumBoxes * boxes.bytes);
+        for (int box = 0; box < kNumBoxes; ++box) {
+            load_box<kRank>(smem.tiles[box], map, smem.full, boxes.first[box]);
+        }
+    }
+    arch::sync_block();
+    arch::mbarrier_wait(smem.full, 0);
+    show_tiles(smem, boxes.bytes, output);
+}
+
+// A cluster of two: block 0 loads the first box for both blocks, block 1 the second one for both
+// and the third for itself; block 0's third tile is the first box again.
+template <int kRank>
+__global__ void __launch_bounds__(128) tma_multicast_kernel(const __grid_constant__ TensorMap map,
+                                                            const __grid_constant__ Boxes boxes,
+                                                            uint32_t* output) {
+    TilesStorage& smem = arch::shared_storage<TilesStorage>();
+    const uint32_t rank = arch::cluster_rank();
+    if (threadIdx.x == 0) {
+        arch::mbarrier_init(smem.full, 1);
+        arch::fence_mbarrier_init();
+        arch::mbarrier_arrive_expect_tx(smem.full, kNumBoxes * boxes.bytes);
+    }
+    arch::cluster_sync();
+    if (threadIdx.x == 0) {
+        load_box_multicast<kRank>(smem.tiles[rank], map, smem.full, 3,
+                                  boxes.first[rank == 0 ? 0 : 1]);
+        load_box_multicast<kRank>(smem.tiles[2], map, smem.full, uint16_t(1 << rank),
+                                  boxes.first[rank == 0 ? 0 : 2]);
+    }
+    arch::mbarrier_wait(smem.full, 0);
+    show_tiles(smem, boxes.bytes, output + rank * kNumBoxes * (boxes.bytes / 4));
+    arch::cluster_sync();
+}
+
+// One tile, from the input, is stored to all boxes, or added to them.
+template <int kRank, bool kAdd>
+__global__ void __launch_bounds__(128) tma_store_kernel(const __grid_constant__ TensorMap map,
+                                                        const __grid_constant__ Boxes boxes,
+                                                        const uint32_t* input) {
+    TilesStorage& smem = arch::shared_storage<TilesStorage>();
+    auto* words = reinterpret_cast<uint32_t*>(smem.tiles[0]);
+    for (uint32_t i = threadIdx.x; i < boxes.bytes / 4; i += blockDim.x) words[i] = input[i];
+    arch::fence_proxy_async();
+    arch::sync_block();
+    if (threadIdx.x == 0) {
+        for (int box = 0; box < kNumBoxes; ++box) {
+            if constexpr (kAdd) {
+                add_box<kRank>(map, smem.tiles[0], boxes.first[box]);
+            } else {
+                store_box<kRank>(map, smem.tiles[0], boxes.first[box]);
+            }
+            arch::bulk_commit();
+        }
+        arch::bulk_wait_read<1>();
+        arch::bulk_wait<0>();
+    }
+}
+
+// Input: 64 floats; output: those, and 64 floats to which they have been added twice.
+struct alignas(128) BulkStorage {
+    float values[64];
+    Mbarrier full;
+};
+__global__ void __launch_bounds__(32) bulk_kernel(const uint32_t* input, uint32_t* output) {
+    BulkStorage& smem = arch::shared_storage<BulkStorage>();
+    if (threadIdx.x == 0) {
+        arch::mbarrier_init(smem.full, 1);
+        arch::fence_mbarrier_init();
+        arch::mbarrier_arrive_expect_tx(smem.full, sizeof smem.values);
+        arch::bulk_load(smem.values, input, sizeof smem.values, smem.full);
+        arch::mbarrier_wait(smem.full, 0);
+        arch::bulk_store(output, smem.values, sizeof smem.values);
+        for (int i = 0; i < 2; ++i) {
+            arch::bulk_reduce_add(reinterpret_cast<float*>(output + 64), smem.values,
+                                  sizeof smem.values);
+        }
+        arch::bulk_commit();
+        arch::bulk_wait<0>();
+    }
+}
+
+// ---- clusters
+
+// Four blocks. Each shows its rank and size, what its neighbour wrote to the same place, what its
+// neighbour copied here, and what block 0 loaded for all but block 2. Input: 4 x 32 words, then 32;
+// output: five rows of 32 per block, the last of block 2 being its own words.
+struct alignas(128) ClusterStorage {
+    uint32_t own[32], copied[32], multicast[32];
+    Mbarrier arrived, landed;
+};
+__global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint32_t* output) {
+    ClusterStorage& smem = arch::shared_storage<ClusterStorage>();
+    const uint32_t lane = arch::lane_id(), rank = arch::cluster_rank();
+    const uint32_t size = arch::cluster_size(), next = (rank + 1) % size;
+    constexpr uint32_t kBytes = sizeof smem.own, kReceivers = 0b1011;
+    const bool receives = kReceivers >> rank & 1;
+    smem.own[lane] = smem.multicast[lane] = input[rank * 32 + lane];
+    if (lane == 0) {
+        arch::mbarrier_init(smem.arrived, size);
+        arch::mbarrier_init(smem.landed, 1);
+        arch::fence_mbarrier_init();
+        arch::mbarrier_arrive_expect_tx(smem.landed, receives ? 2 * kBytes : kBytes);
+    }
+    arch::fence_proxy_async();
+    arch::cluster_arrive();
+    arch::cluster_wait();
+
+    if (lane == 0) {
+        arch::bulk_copy_to_cluster(smem.copied, smem.own, kBytes, smem.landed, next);
+        if (rank == 0) {
+            arch::bulk_load_multicast(smem.multicast, input + 128, kBytes, smem.landed, kReceivers);
+        }
+    }
+    Rows out(output + rank * 5 * 32);
+    out(rank);
+    out(size);
+    out(arch::cluster_pointer(smem.own, next)[lane]);
+    arch::mbarrier_wait(smem.landed, 0);
+    out(smem.copied[lane]);
+    out(smem.multicast[lane]);
+
+    // Each block arrives once at every other's barrier, and its own.
+    if (lane < size) arch::mbarrier_arrive_cluster(smem.arrived, lane);
+    arch::mbarrier_wait_cluster(smem.arrived, 0);
+    arch::cluster_sync();
+}
+
+// ---- wgmma
+
+// Where an operand of two steps of K lies in shared memory, see arch::matrix_descriptor.
+struct OperandLayout {
+    uint32_t leading_bytes, stride_bytes, step_bytes;
+};
+
+template <int N>
+struct alignas(1024) WgmmaStorage {
+    uint8_t a[64 * 128], b[N * 128];
+};
+
+// Input: the bytes of A and B as they are to lie, then A's fragments [step][register][thread];
+// output: rows d[N / 2] of the product with A in shared memory, then, of a K-major A, in registers.
+template <class T, int N, Major kMajorA, Major kMajorB>
+__global__ void __launch_bounds__(128) wgmma_kernel(
+    const uint32_t* input, uint32_t* output, Swizzle swizzle, OperandLayout a, OperandLayout b) {
+    using Storage = WgmmaStorage<N>;
+    Storage& smem = arch::shared_storage<Storage>();
+    for (uint32_t i = threadIdx.x; i < sizeof(Storage) / 4; i += 128) {
+        reinterpret_cast<uint32_t*>(&smem)[i] = i < (64 + N) * 32 ? input[i] : 0;
+    }
+    const uint32_t* fragments = input + (64 + N) * 32 + threadIdx.x;
+    arch::fence_proxy_async();
+    arch::sync_block();
+
+    const uint64_t tile_a =
+        arch::matrix_descriptor(smem.a, swizzle, a.leading_bytes, a.stride_bytes);
+    const uint64_t tile_b =
+        arch::matrix_descriptor(smem.b, swizzle, b.leading_bytes, b.stride_bytes);
+    const uint64_t next_a = arch::descriptor_step(a.step_bytes);
+    const uint64_t next_b = arch::descriptor_step(b.step_bytes);
+    Rows out(output);
+    float d[N / 2];
+    arch::wgmma_fence();
+    arch::wgmma_ss<T, N, kMajorA, kMajorB>(d, tile_a, tile_b, false);
+    arch::wgmma_ss<T, N, kMajorA, kMajorB>(d, tile_a + next_a, tile_b + next_b, true);
+    arch::wgmma_commit();
+    arch::wgmma_wait<0>();
+    K2K_UNROLL
+    for (int i = 0; i < N / 2; ++i) out(d[i]);
+
+    if constexpr (kMajorA == Major::kK) {
+        uint32_t first[4], second[4];
+        K2K_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            first[i] = fragments[i * 128];
+            second[i] = fragments[(4 + i) * 128];
+        }
+        arch::wgmma_fence();
+        arch::wgmma_rs<T, N, kMajorB>(d, first, tile_b, false);
+        arch::wgmma_rs<T, N, kMajorB>(d, second, tile_b + next_b, true);
+        arch::wgmma_commit();
+        arch::wgmma_wait<0>();
+        K2K_UNROLL
+        for (int i = 0; i < N / 2; ++i) out(d[i]);
+    }
+}
+
+// ---- registers, launches
+
+// Three warpgroups, of which the first gives registers to the others. Input: a word per thread.
+__global__ void __launch_bounds__(384, 1)
+    registers_kernel(const uint32_t* input, uint32_t* output) {
+    const uint32_t value = input[threadIdx.x];
+    if (arch::warp_id() < 4) {
+        arch::registers_decrease<40>();
+        output[threadIdx.x] = value + 1;
+    } else {
+        arch::registers_increase<232>();
+        output[threadIdx.x] = value + 2;
+    }
+}
+
+// The second kernel is launched early and waits for the first one's writes. Input: 32 words.
+__global__ void __launch_bounds__(32) first_kernel(const uint32_t* input, uint32_t* output) {
+    arch::grid_dependency_launch();
+    arch::nanosleep(1000);
+    output[threadIdx.x] = input[threadIdx.x] + 1;
+}
+__global__ void __launch_bounds__(32) second_kernel(const uint32_t*, uint32_t* output) {
+    arch::grid_dependency_wait();
+    output[32 + threadIdx.x] = output[31 - threadIdx.x] + 1;
+}
+
+}  // namespace k2k::conformance
