@@ -12,7 +12,6 @@
 #include "arch/matrix.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/smem.cuh"
-#include "arch/store.cuh"
 #include "arch/warp.cuh"
 #include "conformance/shared.cuh"
 

@@ -6,7 +6,6 @@
 
 #include "arch/convert.cuh"
 #include "arch/ldst.cuh"
-#include "arch/store.cuh"
 
 namespace k2k::tile {
 
