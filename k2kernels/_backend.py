@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-ARCHS = ("sm_80", "sm_90a")
+ARCHS = ("sm_80", "sm_89", "sm_90a")
 
 
 class UnsupportedError(RuntimeError):
@@ -57,7 +57,8 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
     """Runs the CUDA kernels on the CPU emulator, for CPU tensors, in a `with` block.
 
     Args:
-        arch: which kernels: "sm_80" (portable) or "sm_90a" (Hopper).
+        arch: of which chip: "sm_80" (A100: the portable kernels), "sm_89" (the same with the 99 KB of shared memory
+            that sm_86 to sm_89 and sm_120 have) or "sm_90a" (Hopper's).
         seed: selects the adversarial schedule of warps, blocks and asynchronous copies: 0 is round robin, 1 depth
             first, any other number a random one.
 

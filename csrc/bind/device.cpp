@@ -40,6 +40,7 @@ void bind_runtime(py::module_& m) {
     m.def("cudart_version", &cudart_version, "Of the CUDA runtime in this module: 13000 is 13.0.");
     bind_quant(m);
     bind_mla_cache(m);
+    bind_mla_decode(m);
     bind_conformance(m);
 }
 

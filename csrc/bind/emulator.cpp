@@ -45,6 +45,7 @@ void bind_runtime(py::module_& m) {
         py::arg("address"), "Gives memory of `allocate` back.");
     bind_quant(m);
     bind_mla_cache(m);
+    bind_mla_decode(m);
     bind_conformance(m);
 }
 

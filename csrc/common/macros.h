@@ -7,6 +7,7 @@
 //   K2K_DEVICE          in front of a function that runs on the device
 //   K2K_HOST_DEVICE     ... on either side
 //   K2K_UNROLL          in front of a loop that must be unrolled (its registers are an array)
+//   K2K_UNROLL_BY(n)    in front of a loop of which n rounds should be in flight
 //   K2K_NO_UNROLL       in front of a loop that must not be
 //   K2K_WHERE           last in a parameter list: the caller's source line, for the emulator's
 //   reports K2K_WHERE_ONLY      the same, for a function that has no other parameter K2K_PASS_WHERE
@@ -20,6 +21,7 @@
 #define K2K_DEVICE inline
 #define K2K_HOST_DEVICE inline
 #define K2K_UNROLL
+#define K2K_UNROLL_BY(n)
 #define K2K_NO_UNROLL
 #define K2K_WHERE , ::k2k::Where where = ::k2k::here()
 #define K2K_WHERE_ONLY ::k2k::Where where = ::k2k::here()
@@ -35,7 +37,9 @@
 
 #define K2K_DEVICE __device__ __forceinline__
 #define K2K_HOST_DEVICE __host__ __device__ __forceinline__
+#define K2K_PRAGMA(words) _Pragma(#words)
 #define K2K_UNROLL _Pragma("unroll")
+#define K2K_UNROLL_BY(n) K2K_PRAGMA(unroll n)
 #define K2K_NO_UNROLL _Pragma("unroll 1")
 #define K2K_WHERE
 #define K2K_WHERE_ONLY

@@ -2,11 +2,9 @@
 
 // Tiles and grids, as pure functions of the sizes.
 
-#include <cstdint>
+#include "common/math.h"
 
 namespace k2k {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Row kernels (quantize_1x128, swiglu, swiglu_quantize, dequantize): a tile is 8 rows of 4 blocks
 // of 128, 16 elements for each of 256 threads. Four blocks of a row are 1 KiB of bfloat16, enough

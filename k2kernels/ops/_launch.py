@@ -10,7 +10,7 @@ import functools
 import importlib
 import math
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,39 @@ from torch import Tensor
 from k2kernels import _backend
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.uint8: 4}  # k2k::Type
+
+
+class Chip(NamedTuple):
+    """k2k::Chip: what the choice of a kernel and of its grid depends on."""
+
+    capability: int  # compute capability x 10
+    multiprocessors: int
+    shared_memory: int  # bytes that one block may ask for
+
+
+# The emulator takes any grid; few multiprocessors leave each block several tasks, as on a GPU that is full.
+EMULATED_CHIPS = {"sm_80": Chip(80, 6, 166912), "sm_89": Chip(89, 6, 101376), "sm_90a": Chip(90, 6, 232448)}
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip that a call made here on tensors of `device` runs on."""
+    mode = _backend.mode()
+    return EMULATED_CHIPS[mode.arch] if mode.backend == "emulated" else _cuda_chip(device.index)
+
+
+@functools.cache
+def _cuda_chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    return Chip(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def module(device: torch.device) -> ModuleType:
+    """The extension module that serves a call made here: `_emu` or `_C`."""
+    return _module("_emu" if device.type == "cpu" else "_C")
 
 
 def launch(op: str, function: str, device: torch.device, *args: Any) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
+from k2kernels.ops._launch import TYPES, chip, launch, module
 from k2kernels.ops._register import register
 from k2kernels.ops.mla_cache import LATENT, ROW_BYTES, check_cache, check_pages
 from k2kernels.reference import mla_decode as reference
 from k2kernels.reference._numeric import wide_dtype
+from k2kernels.reference.mla_cache import ROPE
 
 
 class MlaOutput(NamedTuple):
@@ -158,6 +160,117 @@ def _fake(
     return q.new_empty(*q.shape[:-1], head_dim_v), lse, max_logits
 
 
+def _unserved(q: Tensor, kv_cache: Tensor, *request: Any) -> str | None:
+    """Why the kernels do not serve these arguments."""
+    head_dim_v = request[5]
+    quantized = kv_cache.dtype == torch.uint8
+    if q.dtype not in ((torch.bfloat16,) if quantized else (torch.bfloat16, torch.float16)):
+        what = "bfloat16 q for 656-byte rows" if quantized else "bfloat16 and float16"
+        return f"kernels take {what}, not {q.dtype}"
+    if (q.shape[-1], head_dim_v) != (LATENT + ROPE, LATENT):
+        return f"kernels take {LATENT} latent and {ROPE} rope dims, not {head_dim_v} and {q.shape[-1] - head_dim_v}"
+    if kv_cache.stride(-1) != 1:
+        return "kernels want the elements of a cache row side by side"
+    if not _on_16_bytes(kv_cache):
+        return "kernels want cache rows to begin at multiples of 16 bytes"
+    return None
+
+
+def _on_16_bytes(x: Tensor) -> bool:
+    """Whether all rows of x, whose elements lie side by side, begin at multiples of 16 bytes."""
+    return not any(n % 16 for n in (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:-1])))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, s_q, H, D] or [T, H, D] as [T, H, D], copied only if the rows do not lie as the kernels want them."""
+    x = x.flatten(0, 1) if x.ndim == 4 else x
+    return x if x.stride(-1) == 1 and _on_16_bytes(x) else x.contiguous()
+
+
+def _launch_decode(request: tuple, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes into `out` [T, H, head_dim_v]; returns lse and max_logits."""
+    q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, causal, _, split, return_max_logits = request
+    _, lse, max_logits = _fake(*request)
+    if q.numel() == 0:
+        return lse, max_logits
+    queries = q.shape[1] if cu_seqlens_q is None else 0
+    q = _rows(q)
+    tokens, heads = q.shape[:2]
+    block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    capacity = min(block_table.shape[1] * kv_cache.shape[1], 2**31 - 1)
+    quantized = kv_cache.dtype == torch.uint8
+    sizes = (seq_lens.shape[0], tokens, heads)
+    plan = module(q.device).mla_decode_plan(
+        chip(q.device), sizes, queries, capacity, kv_cache.shape[1], split, quantized, not quantized
+    )
+    tile_rows, partials = plan[0], plan[5]
+    # Partial results, their lse and maximum, and for each row where its parts lie.
+    parts = partials * tile_rows
+    workspace = q.new_empty(parts * (LATENT + 2) + 2 * tokens * heads, dtype=torch.float32)
+    start = workspace.data_ptr()
+    launch(
+        "mla_decode",
+        "mla_decode",
+        q.device,
+        q.data_ptr(),
+        TYPES[q.dtype],
+        q.stride()[:2],
+        kv_cache.data_ptr(),
+        TYPES[kv_cache.dtype],
+        kv_cache.shape[:2],
+        kv_cache.stride()[:2],
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.contiguous().data_ptr(),
+        0 if cu_seqlens_q is None else cu_seqlens_q.contiguous().data_ptr(),
+        sizes,
+        queries,
+        capacity,
+        softmax_scale,
+        causal,
+        (out.data_ptr(), lse.data_ptr(), max_logits.data_ptr() if return_max_logits else 0),
+        out.stride()[:2],
+        (start, start + 4 * parts * LATENT, start + 4 * parts * (LATENT + 2)),
+        plan,
+    )
+    return lse, max_logits
+
+
+def _kernel(*request: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, head_dim_v = request[0], request[7]
+    out = q.new_empty(*q.shape[:-1], head_dim_v)
+    return out, *_launch_decode(request, _rows(out))
+
+
+def _out_kernel(*request: Any) -> tuple[Tensor, Tensor]:
+    *request, out = request
+    rows = _rows(out)
+    results = _launch_decode(request, rows)
+    if rows.data_ptr() != out.data_ptr():
+        out.copy_(rows.view(out.shape))
+    return results
+
+
+def _merge_kernel(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+    out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
+    launch(
+        "merge_attention_states",
+        "merge_attention_states",
+        out.device,
+        out_a.data_ptr(),
+        lse_a.data_ptr(),
+        out_b.data_ptr(),
+        lse_b.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        TYPES[out.dtype],
+        lse.numel(),
+        out.shape[-1],
+    )
+    return out, lse
+
+
 _ARGUMENTS = (
     "Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, float softmax_scale, Tensor? cu_seqlens_q, "
     "bool causal, int head_dim_v, int split, bool return_max_logits"
@@ -166,12 +279,16 @@ _mla_decode = register(
     f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor max_logits)",
     reference=reference.mla_decode,
     fake=_fake,
+    kernel=_kernel,
+    unserved=_unserved,
     validate=_validate,
 )
 _mla_decode_out = register(
     f"mla_decode_out({_ARGUMENTS}, Tensor(a!) out) -> (Tensor lse, Tensor max_logits)",
     reference=reference.mla_decode_out,
     fake=lambda *args: _fake(*args[:-1])[1:],
+    kernel=_out_kernel,
+    unserved=lambda *args: _unserved(*args[:-1]),
     validate=lambda *args: _validate(*args[:-1]),
     mutates=True,
 )
@@ -179,4 +296,6 @@ _merge_attention_states = register(
     "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
     reference=reference.merge_attention_states,
     fake=lambda out_a, lse_a, out_b, lse_b: (out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)),
+    kernel=_merge_kernel,
+    unserved=lambda out_a, *others: "no kernel computes in float64" if out_a.dtype == torch.float64 else None,
 )

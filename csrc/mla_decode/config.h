@@ -1,0 +1,106 @@
+#pragma once
+
+// Which kernel serves a call, with which tiles, and how the keys are shared out. Pure functions of
+// numbers that the host knows: nothing here looks at a sequence's length.
+
+#include "common/chip.h"
+#include "common/math.h"
+#include "mla_decode/params.h"
+
+namespace k2k {
+
+// The row of the cache: latent, which is key and value, then rope, which is key alone.
+constexpr int kLatent = 512, kRope = 64, kKeyDim = kLatent + kRope;
+
+// 656-byte rows: 512 codes, four scales, the rope part in bfloat16.
+constexpr int kQuantizedRow = 656, kScalesAt = 512, kRopeAt = 528;
+
+// Keys are shared out in blocks of 64: what Hopper's kernel multiplies at once, two rounds of the
+// portable one, and the page of most servers.
+constexpr int kBlockKeys = 64;
+
+// What a tile costs besides its keys, in blocks of keys: reading q, writing the result, and the
+// merge of what was split. FlashMLA charges 5 (csrc/smxx/decode/get_decoding_sched_meta).
+constexpr int kTileOverhead = 5;
+
+// A share is not cut finer than this: writing and reading a partial result of 64 rows moves
+// 256 KiB, as much as three and a half blocks of keys.
+constexpr int kMinShareBlocks = 2;
+
+// ---- joining parts: see kernel_combine.cuh
+
+constexpr int kCombineGroups = 4, kCombineThreads = kCombineGroups * kLatent / 4;
+constexpr int kMergeThreads = 256;
+
+// Rows that were not split only cost a look; with many of them a block takes eight.
+constexpr int combine_rows_per_block(int64_t rows) { return rows < 4096 ? 1 : 8; }
+
+// ---- the portable kernel: eight warps, a round of 32 keys
+
+constexpr int kRoundKeys = 32;
+constexpr int kPortableThreads = 256;
+constexpr int kRoundBytes = kRoundKeys * kKeyDim * 2;             // 36,864
+constexpr int kQuantizedRoundBytes = kRoundKeys * kQuantizedRow;  // 20,992
+constexpr int kExchangeBytes = kPortableThreads * 16 * 4 + 128;   // of partial scores, and a flag
+
+constexpr int portable_shared_memory(bool quantized, int stages) {
+    return quantized ? kExchangeBytes + kRoundBytes + stages * kQuantizedRoundBytes
+                     : kExchangeBytes + stages * kRoundBytes;
+}
+static_assert(portable_shared_memory(false, 2) == 90240 && portable_shared_memory(true, 2) == 95360,
+              "sm_86, 89 and 120 have 101,376");
+static_assert(portable_shared_memory(false, 4) == 163968, "sm_80 has 166,912");
+
+// Two stages keep one round in flight, 36 KB or 20 KB, beside the one that is worked on; with four
+// the ring never runs dry while a tile is begun or ended. 99 KB (sm_86, 89, 120) hold two.
+constexpr int portable_stages(bool quantized, int shared_memory) {
+    return portable_shared_memory(quantized, 4) <= shared_memory ? 4 : 2;
+}
+
+// Few rows do not fill the 64 of a tile: each unused row is wasted arithmetic, while every tile of
+// a sequence reads all its keys again. So the smallest tile that holds all rows, at most 64.
+constexpr int tile_rows_for(int64_t rows_of_a_sequence) {
+    return rows_of_a_sequence <= 16 ? 16 : rows_of_a_sequence <= 32 ? 32 : 64;
+}
+
+// What the host knows of a call.
+struct MlaDecodeShape {
+    int64_t batch, tokens, heads;
+    int64_t queries_per_sequence;  // 0: ragged
+    int64_t capacity;              // keys that a row of the block table can name
+    int64_t page_size;
+    int64_t split_keys;  // 0: auto
+    bool quantized;
+    bool whole_rows;  // the cache's rows lie so that TMA can copy them
+};
+
+// The tiles of a sequence go to the blocks of a team, which then read the same keys at the same
+// time, from L2 all but once.
+constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape) {
+    MlaDecodePlan plan = {};
+    const int64_t queries =
+        shape.queries_per_sequence > 0
+            ? shape.queries_per_sequence
+            : ceil_div(shape.tokens, shape.batch > 0 ? shape.batch : 1);  // the mean
+    const int64_t rows = queries * shape.heads;
+    plan.tile_rows = tile_rows_for(rows);
+    plan.stages = portable_stages(shape.quantized, chip.shared_memory);
+    const int64_t tiles = ceil_div(rows > 0 ? rows : 1, plan.tile_rows);
+    plan.team_size = static_cast<int>(tiles < chip.multiprocessors ? tiles : chip.multiprocessors);
+    plan.teams = chip.multiprocessors / plan.team_size;
+    plan.split_blocks = static_cast<int>(ceil_div(shape.split_keys, kBlockKeys));
+    if (plan.split_blocks == 0) {
+        plan.partials = int64_t(2) * plan.teams * plan.team_size;  // a share's first and last tile
+    } else {
+        // At most so many rounds of a team over all sequences, each with so many splits.
+        const int64_t rounds = shape.queries_per_sequence > 0
+                                   ? shape.batch * ceil_div(tiles, plan.team_size)
+                                   : shape.batch + shape.tokens * shape.heads /
+                                                       (int64_t(plan.tile_rows) * plan.team_size);
+        const int64_t splits = ceil_div(ceil_div(shape.capacity, kBlockKeys), plan.split_blocks);
+        plan.partials = splits > 1 ? rounds * splits * plan.team_size : 0;
+    }
+    return plan;
+}
+
+}  // namespace k2k

@@ -1,0 +1,133 @@
+#pragma once
+
+// Joins results over disjoint sets of keys.
+//
+//     lse = log sum_i exp(lse_i),  out = sum_i exp(lse_i - lse) out_i
+//
+// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each.
+//   Block   `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
+//           four groups that take every fourth part. Parts are added in an order that depends on
+//           their number alone.
+//   Why     not the block that finishes last, inside mla_decode: with one long sequence it would
+//           have all parts of all rows, 17 MB, to itself; here every multiprocessor takes a share.
+// merge_attention_states  two results; a warp a row, 16 bytes a lane.
+//
+// A part that saw nothing has lse -inf, hence weight 0; its out is not looked at.
+
+#include "arch/convert.cuh"
+#include "arch/ldst.cuh"
+#include "arch/smem.cuh"
+#include "arch/warp.cuh"
+#include "mla_decode/config.h"
+#include "mla_decode/schedule.cuh"
+#include "mla_decode/softmax.cuh"
+#include "tile/sixteen.cuh"
+
+namespace k2k {
+
+struct MlaCombineStorage {
+    float4 sums[kCombineGroups][kLatent / 4];
+};
+
+// exp2(lse - total), where the parts' total is -inf if nobody saw anything.
+K2K_DEVICE float part_weight(float lse, float total) {
+    return lse == -INFINITY ? 0 : arch::exp2_approx(lse - total);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads)
+    mla_combine_kernel(const __grid_constant__ MlaDecodeParams p, int rows_per_block) {
+    MlaCombineStorage& storage = arch::shared_storage<MlaCombineStorage>();
+    const int lane = arch::lane_id(), four = threadIdx.x % (kLatent / 4);
+    const int group = threadIdx.x / (kLatent / 4);
+    const int64_t rows = p.tokens * p.heads;
+    for (int i = 0; i < rows_per_block; ++i) {
+        const int64_t row = int64_t(blockIdx.x) * rows_per_block + i;
+        if (row >= rows) return;
+        const SplitRow split = p.split_rows[row];
+        if (split.parts <= 1) continue;
+
+        // Every warp finds the sum of all parts.
+        float maximum = -INFINITY, largest = -INFINITY, total = 0;
+        bool is_nan = false;
+        for (int part = lane; part < split.parts; part += 32) {
+            const float2 stats = p.partial_stats[part_row(p.plan, split, part)];
+            maximum = max_number(maximum, stats.x);
+            largest = max_number(largest, stats.y);
+            is_nan = is_nan || stats.y != stats.y;
+        }
+        K2K_UNROLL
+        for (int mask = 16; mask > 0; mask /= 2) {
+            maximum = max_number(maximum, arch::shuffle_xor(maximum, mask));
+            largest = max_number(largest, arch::shuffle_xor(largest, mask));
+        }
+        is_nan = arch::any(is_nan);
+        for (int part = lane; part < split.parts; part += 32) {
+            total += part_weight(p.partial_stats[part_row(p.plan, split, part)].x, maximum);
+        }
+        K2K_UNROLL
+        for (int mask = 16; mask > 0; mask /= 2) total += arch::shuffle_xor(total, mask);
+        const float lse = maximum == -INFINITY && total == 0 ? -INFINITY : maximum + log2f(total);
+
+        float4 sum = {};
+        K2K_UNROLL_BY(4)
+        for (int part = group; part < split.parts; part += kCombineGroups) {
+            const int64_t from = part_row(p.plan, split, part);
+            const float weight = part_weight(p.partial_stats[from].x, lse);
+            const float4 value =
+                reinterpret_cast<const float4*>(p.partial_out + from * kLatent)[four];
+            if (weight != 0) {
+                sum = make_float4(fmaf(weight, value.x, sum.x), fmaf(weight, value.y, sum.y),
+                                  fmaf(weight, value.z, sum.z), fmaf(weight, value.w, sum.w));
+            }
+        }
+        storage.sums[group][four] = sum;
+        arch::sync_block();
+        if (group == 0) {
+            K2K_UNROLL
+            for (int other = 1; other < kCombineGroups; ++other) {
+                const float4 part = storage.sums[other][four];
+                sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+            }
+            T* out = static_cast<T*>(p.out) + row / p.heads * p.out_token_stride +
+                     row % p.heads * p.out_head_stride;
+            reinterpret_cast<uint2*>(out)[four] =
+                make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
+        }
+        if (threadIdx.x == 0) {
+            p.lse[row] = lse * kLn2;
+            if (p.max_logits != nullptr) p.max_logits[row] = is_nan ? NAN : largest;
+        }
+        arch::sync_block();  // before the sums of the next row
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_attention_states_kernel(const __grid_constant__ MergeParams p) {
+    const int64_t row = int64_t(blockIdx.x) * (kMergeThreads / 32) + arch::warp_id();
+    if (row >= p.rows) return;
+    const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];
+    const float maximum = lse_a > lse_b ? lse_a : lse_b;
+    const float exp_a = lse_a == -INFINITY ? 0 : expf(lse_a - maximum);
+    const float exp_b = lse_b == -INFINITY ? 0 : expf(lse_b - maximum);
+    const float total = exp_a + exp_b;
+    const float weight_a = total == 0 ? 0 : exp_a / total;
+    const float weight_b = total == 0 ? 0 : exp_b / total;
+    const T* out_a = static_cast<const T*>(p.out_a) + row * p.columns;
+    const T* out_b = static_cast<const T*>(p.out_b) + row * p.columns;
+    T* out = static_cast<T*>(p.out) + row * p.columns;
+    for (int64_t column = arch::lane_id() * 16; column < p.columns; column += 512) {
+        float a[16] = {}, b[16] = {};
+        if (weight_a != 0) tile::widen(a, tile::load_sixteen(out_a, column, p.columns));
+        if (weight_b != 0) tile::widen(b, tile::load_sixteen(out_b, column, p.columns));
+        K2K_UNROLL
+        for (int i = 0; i < 16; ++i) a[i] = fmaf(a[i], weight_a, b[i] * weight_b);
+        tile::Sixteen<T> merged;
+        tile::narrow(merged, a);
+        tile::store_sixteen(out, column, p.columns, merged);
+    }
+    if (arch::lane_id() == 0) p.lse[row] = total == 0 ? -INFINITY : maximum + logf(total);
+}
+
+}  // namespace k2k

@@ -1,0 +1,349 @@
+#pragma once
+
+// MLA decode for every GPU from sm_80 on: attention of few query tokens over the paged cache.
+//
+//     S[r, k] = scale * q[r, :576] . row[k, :576]      r: query token x head, k: cached row
+//     out[r, :512] = softmax_k(S[r, :]) row[:, :512],  lse[r], max_logits[r]
+//
+// Grid      one block of 8 warps a multiprocessor; each takes its tasks as schedule.cuh finds them:
+//           tile_rows rows of q against a range of keys of one sequence.
+// Warps     kRowWarps x kDimWarps: a row warp has 16 rows of the tile; its dim warps each sum a
+//           part of the 576 dims of a score, and each own a part of the 512 columns of the output.
+// Round     32 keys, brought by cp.async into a ring of `stages`:
+//             1. partial scores   mma.sync m16n8k16, q from registers, keys by ldmatrix
+//             2. exchange         dim warps add their partial scores, all in the same order
+//             3. softmax          online, base 2; the output is rescaled only if a maximum grew
+//             4. output           probabilities are already where mma.sync wants them; the same
+//                                 keys again, by transposing ldmatrix
+// Barriers  task_done, task_known  sync_block twice a task, around warp 0's writing it down
+//           round_landed   sync_block a round: all threads' copies have landed, and nobody reads
+//                          the stage that is filled next
+//           scores_ready   named barrier 1 + row warp, between writing and reading the exchange
+//           decoded        sync_block, 656-byte rows only: codes have become bfloat16
+// Shared    exchange 16 KB; ring 36 KB a stage (two: 90 KB, what sm_86 to sm_120 have). 656-byte
+//           rows: 20.5 KB a stage and 36 KB for one decoded round (93 KB with two).
+// Registers of a thread with 64 rows: output 128, q 72, scores 16: at the limit of 255.
+// Layout    a key's 72 chunks of 16 bytes lie in order, but inside each 8 of them chunk c of key k
+//           is at c ^ (k % 8): eight keys' same chunk touch all banks once.
+// Limits    bfloat16 or float16; 656-byte rows with bfloat16 q. Rows begin at multiples of 16
+//           bytes; any page size.
+
+#include "arch/convert.cuh"
+#include "arch/cp_async.cuh"
+#include "arch/ldst.cuh"
+#include "arch/matrix.cuh"
+#include "arch/mma.cuh"
+#include "arch/smem.cuh"
+#include "common/math.h"
+#include "mla_decode/config.h"
+#include "mla_decode/schedule.cuh"
+#include "mla_decode/softmax.cuh"
+#include "tile/e4m3_decode.cuh"
+
+namespace k2k {
+
+constexpr int kKeyBytes = kKeyDim * 2;  // 1,152: nine times 128
+
+struct DecodedRound {
+    uint4 chunks[kRoundBytes / 16];
+};
+struct NothingDecoded {};
+
+// The ring follows it.
+template <bool kQuantized>
+struct alignas(128) MlaSm80Storage {
+    float4 exchange[kPortableThreads / 32][4][32];  // warp, 8 keys, lane
+    std::conditional_t<kQuantized, DecodedRound, NothingDecoded> decoded;
+    MlaTasks tasks;  // warp 0's
+    MlaTask task;
+    bool bad_page;  // its block table names a page that does not exist
+};
+static_assert(sizeof(MlaSm80Storage<false>) + 2 * kRoundBytes == portable_shared_memory(false, 2));
+static_assert(sizeof(MlaSm80Storage<true>) + 2 * kQuantizedRoundBytes ==
+              portable_shared_memory(true, 2));
+
+// The page of this thread's key in the round that begins with `key`. A thread has one key of a
+// round, and every eighth of its chunks.
+K2K_DEVICE int page_of_round(const MlaDecodeParams& p, const MlaTask& task, int key) {
+    key += threadIdx.x / 8;
+    if (key >= task.end_key) return -1;
+    return p.block_table[task.sequence * p.table_stride + key / p.page_size];
+}
+
+// Starts the copies of that round to `stage`; keys behind the end become zeros, so that whatever
+// lies there cannot reach the output as 0 * NaN.
+template <bool kQuantized>
+K2K_DEVICE void copy_round(const MlaDecodeParams& p,
+                           const MlaTask& task,
+                           bool& bad_page,
+                           uint32_t stage,
+                           int key,
+                           int page K2K_WHERE) {
+    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    key += row;
+    const bool wanted = key < task.end_key, valid = wanted && page >= 0 && page < p.pages;
+    if (wanted && !valid) bad_page = true;
+    constexpr int kBytes = kQuantized ? 1 : 2;
+    const char* source = static_cast<const char*>(p.cache);
+    if (valid) {
+        source += (page * p.page_stride + key % p.page_size * p.slot_stride) * kBytes + chunk * 16;
+    }
+    const uint32_t target = stage + (kQuantized ? row * kQuantizedRow + chunk * 16
+                                                : row * kKeyBytes + (chunk ^ row % 8) * 16);
+    constexpr int kChunks = kQuantized ? kQuantizedRow / 16 : kKeyBytes / 16;
+    K2K_UNROLL
+    for (int i = 0; i < ceil_div(kChunks, 8); ++i) {
+        if (kChunks % 8 == 0 || chunk + i * 8 < kChunks) {
+            arch::cp_async(target + i * 128, valid ? source + i * 128 : source,
+                           valid K2K_PASS_WHERE);
+        }
+    }
+}
+
+// 656-byte rows of a stage as bfloat16 rows. A thread has the chunks of a key that lie eight apart:
+// its i-th 16 codes belong to scale i.
+K2K_DEVICE void decode_round(DecodedRound& decoded, const char* stage) {
+    const int row = threadIdx.x / 8, lane = threadIdx.x % 8;
+    const char* from = stage + row * kQuantizedRow;
+    uint4* to = decoded.chunks + row * (kKeyBytes / 16);
+    K2K_NO_UNROLL  // next to the output, there are few registers
+        for (int i = 0; i < 4; ++i) {
+        const float scale = reinterpret_cast<const float*>(from + kScalesAt)[i];
+        const uint4 codes = *reinterpret_cast<const uint4*>(from + (lane + i * 8) * 16);
+        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+        uint32_t pairs[8];
+        K2K_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            float values[4];
+            tile::decode4(values, words[j], scale);
+            pairs[2 * j] = arch::pack_bf16(values[0], values[1]);
+            pairs[2 * j + 1] = arch::pack_bf16(values[2], values[3]);
+        }
+        K2K_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int chunk = 2 * (lane + i * 8) + half;
+            to[chunk ^ row % 8] = make_uint4(pairs[4 * half], pairs[4 * half + 1],
+                                             pairs[4 * half + 2], pairs[4 * half + 3]);
+        }
+    }
+    to[kLatent / 8 + (lane ^ row % 8)] =
+        *reinterpret_cast<const uint4*>(from + kRopeAt + lane * 16);
+}
+
+template <class T, int kRowWarps, bool kQuantized>
+__global__ void __launch_bounds__(kPortableThreads, 1)
+    mla_decode_sm80_kernel(const __grid_constant__ MlaDecodeParams p) {
+    constexpr int kDimWarps = 8 / kRowWarps;
+    constexpr int kSteps = ceil_div(kKeyDim / 16, kDimWarps);  // of 16 dims, of this warp's scores
+    constexpr int kColumns = kLatent / kDimWarps;              // of the output, this warp's
+    constexpr int kOutTiles = kColumns / 8;
+    constexpr int kStageBytes = kQuantized ? kQuantizedRoundBytes : kRoundBytes;
+
+    using Storage = MlaSm80Storage<kQuantized>;
+    Storage& storage = arch::shared_storage<Storage>();
+    const uint32_t ring = arch::smem_address(&storage) + sizeof(Storage);
+    const uint32_t ring_end = ring + p.plan.stages * kStageBytes;
+    const int lane = arch::lane_id(), warp = arch::warp_id();
+    const int row_warp = warp / kDimWarps, dim_warp = warp % kDimWarps;
+    // Where mma.sync keeps what: a thread's scores and outputs are in rows `row` and `row` + 8, in
+    // columns 2 `pair` and the next of each 8.
+    const int row = row_warp * 16 + lane / 4, pair = lane % 4;
+    // Which row of which 8x8 matrix this lane addresses for ldmatrix.
+    const int matrix = lane / 8, matrix_row = lane % 8;
+
+    // Of keys as they stand: 16 keys x 16 dims, the dims of step s are chunks 2s and 2s + 1. A warp
+    // has the steps dim_warp, dim_warp + kDimWarps, ...
+    const int first_chunk = 2 * dim_warp + matrix % 2;
+    const uint32_t score_offset = (matrix / 2 * 8 + matrix_row) * kKeyBytes +
+                                  first_chunk / 8 * 128 + (first_chunk % 8 ^ matrix_row) * 16;
+    // Of keys transposed: 16 keys x 16 columns.
+    const uint32_t out_offset = (matrix % 2 * 8 + matrix_row) * kKeyBytes +
+                                dim_warp * (kColumns * 2) + (matrix / 2 ^ matrix_row) * 16;
+
+    const MlaTask& task = storage.task;
+    if (warp == 0) {
+        const MlaTasks tasks(p, blockIdx.x);
+        if (lane == 0) storage.tasks = tasks;
+    }
+    for (;;) {
+        arch::sync_block();  // task_done: the last one's keys are read, and what is said of it
+        if (warp == 0) {
+            MlaTasks tasks = storage.tasks;
+            tasks.next(p, storage.task);
+            arch::sync_warp();
+            if (lane == 0) storage.tasks = tasks, storage.bad_page = false;
+        }
+        arch::sync_block();  // task_known
+        if (task.last) return;
+
+        // A round is copied while the `stages` - 1 before it are worked on; its pages are looked
+        // up a round earlier still.
+        const int stages = p.plan.stages;
+        uint32_t stage = ring;
+        int page = page_of_round(p, task, task.first_key);
+        K2K_NO_UNROLL
+        for (int i = 0; i < stages - 1; ++i) {
+            const int key = task.first_key + i * kRoundKeys;
+            if (key < task.end_key) {
+                const uint32_t free_stage = ring + i * kStageBytes;
+                copy_round<kQuantized>(p, task, storage.bad_page, free_stage, key, page);
+                page = page_of_round(p, task, key + kRoundKeys);
+            }
+            arch::cp_async_commit();
+        }
+
+        // The queries, as operands of the products; rows that the tile lacks are zeros.
+        uint32_t q[kSteps][4];
+        MlaRowState state;
+        K2K_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int tile_row = row + 8 * half;
+            const bool real = tile_row < task.num_rows;
+            const MlaRow place = mla_row(p, task, real ? tile_row : 0);
+            const T* row_q = static_cast<const T*>(p.q) + place.token * p.q_token_stride +
+                             place.head * p.q_head_stride;
+            K2K_UNROLL
+            for (int i = 0; i < kSteps; ++i) {
+                const int step = dim_warp + i * kDimWarps;
+                const bool has = real && (kKeyDim / 16 % kDimWarps == 0 || step < kKeyDim / 16);
+                const uint32_t* from = reinterpret_cast<const uint32_t*>(row_q + step * 16) + pair;
+                q[i][half] = has ? arch::load_nc(from) : 0;
+                q[i][2 + half] = has ? arch::load_nc(from + 4) : 0;
+            }
+        }
+
+        float out[kOutTiles][4];
+        K2K_UNROLL
+        for (int j = 0; j < kOutTiles; ++j) out[j][0] = out[j][1] = out[j][2] = out[j][3] = 0;
+        state.reset();
+        for (int key = task.first_key; key < task.end_key; key += kRoundKeys) {
+            if (stages == 2) {
+                arch::cp_async_wait<0>();
+            } else {
+                arch::cp_async_wait<2>();
+            }
+            arch::sync_block();  // round_landed
+            const int ahead = key + (stages - 1) * kRoundKeys;
+            if (ahead < task.end_key) {
+                const uint32_t free_stage = (stage == ring ? ring_end : stage) - kStageBytes;
+                copy_round<kQuantized>(p, task, storage.bad_page, free_stage, ahead, page);
+                page = page_of_round(p, task, ahead + kRoundKeys);
+            }
+            arch::cp_async_commit();
+            uint32_t keys = stage;
+            if constexpr (kQuantized) {
+                decode_round(storage.decoded,
+                             reinterpret_cast<char*>(&storage + 1) + (stage - ring));
+                arch::sync_block();  // decoded
+                keys = arch::smem_address(&storage.decoded);
+            }
+
+            const uint32_t score_keys = keys + score_offset;
+            float scores[4][4] = {};
+            K2K_UNROLL
+            for (int i = 0; i < kSteps; ++i) {
+                if (kKeyDim / 16 % kDimWarps == 0 || dim_warp + i * kDimWarps < kKeyDim / 16) {
+                    // Two steps of two dim warps share eight chunks.
+                    const uint32_t address = kDimWarps == 2
+                                                 ? (score_keys ^ i % 2 * 64) + i / 2 * 128
+                                                 : score_keys + i * kDimWarps * 32;
+                    K2K_UNROLL
+                    for (int half = 0; half < 2; ++half) {
+                        uint32_t b[4];
+                        arch::ldmatrix(b, address + half * 16 * kKeyBytes);
+                        arch::mma_sync<T>(scores[2 * half], q[i], {b[0], b[1]});
+                        arch::mma_sync<T>(scores[2 * half + 1], q[i], {b[2], b[3]});
+                    }
+                }
+            }
+            K2K_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                storage.exchange[warp][j][lane] =
+                    make_float4(scores[j][0], scores[j][1], scores[j][2], scores[j][3]);
+            }
+            arch::barrier_sync(1 + row_warp, kDimWarps * 32);  // scores_ready
+            K2K_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                float4 sum = storage.exchange[row_warp * kDimWarps][j][lane];
+                K2K_UNROLL
+                for (int other = 1; other < kDimWarps; ++other) {
+                    const float4 part = storage.exchange[row_warp * kDimWarps + other][j][lane];
+                    sum =
+                        make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+                }
+                scores[j][0] = sum.x, scores[j][1] = sum.y;
+                scores[j][2] = sum.z, scores[j][3] = sum.w;
+            }
+
+            if (key + kRoundKeys > task.border || key + kRoundKeys > task.end_key) {
+                K2K_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    const int border = mla_row(p, task, row + 8 * half).border;
+                    mask_row(scores, half, key + 2 * pair,
+                             border < task.end_key ? border : task.end_key);
+                }
+            }
+            float factor[2];
+            const bool rescale = state.update(scores, factor, p.scale * kLog2E);
+            if (rescale) {
+                K2K_UNROLL
+                for (int j = 0; j < kOutTiles; ++j) {
+                    out[j][0] *= factor[0], out[j][1] *= factor[0];
+                    out[j][2] *= factor[1], out[j][3] *= factor[1];
+                }
+            }
+
+            const uint32_t out_keys = keys + out_offset;
+            K2K_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                uint32_t probabilities[4];
+                K2K_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const float* two = scores[2 * half + i / 2] + i % 2 * 2;
+                    probabilities[i] = pack<T>(two[0], two[1]);
+                }
+                K2K_UNROLL
+                for (int j = 0; j < kOutTiles / 2; ++j) {
+                    uint32_t b[4];
+                    arch::ldmatrix<4, true>(
+                        b, (out_keys ^ j % 4 * 32) + j / 4 * 128 + half * 16 * kKeyBytes);
+                    arch::mma_sync<T>(out[2 * j], probabilities, {b[0], b[1]});
+                    arch::mma_sync<T>(out[2 * j + 1], probabilities, {b[2], b[3]});
+                }
+            }
+            stage = stage + kStageBytes == ring_end ? ring : stage + kStageBytes;
+        }
+
+        state.finish(storage.bad_page);
+        const auto store_row = [&](int half) {
+            const int tile_row = row + 8 * half;
+            if (tile_row >= task.num_rows) return;
+            const MlaRow place = mla_row(p, task, tile_row);
+            if (dim_warp == 0 && pair == 0) state.store_stats(p, task, place, tile_row, half);
+            const float by = state.normalizer(half);
+            const int column = dim_warp * kColumns + 2 * pair;
+            if (task.partial < 0) {
+                T* to = static_cast<T*>(p.out) + place.token * p.out_token_stride +
+                        place.head * p.out_head_stride + column;
+                K2K_UNROLL
+                for (int j = 0; j < kOutTiles; ++j) {
+                    *reinterpret_cast<uint32_t*>(to + 8 * j) =
+                        pack<T>(out[j][2 * half] * by, out[j][2 * half + 1] * by);
+                }
+            } else {
+                float* to = p.partial_out +
+                            (int64_t(task.partial) * p.plan.tile_rows + tile_row) * kLatent +
+                            column;
+                K2K_UNROLL
+                for (int j = 0; j < kOutTiles; ++j) {
+                    *reinterpret_cast<float2*>(to + 8 * j) =
+                        make_float2(out[j][2 * half] * by, out[j][2 * half + 1] * by);
+                }
+            }
+        };
+        store_row(0);
+        store_row(1);
+    }
+}
+
+}  // namespace k2k

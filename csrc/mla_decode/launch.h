@@ -1,0 +1,13 @@
+#pragma once
+
+#include "mla_decode/params.h"
+
+namespace k2k {
+
+// Starts the kernels on `stream`, of the current device: attention, then the joining of what was
+// split. Nothing is started for empty inputs.
+void launch_mla_decode(const MlaDecodeParams& params, void* stream);
+
+void launch_merge_attention_states(const MergeParams& params, void* stream);
+
+}  // namespace k2k
