@@ -83,7 +83,9 @@ constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape)
             ? shape.queries_per_sequence
             : ceil_div(shape.tokens, shape.batch > 0 ? shape.batch : 1);  // the mean
     const int64_t rows = queries * shape.heads;
-    plan.tile_rows = tile_rows_for(rows);
+    // Tiles of different heights add up a score in different orders. With fixed splits, a row's
+    // bits must not depend on how many queries come along.
+    plan.tile_rows = tile_rows_for(shape.split_keys > 0 ? shape.heads : rows);
     plan.stages = portable_stages(shape.quantized, chip.shared_memory);
     const int64_t tiles = ceil_div(rows > 0 ? rows : 1, plan.tile_rows);
     plan.team_size = static_cast<int>(tiles < chip.multiprocessors ? tiles : chip.multiprocessors);
