@@ -50,6 +50,25 @@ for row, row_bytes in BYTES.items():
         PLANS[f"mla_gather_kernel<{row}, {cache}>"] = (48, cache_bytes, 2 * row_bytes, {})  # or zeros
     PLANS[f"mla_append_kernel<{row}, unsigned char>"] = (48, 2 * row_bytes, 3, ENCODE)  # latent and rope
     PLANS[f"mla_gather_kernel<{row}, unsigned char>"] = (48, 3, 3 * row_bytes, {})
+    PLANS[f"merge_attention_states_kernel<{row}>"] = (64, 2 * row_bytes, row_bytes, {})
+# A round of the portable mla_decode: 36 steps of 16 dims over 4 x 8 keys, of which a warp has its share;
+# 2 x 16 keys over its share of 512 columns. Copies stand twice, before the rounds and in them, and count as loads.
+for row in ("bf16", "fp16"):
+    PLANS[f"mla_combine_kernel<{row}>"] = (32, 7, 0, {})  # four parts at a time, then two, then one
+    for row_warps, registers in ((1, 152), (2, 196), (4, 255)):
+        steps, columns = (36 * row_warps + 7) // 8, 8 * row_warps
+        products = {
+            "HMMA.16816.F32" + (".BF16" if row == "bf16" else ""): 4 * steps + 2 * columns,
+            "LDSM.16.M88.4": 2 * steps,
+            "LDSM.16.MT88.4": columns,
+        }
+        for quantized, copies in ((False, 9), (True, 6)):
+            if row == "fp16" and quantized:
+                continue
+            others = products | {"LDGSTS.E.BYPASS.128": 2 * copies}
+            PLANS[f"mla_decode_sm80_kernel<{row}, {row_warps}, {str(quantized).lower()}>"] = (
+                registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
+            )  # fmt: skip
 
 
 def tool(name):
