@@ -81,8 +81,8 @@ K2K_DEVICE void copy_round(const MlaDecodeParams& p,
                            int page K2K_WHERE) {
     const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
     key += row;
-    const bool wanted = key < task.end_key, valid = wanted && page >= 0 && page < p.pages;
-    if (wanted && !valid) bad_page = true;
+    const bool valid = page >= 0 && page < p.pages;
+    if (key < task.end_key && !valid) bad_page = true;
     constexpr int kBytes = kQuantized ? 1 : 2;
     const char* source = static_cast<const char*>(p.cache);
     if (valid) {
