@@ -126,6 +126,13 @@ def test_batches_of_more_sequences_than_a_warp_has_lanes(batch, arch):
         check(run(arch, 2, q, cache, split=split), exact(q, cache))
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_joining_of_so_many_rows_that_a_block_takes_several(seed):
+    queries, cache = k2([66, 70] + [0] * 126, [1] * 128, 32)
+    q = torch.stack(queries)
+    check(run("sm_80", seed, q, cache, split=64), exact(q, cache))
+
+
 @pytest.mark.parametrize("heads, s_q", [(16, 1), (64, 2), (128, 1)])
 @pytest.mark.parametrize("quantize", [False, True])
 def test_every_schedule_gives_the_same_bits(quantize, heads, s_q):
