@@ -56,7 +56,7 @@ __all__ = [
     "swiglu_quantize",
 ]
 
-_SUBPACKAGES = ("model", "optim", "parallel", "testing", "train")
+_SUBPACKAGES = ("integrations", "model", "optim", "parallel", "testing", "train")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -18,6 +18,7 @@ FLOORS = {
     "model": {"model", "ops", "reference"},
     "optim": {"optim", "ops"},
     "parallel": {"parallel", "model", "optim", "ops", "_backend", "reference"},
+    "integrations": {"integrations", "parallel", "model", "optim", "ops", "_backend", "reference"},
     "testing": {"testing", "ops", "reference", "_backend"},
     "train": {"train", "model", "optim"},
 }
