@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from k2kernels.model.attention import Decode, Prefill
+from k2kernels.model.attention import Prefill
 from k2kernels.model.cache import LatentCache, pages_for
+from k2kernels.model.decode_pass import DecodePass
 from k2kernels.model.mtp import draft
+from k2kernels.model.replay import CudaRecorder
 from k2kernels.ops._check import Arguments
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def generate(
     speculative: bool = False,
     cache_dtype: str = "auto",
     on_token: Callable[[Tensor], None] | None = None,
+    cuda_graphs: bool = True,
 ) -> Tensor:
     """Continues each prompt until a stop id or for `max_new_tokens` tokens.
 
@@ -49,6 +52,8 @@ def generate(
             decoding, in fewer passes.
         cache_dtype: "auto" (the model's), or "fp8" (656 bytes per token and layer; 512 + 64 dimensions only).
         on_token: called with each new column of the result, int64 [B] on the CPU, as soon as every row has it.
+        cuda_graphs: on a GPU, replay the decoding passes from CUDA graphs, recorded in the second pass of a batch size;
+            see `DecodePass`. As rows end, the batch shrinks by powers of two.
 
     Returns:
         int64 [B, T + new]: `input_ids`, then up to max_new_tokens columns. Behind its stop id a row holds
@@ -74,6 +79,7 @@ def generate(
         args.require(0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
     if seed is not None:
         args.integer("seed", seed, 0)
+    args.boolean("cuda_graphs", cuda_graphs)
     args.require(on_token is None or callable(on_token), "on_token", "a function or None", on_token)
     if args.boolean("speculative", speculative):
         layers = len(model.mtp_layers)
@@ -90,7 +96,9 @@ def generate(
         return sample(logits.float(), temperature, top_k, top_p, generator) if temperature else logits.argmax(dim=-1)
 
     with torch.no_grad(), _evaluating(model):
-        session = Session(model, lengths, max_new_tokens, len(model.mtp_layers) if speculative else 0, cache_dtype)
+        session = Session(
+            model, lengths, max_new_tokens, len(model.mtp_layers) if speculative else 0, cache_dtype, cuda_graphs
+        )
         result = _Result(len(lengths), max_new_tokens, stops, config.pad_token_id, on_token)
         rows = list(range(len(lengths)))  # those that go on; the tensors below have one entry for each
         each = torch.arange(len(rows), device=prompts.device)
@@ -101,32 +109,37 @@ def generate(
         newest = pick(model.lm_head(hidden[each, last]))  # chosen, not yet in the cache
         following = prompts.roll(-1, dims=1)
         following[each, last] = newest
-        drafts = draft(model, hidden, following, last, step) if speculative else newest.new_empty(len(rows), 0)
+        drafts = draft(model, hidden, following, last, step) if speculative else prompts[:, :0]
         ready = [[token] for token in newest.tolist()]
 
         while going := result.add(rows, ready):
             if len(going) < len(rows):
                 keep = torch.tensor(going, device=prompts.device)
                 rows, newest, drafts = [rows[i] for i in going], newest[keep], drafts[keep]
-            tokens = torch.cat([newest[:, None], drafts], dim=1)
-            step = session.decode(rows, tokens.shape[1])
-            hidden = model.model(tokens, step)
-            chosen = pick(model.lm_head(hidden))  # after each of `tokens`
+            decode = session.decode(rows, torch.cat([newest[:, None], drafts], dim=1))
+            chosen = pick(decode.logits)  # after each of its tokens
             # A draft stands as long as it and all before it are what the model itself chose.
-            last = (tokens[:, 1:] == chosen[:, :-1]).cumprod(dim=1).sum(dim=1)
+            last = (decode.tokens[:, 1:] == chosen[:, :-1]).cumprod(dim=1).sum(dim=1)
             newest = chosen.gather(1, last[:, None]).squeeze(1)
-            if speculative:
-                drafts = draft(model, hidden, chosen, last, step)
-            accepted = (last + 1).tolist()
-            session.advance(rows, accepted)
-            ready = [row[:count] for row, count in zip(chosen.tolist(), accepted)]
+            drafts = draft(model, decode.hidden, chosen, last, decode.step) if speculative else chosen[:, :0]
+            accepted = torch.cat([chosen, last[:, None] + 1], dim=1)[: len(rows)].tolist()
+            ready = [tokens[:count] for *tokens, count in accepted]
+            session.advance(rows, [len(tokens) for tokens in ready])
     return torch.cat([input_ids.long(), result.columns(0, result.reported).to(input_ids.device)], dim=1)
 
 
 class Session:
     """The sequences of one call: their cache, how many tokens of each are in it, and the passes over them."""
 
-    def __init__(self, model: K2Model, lengths: list[int], max_new_tokens: int, drafts: int, cache_dtype: str):
+    def __init__(
+        self,
+        model: K2Model,
+        lengths: list[int],
+        max_new_tokens: int,
+        drafts: int,
+        cache_dtype: str,
+        cuda_graphs: bool = True,
+    ):
         weight = model.lm_head.weight
         self.model, self.device = model, weight.device
         self.lengths = list(lengths)
@@ -144,6 +157,8 @@ class Session:
             cache_dtype=cache_dtype,
         )
         self.absorbed = [layer.self_attn.absorbed(weight.dtype) for layer in layers]
+        self.recorder = CudaRecorder(self.device) if cuda_graphs and self.device.type == "cuda" else None
+        self.passes: dict[tuple[int, int], DecodePass] = {}  # by slots and width
 
     def prefill(self, width: int) -> Prefill:
         """The pass over the prompts, padded on the right to `width` tokens: padding is computed, but not cached."""
@@ -160,23 +175,23 @@ class Session:
             positions=torch.where(real, column, -1).flatten(),
         )
 
-    def decode(self, rows: list[int], width: int) -> Decode:
-        """The pass over the next `width` tokens of `rows`."""
+    def decode(self, rows: list[int], tokens: Tensor) -> DecodePass:
+        """Runs the pass over `tokens` [at least n, width], the next ones of n rows; its results stay until the next.
+
+        The smallest pass that is made for so many rows takes them: of 1, 2, 4 ... or all rows of the session.
+        """
+        width = tokens.shape[1]
         for row in rows:
             self.cache.reserve(row, self.lengths[row] + width)
-        start = torch.tensor([self.lengths[row] for row in rows], device=self.device)
-        positions = (start[:, None] + torch.arange(width, device=self.device)).flatten()
-        return Decode(
-            rope=self.model.rope(positions),
-            cache=self.cache,
-            block_table=self.cache.block_table[rows],
-            positions=positions,
-            seq_lens=(start + width).int(),
-            absorbed=self.absorbed,
-        )
+        slots = min(len(self.lengths), 1 << (len(rows) - 1).bit_length())
+        if (slots, width) not in self.passes:
+            self.passes[slots, width] = DecodePass(self.model, self.cache, self.absorbed, slots, width, self.recorder)
+        decode = self.passes[slots, width]
+        decode(tokens, rows, [self.lengths[row] for row in rows])
+        return decode
 
     def advance(self, rows: list[int], tokens: list[int]) -> None:
-        """Keeps the first so many tokens of each row of the last `decode` pass."""
+        """Keeps the first so many tokens of each row of the last pass."""
         for row, count in zip(rows, tokens):
             self.lengths[row] += count
 

@@ -24,5 +24,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), step)
+        return self.feed_forward(self.attend(x, step))
+
+    def attend(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        """The first half of `forward`."""
+        return x + self.self_attn(self.input_layernorm(x), step)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half."""
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -150,6 +150,7 @@ class K2Model(nn.Module):
         speculative: bool = False,
         cache_dtype: str = "auto",
         on_token: Callable[[Tensor], None] | None = None,
+        cuda_graphs: bool = True,
     ) -> Tensor:
         """Continues the prompts; see `k2kernels.model.generate.generate`."""
         return generate(
@@ -165,6 +166,7 @@ class K2Model(nn.Module):
             speculative=speculative,
             cache_dtype=cache_dtype,
             on_token=on_token,
+            cuda_graphs=cuda_graphs,
         )
 
     def max_logits(self) -> dict[int, Tensor]:

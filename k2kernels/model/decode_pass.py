@@ -1,0 +1,107 @@
+"""The pass of the main model over the next tokens of a batch, in a form that CUDA graphs can replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from k2kernels.model.attention import Decode
+from k2kernels.model.cache import LatentCache
+from k2kernels.model.layer import DecoderLayer
+from k2kernels.model.replay import CudaRecorder, Replay
+
+if TYPE_CHECKING:
+    from k2kernels.model.model import K2Model
+
+
+class DecodePass:
+    """From the next `width` tokens of up to `slots` sequences to the logits after each of them.
+
+    Whatever changes from call to call, lengths and pages included, is read from tensors that stay where they are, and
+    the host looks at none of them. A slot without a sequence is a sequence of length 0: it neither reads nor writes
+    the cache, and what comes out of it means nothing.
+
+    On a GPU all but the parts that wait for the device is replayed from CUDA graphs. Those parts are the experts, as
+    long as their grouped GEMM is PyTorch's, which asks for the sizes of the groups, and whatever else the reference
+    serves for want of a kernel. Sampling and drafting come after the pass and are launched one by one.
+
+    Attributes, with what the last call gave:
+        tokens: int64 [slots, width], what it was called with.
+        hidden: [slots, width, hidden], after the final norm.
+        logits: [slots, width, vocab], in the model's dtype.
+        step: the pass as attention sees it; `draft` goes on with it.
+    """
+
+    def __init__(
+        self,
+        model: K2Model,
+        cache: LatentCache,
+        absorbed: list[tuple[Tensor, Tensor]],
+        slots: int,
+        width: int,
+        recorder: CudaRecorder | None,
+    ):
+        self.model = model
+        weight = model.lm_head.weight
+        self.device = weight.device
+        integers = dict(dtype=torch.int64, device=self.device)
+        self.tokens = torch.zeros(slots, width, **integers)
+        self.sequences = torch.zeros(
+            2, slots, **integers
+        )  # row of the cache, and tokens already in it; -1: no sequence
+        self.hidden = weight.new_empty(slots, width, weight.shape[1])
+        self.logits = weight.new_empty(slots, width, weight.shape[0])
+        positions = torch.zeros(slots * width, **integers)
+        self.step = Decode(
+            rope=model.rope(positions),
+            cache=cache,
+            block_table=cache.block_table.new_empty(slots, cache.block_table.shape[1]),
+            positions=positions,
+            seq_lens=torch.zeros(slots, dtype=torch.int32, device=self.device),
+            absorbed=absorbed,
+        )
+        parts = [("embed_tokens", self._begin)]
+        for index, layer in enumerate(model.model.layers[: model.model.depth]):
+            parts.append((f"layers.{index}.self_attn", lambda layer=layer: self._attend(layer)))
+            parts.append((f"layers.{index}.mlp", lambda layer=layer: self._feed_forward(layer)))
+        self.replay = Replay([*parts, ("lm_head", self._end)], recorder)
+
+    def __call__(self, tokens: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Runs the pass.
+
+        Args:
+            tokens: int64 [at least n, width]; the first n go to the n sequences.
+            rows: of the cache, n of them, with room for the tokens; lengths: tokens that each has in it.
+        """
+        count, idle = len(rows), self.tokens.shape[0] - len(rows)
+        self.tokens[:count].copy_(tokens[:count])
+        sequences = torch.tensor([[*rows, *[0] * idle], [*lengths, *[-1] * idle]])
+        if self.device.type == "cuda":
+            sequences = sequences.pin_memory()  # else the copy waits
+        self.sequences.copy_(sequences, non_blocking=True)
+        self.replay()
+
+    def _begin(self) -> None:
+        step, (rows, lengths) = self.step, self.sequences
+        used = lengths >= 0
+        width = self.tokens.shape[1]
+        positions = lengths[:, None] + torch.arange(width, device=self.device)
+        step.positions.copy_(torch.where(used[:, None], positions, -1).flatten())
+        step.seq_lens.copy_(torch.where(used, lengths + width, 0))
+        step.block_table.copy_(step.cache.block_table[rows])
+        for buffer, angle in zip(step.rope, self.model.rope(step.positions)):
+            buffer.copy_(angle)
+        self.hidden.copy_(self.model.model.embed_tokens(self.tokens))
+
+    def _attend(self, layer: DecoderLayer) -> None:
+        self.hidden.copy_(layer.attend(self.hidden, self.step))
+
+    def _feed_forward(self, layer: DecoderLayer) -> None:
+        self.hidden.copy_(layer.feed_forward(self.hidden))
+
+    def _end(self) -> None:
+        self.hidden.copy_(self.model.model.norm(self.hidden))
+        self.logits.copy_(self.model.lm_head(self.hidden))
