@@ -2,7 +2,7 @@
 
     python bench/gpu.py [OP ...] [--results bench/results/gpu.jsonl]
 
-Appends one JSON line per figure, and prints a table last.
+Appends one JSON line per figure, prints a table, and last draws the pictures for which there are lines (pictures.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+import pictures
 import torch
 
 from k2kernels.testing.bench import Case, measure, measure_ceilings, table
@@ -55,6 +56,9 @@ def main() -> int:
             file.flush()  # a run that is cut off keeps what it measured
             lines.append(line)
     print(table(lines))
+    if importlib.util.find_spec("matplotlib"):
+        for path in pictures.draw(options.results, HERE.parent / "docs"):
+            print(f"drawn: {path}")
     return 0
 
 

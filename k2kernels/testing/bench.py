@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import statistics
 import subprocess
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 Inputs = tuple[Any, ...]
 CACHE_MULTIPLE = 3  # the rotating inputs together exceed the L2 cache this many times
 MAX_SETS = 64
+OURS = "k2kernels"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Case:
         bytes: that a call must move through memory, each input read once and each output written once.
         flops: that it must do on tensor cores, in `dtype` ("bf16" or "fp8"); 0 for ops that only move data.
         make: one set of random inputs on the device.
-        bodies: name -> function of such a set; "k2kernels" is ours, the others are peers.
+        bodies: name -> function of such a set; `OURS` is this library, the others are peers.
     """
 
     op: str
@@ -70,7 +72,10 @@ class Line:
 
 
 def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, repeats: int = 20) -> Iterable[Line]:
-    """Times every body of every case, the bodies of a case one after another on the same inputs."""
+    """Times every body of every case, the bodies of a case one after another on the same inputs.
+
+    A peer that raises is left out with a warning; ours is not.
+    """
     where = dict(
         device=torch.cuda.get_device_name(device),
         date=datetime.date.today().isoformat(),
@@ -80,7 +85,13 @@ def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, rep
     for case in cases:
         sets = input_sets(case, device)
         for who, body in case.bodies.items():
-            us, graph = time_us(body, sets, repeats)
+            try:
+                us, graph = time_us(body, sets, repeats)
+            except Exception as error:
+                if who == OURS:
+                    raise
+                warnings.warn(f"{case.op}, {case.shape}: {who} is left out: {error}", stacklevel=2)
+                continue
             yield Line(
                 op=case.op,
                 shape=case.shape,

@@ -1,4 +1,4 @@
-"""The two pictures of a training run."""
+"""The two pictures of a training run, and the style of all pictures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ INK, MUTED, GRID = "#1f2328", "#656d76", "#d8dee4"
 BLUE, ORANGE = "#0b62c4", "#c2410c"
 
 
-def _axes(title: str, subtitle: str, xlabel: str, ylabel: str):
+def new_figure(rows: int = 1, columns: int = 1):
+    """A figure, and its axes [rows, columns]."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
+    return plt.subplots(rows, columns, figsize=(8 * columns, 4.5 * rows), dpi=150, layout="constrained", squeeze=False)
+
+
+def style(axes, title: str, subtitle: str, xlabel: str, ylabel: str) -> None:
+    """Titles on the left, horizontal lines only, nothing that is not needed."""
     axes.set_title(f"{title}\n", loc="left", color=INK, fontsize=13, fontweight="bold")
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, color=MUTED, fontsize=9.5)
     axes.set_xlabel(xlabel, color=MUTED)
@@ -27,10 +32,10 @@ def _axes(title: str, subtitle: str, xlabel: str, ylabel: str):
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    return figure, axes
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Writes the picture whole or not at all."""
     import matplotlib.pyplot as plt
 
     temporary = path.with_suffix(".tmp.png")
@@ -48,7 +53,8 @@ def plot_loss(
     title: str,
 ) -> None:
     """Bits per byte over steps: each training batch, their running mean, the held-out text, and xz -9e."""
-    figure, axes = _axes("Bits per byte", title, "step", "bits / byte")
+    figure, ((axes,),) = new_figure()
+    style(axes, "Bits per byte", title, "step", "bits / byte")
     mean, smooth = train[0], []
     for value in train:
         mean += 0.1 * (value - mean)
@@ -70,7 +76,7 @@ def plot_loss(
     low = min([xz, *train, *(v for _, v in valid)])
     axes.set_ylim(max(0, low - 0.25), min(8, max(smooth[: max(1, len(smooth) // 50)]) + 0.2))
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_max_logits(
@@ -83,7 +89,8 @@ def plot_max_logits(
     """The largest attention logit of each layer over steps, and the threshold of QK-clip."""
     import matplotlib
 
-    figure, axes = _axes("Largest attention logit per layer", title, "step", "max logit")
+    figure, ((axes,),) = new_figure()
+    style(axes, "Largest attention logit per layer", title, "step", "max logit")
     colors = matplotlib.colormaps["viridis"]
     ends = []
     for index, (layer, values) in enumerate(sorted(layers.items())):
@@ -117,4 +124,4 @@ def plot_max_logits(
             fontsize=9,
             annotation_clip=False,
         )
-    _save(figure, path)
+    save(figure, path)

@@ -1,0 +1,138 @@
+"""Pictures of what was measured on a GPU.
+
+python bench/pictures.py [--results bench/results/gpu.jsonl] [--out docs]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from k2kernels.testing.bench import OURS
+from k2kernels.train.plots import BLUE, INK, MUTED, new_figure, save, style
+
+HERE = Path(__file__).parent
+PEER_COLORS = {
+    "FlashMLA": "#c2410c",
+    "FlashInfer": "#15803d",
+    "torch.compile": "#7c3aed",
+    "torch sdpa": "#656d76",
+    "split 512": "#5ba3f0",
+}
+CACHES = {"bf16": "bfloat16 cache", "656": "656-byte cache"}
+
+
+class Point(NamedTuple):
+    """One line of mla_decode, its shape taken apart."""
+
+    batch: int
+    length: int  # x 1024
+    s_q: int
+    heads: int
+    cache: str
+    line: dict[str, Any]
+
+
+def draw(results: Path, out: Path) -> list[Path]:
+    """Draws the pictures for which `results` holds lines; returns their paths."""
+    lines = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
+    points = _points(lines)
+    drawn = []
+    for heads in sorted({point.heads for point in points}):
+        out.mkdir(parents=True, exist_ok=True)
+        drawn.append(out / f"mla_decode_{heads}_heads.png")
+        plot_mla_decode(drawn[-1], [point for point in points if point.heads == heads])
+    return drawn
+
+
+def plot_mla_decode(path: Path, points: Sequence[Point]) -> None:
+    """Bandwidth over batch and length, a panel for each kind of cache and number of query tokens.
+
+    The dashed line is the roof: the bytes in the time that the machine's own copy, or its own matrix product where
+    that is slower, would take.
+    """
+    caches = [cache for cache in CACHES if any(p.cache == cache for p in points)]
+    queries = sorted({p.s_q for p in points})
+    figure, panels = new_figure(len(queries), len(caches))
+    top = max(_roof(p.line) for p in points) / 1e3
+    for s_q, row in zip(queries, panels):
+        for cache, axes in zip(caches, row):
+            _panel(axes, [p for p in points if (p.s_q, p.cache) == (s_q, cache)], s_q, cache)
+            axes.set_ylim(0, 1.08 * top)
+    save(figure, path)
+
+
+def _panel(axes, points: Sequence[Point], s_q: int, cache: str) -> None:
+    title = f"{CACHES[cache]}, {s_q} query token{'s' if s_q > 1 else ''}"
+    line = points[-1].line if points else None
+    where = "not measured" if line is None else "mla_decode, {heads} heads; {device}, {date}, commit {commit}".format(
+        heads=points[-1].heads, **line
+    )  # fmt: skip
+    style(axes, title, where, "tokens in the cache of each sequence", "TB/s")
+    places: dict[tuple[int, int], float] = {}
+    batches = sorted({p.batch for p in points})
+    for batch in batches:
+        lengths = sorted({p.length for p in points if p.batch == batch})
+        first = max(places.values(), default=-1.6) + 1.6
+        places.update({(batch, length): first + i for i, length in enumerate(lengths)})
+        axes.text(
+            first + (len(lengths) - 1) / 2, 0.97, f"batch {batch}", transform=axes.get_xaxis_transform(),
+            ha="center", va="top", color=MUTED, fontsize=9,
+        )  # fmt: skip
+    axes.set_xticks(list(places.values()), [f"{length}k" for _, length in places])
+
+    roof = {(p.batch, p.length): _roof(p.line) / 1e3 for p in points}
+    whos = sorted({p.line["who"] for p in points}, key=lambda who: (who != OURS, who))
+    for batch in batches:  # lines do not run from one batch to the next
+        first = batch == batches[0]
+        group = [key for key in places if key[0] == batch]
+        axes.plot(
+            [places[key] for key in group], [roof[key] for key in group], color=INK, linestyle=(0, (4, 3)),
+            linewidth=1.2, label="roof" if first else None,
+        )  # fmt: skip
+        for who in whos:
+            rates = {(p.batch, p.length): p.line["gb_per_s"] / 1e3 for p in points if p.line["who"] == who}
+            seen = [key for key in group if key in rates]
+            axes.plot(
+                [places[key] for key in seen], [rates[key] for key in seen], marker="o", markersize=4,
+                color=BLUE if who == OURS else PEER_COLORS.get(who, MUTED), linewidth=2.2 if who == OURS else 1.2,
+                label=who if first else None, zorder=3 if who == OURS else 2,
+            )  # fmt: skip
+    if points:
+        axes.legend(
+            frameon=False, labelcolor=INK, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1.06), ncols=1 + len(whos)
+        )
+
+
+def _roof(line: dict[str, Any]) -> float:
+    """GB/s at the floor of the case."""
+    return line["gb_per_s"] / line["roofline"]
+
+
+def _points(lines: Sequence[dict[str, Any]]) -> list[Point]:
+    """The latest line of each shape and body, of the device that was measured last."""
+    lines = [line for line in lines if line["op"] == "mla_decode"]
+    latest = {(line["shape"], line["who"]): line for line in lines if line["device"] == lines[-1]["device"]}
+    points = []
+    for (shape, _), line in latest.items():
+        if match := re.fullmatch(r"(\d+)x(\d+)k q(\d+) h(\d+) (\w+)", shape):
+            *sizes, cache = match.groups()
+            points.append(Point(*map(int, sizes), cache, line))
+    return points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
+    options = parser.parse_args()
+    drawn = draw(options.results, options.out)
+    print("\n".join(map(str, drawn)) or f"no lines of mla_decode in {options.results}")
+
+
+if __name__ == "__main__":
+    main()
