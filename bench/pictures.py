@@ -63,6 +63,9 @@ def plot_mla_decode(path: Path, points: Sequence[Point]) -> None:
         for cache, axes in zip(caches, row):
             _panel(axes, [p for p in points if (p.s_q, p.cache) == (s_q, cache)], s_q, cache)
             axes.set_ylim(0, 1.08 * top)
+    pairs = [pair for row in panels for axes in row for pair in zip(*axes.get_legend_handles_labels())]
+    handles = {label: handle for handle, label in pairs}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=8, frameon=False, labelcolor=INK)
     save(figure, path)
 
 
@@ -102,10 +105,6 @@ def _panel(axes, points: Sequence[Point], s_q: int, cache: str) -> None:
                 color=BLUE if who == OURS else PEER_COLORS.get(who, MUTED), linewidth=2.2 if who == OURS else 1.2,
                 label=who if first else None, zorder=3 if who == OURS else 2,
             )  # fmt: skip
-    if points:
-        axes.legend(
-            frameon=False, labelcolor=INK, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1.06), ncols=1 + len(whos)
-        )
 
 
 def _roof(line: dict[str, Any]) -> float:
