@@ -255,6 +255,7 @@ def test_ends_of_the_context():
             dict(attention_mask=torch.tensor([[1] * 5, [1, 0, 1, 1, 1]])),
             r"attention_mask must be one run of ones in each row, got \[1, 2\] runs",
         ),
+        (dict(cuda_graphs="yes"), "cuda_graphs must be True or False, got 'yes'"),
         (dict(speculative="yes"), "speculative must be True or False, got 'yes'"),
         (dict(speculative=True), "speculative must be False for a model without MTP layers"),
     ],
