@@ -21,8 +21,8 @@ class DecodePass:
     """From the next `width` tokens of up to `slots` sequences to the logits after each of them.
 
     Whatever changes from call to call, lengths and pages included, is read from tensors that stay where they are, and
-    the host looks at none of them. A slot without a sequence is a sequence of length 0: it neither reads nor writes
-    the cache, and what comes out of it means nothing.
+    the host looks at none of them. A slot without a sequence is idle: its sequence has length 0, it neither reads nor
+    writes the cache, and what comes out of it means nothing.
 
     On a GPU all but the parts that wait for the device is replayed from CUDA graphs. Those parts are the experts, as
     long as their grouped GEMM is PyTorch's, which asks for the sizes of the groups, and whatever else the reference
@@ -49,9 +49,7 @@ class DecodePass:
         self.device = weight.device
         integers = dict(dtype=torch.int64, device=self.device)
         self.tokens = torch.zeros(slots, width, **integers)
-        self.sequences = torch.zeros(
-            2, slots, **integers
-        )  # row of the cache, and tokens already in it; -1: no sequence
+        self.sequences = torch.zeros(2, slots, **integers)  # rows of the cache, and how many tokens each has; -1: idle
         self.hidden = weight.new_empty(slots, width, weight.shape[1])
         self.logits = weight.new_empty(slots, width, weight.shape[0])
         positions = torch.zeros(slots * width, **integers)
@@ -86,11 +84,11 @@ class DecodePass:
 
     def _begin(self) -> None:
         step, (rows, lengths) = self.step, self.sequences
-        used = lengths >= 0
+        busy = lengths >= 0
         width = self.tokens.shape[1]
         positions = lengths[:, None] + torch.arange(width, device=self.device)
-        step.positions.copy_(torch.where(used[:, None], positions, -1).flatten())
-        step.seq_lens.copy_(torch.where(used, lengths + width, 0))
+        step.positions.copy_(torch.where(busy[:, None], positions, -1).flatten())
+        step.seq_lens.copy_(torch.where(busy, lengths + width, 0))
         step.block_table.copy_(step.cache.block_table[rows])
         for buffer, angle in zip(step.rope, self.model.rope(step.positions)):
             buffer.copy_(angle)
