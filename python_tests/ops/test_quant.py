@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import quant
-from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, swiglu_quantize
+from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, rms_norm_quantize, swiglu_quantize
 from k2kernels.testing.compare import check_close, check_op
-from k2kernels.testing.inputs import guarded, guarded_memory
+from k2kernels.testing.inputs import exact_rms_rows, guarded, guarded_memory
 
 E4M3 = torch.float8_e4m3fn
 
@@ -309,6 +309,31 @@ def test_swiglu_is_silu_gate_times_up(dtype):
 def test_swiglu_gradient():
     gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(k2kernels.swiglu, gate_up)
+
+
+def swiglu_gradient(grad, gate_up):
+    """The gradient in float64, and what float32 may lose of it: some roundings of terms that partly cancel."""
+    grad, gate, up = grad.double(), *gate_up.double().chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    want = torch.cat([grad * up * (sigmoid + gate * sigmoid * (1 - sigmoid)), grad * gate * sigmoid], dim=-1)
+    lost = torch.cat([grad * up * sigmoid * (1 + gate.abs()), want[..., gate.shape[-1] :]], dim=-1).abs()
+    # exp 2 units of 2**-23, and the sum, the quotient, the difference and four more operations half a unit each.
+    return want, 6 * 2.0**-23 * lost + torch.finfo(torch.float32).tiny
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3, 64), (9, 640), (1, 3), (33,), (0, 16), (4, 0)])
+def test_swiglu_gradient_in_low_precision(shape, dtype):
+    gate_up = (torch.randn(*shape[:-1], 2 * shape[-1]) * 4).to(dtype).requires_grad_()
+    grad = torch.randn(shape).to(dtype)
+    before = k2kernels.launch_count("swiglu_backward")
+    k2kernels.swiglu(gate_up).backward(grad)
+    assert (k2kernels.launch_count("swiglu_backward") > before) == (k2kernels.launch_count("swiglu") > before)
+    want, lost = swiglu_gradient(grad, gate_up.detach())
+    rounding = torch.maximum(torch.finfo(dtype).eps / 2 * want.abs(), torch.tensor(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps))
+    assert gate_up.grad.dtype == dtype
+    check_close(gate_up.grad, want, budget=lost + rounding)
 
 
 @with_kernels
