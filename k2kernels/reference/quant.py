@@ -47,7 +47,7 @@ def quantize_128x128(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_1x128` of the model's norm: x / sqrt(mean of squares + eps) * weight in float32, rounded to x's dtype."""
+    """`quantize_1x128` of the model's norm: x / sqrt(mean(x**2) + eps) * weight in float32, rounded to x's dtype."""
     return quantize_1x128(F.rms_norm(x, weight.shape, weight, eps), power_of_two, scale_layout)
 
 

@@ -19,9 +19,9 @@ needs_kernels = pytest.mark.skipif(
     not _C.build_info()["cuda_archs"], reason="built without nvcc: there is no machine code"
 )
 
-# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024); the
-# 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU loads gate
-# and up); and what else must be there, by architecture.
+# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024; 80:
+# 768); the 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU
+# loads gate and up, its gradient a third operand); and what else must be there, by architecture.
 ENCODE = {"sm_90a": {"F2FP.SATFINITE.E4M3": 8}}
 PLANS = {
     "quantize_rows_kernel<bf16, false>": (48, 2, 1, ENCODE),
@@ -42,8 +42,17 @@ PLANS = {
     "swiglu_kernel<bf16>": (64, 4, 2, {}),
     "swiglu_kernel<fp16>": (64, 4, 2, {}),
     "swiglu_kernel<float>": (64, 8, 4, {}),
+    "swiglu_backward_kernel<bf16>": (80, 6, 4, {}),
+    "swiglu_backward_kernel<fp16>": (80, 6, 4, {}),
+    "swiglu_backward_kernel<float>": (80, 12, 8, {}),
 }
 BYTES = {"float": 4, "bf16": 2, "fp16": 2}
+for x, x_bytes in BYTES.items():
+    # The weight is loaded, x copied by cp.async; a loop over the sixteens of a lane is not unrolled.
+    copy = {arch: {"LDGSTS.E.BYPASS.128": x_bytes} for arch in ("sm_80", "sm_90a")}
+    copy["sm_90a"] |= ENCODE["sm_90a"]
+    PLANS[f"rms_norm_quantize_kernel<{x}, 1>"] = (64 if x == "float" else 48, x_bytes, 1, copy)
+    PLANS[f"rms_norm_quantize_kernel<{x}, 2>"] = (80 if x == "float" else 64, x_bytes, 1, copy)
 for row, row_bytes in BYTES.items():
     for cache, cache_bytes in BYTES.items():
         PLANS[f"mla_append_kernel<{row}, {cache}>"] = (48, row_bytes, cache_bytes, {})
