@@ -23,10 +23,10 @@ constexpr int transpose_columns(int element_bytes) { return 128 / element_bytes;
 // 128x128: the block is held in registers between its maximum and its codes: 32 elements a thread.
 constexpr int kBlockThreads = 512;
 
-// RMSNorm: a row stays in shared memory between the sum of its squares and its codes, in the care of
-// warps of its own, 16 neighbours a lane, once or twice. Twice leaves the 7,168 columns of Kimi-K2's
-// hidden state to 7 warps; short rows get more lanes instead, and share a block: its rows are
-// neighbours, so that their scales in a column are too.
+// RMSNorm: a row stays in shared memory between the sum of its squares and its codes, in the care
+// of warps of its own, 16 neighbours a lane, once or twice. Twice leaves the 7,168 columns of
+// Kimi-K2's hidden state to 7 warps; short rows get more lanes instead, and share a block: its rows
+// are neighbours, so that their scales in a column are too.
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / 32;
 constexpr int64_t kNormMostColumns = 2 * 512 * kNormWarps;

@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_blocks(kSixteens * 16 * siz
         const int64_t row = index - batch * p.rows;
         const bool here = index < all_rows;
 
-        const T* x =
-            static_cast<const T*>(p.x) + batch * p.x_batch_stride + row * p.x_row_stride;
+        const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride + row * p.x_row_stride;
         K2K_NO_UNROLL
         for (int i = 0; i < kSixteens; ++i) {
             start_copy<T>(smem.x[i], x, first_column + i * step, here ? p.columns : 0);

@@ -12,7 +12,7 @@
 // Tile      8 rows x 512 columns; blocks walk tiles as config.h says (no tail of idle blocks).
 // Thread    16 neighbours of a row: 16-byte loads and stores, everything else in registers. Eight
 //           lanes hold a block of 128; three shuffles give its maximum.
-// In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 63 registers a thread a
+// In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 64 registers a thread a
 //           multiprocessor holds five and four blocks, 40 and 64 KiB; by bandwidth x latency of
 //           DRAM, 20 to 36 KiB are needed. The gradient reads 96 bytes a thread and holds them all.
 // Scales    "row": a warp holds four blocks of one row, so their scales are 16 bytes in a row.

@@ -83,6 +83,16 @@ K2K_DEVICE void widen(float (&values)[16], const Sixteen<T>& sixteen) {
     for (int i = 0; i < 16; ++i) values[i] = as_float(sixteen.values[i]);
 }
 
+// A pair in one word: neither half is cut out of it first.
+K2K_DEVICE void widen(float (&values)[16], const Sixteen<bf16>& sixteen) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(sixteen.values);
+    K2K_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        values[2 * i] = soft::bits_float(pairs[i] << 16);
+        values[2 * i + 1] = soft::bits_float(pairs[i] & 0xffff0000);
+    }
+}
+
 K2K_DEVICE void narrow(Sixteen<float>& sixteen, const float (&values)[16]) {
     K2K_UNROLL
     for (int i = 0; i < 16; ++i) sixteen.values[i] = values[i];

@@ -48,11 +48,11 @@ PLANS = {
 }
 BYTES = {"float": 4, "bf16": 2, "fp16": 2}
 for x, x_bytes in BYTES.items():
-    # The weight is loaded, x copied by cp.async; a loop over the sixteens of a lane is not unrolled.
+    # The weight is loaded, x by cp.async (LDGSTS, an LDG too); the loop over a lane's sixteens is not unrolled.
     copy = {arch: {"LDGSTS.E.BYPASS.128": x_bytes} for arch in ("sm_80", "sm_90a")}
     copy["sm_90a"] |= ENCODE["sm_90a"]
-    PLANS[f"rms_norm_quantize_kernel<{x}, 1>"] = (64 if x == "float" else 48, x_bytes, 1, copy)
-    PLANS[f"rms_norm_quantize_kernel<{x}, 2>"] = (80 if x == "float" else 64, x_bytes, 1, copy)
+    PLANS[f"rms_norm_quantize_kernel<{x}, 1>"] = (64 if x == "float" else 48, 2 * x_bytes, 1, copy)
+    PLANS[f"rms_norm_quantize_kernel<{x}, 2>"] = (80 if x == "float" else 64, 2 * x_bytes, 1, copy)
 for row, row_bytes in BYTES.items():
     for cache, cache_bytes in BYTES.items():
         PLANS[f"mla_append_kernel<{row}, {cache}>"] = (48, row_bytes, cache_bytes, {})
