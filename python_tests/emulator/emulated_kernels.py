@@ -34,7 +34,7 @@ LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 KERNEL_FLAGS += LINK_FLAGS
 BUILD = ROOT / "build" / "emulator_tests" / (SANITIZE or "plain")
 
-SCHEDULES = {"round_robin": (0, 0), "depth_first": (1, 0), "pct1": (2, 1), "pct2": (2, 2)}
+SCHEDULES = {"round_robin": 0, "depth_first": 1, "pct2": 2, "pct3": 3}  # seeds
 
 
 def compile_object(source, flags, headers=KERNELS):
@@ -54,10 +54,11 @@ def compile_object(source, flags, headers=KERNELS):
     return out
 
 
-def link(name, objects):
+def link(name, objects, fiber=ROOT / "csrc/emulator/fiber.cpp"):
     """The emulator and `objects` as one library."""
-    sources = [*sorted((ROOT / "csrc/emulator").glob("*.[cS]*")), ROOT / "csrc/arch/tensor_map.cpp"]
-    objects = [compile_object(source, [*FLAGS, *EMULATOR_FLAGS]) for source in sources] + objects
+    sources = {*(ROOT / "csrc/emulator").glob("*.[cS]*"), ROOT / "csrc/arch/tensor_map.cpp", fiber}
+    sources -= {ROOT / "csrc/emulator/fiber.cpp"} - {fiber}
+    objects = [compile_object(source, [*FLAGS, *EMULATOR_FLAGS]) for source in sorted(sources)] + objects
     key = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
     out = BUILD / f"{name}-{key}.so"
     if not out.exists():
@@ -70,16 +71,18 @@ def link(name, objects):
 
 
 @cache
-def library():
-    kernels = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
-    out = link("kernels", [compile_object(source, [*FLAGS, *KERNEL_FLAGS]) for source in kernels])
+def library(ucontext=False):
+    sources = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
+    kernels = [compile_object(source, [*FLAGS, *KERNEL_FLAGS]) for source in sources]
+    portable = KERNELS.parent / "fiber_ucontext.cpp"
+    out = link("kernels_ucontext", kernels, fiber=portable) if ucontext else link("kernels", kernels)
     lib = ctypes.CDLL(str(out))
     lib.last_error.restype = ctypes.c_char_p
     lib.allocate.restype = ctypes.c_void_p
     lib.allocate.argtypes = [ctypes.c_size_t]
     lib.release.argtypes = [ctypes.c_void_p]
     lib.count_switches.restype = lib.count_bytes_loaded.restype = ctypes.c_uint64
-    lib.configure.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    lib.configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return lib
 
 
@@ -87,11 +90,10 @@ class EmulatorError(RuntimeError):
     pass
 
 
-def run(kernel, *arguments, schedule="round_robin", delivery=0, arch=90, bug=0, hopper_fp8=False):
-    """Runs a kernel's C function. Arrays are copied to guarded memory and back."""
-    lib = library()
-    policy, seed = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    lib.configure(policy, delivery, seed, arch, hopper_fp8)
+def run(kernel, *arguments, seed=0, delivery=-1, arch=90, bug=0, hopper_fp8=False, ucontext=False):
+    """Runs a kernel's C function. Arrays are copied to guarded memory and back; delivery: the seed's, or an enum's."""
+    lib = library(ucontext)
+    lib.configure(seed, delivery, arch, hopper_fp8)
     ctypes.c_int.in_dll(lib, "planted_bug").value = bug
     addresses, values = [], []
     for argument in arguments:
