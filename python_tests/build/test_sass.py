@@ -61,6 +61,12 @@ for row, row_bytes in BYTES.items():
     PLANS[f"mla_gather_kernel<{row}, unsigned char>"] = (48, 3, 3 * row_bytes, {})
 
 
+# What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.
+INSTRUCTIONS = ["LDSM", "LDGSTS", "HMMA", "REDUX", "BPT.TRAP"]
+HOPPER = ["HGMMA", "QGMMA", "STSM", "STAS.128", "SYNCS.ARRIVE", "USETMAXREG", "UBLKCP", "UBLKPF", "UBLKRED", "UCGABAR"]
+HOPPER += ["UTMALDG.3D.MULTICAST", "UTMAPF.L2.3D", "UTMASTG.3D", "UTMAREDG.3D", "UTMACCTL.PF"]
+
+
 def tool(name):
     """A program of NVIDIA's, from the PATH or from its package (extra "sass")."""
     if found := shutil.which(name):
@@ -117,6 +123,14 @@ def sass():
 def test_every_kernel_has_a_plan_and_is_compiled_for_every_architecture():
     compiled = {(short(kernel), kernel["arch"]) for kernel in KERNELS}
     assert compiled == {(name, arch) for name in PLANS for arch in ARCHS}
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wrappers_become_the_meant_instructions(arch, sass):
+    found = sum((ops for (of, symbol), ops in sass.items() if of == arch and "11conformance" in symbol), Counter())
+    wanted = INSTRUCTIONS + (HOPPER if arch == "sm_90a" else [])
+    assert [name for name in wanted if not count(found, name)] == []
 
 
 @needs_kernels
