@@ -61,6 +61,7 @@ void cp_async_arrive(void* barrier, Where where) {
     race::Quiet quiet;
     enter("cp_async_arrive", where);
     checked_mbarrier(barrier, "cp_async_arrive", where);
+    race::release(barrier);
     auto copies = std::make_shared<std::vector<CpAsync>>(self()->cp_async);
     self()->cp_async.clear();
     for (std::size_t& group : self()->cp_async_groups) group = 0;
