@@ -48,7 +48,8 @@ K2K_DEVICE void cluster_sync(K2K_WHERE_ONLY) {
     cluster_wait(K2K_PASS_WHERE_ONLY);
 }
 
-// The same object in the shared memory of block `rank`.
+// The same object in the shared memory of block `rank`: for loads, stores and atomics. It has no
+// shared-space address here, so ldmatrix, wgmma and copies do not reach it.
 // PTX: #data-movement-and-conversion-instructions-mapa
 template <class T>
 K2K_DEVICE T* cluster_pointer(T* pointer, uint32_t rank K2K_WHERE) {

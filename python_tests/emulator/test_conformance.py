@@ -51,6 +51,10 @@ def test_every_wrapper_is_shown():
     kernels = "\n".join(path.read_text() for path in (CSRC / "conformance").glob("*.cuh"))
     assert len(names) > 80
     assert [name for name in sorted(names) if not re.search(rf"arch::{name}\b", kernels)] == []
+    listed = (CSRC / "arch" / "README.md").read_text()
+    listed += "".join(listed.replace("{1,2,3}d", f"{rank}d") for rank in (1, 2, 3))
+    missing = [name for name in names if name.removesuffix("_multicast") not in listed]
+    assert missing == [], "not in csrc/arch/README.md"
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS))
