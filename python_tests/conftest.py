@@ -1,4 +1,4 @@
-"""What holds for every test: its own seed, and one thread. With K2K_SANITIZE the ops' emulated kernels are sanitized."""
+"""What holds for every test: its own seed, one thread, and with K2K_SANITIZE sanitized kernels in the emulator."""
 
 import os
 import sys

@@ -110,7 +110,8 @@ def emulated_module():
     objects = [compile_object(source, [*FLAGS, *KERNEL_FLAGS]) for source in sorted(csrc.glob("*/launch*.cu"))]
     bindings = {csrc / "common/selfcheck.cpp", *(csrc / "bind").glob("*.cpp")}
     bindings -= {csrc / "bind/device.cpp", csrc / "bind/no_device.cpp"}
-    return load_module("_emu", objects + [compile_object(s, [*FLAGS, *binding_flags("_emu")]) for s in sorted(bindings)])
+    objects += [compile_object(source, [*FLAGS, *binding_flags("_emu")]) for source in sorted(bindings)]
+    return load_module("_emu", objects)
 
 
 class EmulatorError(RuntimeError):
