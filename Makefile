@@ -65,13 +65,15 @@ gpu:
 	-PYTHONPATH=. timeout 60 $(PYTHON) python_tests/emulator/record.py
 	PYTHONPATH=. timeout 240 $(PYTHON) bench/gpu.py
 
-KERNEL_TESTS := -m pytest -q -p no:faulthandler python_tests/emulator/test_kernels.py
+# Under TSan without the launches that end with an error: its reports after one are not to be trusted.
+KERNEL_TESTS := -m pytest -q -s -p no:faulthandler $(addprefix python_tests/,emulator/test_kernels.py \
+    emulator/test_conformance.py ops/test_quant.py ops/test_mla_cache.py)
 library = $(shell $(or $(CXX),g++) -print-file-name=$(1))
 sanitize: env
 	K2K_SANITIZE=address ASAN_OPTIONS=detect_leaks=0,handle_segv=0 \
 	    LD_PRELOAD="$(call library,libasan.so) $(call library,libstdc++.so)" $(PY) $(KERNEL_TESTS)
 	K2K_SANITIZE=thread TSAN_OPTIONS=handle_segv=0 OPENBLAS_NUM_THREADS=1 \
-	    LD_PRELOAD=$(call library,libtsan.so) $(PY) $(KERNEL_TESTS) -k "round_robin and gemm_mma"
+	    LD_PRELOAD=$(call library,libtsan.so) $(PY) $(KERNEL_TESTS) -k "not faults and not refused and not portable"
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out

@@ -62,7 +62,7 @@ class CMakeBuild(build_ext):
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_suffix(".tmp")
-        shutil.copy2(made, temporary)
+        shutil.copy(made, temporary)  # of now: setuptools copies only what is newer than what another build left
         os.replace(temporary, out)  # a process that has the old module loaded keeps it
 
     @staticmethod

@@ -20,7 +20,7 @@ from k2kernels.ops.moe import (
     moe_update_bias,
 )
 from k2kernels.ops.newton_schulz import newton_schulz, newton_schulz_grouped
-from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, swiglu, swiglu_quantize
+from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, rms_norm_quantize, swiglu, swiglu_quantize
 
 __version__ = "0.1.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "newton_schulz_grouped",
     "quantize_1x128",
     "quantize_128x128",
+    "rms_norm_quantize",
     "swiglu",
     "swiglu_quantize",
 ]

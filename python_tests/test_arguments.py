@@ -39,6 +39,7 @@ CALLS = {
     ),
     "quantize_1x128": dict(x=X, power_of_two=False, scale_layout="row", transpose=False, **ROWS),
     "quantize_128x128": dict(w=X, power_of_two=False),
+    "rms_norm_quantize": dict(x=X, weight=torch.randn(256), eps=1e-6, power_of_two=False, scale_layout="row"),
     "dequantize": dict(data=A, scales=A_SCALES, block=(1, 128), dtype=torch.float32),
     "swiglu": dict(gate_up=X),
     "swiglu_quantize": dict(gate_up=X, weights=torch.rand(6), power_of_two=False, scale_layout="row", **ROWS),

@@ -30,6 +30,7 @@ def _ends(n):
 CASES = {
     "quantize_1x128": (k.quantize_1x128, lambda n: (torch.randn(n, 256),)),
     "quantize_128x128": (k.quantize_128x128, lambda n: (torch.randn(n, 256),)),
+    "rms_norm_quantize": (lambda x: k.rms_norm_quantize(x, torch.ones(256)), lambda n: (torch.randn(n, 256),)),
     "swiglu": (k.swiglu, lambda n: (torch.randn(n, 8),)),
     "swiglu_quantize": (k.swiglu_quantize, lambda n: (torch.randn(n, 256),)),
     "fp8_gemm": (lambda a, s: k.fp8_gemm(a, s, *WEIGHT), lambda n: k.quantize_1x128(torch.randn(n, 256))),

@@ -2,7 +2,7 @@
 
 // Clusters: neighbouring blocks that run at once and reach one another's shared memory. sm_90.
 
-#include "arch/smem.cuh"
+#include "arch/mbarrier.cuh"
 
 namespace k2k::arch {
 
@@ -48,7 +48,8 @@ K2K_DEVICE void cluster_sync(K2K_WHERE_ONLY) {
     cluster_wait(K2K_PASS_WHERE_ONLY);
 }
 
-// The same object in the shared memory of block `rank`.
+// The same object in the shared memory of block `rank`: for loads, stores and atomics. It has no
+// shared-space address here, so ldmatrix, wgmma and copies do not reach it.
 // PTX: #data-movement-and-conversion-instructions-mapa
 template <class T>
 K2K_DEVICE T* cluster_pointer(T* pointer, uint32_t rank K2K_WHERE) {
@@ -58,6 +59,35 @@ K2K_DEVICE T* cluster_pointer(T* pointer, uint32_t rank K2K_WHERE) {
     T* peer;
     K2K_PTX_PURE("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(pointer), "r"(rank));
     return peer;
+#endif
+}
+
+// Stores 4, 8 or 16 bytes, at a multiple of their number, to the shared memory of block `rank`,
+// where `target` and `barrier` name the same places as here; completes those bytes at the barrier
+// there. A store by a thread, not by the async proxy: wgmma and TMA there need fence_proxy_async.
+// PTX: #data-movement-and-conversion-instructions-st-async
+template <class T>
+K2K_DEVICE void store_async(T* target, T value, Mbarrier& barrier, uint32_t rank K2K_WHERE) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+#ifdef K2K_EMULATED
+    emulator::store_async(target, &value, sizeof(T), &barrier, rank, where);
+#else
+#define K2K_STORE_ASYNC(type, names, rank_name, ...)                                       \
+    K2K_PTX("{ .reg .b32 target, barrier; mapa.shared::cluster.u32 target, %0, " rank_name \
+            "; mapa.shared::cluster.u32 barrier, %1, " rank_name                           \
+            "; st.async.weak.shared::cluster.mbarrier::complete_tx::bytes" type            \
+            " [target], " names ", [barrier]; }" ::"r"(smem_address(target)),              \
+            "r"(smem_address(&barrier)), __VA_ARGS__, "r"(rank) : "memory")
+    const auto* words = reinterpret_cast<const uint32_t*>(&value);
+    if constexpr (sizeof(T) == 4) {
+        K2K_STORE_ASYNC(".b32", "%2", "%3", "r"(words[0]));
+    } else if constexpr (sizeof(T) == 8) {
+        K2K_STORE_ASYNC(".v2.b32", "{%2, %3}", "%4", "r"(words[0]), "r"(words[1]));
+    } else {
+        K2K_STORE_ASYNC(".v4.b32", "{%2, %3, %4, %5}", "%6", "r"(words[0]), "r"(words[1]),
+                        "r"(words[2]), "r"(words[3]));
+    }
+#undef K2K_STORE_ASYNC
 #endif
 }
 

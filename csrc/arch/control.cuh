@@ -6,8 +6,9 @@
 
 namespace k2k::arch {
 
-// Gives registers of each thread of the warpgroup back (down to kCount) or takes more (up to it);
-// kCount: a multiple of 8 from 24 to 256. sm_90.
+// Gives registers of each thread of the warpgroup back (down to kCount) or takes more (up to it),
+// waiting until other warpgroups of the block have given them back; kCount: a multiple of 8 from 24
+// to 256. All four warps; __launch_bounds__ fixes the number a thread starts with. sm_90a.
 // PTX: #miscellaneous-instructions-setmaxnreg
 template <int kCount>
 K2K_DEVICE void registers_decrease(K2K_WHERE_ONLY) {

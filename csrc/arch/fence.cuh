@@ -11,7 +11,7 @@ namespace k2k::arch {
 // PTX: #parallel-synchronization-and-communication-instructions-membar-fence
 template <Scope kScope>
 K2K_DEVICE void fence_acq_rel(K2K_WHERE_ONLY) {
-    K2K_EMULATE(fence(emulator::Order::kAcqRel, where));
+    K2K_EMULATE(fence(where));
     if constexpr (kScope == Scope::kGpu) {
         K2K_PTX("fence.acq_rel.gpu;" :: : "memory");
     } else {

@@ -258,6 +258,7 @@ K2K_DEVICE void reduce_add_release(uint32_t* target, uint32_t value K2K_WHERE) {
 // PTX: #parallel-synchronization-and-communication-instructions-red
 K2K_DEVICE void reduce_add_vector(float4* target, float4 value K2K_WHERE) {
 #ifdef K2K_EMULATED
+    emulator::enter_sm90("reduce_add_vector", where);
     emulator::atomic(target, 16, emulator::Order::kRelaxed, where, [&] {
         target->x += value.x;
         target->y += value.y;

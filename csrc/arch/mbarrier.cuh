@@ -37,15 +37,17 @@ K2K_DEVICE void mbarrier_arrive(Mbarrier& barrier K2K_WHERE) {
         smem_address(&barrier)) : "memory");
 }
 
-// Arrives once at the barrier in the same place of block `rank` of the cluster. sm_90.
+// Arrives `count` times at the barrier in the same place of block `rank` of the cluster. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-arrive
-K2K_DEVICE void mbarrier_arrive_cluster(Mbarrier& barrier, uint32_t rank K2K_WHERE) {
-    K2K_EMULATE(mbarrier_arrive_cluster(&barrier, rank, 1, where));
+K2K_DEVICE void mbarrier_arrive_cluster(Mbarrier& barrier,
+                                        uint32_t rank,
+                                        uint32_t count = 1 K2K_WHERE) {
+    K2K_EMULATE(mbarrier_arrive_cluster(&barrier, rank, count, where));
     K2K_PTX(
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(
+        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote], %2; }" ::"r"(
             smem_address(&barrier)),
-        "r"(rank) : "memory");
+        "r"(rank), "r"(count) : "memory");
 }
 
 // Announces `bytes` of copies to the current phase, then arrives once. sm_90.

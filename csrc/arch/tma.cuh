@@ -17,86 +17,128 @@ K2K_DEVICE void tma_prefetch(const TensorMap& map K2K_WHERE) {
     K2K_PTX("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// ---- tensor tiles: the same four functions for 1, 2 and 3 dimensions
+// What L2 should think of the data of a load: the last parameter of the loads below. The values are
+// what createpolicy.fractional makes of the whole of the data (CUTLASS's TMA::CacheHintSm90 has the
+// same). PTX: #data-movement-and-conversion-instructions-createpolicy
+enum class CacheHint : uint64_t {
+    kNone = 0,
+    kEvictFirst = 0x12f0000000000000,  // read once: give way to others
+    kEvictLast = 0x14f0000000000000,   // read by many blocks: stay
+};
+
+// ---- tensor tiles: the same five functions for 1, 2 and 3 dimensions
 //
-// tma_load_<rank>d            fills the tile at `target` with the box that starts at the
-// coordinates
-//                             (innermost first) and completes its bytes at `barrier`
+// tma_prefetch_<rank>d        fetches the box that starts at the coordinates (innermost first) into
+//                             L2
+// tma_load_<rank>d            fills the tile at `target` with the box and completes its bytes at
+//                             `barrier`
 // tma_load_<rank>d_multicast  the same into the same place of every block whose bit is in cta_mask,
 //                             and completes at each one's barrier
 // tma_store_<rank>d           writes the tile at `source` to the box
 // tma_reduce_add_<rank>d      adds it
 // PTX: #data-movement-and-conversion-instructions-cp-async-bulk-tensor
+//      #data-movement-and-conversion-instructions-cp-async-bulk-prefetch-tensor
 //      #data-movement-and-conversion-instructions-cp-reduce-async-bulk-tensor
 
 #ifdef K2K_EMULATED
-#define K2K_TMA(rank, parameters, load_names, multicast_names, store_names, ...)          \
-    inline void tma_load_##rank##d(void* target, const TensorMap& map, Mbarrier& barrier, \
-                                   parameters K2K_WHERE) {                                \
-        const int coordinates[] = {__VA_ARGS__};                                          \
-        emulator::tma_load(rank, target, &map, &barrier, coordinates, 0, where);          \
-    }                                                                                     \
-    inline void tma_load_##rank##d_multicast(void* target, const TensorMap& map,          \
-                                             Mbarrier& barrier, uint16_t cta_mask,        \
-                                             parameters K2K_WHERE) {                      \
-        const int coordinates[] = {__VA_ARGS__};                                          \
-        emulator::tma_load(rank, target, &map, &barrier, coordinates, cta_mask, where);   \
-    }                                                                                     \
-    inline void tma_store_##rank##d(const TensorMap& map, const void* source,             \
-                                    parameters K2K_WHERE) {                               \
-        const int coordinates[] = {__VA_ARGS__};                                          \
-        emulator::tma_store(rank, &map, source, coordinates, where);                      \
-    }                                                                                     \
-    inline void tma_reduce_add_##rank##d(const TensorMap& map, const void* source,        \
-                                         parameters K2K_WHERE) {                          \
-        const int coordinates[] = {__VA_ARGS__};                                          \
-        emulator::tma_reduce_add(rank, &map, source, coordinates, where);                 \
+#define K2K_TMA(rank, parameters, prefetch_names, load_names, multicast_names, store_names, ...) \
+    inline void tma_prefetch_##rank##d(const TensorMap& map, parameters K2K_WHERE) {             \
+        const int coordinates[] = {__VA_ARGS__};                                                 \
+        emulator::tma_prefetch_box(rank, &map, coordinates, where);                              \
+    }                                                                                            \
+    inline void tma_load_##rank##d(void* target, const TensorMap& map, Mbarrier& barrier,        \
+                                   parameters, CacheHint = CacheHint::kNone K2K_WHERE) {         \
+        const int coordinates[] = {__VA_ARGS__};                                                 \
+        emulator::tma_load(rank, target, &map, &barrier, coordinates, 0, where);                 \
+    }                                                                                            \
+    inline void tma_load_##rank##d_multicast(void* target, const TensorMap& map,                 \
+                                             Mbarrier& barrier, uint16_t cta_mask, parameters,   \
+                                             CacheHint = CacheHint::kNone K2K_WHERE) {           \
+        const int coordinates[] = {__VA_ARGS__};                                                 \
+        emulator::tma_load(rank, target, &map, &barrier, coordinates, cta_mask, where);          \
+    }                                                                                            \
+    inline void tma_store_##rank##d(const TensorMap& map, const void* source,                    \
+                                    parameters K2K_WHERE) {                                      \
+        const int coordinates[] = {__VA_ARGS__};                                                 \
+        emulator::tma_store(rank, &map, source, coordinates, where);                             \
+    }                                                                                            \
+    inline void tma_reduce_add_##rank##d(const TensorMap& map, const void* source,               \
+                                         parameters K2K_WHERE) {                                 \
+        const int coordinates[] = {__VA_ARGS__};                                                 \
+        emulator::tma_reduce_add(rank, &map, source, coordinates, where);                        \
     }
 #define K2K_COORDINATE(c) c
 #else
-#define K2K_TMA(rank, parameters, load_names, multicast_names, store_names, ...)                 \
-    K2K_DEVICE void tma_load_##rank##d(void* target, const TensorMap& map, Mbarrier& barrier,    \
-                                       parameters) {                                             \
-        K2K_PTX("cp.async.bulk.tensor." #rank                                                    \
-                "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "              \
-                "[%1, " load_names "], [%2];" ::"r"(smem_address(target)),                       \
-                "l"(&map), "r"(smem_address(&barrier)), __VA_ARGS__ : "memory");                 \
-    }                                                                                            \
-    K2K_DEVICE void tma_load_##rank##d_multicast(                                                \
-        void* target, const TensorMap& map, Mbarrier& barrier, uint16_t cta_mask, parameters) {  \
-        K2K_PTX("cp.async.bulk.tensor." #rank                                                    \
-                "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"                     \
-                ".multicast::cluster [%0], [%1, " multicast_names                                \
-                "], [%2], %3;" ::"r"(smem_address(target)),                                      \
-                "l"(&map), "r"(smem_address(&barrier)), "h"(cta_mask), __VA_ARGS__ : "memory");  \
-    }                                                                                            \
-    K2K_DEVICE void tma_store_##rank##d(const TensorMap& map, const void* source, parameters) {  \
-        K2K_PTX("cp.async.bulk.tensor." #rank                                                    \
-                "d.global.shared::cta.tile.bulk_group [%0, " store_names "], [%1];" ::"l"(&map), \
-                "r"(smem_address(source)), __VA_ARGS__ : "memory");                              \
-    }                                                                                            \
-    K2K_DEVICE void tma_reduce_add_##rank##d(const TensorMap& map, const void* source,           \
-                                             parameters) {                                       \
-        K2K_PTX("cp.reduce.async.bulk.tensor." #rank                                             \
-                "d.global.shared::cta.add.tile.bulk_group [%0, " store_names                     \
-                "], [%1];" ::"l"(&map),                                                          \
-                "r"(smem_address(source)), __VA_ARGS__ : "memory");                              \
+#define K2K_TMA(rank, parameters, prefetch_names, load_names, multicast_names, store_names, ...)   \
+    K2K_DEVICE void tma_prefetch_##rank##d(const TensorMap& map, parameters) {                     \
+        K2K_PTX("cp.async.bulk.prefetch.tensor." #rank "d.L2.global.tile [%0, " prefetch_names     \
+                "];" ::"l"(&map),                                                                  \
+                __VA_ARGS__ : "memory");                                                           \
+    }                                                                                              \
+    K2K_DEVICE void tma_load_##rank##d(void* target, const TensorMap& map, Mbarrier& barrier,      \
+                                       parameters, CacheHint hint = CacheHint::kNone) {            \
+        if (hint == CacheHint::kNone) {                                                            \
+            K2K_PTX("cp.async.bulk.tensor." #rank                                                  \
+                    "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "            \
+                    "[%1, " load_names "], [%2];" ::"r"(smem_address(target)),                     \
+                    "l"(&map), "r"(smem_address(&barrier)), "l"(static_cast<uint64_t>(hint)),      \
+                    __VA_ARGS__ : "memory");                                                       \
+        } else {                                                                                   \
+            K2K_PTX("cp.async.bulk.tensor." #rank                                                  \
+                    "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "   \
+                    "[%0], [%1, " load_names "], [%2], %3;" ::"r"(smem_address(target)),           \
+                    "l"(&map), "r"(smem_address(&barrier)), "l"(static_cast<uint64_t>(hint)),      \
+                    __VA_ARGS__ : "memory");                                                       \
+        }                                                                                          \
+    }                                                                                              \
+    K2K_DEVICE void tma_load_##rank##d_multicast(void* target, const TensorMap& map,               \
+                                                 Mbarrier& barrier, uint16_t cta_mask, parameters, \
+                                                 CacheHint hint = CacheHint::kNone) {              \
+        if (hint == CacheHint::kNone) {                                                            \
+            K2K_PTX("cp.async.bulk.tensor." #rank                                                  \
+                    "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"                   \
+                    ".multicast::cluster [%0], [%1, " multicast_names                              \
+                    "], [%2], %3;" ::"r"(smem_address(target)),                                    \
+                    "l"(&map), "r"(smem_address(&barrier)), "h"(cta_mask),                         \
+                    "l"(static_cast<uint64_t>(hint)), __VA_ARGS__ : "memory");                     \
+        } else {                                                                                   \
+            K2K_PTX("cp.async.bulk.tensor." #rank                                                  \
+                    "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"                   \
+                    ".multicast::cluster.L2::cache_hint [%0], [%1, " multicast_names               \
+                    "], [%2], %3, %4;" ::"r"(smem_address(target)),                                \
+                    "l"(&map), "r"(smem_address(&barrier)), "h"(cta_mask),                         \
+                    "l"(static_cast<uint64_t>(hint)), __VA_ARGS__ : "memory");                     \
+        }                                                                                          \
+    }                                                                                              \
+    K2K_DEVICE void tma_store_##rank##d(const TensorMap& map, const void* source, parameters) {    \
+        K2K_PTX("cp.async.bulk.tensor." #rank                                                      \
+                "d.global.shared::cta.tile.bulk_group [%0, " store_names "], [%1];" ::"l"(&map),   \
+                "r"(smem_address(source)), __VA_ARGS__ : "memory");                                \
+    }                                                                                              \
+    K2K_DEVICE void tma_reduce_add_##rank##d(const TensorMap& map, const void* source,             \
+                                             parameters) {                                         \
+        K2K_PTX("cp.reduce.async.bulk.tensor." #rank                                               \
+                "d.global.shared::cta.add.tile.bulk_group [%0, " store_names                       \
+                "], [%1];" ::"l"(&map),                                                            \
+                "r"(smem_address(source)), __VA_ARGS__ : "memory");                                \
     }
 #define K2K_COORDINATE(c) "r"(c)
 #endif
 #define K2K_COMMA ,
-K2K_TMA(1, int c0, "{%3}", "{%4}", "{%2}", K2K_COORDINATE(c0))
+K2K_TMA(1, int c0, "{%1}", "{%4}", "{%5}", "{%2}", K2K_COORDINATE(c0))
 K2K_TMA(2,
         int c0 K2K_COMMA int c1,
-        "{%3, %4}",
+        "{%1, %2}",
         "{%4, %5}",
+        "{%5, %6}",
         "{%2, %3}",
         K2K_COORDINATE(c0),
         K2K_COORDINATE(c1))
 K2K_TMA(3,
         int c0 K2K_COMMA int c1 K2K_COMMA int c2,
-        "{%3, %4, %5}",
+        "{%1, %2, %3}",
         "{%4, %5, %6}",
+        "{%5, %6, %7}",
         "{%2, %3, %4}",
         K2K_COORDINATE(c0),
         K2K_COORDINATE(c1),
@@ -107,17 +149,36 @@ K2K_TMA(3,
 
 // ---- bulk copies: contiguous bytes; addresses and size are multiples of 16
 
+// Fetches global memory into L2.
+// PTX: #data-movement-and-conversion-instructions-cp-async-bulk-prefetch
+K2K_DEVICE void bulk_prefetch(const void* source, uint32_t bytes K2K_WHERE) {
+    K2K_EMULATE(bulk_prefetch(source, bytes, where));
+    K2K_PTX("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // Global to shared memory; completes `bytes` at `barrier`.
 // PTX: #data-movement-and-conversion-instructions-cp-async-bulk
 K2K_DEVICE void bulk_load(void* target,
                           const void* source,
                           uint32_t bytes,
-                          Mbarrier& barrier K2K_WHERE) {
-    K2K_EMULATE(bulk_load(target, source, bytes, &barrier, 0, where));
-    K2K_PTX(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-        "[%3];" ::"r"(smem_address(target)),
-        "l"(source), "r"(bytes), "r"(smem_address(&barrier)) : "memory");
+                          Mbarrier& barrier,
+                          [[maybe_unused]] CacheHint hint = CacheHint::kNone K2K_WHERE) {
+#ifdef K2K_EMULATED
+    emulator::bulk_load(target, source, bytes, &barrier, 0, where);
+#else
+    if (hint == CacheHint::kNone) {
+        K2K_PTX(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+            "[%3];" ::"r"(smem_address(target)),
+            "l"(source), "r"(bytes), "r"(smem_address(&barrier)) : "memory");
+    } else {
+        K2K_PTX(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(target)),
+            "l"(source), "r"(bytes), "r"(smem_address(&barrier)),
+            "l"(static_cast<uint64_t>(hint)) : "memory");
+    }
+#endif
 }
 
 // The same into every block of the cluster whose bit is in cta_mask.
@@ -126,12 +187,24 @@ K2K_DEVICE void bulk_load_multicast(void* target,
                                     const void* source,
                                     uint32_t bytes,
                                     Mbarrier& barrier,
-                                    uint16_t cta_mask K2K_WHERE) {
-    K2K_EMULATE(bulk_load(target, source, bytes, &barrier, cta_mask, where));
-    K2K_PTX(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(target)),
-        "l"(source), "r"(bytes), "r"(smem_address(&barrier)), "h"(cta_mask) : "memory");
+                                    uint16_t cta_mask,
+                                    [[maybe_unused]] CacheHint hint = CacheHint::kNone K2K_WHERE) {
+#ifdef K2K_EMULATED
+    emulator::bulk_load(target, source, bytes, &barrier, cta_mask, where);
+#else
+    if (hint == CacheHint::kNone) {
+        K2K_PTX(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(target)),
+            "l"(source), "r"(bytes), "r"(smem_address(&barrier)), "h"(cta_mask) : "memory");
+    } else {
+        K2K_PTX(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+            ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(smem_address(target)),
+            "l"(source), "r"(bytes), "r"(smem_address(&barrier)), "h"(cta_mask),
+            "l"(static_cast<uint64_t>(hint)) : "memory");
+    }
+#endif
 }
 
 // Own shared memory to that of block `rank` of the cluster, where `target` and `barrier` name the

@@ -7,15 +7,9 @@ namespace k2k::bind {
 
 namespace {
 
-// Seed 0 is the plainest schedule, 1 the one farthest from it, any other a random one.
 void configure(int arch, std::uint64_t seed) {
-    emulator::Options& options = emulator::options();
-    options.arch = arch;
-    options.seed = seed;
-    options.schedule = seed == 0   ? emulator::Schedule::kRoundRobin
-                       : seed == 1 ? emulator::Schedule::kDepthFirst
-                                   : emulator::Schedule::kPct;
-    options.delivery = seed < 2 ? emulator::Delivery::kLate : emulator::Delivery::kRandom;
+    emulator::options().arch = arch;
+    emulator::set_seed(emulator::options(), seed);
 }
 
 py::dict counters() {

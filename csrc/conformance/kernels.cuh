@@ -92,7 +92,9 @@ __global__ void __launch_bounds__(32) time_kernel(const uint32_t*, uint32_t* out
     Rows out(output);
     const uint64_t before = arch::globaltimer();
     arch::nanosleep(100);
-    out(arch::globaltimer() >= before);
+    const uint64_t after = arch::globaltimer();
+    if (after < before) arch::trap();
+    out(after >= before);
 }
 
 // ---- loads, stores, atomics

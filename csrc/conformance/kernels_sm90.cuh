@@ -13,6 +13,7 @@
 
 namespace k2k::conformance {
 
+using arch::CacheHint;
 using arch::Major;
 using arch::Mbarrier;
 using arch::Swizzle;
@@ -113,18 +114,31 @@ struct alignas(1024) TilesStorage {
 };
 
 template <int kRank>
-K2K_DEVICE void load_box(void* target, const TensorMap& map, Mbarrier& full, const int (&c)[3]) {
-    if constexpr (kRank == 1) arch::tma_load_1d(target, map, full, c[0]);
-    if constexpr (kRank == 2) arch::tma_load_2d(target, map, full, c[0], c[1]);
-    if constexpr (kRank == 3) arch::tma_load_3d(target, map, full, c[0], c[1], c[2]);
+K2K_DEVICE void prefetch_box(const TensorMap& map, const int (&c)[3]) {
+    if constexpr (kRank == 1) arch::tma_prefetch_1d(map, c[0]);
+    if constexpr (kRank == 2) arch::tma_prefetch_2d(map, c[0], c[1]);
+    if constexpr (kRank == 3) arch::tma_prefetch_3d(map, c[0], c[1], c[2]);
 }
 template <int kRank>
-K2K_DEVICE void load_box_multicast(
-    void* target, const TensorMap& map, Mbarrier& full, uint16_t mask, const int (&c)[3]) {
-    if constexpr (kRank == 1) arch::tma_load_1d_multicast(target, map, full, mask, c[0]);
-    if constexpr (kRank == 2) arch::tma_load_2d_multicast(target, map, full, mask, c[0], c[1]);
+K2K_DEVICE void load_box(
+    void* target, const TensorMap& map, Mbarrier& full, const int (&c)[3], CacheHint hint) {
+    if constexpr (kRank == 1) arch::tma_load_1d(target, map, full, c[0], hint);
+    if constexpr (kRank == 2) arch::tma_load_2d(target, map, full, c[0], c[1], hint);
+    if constexpr (kRank == 3) arch::tma_load_3d(target, map, full, c[0], c[1], c[2], hint);
+}
+template <int kRank>
+K2K_DEVICE void load_box_multicast(void* target,
+                                   const TensorMap& map,
+                                   Mbarrier& full,
+                                   uint16_t mask,
+                                   const int (&c)[3],
+                                   CacheHint hint) {
+    if constexpr (kRank == 1) arch::tma_load_1d_multicast(target, map, full, mask, c[0], hint);
+    if constexpr (kRank == 2) {
+        arch::tma_load_2d_multicast(target, map, full, mask, c[0], c[1], hint);
+    }
     if constexpr (kRank == 3) {
-        arch::tma_load_3d_multicast(target, map, full, mask, c[0], c[1], c[2]);
+        arch::tma_load_3d_multicast(target, map, full, mask, c[0], c[1], c[2], hint);
     }
 }
 template <int kRank>
@@ -150,6 +164,7 @@ K2K_DEVICE void show_tiles(const TilesStorage& smem, uint32_t bytes, uint32_t* o
     }
 }
 
+// With every hint; the box that lies inside the tensor is prefetched too.
 template <int kRank>
 __global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ TensorMap map,
                                                        const __grid_constant__ Boxes boxes,
@@ -160,8 +175,12 @@ __global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ T
         arch::mbarrier_init(smem.full, 1);
         arch::fence_mbarrier_init();
         arch::mbarrier_arrive_expect_tx(smem.full, kNumBoxes * boxes.bytes);
+        prefetch_box<kRank>(map, boxes.first[0]);
         for (int box = 0; box < kNumBoxes; ++box) {
-            load_box<kRank>(smem.tiles[box], map, smem.full, boxes.first[box]);
+            const CacheHint hint = box == 0   ? CacheHint::kNone
+                                   : box == 1 ? CacheHint::kEvictFirst
+                                              : CacheHint::kEvictLast;
+            load_box<kRank>(smem.tiles[box], map, smem.full, boxes.first[box], hint);
         }
     }
     arch::sync_block();
@@ -185,9 +204,9 @@ __global__ void __launch_bounds__(128) tma_multicast_kernel(const __grid_constan
     arch::cluster_sync();
     if (threadIdx.x == 0) {
         load_box_multicast<kRank>(smem.tiles[rank], map, smem.full, 3,
-                                  boxes.first[rank == 0 ? 0 : 1]);
+                                  boxes.first[rank == 0 ? 0 : 1], CacheHint::kEvictLast);
         load_box_multicast<kRank>(smem.tiles[2], map, smem.full, uint16_t(1 << rank),
-                                  boxes.first[rank == 0 ? 0 : 2]);
+                                  boxes.first[rank == 0 ? 0 : 2], CacheHint::kNone);
     }
     arch::mbarrier_wait(smem.full, 0);
     show_tiles(smem, boxes.bytes, output + rank * kNumBoxes * (boxes.bytes / 4));
@@ -218,7 +237,8 @@ __global__ void __launch_bounds__(128) tma_store_kernel(const __grid_constant__ 
     }
 }
 
-// Input: 64 floats; output: those, and 64 floats to which they have been added twice.
+// Input: 64 floats; output: those, and 64 floats to which they have been added twice. The halves
+// are loaded with different hints.
 struct alignas(128) BulkStorage {
     float values[64];
     Mbarrier full;
@@ -229,7 +249,9 @@ __global__ void __launch_bounds__(32) bulk_kernel(const uint32_t* input, uint32_
         arch::mbarrier_init(smem.full, 1);
         arch::fence_mbarrier_init();
         arch::mbarrier_arrive_expect_tx(smem.full, sizeof smem.values);
-        arch::bulk_load(smem.values, input, sizeof smem.values, smem.full);
+        arch::bulk_prefetch(input, sizeof smem.values);
+        arch::bulk_load(smem.values, input, 128, smem.full, CacheHint::kEvictFirst);
+        arch::bulk_load(smem.values + 32, input + 32, 128, smem.full);
         arch::mbarrier_wait(smem.full, 0);
         arch::bulk_store(output, smem.values, sizeof smem.values);
         for (int i = 0; i < 2; ++i) {
@@ -258,7 +280,7 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
     const bool receives = kReceivers >> rank & 1;
     smem.own[lane] = smem.multicast[lane] = input[rank * 32 + lane];
     if (lane == 0) {
-        arch::mbarrier_init(smem.arrived, size);
+        arch::mbarrier_init(smem.arrived, size * (size + 1) / 2);
         arch::mbarrier_init(smem.landed, 1);
         arch::fence_mbarrier_init();
         arch::mbarrier_arrive_expect_tx(smem.landed, receives ? 2 * kBytes : kBytes);
@@ -270,7 +292,10 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
     if (lane == 0) {
         arch::bulk_copy_to_cluster(smem.copied, smem.own, kBytes, smem.landed, next);
         if (rank == 0) {
-            arch::bulk_load_multicast(smem.multicast, input + 128, kBytes, smem.landed, kReceivers);
+            arch::bulk_load_multicast(smem.multicast, input + 128, kBytes / 2, smem.landed,
+                                      kReceivers);
+            arch::bulk_load_multicast(smem.multicast + 16, input + 144, kBytes / 2, smem.landed,
+                                      kReceivers, CacheHint::kEvictLast);
         }
     }
     Rows out(output + rank * 5 * 32);
@@ -281,10 +306,44 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
     out(smem.copied[lane]);
     out(smem.multicast[lane]);
 
-    // Each block arrives once at every other's barrier, and its own.
-    if (lane < size) arch::mbarrier_arrive_cluster(smem.arrived, lane);
+    // Block r arrives r + 1 times at every other's barrier, and its own.
+    if (lane < size) arch::mbarrier_arrive_cluster(smem.arrived, lane, rank + 1);
     arch::mbarrier_wait_cluster(smem.arrived, 0);
     arch::cluster_sync();
+}
+
+// Four blocks. Each lane sends its word w, then w + 1 and w + 2, then w + 3 to w + 6 to the next
+// block. Input: 4 x 32 words; output: seven rows of 32 per block, what has come.
+struct alignas(16) StoreAsyncStorage {
+    uint4 sixteen[32];
+    uint2 eight[32];
+    uint32_t four[32];
+    Mbarrier landed;
+};
+__global__ void __launch_bounds__(32) store_async_kernel(const uint32_t* input, uint32_t* output) {
+    StoreAsyncStorage& smem = arch::shared_storage<StoreAsyncStorage>();
+    const uint32_t lane = arch::lane_id(), rank = arch::cluster_rank();
+    const uint32_t next = (rank + 1) % arch::cluster_size();
+    if (lane == 0) {
+        arch::mbarrier_init(smem.landed, 1);
+        arch::fence_mbarrier_init();
+        arch::mbarrier_arrive_expect_tx(smem.landed, 32 * (4 + 8 + 16));
+    }
+    arch::cluster_sync();
+    const uint32_t w = input[rank * 32 + lane];
+    arch::store_async(&smem.four[lane], w, smem.landed, next);
+    arch::store_async(&smem.eight[lane], make_uint2(w + 1, w + 2), smem.landed, next);
+    arch::store_async(&smem.sixteen[lane], make_uint4(w + 3, w + 4, w + 5, w + 6), smem.landed,
+                      next);
+    arch::mbarrier_wait_cluster(smem.landed, 0);
+    Rows out(output + rank * 7 * 32);
+    out(smem.four[lane]);
+    out(smem.eight[lane].x);
+    out(smem.eight[lane].y);
+    out(smem.sixteen[lane].x);
+    out(smem.sixteen[lane].y);
+    out(smem.sixteen[lane].z);
+    out(smem.sixteen[lane].w);
 }
 
 // ---- wgmma

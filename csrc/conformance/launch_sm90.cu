@@ -22,11 +22,12 @@ void start(const void* input, void* output, void* stream) {
     launch(shape_of(kThreads, kStorageBytes, stream), kKernel, words(input), words(output));
 }
 
+template <Kernel kKernel, unsigned kStorageBytes>
 void start_cluster(const void* input, void* output, void* stream) {
-    LaunchShape shape = shape_of(32, sizeof(ClusterStorage), stream);
+    LaunchShape shape = shape_of(32, kStorageBytes, stream);
     shape.grid = 4;
     shape.cluster = 4;
-    launch(shape, cluster_kernel, words(input), words(output));
+    launch(shape, kKernel, words(input), words(output));
 }
 
 void start_dependent(const void* input, void* output, void* stream) {
@@ -147,11 +148,12 @@ const Launches& launches_sm90() {
         Launches all = {
             {"add_vector", start<add_vector_kernel, 32>},
             {"bulk", start<bulk_kernel, 32, sizeof(BulkStorage)>},
-            {"cluster", start_cluster},
+            {"cluster", start_cluster<cluster_kernel, sizeof(ClusterStorage)>},
             {"dependent", start_dependent},
             {"elect", start<elect_kernel, 64>},
             {"mma_e4m3", start<mma_kernel<e4m3>, 32>},
             {"registers", start<registers_kernel, 384>},
+            {"store_async", start_cluster<store_async_kernel, sizeof(StoreAsyncStorage)>},
             {"stmatrix", start<stmatrix_kernel, 32, sizeof(MatrixStorage)>},
             {"transaction", start<transaction_kernel, 32, sizeof(TransactionStorage)>},
             {"tma_load_1d", start_load<1>},

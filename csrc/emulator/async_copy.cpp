@@ -1,6 +1,7 @@
 // Asynchronous copies. Their targets are poisoned when they are issued; the data arrive as late as
 // the options say. What they read must still be the same when they are waited for.
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "emulator/machine.h"
@@ -60,6 +61,7 @@ void cp_async_arrive(void* barrier, Where where) {
     race::Quiet quiet;
     enter("cp_async_arrive", where);
     checked_mbarrier(barrier, "cp_async_arrive", where);
+    race::release(barrier);
     auto copies = std::make_shared<std::vector<CpAsync>>(self()->cp_async);
     self()->cp_async.clear();
     for (std::size_t& group : self()->cp_async_groups) group = 0;
@@ -77,6 +79,13 @@ static void check_bulk(const void* target, const void* source, uint32_t bytes, W
         fail(where, "%s: addresses and size must be multiples of 16, got %p, %p, %u", self()->doing,
              target, source, bytes);
     }
+}
+
+void bulk_prefetch(const void* source, uint32_t bytes, Where where) {
+    enter("bulk_prefetch", where, 90);
+    check_bulk(source, source, bytes, where);
+    const auto* first = static_cast<const volatile uint8_t*>(source);
+    (void)first[0], (void)first[bytes - 1];  // faults where nothing is allocated
 }
 
 void bulk_load(void* target,
@@ -133,6 +142,33 @@ void bulk_copy_to_cluster(void* local_target,
         mbarrier_complete_tx(barrier, bytes, where);
     });
     preempt("bulk_copy_to_cluster", where);
+}
+
+// ---- stores by threads that are announced to an mbarrier of another block
+
+void store_async(void* local_target,
+                 const void* value,
+                 std::size_t bytes,
+                 void* local_barrier,
+                 uint32_t rank,
+                 Where where) {
+    race::Quiet quiet;
+    enter("store_async", where, 90);
+    uint8_t* target = peer(local_target, rank, where);
+    void* barrier = peer(local_barrier, rank, where);
+    checked_mbarrier(barrier, "store_async", where);
+    Block& block = shared_range(target, bytes, "store_async", where);
+    if (reinterpret_cast<uintptr_t>(target) % bytes) {
+        fail(where, "store_async: %p is not a multiple of %zu", local_target, bytes);
+    }
+    std::array<uint8_t, 16> data;
+    std::memcpy(data.data(), value, bytes);
+    std::memset(target, 0xff, bytes);
+    add_copy(where, &block, [=] {
+        std::memcpy(target, data.data(), bytes);
+        mbarrier_complete_tx(barrier, static_cast<uint32_t>(bytes), where);
+    });
+    preempt("store_async", where);
 }
 
 // ---- bulk copies out of shared memory: by thread, in groups

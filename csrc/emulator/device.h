@@ -37,7 +37,6 @@ uint32_t cluster_size();
 void* shared_storage(std::size_t bytes, Where where);
 uint32_t smem_address(const void* pointer, Where where);
 void* cluster_pointer(const void* pointer, uint32_t rank, Where where);
-uint32_t cluster_address(uint32_t address, uint32_t rank, Where where);
 void load(void* value, const void* source, std::size_t bytes, Where where);
 void store(void* target, const void* value, std::size_t bytes, Where where);
 void fence_proxy_async(Where where);
@@ -46,7 +45,7 @@ void fence_proxy_async(Where where);
 enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
 void before_atomic(const void* address, std::size_t bytes, Order order, bool poll, Where where);
 void after_atomic(const void* address, Order order);
-void fence(Order order, Where where);
+void fence(Where where);
 template <class Operation>
 auto atomic(const void* address, std::size_t bytes, Order order, Where where, Operation operation) {
     before_atomic(address, bytes, order, /*poll=*/false, where);
@@ -64,6 +63,7 @@ void cp_async(uint32_t target, const void* source, int bytes, int source_bytes, 
 void cp_async_commit(Where where);
 void cp_async_wait(int pending_groups, Where where);
 void cp_async_arrive(void* barrier, Where where);
+void bulk_prefetch(const void* source, uint32_t bytes, Where where);
 void bulk_load(void* target,
                const void* source,
                uint32_t bytes,
@@ -74,11 +74,14 @@ void bulk_store(void* target, const void* source, uint32_t bytes, Where where);
 void bulk_reduce_add(Type type, void* target, const void* source, uint32_t bytes, Where where);
 void bulk_copy_to_cluster(
     void* target, const void* source, uint32_t bytes, void* barrier, uint32_t rank, Where where);
+void store_async(
+    void* target, const void* value, std::size_t bytes, void* barrier, uint32_t rank, Where where);
 void bulk_commit(Where where);
 void bulk_wait(int pending_groups, bool only_read, Where where);
 
 // tma.cpp
 void tma_prefetch(const void* map, Where where);
+void tma_prefetch_box(int rank, const void* map, const int* coordinates, Where where);
 void tma_load(int rank,
               void* target,
               const void* map,

@@ -30,13 +30,17 @@ struct Options {
     Schedule schedule = Schedule::kRoundRobin;
     Delivery delivery = Delivery::kLate;
     uint64_t seed = 0;
-    int arch = 90;                   // compute capability x 10: wrappers of a later one are refused
-    unsigned resident_clusters = 2;  // how many run at once (all of them if cooperative)
-    bool hopper_fp8 = false;         // FP8 products summed as H100's tensor cores do
+    int arch = 90;            // compute capability x 10: wrappers of a later one are refused
+    bool hopper_fp8 = false;  // FP8 products summed as H100's tensor cores do
 };
 
 // Those of the calling OS thread; they hold from its next launch on.
 Options& options();
+
+// What a seed stands for. 0: round robin, 1: depth first, any other: PCT with that seed. Copies
+// come late, which finds most; of every eight seeds the seventh (6, 14, ...) has them come at any
+// time and the eighth (7, 15, ...) at once, for kernels that rely on lateness.
+void set_seed(Options& options, uint64_t seed);
 
 // A kernel did something wrong, or waits for ever. The message names block, thread and line.
 class Error : public std::runtime_error {

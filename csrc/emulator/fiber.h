@@ -5,25 +5,15 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__) || defined(__APPLE__)
-#define K2K_UCONTEXT 1  // the portable way, about 30 times slower a switch (it makes system calls)
-#endif
-#ifdef K2K_UCONTEXT
-#include <ucontext.h>
-#endif
-
 namespace k2k::emulator {
 
 struct Fiber {
-    void* stack_pointer = nullptr;  // while it does not run
-    char* stack = nullptr;          // lowest address; the page below it faults
+    void* saved = nullptr;  // while it does not run: the place on its stack where all else is
+    char* stack = nullptr;  // lowest address; the page below it faults
     std::size_t stack_bytes = 0;
     void* race_detector = nullptr;  // TSan's view of it
     void* fake_stack = nullptr;     // ASan's
     bool ended = false;             // its last computation came to its end
-#ifdef K2K_UCONTEXT
-    ucontext_t context;
-#endif
 };
 
 void allocate_stack(Fiber& fiber);

@@ -13,7 +13,8 @@ namespace k2k::emulator {
 
 namespace {
 
-constexpr std::size_t kMaxSharedMemory = 227 * 1024;
+constexpr std::size_t kMaxSharedMemory = 227 * 1024, kRegisters = 64 * 1024;
+constexpr std::size_t kResidentThreads = 2048;  // of a multiprocessor
 
 thread_local Options t_options;
 thread_local Machine t_machine;
@@ -113,6 +114,7 @@ void thread_exit() {
         fail(thread.where, "the block wrote outside its %zu bytes of shared memory; it ended",
              block.smem.bytes);
     }
+    check_registers(block.registers);
     if (block.cluster->blocks.size() > 1) close_shared_memory(block.smem);
 }
 
@@ -172,7 +174,10 @@ void add_block(Machine& machine, const GridRun& grid, Cluster& cluster, std::siz
     block.live = static_cast<unsigned>(num_threads);
     map_shared_memory(block.smem, grid.shape.smem_bytes);
     block.warps.assign(num_warps, Warp());
-    block.warpgroups.assign((num_threads + kWarpgroupSize - 1) / kWarpgroupSize, nullptr);
+    const std::size_t num_warpgroups = (num_threads + kWarpgroupSize - 1) / kWarpgroupSize;
+    block.warpgroups.assign(num_warpgroups, nullptr);
+    block.registers = Registers();
+    block.registers.calls.resize(num_warpgroups);
     for (NamedBarrier& barrier : block.barriers) barrier = NamedBarrier();
     cluster.blocks.push_back(&block);
     cluster.live += block.live;
@@ -189,6 +194,9 @@ void add_block(Machine& machine, const GridRun& grid, Cluster& cluster, std::siz
         thread.lane = static_cast<unsigned>(i % kWarpSize);
         thread.warp = static_cast<unsigned>(i / kWarpSize);
         thread.machine_warp = first_warp + thread.warp;
+        // What ptxas grants with __launch_bounds__(num_threads, 1), in the units of allocation.
+        thread.registers =
+            static_cast<int>(std::min<std::size_t>(256, kRegisters / num_threads / 8 * 8));
         thread.doing = "the start";
         block.warps[thread.warp].live |= 1u << thread.lane;
         prepare(thread.fiber, run_kernel, thread.linear);
@@ -290,8 +298,12 @@ void run(const std::vector<GridRun>& grids) {
             std::swap(clusters[i - 1], clusters[machine.random() % i]);
         }
     }
-    const std::size_t batch =
-        cooperative ? clusters.size() : std::max(1u, machine.options.resident_clusters);
+    const Grid& shape = grids[0].shape;
+    std::size_t batch = 2;
+    if (machine.options.schedule == Schedule::kPct) {
+        batch = std::max(batch, kResidentThreads / (shape.threads.count() * shape.cluster));
+    }
+    if (cooperative) batch = clusters.size();
     for (std::size_t first = 0; first < clusters.size(); first += batch) {
         clear(machine);
         for (std::size_t i = first; i < std::min(first + batch, clusters.size()); ++i) {
@@ -306,6 +318,11 @@ void run(const std::vector<GridRun>& grids) {
 }
 
 }  // namespace
+
+Machine::~Machine() {
+    for (const auto& thread : threads) free_stack(thread->fiber);
+    for (const auto& block : blocks) unmap_shared_memory(block->smem);
+}
 
 Options& options() { return t_options; }
 const Counters& counters() { return t_machine.counters; }

@@ -69,6 +69,7 @@ struct Thread : Builtins {
     unsigned wgmma_groups = 0;
     bool cluster_arrived = false;
     unsigned cluster_phase = 0;
+    int registers = 0;
 };
 
 // A rendezvous of the lanes in `mask`: the last to arrive executes for all.
@@ -104,6 +105,14 @@ struct SharedMemory {
     bool fence_pending = false;
 };
 
+// What setmaxnreg moves between warpgroups.
+struct Registers {
+    long free = 0;
+    std::vector<Thread*> waiting;
+    std::vector<unsigned> calls;  // by warpgroup
+    Where where{"", 0};           // of the last
+};
+
 struct Cluster {
     std::vector<Block*> blocks;
     unsigned live = 0, arrived = 0, phase = 0;
@@ -123,6 +132,7 @@ struct Block {
     uint3 index{};
     unsigned cluster_rank = 0, live = 0;
     SharedMemory smem;
+    Registers registers;
     std::vector<Warp> warps;
     std::vector<std::shared_ptr<WarpgroupWgmma>> warpgroups;
     NamedBarrier barriers[16];
@@ -171,6 +181,8 @@ struct Machine {
     std::string error;
     Counters counters;
 
+    Machine() = default;
+    ~Machine();
     uint32_t random();
 };
 
@@ -213,7 +225,7 @@ void map_shared_memory(SharedMemory& smem, std::size_t bytes);
 void unmap_shared_memory(SharedMemory& smem);
 void close_shared_memory(SharedMemory& smem);  // nobody may touch it from now on
 bool shared_memory_overrun(const SharedMemory& smem);
-// The bytes at a shared-space address of this block or (bits 24 up) of another of its cluster.
+// The bytes at a shared-space address.
 uint8_t* shared_bytes(
     uint32_t address, std::size_t bytes, unsigned align, const char* what, Where where);
 // The same place in the memory of block `rank` of the cluster.
@@ -243,6 +255,7 @@ uint64_t* checked_mbarrier(void* barrier, const char* what, Where where);
 void mbarrier_complete_tx(void* barrier, uint32_t bytes, Where where);
 void mbarrier_complete_arrival(void* barrier, Where where);
 std::string describe_mbarrier(const Thread& thread);
+void check_registers(const Registers& registers);  // at the end of the block
 void check_thread_exit(Thread& thread);
 // Bulk stores and reductions of a thread; `write` gets the bytes that stood in shared memory.
 void add_bulk_store(const void* source,

@@ -167,12 +167,13 @@ bool mbarrier_test_wait(void* barrier, uint32_t parity, Where where) {
 }
 
 bool mbarrier_try_wait(void* barrier, uint32_t parity, Where where) {
+    enter_sm90("mbarrier_try_wait", where);
     return mbarrier_test_wait(barrier, parity, where);
 }
 
 void mbarrier_wait(void* barrier, uint32_t parity, Where where) {
     race::Quiet quiet;
-    enter("mbarrier_wait", where);
+    enter("mbarrier_wait", where, 90);
     Thread* thread = self();
     if (g_machine->options.schedule == Schedule::kPct) preempt("mbarrier_wait", where);
     // Looks again after each wake: the barrier may have gone on, as on a GPU.

@@ -1,8 +1,7 @@
 // Shared memory as an arena per block and "global" memory with guard zones.
 //
 // A shared-space address is 0x400 + the offset in the block's storage, as on a GPU, where the first
-// kilobyte is the system's. Bits 24 up say whose memory it is in a cluster: 0 the block's own,
-// r + 1 that of rank r.
+// kilobyte is the system's. It names the block's own memory; another block's has pointers only.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -22,7 +21,6 @@ namespace k2k::emulator {
 namespace {
 
 constexpr uint32_t kFirstAddress = 0x400;
-constexpr unsigned kRankShift = 24;
 constexpr std::size_t kAlignment = 1024;
 constexpr std::size_t kGuard = 64 * 1024;
 constexpr std::size_t kZone = std::size_t(64) << 20;  // a strided overrun leaps far
@@ -116,20 +114,15 @@ uint32_t smem_address(const void* pointer, Where where) {
 
 uint8_t* shared_bytes(
     uint32_t address, std::size_t bytes, unsigned align, const char* what, Where where) {
-    Block* block = self()->block;
-    if (const uint32_t rank = address >> kRankShift; rank > 0) {
-        if (rank > block->cluster->blocks.size()) fail(where, "%s: no such block", what);
-        block = block->cluster->blocks[rank - 1];
-    }
-    const uint32_t low = address & ((1u << kRankShift) - 1);
-    if (low < kFirstAddress || low - kFirstAddress + bytes > block->smem.bytes) {
+    const SharedMemory& smem = self()->block->smem;
+    if (address < kFirstAddress || address - kFirstAddress + bytes > smem.bytes) {
         fail(where, "%s: shared address 0x%x (%zu bytes) is outside the block's %zu bytes", what,
-             address, bytes, block->smem.bytes);
+             address, bytes, smem.bytes);
     }
-    if (low % align) {
+    if (address % align) {
         fail(where, "%s: shared address 0x%x is not a multiple of %u", what, address, align);
     }
-    return block->smem.base + (low - kFirstAddress);
+    return smem.base + (address - kFirstAddress);
 }
 
 Block* owner_of(const void* pointer) {
@@ -151,14 +144,10 @@ uint8_t* peer(const void* pointer, uint32_t rank, Where where) {
 }
 
 void* cluster_pointer(const void* pointer, uint32_t rank, Where where) {
+    race::Quiet quiet;
     enter("cluster_pointer", where, 90);
+    fall_behind();  // the other block may end before the pointer is used
     return peer(pointer, rank, where);
-}
-
-uint32_t cluster_address(uint32_t address, uint32_t rank, Where where) {
-    enter("cluster_address", where, 90);
-    if (rank >= cluster_size()) fail(where, "cluster_address: rank %u of %u", rank, cluster_size());
-    return address | (rank + 1) << kRankShift;
 }
 
 Block& shared_range(const void* pointer, std::size_t bytes, const char* what, Where where) {
@@ -247,10 +236,14 @@ void after_atomic(const void* address, Order order) {
     if (order == Order::kRelease || order == Order::kAcqRel) fall_behind();
 }
 
-void fence(Order, Where where) {
+// For TSan a fence comes after all fences before it: more order than there is, but the relaxed
+// atomics around fences are no races then.
+void fence(Where where) {
     race::Quiet quiet;
     enter("fence", where);
     preempt("fence", where);
+    race::acquire(&g_allocations);
+    race::release(&g_allocations);
 }
 
 void nanosleep(Where where) {

@@ -89,18 +89,16 @@ class Pct : public Scheduler {
     }
 
   private:
-    // Seeds 1 and 2 let the first, or the last, block run far ahead of the others: with these two
+    // Seeds 2 and 3 let the first, or the last, block run far ahead of the others: with these two
     // every block has been ahead of its neighbour. Further seeds mix all warps.
     void shuffle_ranks() {
         const std::size_t count = warp_at_.size();
         const uint64_t seed = machine_.options.seed;
-        if (seed == 2) std::reverse(warp_at_.begin(), warp_at_.end());
+        if (seed == 3) std::reverse(warp_at_.begin(), warp_at_.end());
         for (std::size_t rank = 0; rank < count; ++rank) {
             rank_of_[warp_at_[rank]] = static_cast<unsigned>(rank);
         }
-        const bool by_block = seed == 1 || seed == 2;
-        const std::size_t span =
-            by_block ? std::max<std::size_t>(1, machine_.warps_per_block) : count;
+        const std::size_t span = seed == 2 || seed == 3 ? machine_.warps_per_block : count;
         for (std::size_t first = 0; first < count; first += span) {
             const std::size_t size = std::min(span, count - first);
             for (std::size_t i = size; i > 1; --i) {
@@ -160,6 +158,16 @@ std::unique_ptr<Scheduler> make_scheduler(Machine& machine, std::size_t num_warp
         default:
             return std::make_unique<RoundRobin>();
     }
+}
+
+void set_seed(Options& options, uint64_t seed) {
+    options.seed = seed;
+    options.schedule = seed == 0   ? Schedule::kRoundRobin
+                       : seed == 1 ? Schedule::kDepthFirst
+                                   : Schedule::kPct;
+    options.delivery = seed % 8 == 6   ? Delivery::kRandom
+                       : seed % 8 == 7 ? Delivery::kEarly
+                                       : Delivery::kLate;
 }
 
 void make_ready(Thread* thread) {
@@ -235,12 +243,22 @@ void preempt(const char* doing, Where where) {
     yield(doing, where);
 }
 
+// Lets the calling thread go on when no other can, and copies have come.
+static void go_last(const char* doing, Where where) {
+    self()->state = State::kPolling;
+    g_machine->pollers.push_back(self());
+    stop(doing, where);
+}
+
 void fall_behind() {
     Machine& machine = *g_machine;
-    if (machine.options.schedule == Schedule::kPct && machine.random() % 4 == 0) {
-        machine.scheduler->demote(self());
+    Thread* thread = self();
+    if (machine.options.schedule == Schedule::kDepthFirst) {
+        go_last(thread->doing, thread->where);
+    } else if (machine.options.schedule == Schedule::kPct && machine.random() % 4 == 0) {
+        machine.scheduler->demote(thread);
         wake_pollers();
-        yield(self()->doing, self()->where);
+        yield(thread->doing, thread->where);
     }
 }
 
@@ -253,9 +271,7 @@ void poll(const char* doing, Where where) {
         machine.random() % 2 == 0) {
         return;  // looks again before anybody else runs
     }
-    thread->state = State::kPolling;
-    machine.pollers.push_back(thread);
-    stop(doing, where);
+    go_last(doing, where);
 }
 
 void add_copy(Where where, Block* target, std::function<void()> deliver_copy) {

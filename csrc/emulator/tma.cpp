@@ -89,6 +89,11 @@ void tma_prefetch(const void* map, Where where) {
     if (mark != TensorMapFields::kMark) fail(where, "tma_prefetch: not a tensor map");
 }
 
+void tma_prefetch_box(int rank, const void* map, const int* coordinates, Where where) {
+    enter("tma_prefetch", where, 90);
+    make_box(rank, map, coordinates, where);
+}
+
 void tma_load(int rank,
               void* target,
               const void* map,

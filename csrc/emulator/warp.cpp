@@ -274,11 +274,37 @@ void mma_sync(Type type, float* d, const uint32_t* a, const uint32_t* b, Where w
     rendezvous("mma.sync", kFullWarp, &mma, execute_mma, where);
 }
 
-void set_max_registers(int count, bool, Where where) {
+// ---- setmaxnreg: registers that one warpgroup gives back are there for another to take
+
+void set_max_registers(int count, bool increase, Where where) {
     race::Quiet quiet;
     enter("setmaxnreg", where, 90);
-    if (count % 8 || count < 24 || count > 256) fail(where, "setmaxnreg: %d registers", count);
     rendezvous("setmaxnreg", kFullWarp, nullptr, nullptr, where);
+    Thread* thread = self();
+    Registers& registers = thread->block->registers;
+    const int more = count - thread->registers;
+    if (increase ? more < 0 : more > 0) {
+        fail(where, "setmaxnreg: %s to %d; a thread of this block has %d",
+             increase ? "an increase" : "a decrease", count, thread->registers);
+    }
+    while (registers.free < more) {
+        registers.waiting.push_back(thread);
+        wait("setmaxnreg for registers that nobody gives back", where);
+    }
+    registers.free -= more;
+    thread->registers = count;
+    ++registers.calls[thread->warp / 4];
+    registers.where = where;
+    for (Thread* waiting : registers.waiting) make_ready(waiting);
+    registers.waiting.clear();
+}
+
+void check_registers(const Registers& registers) {
+    for (const unsigned calls : registers.calls) {
+        if (calls % kWarpgroupSize) {
+            fail(registers.where, "setmaxnreg: not executed by all four warps of the warpgroup");
+        }
+    }
 }
 
 }  // namespace k2k::emulator

@@ -21,6 +21,37 @@ constexpr int transpose_columns(int element_bytes) { return 128 / element_bytes;
 // 128x128: the block is held in registers between its maximum and its codes: 32 elements a thread.
 constexpr int kBlockThreads = 512;
 
+// RMSNorm: a row stays in shared memory between the sum of its squares and its codes, in the care
+// of warps of its own, 16 neighbours a lane, once or twice. Twice leaves the 7,168 columns of
+// Kimi-K2's hidden state to 7 warps; short rows get more lanes instead, and share a block: its rows
+// are neighbours, so that their scales in a column are too.
+constexpr int kNormThreads = 256;
+constexpr int kNormWarps = kNormThreads / 32;
+constexpr int64_t kNormMostColumns = 2 * 512 * kNormWarps;
+constexpr int64_t kNormMostBlocks = 4096;  // at once; then the tail of the last wave is short
+
+struct NormShape {
+    int sixteens;  // of a row in one lane
+    int warps;     // of a row
+    int rows;      // of a block
+};
+
+constexpr NormShape norm_shape(int64_t columns) {
+    const int sixteens = columns <= 2048 ? 1 : 2;
+    const int warps = static_cast<int>(ceil_div(columns, 512 * sixteens));
+    return {sixteens, warps, kNormWarps / warps};
+}
+static_assert(norm_shape(7168).warps == 7 && norm_shape(7168).rows == 1, "hidden state");
+static_assert(norm_shape(1536).warps == 3 && norm_shape(1536).rows == 2, "latent of q");
+static_assert(norm_shape(512).warps == 1 && norm_shape(512).rows == 8, "latent of the cache");
+static_assert(norm_shape(kNormMostColumns).warps == kNormWarps, "the longest row");
+
+// How many blocks a multiprocessor must hold to have 40 KiB of rows in flight, and more where
+// registers allow it.
+constexpr int norm_blocks(int thread_bytes) {
+    return thread_bytes <= 32 ? 5 : thread_bytes <= 64 ? 4 : 2;
+}
+
 // A grid that walks tiles: y over those of rows, x over those of columns, each a stride of its
 // extent. Rows get blocks first, so that what a block learns of its rows (which of them are real)
 // serves many columns; columns are split only as far as the GPU would stand idle otherwise.

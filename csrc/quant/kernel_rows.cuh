@@ -1,18 +1,20 @@
 #pragma once
 
-// Row kernels: 1x128 quantisation, SwiGLU, both at once, and dequantisation.
+// Row kernels: 1x128 quantisation, SwiGLU, both at once, SwiGLU's gradient, and dequantisation.
 //
 //     codes[m, k], scales[m, k / 128] <- x[m, k]                             quantize_1x128
 //     codes[m, i], scales[m, i / 128] <- silu(gate[m, i]) * up[m, i] * w[m]  swiglu_quantize
 //     hidden[m, i]                    <- silu(gate[m, i]) * up[m, i]         swiglu
+//     d_gate[m, i]                    <- grad[m, i] * up[m, i] * s * (1 + gate[m, i] * (1 - s))
+//     d_up[m, i]                      <- grad[m, i] * gate[m, i] * s       s = sigmoid(gate[m, i])
 //     values[m, k]                    <- codes[m, k] * scales[m / R, k / 128]  dequantize
 //
 // Tile      8 rows x 512 columns; blocks walk tiles as config.h says (no tail of idle blocks).
 // Thread    16 neighbours of a row: 16-byte loads and stores, everything else in registers. Eight
 //           lanes hold a block of 128; three shuffles give its maximum.
-// In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 63 registers a thread a
+// In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 64 registers a thread a
 //           multiprocessor holds five and four blocks, 40 and 64 KiB; by bandwidth x latency of
-//           DRAM, 20 to 36 KiB are needed.
+//           DRAM, 20 to 36 KiB are needed. The gradient reads 96 bytes a thread and holds them all.
 // Scales    "row": a warp holds four blocks of one row, so their scales are 16 bytes in a row.
 //           "column": a warp holds one block of four rows, whose scales are neighbours then too.
 // Shared    one word a warp, only to learn which rows are padding.
@@ -124,6 +126,43 @@ __global__ void __launch_bounds__(kRowThreads, 4)
             tile::Sixteen<T> result;
             tile::narrow(result, hidden);
             tile::store_sixteen(hidden_row, column, p.columns, result);
+        }
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 3)
+    swiglu_backward_kernel(const __grid_constant__ SwigluBackwardParams p) {
+    const RowPlace place = row_place(/*scales_by_column=*/false);
+    for (int64_t tile = blockIdx.y; tile < ceil_div(p.rows, kTileRows); tile += gridDim.y) {
+        const int64_t row = tile * kTileRows + place.row;
+        if (row >= p.rows) continue;
+        const T* grad_row = static_cast<const T*>(p.grad) + row * p.grad_row_stride;
+        const T* gate_row = static_cast<const T*>(p.gate_up) + row * p.gate_up_row_stride;
+        T* d_gate_row = static_cast<T*>(p.d_gate_up) + row * 2 * p.columns;
+        for (int64_t column =
+                 int64_t(blockIdx.x) * kTileBlocks * 128 + (place.block * 8 + place.lane) * 16;
+             column < p.columns; column += int64_t(gridDim.x) * kTileBlocks * 128) {
+            const auto grad16 = tile::load_sixteen(grad_row, column, p.columns);
+            const auto gate16 = tile::load_sixteen(gate_row, column, p.columns);
+            const auto up16 = tile::load_sixteen(gate_row + p.columns, column, p.columns);
+            float grad[16], gate[16], up[16];
+            tile::widen(grad, grad16);
+            tile::widen(gate, gate16);
+            tile::widen(up, up16);
+
+            K2K_UNROLL
+            for (int i = 0; i < 16; ++i) {
+                const float sigmoid = 1.0f / (1.0f + expf(-gate[i]));
+                up[i] *= grad[i] * sigmoid * fmaf(gate[i], 1.0f - sigmoid, 1.0f);  // d_gate
+                gate[i] *= grad[i] * sigmoid;                                      // d_up
+            }
+
+            tile::Sixteen<T> result;
+            tile::narrow(result, up);
+            tile::store_sixteen(d_gate_row, column, p.columns, result);
+            tile::narrow(result, gate);
+            tile::store_sixteen(d_gate_row + p.columns, column, p.columns, result);
         }
     }
 }

@@ -1,6 +1,7 @@
 #include "common/dispatch.h"
 #include "common/launch.h"
 #include "quant/kernel_128x128.cuh"
+#include "quant/kernel_rms_norm.cuh"
 #include "quant/kernel_rows.cuh"
 #include "quant/kernel_transposed.cuh"
 #include "quant/launch.h"
@@ -64,6 +65,28 @@ void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
     });
 }
 
+void launch_rms_norm_quantize(const RmsNormQuantizeParams& p, void* stream) {
+    if (p.batches * p.rows * p.columns == 0) return;
+    if (p.columns > kNormMostColumns) {
+        throw Error("k2kernels: rms_norm_quantize holds rows of at most " +
+                    std::to_string(kNormMostColumns) + " columns, got " +
+                    std::to_string(p.columns));
+    }
+    const NormShape tile = norm_shape(p.columns);
+    const int64_t blocks = ceil_div(p.batches * p.rows, tile.rows);
+    LaunchShape shape{static_cast<unsigned>(blocks < kNormMostBlocks ? blocks : kNormMostBlocks),
+                      static_cast<unsigned>(32 * tile.warps * tile.rows)};
+    shape.stream = stream;
+    by_float_type(p.type, [&](auto* type) {
+        using T = Element<decltype(type)>;
+        shape.smem_bytes =
+            tile.sixteens == 1 ? sizeof(NormStorage<T, 1>) : sizeof(NormStorage<T, 2>);
+        launch(shape,
+               tile.sixteens == 1 ? rms_norm_quantize_kernel<T, 1> : rms_norm_quantize_kernel<T, 2>,
+               p);
+    });
+}
+
 void launch_dequantize(const DequantizeParams& p, void* stream) {
     if (p.batches * p.rows * p.columns == 0) return;
     const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
@@ -76,6 +99,14 @@ void launch_swiglu(const SwigluParams& p, void* stream) {
     const LaunchShape shape = row_shape(1, p.rows, p.columns, stream);
     by_float_type(p.type,
                   [&](auto* type) { launch(shape, swiglu_kernel<Element<decltype(type)>>, p); });
+}
+
+void launch_swiglu_backward(const SwigluBackwardParams& p, void* stream) {
+    if (p.rows * p.columns == 0) return;
+    const LaunchShape shape = row_shape(1, p.rows, p.columns, stream);
+    by_float_type(p.type, [&](auto* type) {
+        launch(shape, swiglu_backward_kernel<Element<decltype(type)>>, p);
+    });
 }
 
 }  // namespace k2k

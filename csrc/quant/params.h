@@ -29,6 +29,19 @@ struct QuantizeParams {
     bool power_of_two;
 };
 
+struct RmsNormQuantizeParams {
+    const void* x;       // [batches, rows, columns]
+    const void* weight;  // [columns], neighbours side by side
+    Type type;           // of both
+    uint8_t* codes;      // [batches, rows, columns], contiguous
+    float* scales;       // at scale_strides
+    int64_t batches, rows, columns;
+    int64_t x_batch_stride, x_row_stride;
+    int64_t scale_batch_stride, scale_row_stride, scale_column_stride;
+    float eps;
+    bool power_of_two;
+};
+
 struct DequantizeParams {
     const uint8_t* codes;  // [batches, rows, columns], contiguous
     const float* scales;   // [batches, ceil(rows / block_rows), ceil(columns / 128)]
@@ -46,6 +59,15 @@ struct SwigluParams {
     Type type;            // of both
     int64_t rows, columns;
     int64_t row_stride;  // of gate_up
+};
+
+struct SwigluBackwardParams {
+    const void* grad;     // [rows, columns]
+    const void* gate_up;  // [rows, 2 * columns]
+    void* d_gate_up;      // as gate_up, contiguous
+    Type type;            // of all three
+    int64_t rows, columns;
+    int64_t grad_row_stride, gate_up_row_stride;
 };
 
 }  // namespace k2k

@@ -19,21 +19,33 @@ K2K_DEVICE bool on_16_bytes(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// row[column .. column + 15], zeros beyond `columns`; 16-byte loads if the row begins on 16 bytes.
+// Whether row[column .. column + 15] exist and can be moved in vectors.
 template <class T>
-K2K_DEVICE Sixteen<T> load_sixteen(const T* row, int64_t column, int64_t columns K2K_WHERE) {
+K2K_DEVICE bool in_vectors(const T* row, int64_t column, int64_t columns) {
+    return on_16_bytes(row) && column + 16 <= columns;
+}
+
+// row[column .. column + 15], zeros beyond `columns`, one by one.
+template <class T>
+K2K_DEVICE Sixteen<T> load_elements(const T* row, int64_t column, int64_t columns) {
     Sixteen<T> result;
-    if (on_16_bytes(row) && column + 16 <= columns) {
-        const auto* source = reinterpret_cast<const uint4*>(row + column);
-        auto* target = reinterpret_cast<uint4*>(result.values);
-        K2K_UNROLL
-        for (int i = 0; i < Sixteen<T>::kVectors; ++i) {
-            target[i] = arch::load_nc_no_allocate(source + i K2K_PASS_WHERE);
-        }
-    } else {
-        K2K_UNROLL
-        for (int i = 0; i < 16; ++i)
-            result.values[i] = column + i < columns ? row[column + i] : T{};
+    K2K_UNROLL
+    for (int i = 0; i < 16; ++i) result.values[i] = column + i < columns ? row[column + i] : T{};
+    return result;
+}
+
+// The same, by 16-byte loads if the row begins on 16 bytes. `kReused`: other blocks read the same,
+// so that it is worth room in L1.
+template <class T, bool kReused = false>
+K2K_DEVICE Sixteen<T> load_sixteen(const T* row, int64_t column, int64_t columns K2K_WHERE) {
+    if (!in_vectors(row, column, columns)) return load_elements(row, column, columns);
+    Sixteen<T> result;
+    const auto* source = reinterpret_cast<const uint4*>(row + column);
+    auto* target = reinterpret_cast<uint4*>(result.values);
+    K2K_UNROLL
+    for (int i = 0; i < Sixteen<T>::kVectors; ++i) {
+        target[i] = kReused ? arch::load_nc(source + i K2K_PASS_WHERE)
+                            : arch::load_nc_no_allocate(source + i K2K_PASS_WHERE);
     }
     return result;
 }
@@ -44,7 +56,7 @@ K2K_DEVICE void store_sixteen(T* row,
                               int64_t column,
                               int64_t columns,
                               const Sixteen<T>& sixteen K2K_WHERE) {
-    if (on_16_bytes(row) && column + 16 <= columns) {
+    if (in_vectors(row, column, columns)) {
         auto* target = reinterpret_cast<uint4*>(row + column);
         const auto* source = reinterpret_cast<const uint4*>(sixteen.values);
         K2K_UNROLL
@@ -69,6 +81,16 @@ template <class T>
 K2K_DEVICE void widen(float (&values)[16], const Sixteen<T>& sixteen) {
     K2K_UNROLL
     for (int i = 0; i < 16; ++i) values[i] = as_float(sixteen.values[i]);
+}
+
+// A pair in one word: neither half is cut out of it first.
+K2K_DEVICE void widen(float (&values)[16], const Sixteen<bf16>& sixteen) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(sixteen.values);
+    K2K_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        values[2 * i] = soft::bits_float(pairs[i] << 16);
+        values[2 * i + 1] = soft::bits_float(pairs[i] & 0xffff0000);
+    }
 }
 
 K2K_DEVICE void narrow(Sixteen<float>& sixteen, const float (&values)[16]) {

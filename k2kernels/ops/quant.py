@@ -1,4 +1,4 @@
-"""Block quantisation to e4m3, and SwiGLU: the public functions."""
+"""Block quantisation to e4m3, of RMSNorm's and SwiGLU's results too, and SwiGLU: the public functions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from k2kernels.ops._register import register
 from k2kernels.reference import quant as reference
 
 QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
+NORM_MOST_COLUMNS = 8192  # of a row that rms_norm_quantize's kernel holds: kNormMostColumns of csrc/quant/config.h
 
 
 def quantize_1x128(
@@ -84,6 +85,43 @@ def quantize_128x128(w: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, 
     w = args.tensor("w", w, ("...", "N", "K"), QUANTIZABLE)
     args.boolean("power_of_two", power_of_two)
     return _quantize_128x128(w, power_of_two)
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, power_of_two: bool = False, scale_layout: str = "row"
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of RMSNorm's result, which is never written: x is read once, codes and scales are.
+
+    y = x / sqrt(mean(x**2) + eps) * weight over each row, in float32 and rounded once to x's dtype, as
+    `torch.nn.functional.rms_norm` gives it; then the rules of `quantize_1x128`. A row's result does not depend on the
+    other rows.
+
+    Args:
+        x: [..., M, K]; bfloat16, float16 or float32; any strides.
+        weight: [K] in x's dtype.
+        eps: added to the mean of squares, at least 0.
+        power_of_two, scale_layout: as `quantize_1x128` takes them.
+
+    Returns:
+        data float8_e4m3fn [..., M, K], contiguous, and scales float32 [..., M, ceil(K/128)]. Not differentiable. A
+        kernel adds the squares in another order than the reference, so 1 / sqrt(...) may differ in its last bits; with
+        that number given, every bit is determined. Rows of more than 8192 columns are served by the reference.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes and options.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the fused operator of TensorRT-LLM and
+    vLLM.
+    """
+    args = Arguments("rms_norm_quantize")
+    x = args.tensor("x", x, ("...", "M", "K"), QUANTIZABLE)
+    args.require(x.shape[-1] > 0, "x", "at least one column wide", lambda: list(x.shape))
+    weight = args.tensor("weight", weight, ("K",), x.dtype, remedy="one factor per column, in x's dtype")
+    eps = args.number("eps", eps)
+    args.require(eps >= 0, "eps", "at least 0", eps)
+    args.boolean("power_of_two", power_of_two)
+    args.choice("scale_layout", scale_layout, ("row", "column"))
+    return _rms_norm_quantize(x, weight, eps, power_of_two, scale_layout)
 
 
 def dequantize(
@@ -291,6 +329,55 @@ _quantize_128x128 = register(
 )
 
 
+def _rms_norm_quantize_fake(
+    x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
+) -> tuple[Tensor, Tensor]:
+    scales = _empty_scales(x, (*x.shape[:-1], -(-x.shape[-1] // 128)), scale_layout)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scales
+
+
+def _rms_norm_quantize_kernel(
+    x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
+) -> tuple[Tensor, Tensor]:
+    results = _rms_norm_quantize_fake(x, weight, eps, power_of_two, scale_layout)
+    data, scales = results
+    x, sizes, strides = matrices(x)
+    weight = weight.contiguous()
+    launch(
+        "rms_norm_quantize",
+        "rms_norm_quantize",
+        x.device,
+        x.data_ptr(),
+        weight.data_ptr(),
+        TYPES[x.dtype],
+        data.data_ptr(),
+        scales.data_ptr(),
+        sizes,
+        strides,
+        (scales.stride(-3) if scales.ndim > 2 else 0, *scales.stride()[-2:]),
+        eps,
+        power_of_two,
+    )
+    return results
+
+
+def _rms_norm_quantize_unserved(
+    x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
+) -> str | None:
+    if x.shape[-1] <= NORM_MOST_COLUMNS:
+        return None
+    return f"the kernel takes rows of at most {NORM_MOST_COLUMNS} columns, got {x.shape[-1]}"
+
+
+_rms_norm_quantize = register(
+    "rms_norm_quantize(Tensor x, Tensor weight, float eps, bool power_of_two, str scale_layout) -> (Tensor, Tensor)",
+    reference=reference.rms_norm_quantize,
+    fake=_rms_norm_quantize_fake,
+    kernel=_rms_norm_quantize_kernel,
+    unserved=_rms_norm_quantize_unserved,
+)
+
+
 def _dequantize_fake(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
     return data.new_empty(data.shape, dtype=dtype)
 
@@ -367,10 +454,39 @@ _swiglu = register(
     setup_context=_swiglu_setup,
     backward=_swiglu_grad,
 )
+
+
+def _swiglu_backward_fake(grad: Tensor, gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _swiglu_backward_kernel(grad: Tensor, gate_up: Tensor) -> Tensor:
+    d_gate_up = _swiglu_backward_fake(grad, gate_up)
+    rows, columns = math.prod(grad.shape[:-1]), grad.shape[-1]
+    grad, _, (_, grad_row_stride) = matrices(grad.reshape(rows, columns))
+    gate_up, _, (_, gate_up_row_stride) = matrices(gate_up.reshape(rows, 2 * columns))
+    launch(
+        "swiglu_backward",
+        "swiglu_backward",
+        gate_up.device,
+        grad.data_ptr(),
+        gate_up.data_ptr(),
+        d_gate_up.data_ptr(),
+        TYPES[gate_up.dtype],
+        rows,
+        columns,
+        grad_row_stride,
+        gate_up_row_stride,
+    )
+    return d_gate_up
+
+
 _swiglu_backward = register(
     "swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor",
     reference=reference.swiglu_backward,
-    fake=lambda grad, gate_up: gate_up.new_empty(gate_up.shape),
+    fake=_swiglu_backward_fake,
+    kernel=_swiglu_backward_kernel,
+    unserved=lambda grad, gate_up: _float64(gate_up.dtype),
 )
 
 

@@ -1,4 +1,4 @@
-"""Block quantisation to e4m3, and SwiGLU: the definitions.
+"""Block quantisation to e4m3, of RMSNorm's and SwiGLU's results too, and SwiGLU: the definitions.
 
 A block of x becomes codes and one float32 scale, x ~ code * scale, by these rules, which a kernel meets bit for bit:
 
@@ -42,6 +42,13 @@ def quantize_1x128(
 def quantize_128x128(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """One scale per 128x128 block of w [..., N, K]; blocks at the edges are smaller."""
     return _quantize(w, (128, 128), power_of_two)
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of the model's norm: x / sqrt(mean(x**2) + eps) * weight in float32, rounded to x's dtype."""
+    return quantize_1x128(F.rms_norm(x, weight.shape, weight, eps), power_of_two, scale_layout)
 
 
 def dequantize(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2kernels.reference.quant import quantize_1x128
+
 
 def cos_diff(got: Tensor, want: Tensor) -> float:
     """1 - 2<x,y> / (|x|^2 + |y|^2) in float64: 0 when equal; it sees scale errors, unlike the cosine."""
@@ -77,6 +79,30 @@ def check_close(
     if max_cos_diff is not None:
         difference = cos_diff(x[finite], y[finite])
         assert difference <= max_cos_diff, f"{name}: cos_diff {difference:.3g} > {max_cos_diff:.3g}"
+
+
+def check_rms_norm_quantize(
+    data: Tensor, scales: Tensor, x: Tensor, weight: Tensor, *, eps: float, power_of_two: bool = False
+) -> None:
+    """Asserts that every row is, bit for bit, the quantised norm for one float32 close to 1 / sqrt(mean(x**2) + eps).
+
+    That number is all that an order of summation may change. With u = 2**-24, the largest relative error of one
+    rounding: a chain of n additions of squares errs by n u at most, the mean and eps by 2 u; the root halves that, root
+    and division add 2 u. A kernel's chains have 40 additions, those of PyTorch's cascade, whose squares are rounded as
+    well, some 46: 26.5 u. Neighbouring floats are at least u apart, and the exact number is half of that from one.
+    """
+    nearest = (1 / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()).float()
+    found = torch.zeros(x.shape[:-1], dtype=torch.bool)
+    for step in sorted(range(-27, 28), key=abs):
+        inverse = (nearest.view(torch.int32) + step).view(torch.float32)
+        want, want_scales = quantize_1x128((x.float() * inverse * weight.float()).to(x.dtype), power_of_two)
+        same = (data.view(torch.uint8) == want.view(torch.uint8)).all(-1)
+        found |= same & (scales == want_scales).all(-1)
+        if found.all():
+            return
+    raise AssertionError(
+        f"rows {(~found).nonzero().tolist()[:8]} are the norm's codes for no inverse near the exact one"
+    )
 
 
 def check_op(op: Any, args: tuple, *, differentiable: bool = False, compiled: Callable | None = None) -> None:

@@ -46,7 +46,10 @@ def test_rooms_belong_to_an_op():
     csrc = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} - SHARED_CSRC
     assert csrc == set(OPS)
     assert {p.stem for p in (PACKAGE / "reference").glob("[!_]*.py")} == set(OPS)
-    assert {p.stem.removeprefix("test_") for p in (ROOT / "python_tests" / "ops").glob("test_*.py")} == set(OPS)
+    tests = {p.stem.removeprefix("test_") for p in (ROOT / "python_tests" / "ops").glob("test_*.py")}
+    assert tests >= set(OPS)
+    # test_<op>_kernel.py and the like: what is one op's alone, and too much for one file
+    assert all(test in OPS or any(test.startswith(f"{op}_") for op in OPS) for test in tests)
 
 
 def _imports(path):

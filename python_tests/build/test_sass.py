@@ -19,9 +19,9 @@ needs_kernels = pytest.mark.skipif(
     not _C.build_info()["cuda_archs"], reason="built without nvcc: there is no machine code"
 )
 
-# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024); the
-# 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU loads gate
-# and up); and what else must be there, by architecture.
+# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024; 80:
+# 768); the 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU
+# loads gate and up, its gradient a third operand); and what else must be there, by architecture.
 ENCODE = {"sm_90a": {"F2FP.SATFINITE.E4M3": 8}}
 PLANS = {
     "quantize_rows_kernel<bf16, false>": (48, 2, 1, ENCODE),
@@ -42,8 +42,17 @@ PLANS = {
     "swiglu_kernel<bf16>": (64, 4, 2, {}),
     "swiglu_kernel<fp16>": (64, 4, 2, {}),
     "swiglu_kernel<float>": (64, 8, 4, {}),
+    "swiglu_backward_kernel<bf16>": (80, 6, 4, {}),
+    "swiglu_backward_kernel<fp16>": (80, 6, 4, {}),
+    "swiglu_backward_kernel<float>": (80, 12, 8, {}),
 }
 BYTES = {"float": 4, "bf16": 2, "fp16": 2}
+for x, x_bytes in BYTES.items():
+    # The weight is loaded, x by cp.async (LDGSTS, an LDG too); the loop over a lane's sixteens is not unrolled.
+    copy = {arch: {"LDGSTS.E.BYPASS.128": x_bytes} for arch in ("sm_80", "sm_90a")}
+    copy["sm_90a"] |= ENCODE["sm_90a"]
+    PLANS[f"rms_norm_quantize_kernel<{x}, 1>"] = (64 if x == "float" else 48, 2 * x_bytes, 1, copy)
+    PLANS[f"rms_norm_quantize_kernel<{x}, 2>"] = (80 if x == "float" else 64, 2 * x_bytes, 1, copy)
 for row, row_bytes in BYTES.items():
     for cache, cache_bytes in BYTES.items():
         PLANS[f"mla_append_kernel<{row}, {cache}>"] = (48, row_bytes, cache_bytes, {})
@@ -69,6 +78,12 @@ for row in ("bf16", "fp16"):
             PLANS[f"mla_decode_sm80_kernel<{row}, {row_warps}, {str(quantized).lower()}>"] = (
                 registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
             )  # fmt: skip
+
+
+# What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.
+INSTRUCTIONS = ["LDSM", "LDGSTS", "HMMA", "REDUX", "BPT.TRAP"]
+HOPPER = ["HGMMA", "QGMMA", "STSM", "STAS.128", "SYNCS.ARRIVE", "USETMAXREG", "UBLKCP", "UBLKPF", "UBLKRED", "UCGABAR"]
+HOPPER += ["UTMALDG.3D.MULTICAST", "UTMAPF.L2.3D", "UTMASTG.3D", "UTMAREDG.3D", "UTMACCTL.PF"]
 
 
 def tool(name):
@@ -127,6 +142,14 @@ def sass():
 def test_every_kernel_has_a_plan_and_is_compiled_for_every_architecture():
     compiled = {(short(kernel), kernel["arch"]) for kernel in KERNELS}
     assert compiled == {(name, arch) for name in PLANS for arch in ARCHS}
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wrappers_become_the_meant_instructions(arch, sass):
+    found = sum((ops for (of, symbol), ops in sass.items() if of == arch and "11conformance" in symbol), Counter())
+    wanted = INSTRUCTIONS + (HOPPER if arch == "sm_90a" else [])
+    assert [name for name in wanted if not count(found, name)] == []
 
 
 @needs_kernels

@@ -398,6 +398,12 @@ def cluster(rng):
 
 
 @conformance()
+def store_async(rng):
+    value = random_words(rng, 4, 32)
+    return written(value, *(value[rank - 1] + np.uint32(i) for rank in range(4) for i in range(7)))
+
+
+@conformance()
 def registers(rng):
     value = random_words(rng, 384)
     return written(value, value[:128] + np.uint32(1), value[128:] + np.uint32(2))

@@ -2,8 +2,10 @@
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import subprocess
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +26,7 @@ FLAGS = [
 ]
 # What a GPU would trip over or leave undefined becomes a fault, which the emulator reports.
 CHECKS = ["-fsanitize=alignment,bounds,shift-exponent", "-fsanitize-undefined-trap-on-error"]
-KERNEL_FLAGS = ["-O1", "-g", "-DBUG=planted_bug", "-Wno-unknown-pragmas", *CHECKS]
+KERNEL_FLAGS = ["-O1", "-g", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off", *CHECKS]
 
 # K2K_SANITIZE=address or thread: run with LD_PRELOAD=$(g++ -print-file-name=libasan.so) or libtsan.so. The emulator is
 # not instrumented: it tells the sanitizer what its instructions touch.
@@ -34,7 +36,7 @@ LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 KERNEL_FLAGS += LINK_FLAGS
 BUILD = ROOT / "build" / "emulator_tests" / (SANITIZE or "plain")
 
-SCHEDULES = {"round_robin": (0, 0), "depth_first": (1, 0), "pct1": (2, 1), "pct2": (2, 2)}
+SCHEDULES = {"round_robin": 0, "depth_first": 1, "pct2": 2, "pct3": 3}  # seeds
 
 
 def compile_object(source, flags, headers=KERNELS):
@@ -43,9 +45,10 @@ def compile_object(source, flags, headers=KERNELS):
     headers = sorted(p for d in (ROOT / "csrc", headers) for p in d.rglob("*") if p.suffix in {".h", ".cuh"})
     content = b"".join(p.read_bytes() for p in [source, *headers])
     key = hashlib.sha256(content + " ".join([CXX, *flags]).encode()).hexdigest()[:16]
-    out = BUILD / f"{source.stem}-{key}.o"
+    name = f"{source.parent.name}-{source.stem}"
+    out = BUILD / f"{name}-{key}.o"
     if not out.exists():
-        for old in BUILD.glob(f"{source.stem}-*.o"):
+        for old in BUILD.glob(f"{name}-*.o"):
             old.unlink(missing_ok=True)
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         temporary = out.with_suffix(f".{os.getpid()}")
@@ -54,10 +57,11 @@ def compile_object(source, flags, headers=KERNELS):
     return out
 
 
-def link(name, objects):
+def link(name, objects, fiber=ROOT / "csrc/emulator/fiber.cpp"):
     """The emulator and `objects` as one library."""
-    sources = [*sorted((ROOT / "csrc/emulator").glob("*.[cS]*")), ROOT / "csrc/arch/tensor_map.cpp"]
-    objects = [compile_object(source, [*FLAGS, *EMULATOR_FLAGS]) for source in sources] + objects
+    sources = {*(ROOT / "csrc/emulator").glob("*.[cS]*"), ROOT / "csrc/arch/tensor_map.cpp", fiber}
+    sources -= {ROOT / "csrc/emulator/fiber.cpp"} - {fiber}
+    objects = [compile_object(source, [*FLAGS, *EMULATOR_FLAGS]) for source in sorted(sources)] + objects
     key = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
     out = BUILD / f"{name}-{key}.so"
     if not out.exists():
@@ -70,28 +74,54 @@ def link(name, objects):
 
 
 @cache
-def library():
-    kernels = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
-    out = link("kernels", [compile_object(source, [*FLAGS, *KERNEL_FLAGS]) for source in kernels])
+def library(ucontext=False):
+    sources = [*sorted(KERNELS.glob("*.cu")), KERNELS / "support.cpp"]
+    kernels = [compile_object(source, [*FLAGS, *KERNEL_FLAGS, "-DBUG=planted_bug"]) for source in sources]
+    portable = KERNELS.parent / "fiber_ucontext.cpp"
+    out = link("kernels_ucontext", kernels, fiber=portable) if ucontext else link("kernels", kernels)
     lib = ctypes.CDLL(str(out))
     lib.last_error.restype = ctypes.c_char_p
     lib.allocate.restype = ctypes.c_void_p
     lib.allocate.argtypes = [ctypes.c_size_t]
     lib.release.argtypes = [ctypes.c_void_p]
     lib.count_switches.restype = lib.count_bytes_loaded.restype = ctypes.c_uint64
-    lib.configure.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    lib.configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return lib
+
+
+def load_module(name, objects):
+    """What binds the name, as a Python module."""
+    spec = importlib.util.spec_from_file_location(name, link(name, objects))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def binding_flags(name):
+    import pybind11
+
+    flags = ["-fvisibility=hidden", *(f"-I{i}" for i in (pybind11.get_include(), sysconfig.get_path("include")))]
+    return [f"-DK2K_MODULE={name}", *(f'-DK2K_{fact}=""' for fact in ("VERSION", "BUILD_TYPE", "CUDA_ARCHS")), *flags]
+
+
+def emulated_module():
+    """The package's kernels as they are in k2kernels._emu, but with the checks and the sanitizer of this build."""
+    csrc = ROOT / "csrc"
+    objects = [compile_object(source, [*FLAGS, *KERNEL_FLAGS]) for source in sorted(csrc.glob("*/launch*.cu"))]
+    bindings = {csrc / "common/selfcheck.cpp", *(csrc / "bind").glob("*.cpp")}
+    bindings -= {csrc / "bind/device.cpp", csrc / "bind/no_device.cpp"}
+    objects += [compile_object(source, [*FLAGS, *binding_flags("_emu")]) for source in sorted(bindings)]
+    return load_module("_emu", objects)
 
 
 class EmulatorError(RuntimeError):
     pass
 
 
-def run(kernel, *arguments, schedule="round_robin", delivery=0, arch=90, bug=0, hopper_fp8=False):
-    """Runs a kernel's C function. Arrays are copied to guarded memory and back."""
-    lib = library()
-    policy, seed = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    lib.configure(policy, delivery, seed, arch, hopper_fp8)
+def run(kernel, *arguments, seed=0, delivery=-1, arch=90, bug=0, hopper_fp8=False, ucontext=False):
+    """Runs a kernel's C function. Arrays are copied to guarded memory and back; delivery: the seed's, or an enum's."""
+    lib = library(ucontext)
+    lib.configure(seed, delivery, arch, hopper_fp8)
     ctypes.c_int.in_dll(lib, "planted_bug").value = bug
     addresses, values = [], []
     for argument in arguments:

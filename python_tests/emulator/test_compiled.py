@@ -21,12 +21,7 @@ CASES = [
     ("gemm_mma", "80", {"HMMA.16816.F32.BF16": 16, "LDSM": 12, "LDGSTS": 4}),
     ("gemm_mma", "90a", {"HMMA.16816.F32.BF16": 16, "LDSM": 12, "LDGSTS": 4}),
     ("gemm_wgmma", "90a", {"HGMMA.64x128x16.F32.BF16": 4, "UTMALDG.2D": 2, "SYNCS": 4, "USETMAXREG": 2}),
-    (
-        "instructions",
-        "90a",
-        {"UTMALDG.3D.MULTICAST": 1, "UTMAREDG.3D": 1, "UBLKCP": 3, "UBLKRED": 1, "STSM": 4, "REDUX": 6},
-    ),
-    ("small", "90a", {"UTMALDG.2D": 1, "UTMASTG.2D": 1, "LDG.E.128.CONSTANT": 1, "UCGABAR": 1}),
+    ("small", "90a", {"UTMALDG.2D": 1, "UTMASTG.2D": 1, "LDG.E.128.CONSTANT": 1, "UCGABAR": 1, "STAS": 1}),
 ]
 
 

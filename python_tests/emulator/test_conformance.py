@@ -45,15 +45,16 @@ def test_every_kernel_has_a_formula():
 def test_every_wrapper_is_shown():
     headers = "\n".join(path.read_text() for path in (CSRC / "arch").glob("*.cuh"))
     names = set(re.findall(r"^K2K_(?:HOST_)?DEVICE [\w ]+?[&*]? ?(\w+)\(", headers.replace("constexpr ", ""), re.M))
-    names |= {
-        f"tma_{what}"
-        for rank in (1, 2, 3)
-        for what in (f"load_{rank}d", f"load_{rank}d_multicast", f"store_{rank}d", f"reduce_add_{rank}d")
-    }
-    names -= {"trap", "check_wgmma"}  # ends the kernel with an error; is no instruction
+    verbs = ("prefetch_{}d", "load_{}d", "load_{}d_multicast", "store_{}d", "reduce_add_{}d")
+    names |= {"tma_" + verb.format(rank) for verb in verbs for rank in (1, 2, 3)}
+    names -= {"check_wgmma"}  # is no instruction
     kernels = "\n".join(path.read_text() for path in (CSRC / "conformance").glob("*.cuh"))
     assert len(names) > 80
     assert [name for name in sorted(names) if not re.search(rf"arch::{name}\b", kernels)] == []
+    listed = (CSRC / "arch" / "README.md").read_text()
+    listed += "".join(listed.replace("{1,2,3}d", f"{rank}d") for rank in (1, 2, 3))
+    missing = [name for name in names if name.removesuffix("_multicast") not in listed]
+    assert missing == [], "not in csrc/arch/README.md"
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS))

@@ -1,16 +1,19 @@
 """The kernels on a GPU, at sizes of Kimi-K2: against the reference bit for bit, on other streams, in CUDA graphs.
 
-What the emulator has shown at small sizes is asked of the hardware here. Run by `make gpu`.
+What the emulator has shown at small sizes is asked of the hardware here, of every instance of every kernel. Run by
+`make gpu`.
 """
 
 import pytest
 import torch
 
 import k2kernels as k
-from k2kernels.testing.inputs import KIMI_K2, poisoned_cache
+from k2kernels.testing.compare import check_close, check_rms_norm_quantize
+from k2kernels.testing.inputs import KIMI_K2, exact_rms_rows, poisoned_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 GROUPS = dict(
     offsets=torch.tensor([0, 256, 512, 640, 1024], dtype=torch.int32),
     counts=torch.tensor([200, 256, 0, 300], dtype=torch.int32),
@@ -22,9 +25,18 @@ def rows(*shape, dtype=torch.bfloat16):
     return (torch.randn(*shape) * torch.logspace(-4, 4, shape[-2])[:, None]).to(dtype)
 
 
-def paged(quantize):
+def grouped_rows(columns, dtype=torch.bfloat16):
+    """Rows of the groups; the padding around them is NaN."""
+    x = torch.full((1024, columns), float("nan"), dtype=dtype)
+    x[REAL] = rows(len(REAL), columns, dtype=dtype)
+    return x
+
+
+def paged(cache):
+    """A cache of that dtype; torch.uint8: of 656-byte rows."""
     torch.manual_seed(7)
-    made = poisoned_cache([torch.randn(n, KIMI_K2.cache_row).bfloat16() for n in (100, 7, 333)], 64, quantize=quantize)
+    dtype, quantize = (torch.bfloat16, True) if cache == torch.uint8 else (cache, False)
+    made = poisoned_cache([torch.randn(n, KIMI_K2.cache_row).to(dtype) for n in (100, 7, 333)], 64, quantize=quantize)
     positions = torch.tensor([0, 99, 5, 6, 64, 332])
     return made.kv_cache, made.block_table, positions
 
@@ -37,46 +49,69 @@ def append(kv, cache, table, positions):
 
 # name -> (the op whose launches are counted, function, arguments on the CPU)
 CASES = {
-    **{
-        f"quantize_1x128 {dtype} {layout}": (
+    "quantize_1x128 narrow": ("quantize_1x128", k.quantize_1x128, lambda: (rows(33, 200),)),
+    "quantize_128x128 stacked": ("quantize_128x128", k.quantize_128x128, lambda: (rows(3, 200, 300),)),
+}
+for dtype in FLOATS:
+    for layout in ("row", "column"):
+        CASES[f"quantize_1x128 {dtype} {layout}"] = (
             "quantize_1x128",
             lambda x, layout=layout: k.quantize_1x128(x, scale_layout=layout, power_of_two=layout == "column"),
             lambda dtype=dtype: (rows(515, 7168, dtype=dtype),),
         )
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for layout in ("row", "column")
-    },
-    "quantize_1x128 transposed": (
+    CASES[f"quantize_1x128 {dtype} groups"] = (
+        "quantize_1x128",
+        lambda x, offsets, counts: [t[REAL.to(t.device)] for t in k.quantize_1x128(x, offsets=offsets, counts=counts)],
+        lambda dtype=dtype: (grouped_rows(2048, dtype), *GROUPS.values()),
+    )
+    CASES[f"quantize_1x128 {dtype} transposed"] = (
         "quantize_1x128",
         lambda x: k.quantize_1x128(x, transpose=True),
-        lambda: (rows(515, 7168),),
-    ),
-    "quantize_1x128 narrow": ("quantize_1x128", k.quantize_1x128, lambda: (rows(33, 200),)),
-    "quantize_128x128": ("quantize_128x128", k.quantize_128x128, lambda: (rows(576, 7168),)),
-    "quantize_128x128 stacked": ("quantize_128x128", k.quantize_128x128, lambda: (rows(3, 200, 300),)),
-    "dequantize 1x128": (
-        "dequantize",
-        lambda data, scales: k.dequantize(data, scales, block=(1, 128), dtype=torch.bfloat16),
-        lambda: k.quantize_1x128(rows(515, 7168)),
-    ),
-    "dequantize 128x128": (
-        "dequantize",
-        lambda data, scales: k.dequantize(data, scales, block=(128, 128), dtype=torch.float32),
-        lambda: k.quantize_128x128(rows(576, 7168)),
-    ),
-    "mla_append": (
-        "mla_append",
-        append,
-        lambda: (torch.randn(6, KIMI_K2.cache_row).bfloat16(), *paged(quantize=False)),
-    ),
-    "mla_append 656": (
-        "mla_append",
-        append,
-        lambda: (torch.randn(6, KIMI_K2.cache_row).bfloat16(), *paged(quantize=True)),
-    ),
-    "mla_gather": ("mla_gather", k.mla_gather, lambda: paged(quantize=False)),
-    "mla_gather 656": ("mla_gather", k.mla_gather, lambda: paged(quantize=True)),
-}
+        lambda dtype=dtype: (rows(515, 7168, dtype=dtype),),
+    )
+    CASES[f"quantize_1x128 {dtype} transposed groups"] = (
+        "quantize_1x128",
+        lambda x, offsets, counts: k.quantize_1x128(x, transpose=True, offsets=offsets, counts=counts),
+        lambda dtype=dtype: (grouped_rows(2048, dtype), *GROUPS.values()),
+    )
+    CASES[f"quantize_128x128 {dtype}"] = (
+        "quantize_128x128",
+        k.quantize_128x128,
+        lambda dtype=dtype: (rows(576, 7168, dtype=dtype),),
+    )
+    for block, quantize in ((1, k.quantize_1x128), (128, k.quantize_128x128)):
+        CASES[f"dequantize {block}x128 {dtype}"] = (
+            "dequantize",
+            lambda data, scales, block=block, dtype=dtype: k.dequantize(data, scales, block=(block, 128), dtype=dtype),
+            lambda quantize=quantize: quantize(rows(576, 7168)),
+        )
+    for columns in (7168, 1536, 512, 200):
+        for layout in ("row", "column"):
+            CASES[f"rms_norm_quantize {columns} {dtype} {layout}"] = (
+                "rms_norm_quantize",
+                lambda x, weight, layout=layout: k.rms_norm_quantize(x, weight, eps=0.0, scale_layout=layout),
+                lambda columns=columns, dtype=dtype: (
+                    exact_rms_rows(515, columns).to(dtype),
+                    torch.randn(columns).to(dtype),
+                ),
+            )
+    for cache in (*FLOATS, torch.uint8):
+        CASES[f"mla_append {dtype} into {cache}"] = (
+            "mla_append",
+            append,
+            lambda dtype=dtype, cache=cache: (torch.randn(6, KIMI_K2.cache_row).to(dtype), *paged(cache)),
+        )
+        CASES[f"mla_gather {dtype} from {cache}"] = (
+            "mla_gather",
+            lambda *args, dtype=dtype: k.mla_gather(*args, dtype=dtype),
+            lambda cache=cache: paged(cache),
+        )
+
+
+def rounding(want, dtype):
+    """The most that one rounding to dtype changes: half a unit, or the smallest denormal."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * want.abs() + info.tiny * info.eps
 
 
 def to(device, values):
@@ -100,23 +135,56 @@ def test_kernel_equals_the_reference_bit_for_bit(name):
         assert torch.equal(g, w), f"{int((g != w).sum())} of {w.numel()} bytes differ"
 
 
-def test_padding_rows_are_neither_read_nor_written():
-    x = torch.full((1024, 4096), float("nan"), dtype=torch.bfloat16)
-    x[REAL] = rows(len(REAL), 4096)
-    got = k.swiglu_quantize(x.cuda(), **{name: value.cuda() for name, value in GROUPS.items()})
-    want = k.swiglu_quantize(x, **GROUPS)
-    steps = got[0].cpu().view(torch.uint8)[REAL].int() - want[0].view(torch.uint8)[REAL].int()
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_swiglu_quantize(grouped, weighted, dtype):
+    x = grouped_rows(4096, dtype) if grouped else torch.randn(515, 4096).to(dtype)
+    options = dict(GROUPS if grouped else {}, weights=torch.rand(len(x)) if weighted else None)
+    got = k.swiglu_quantize(x.cuda(), **{name: None if v is None else v.cuda() for name, v in options.items()})
+    want = k.swiglu_quantize(x, **options)
+    real = REAL if grouped else slice(None)
+    steps = got[0].cpu().view(torch.uint8)[real].int() - want[0].view(torch.uint8)[real].int()
     assert steps.abs().max() <= 1 and (steps != 0).float().mean() < 1e-3  # the last bit of exp is free
-    torch.testing.assert_close(got[1].cpu()[REAL], want[1][REAL], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[1].cpu()[real], want[1][real], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("columns", [7168, 1536, 512, 8192])
+def test_rms_norm_quantize(columns, dtype):
+    x, weight = rows(515, columns, dtype=dtype), torch.randn(columns).to(dtype)
+    for options in (dict(eps=1e-6), dict(eps=0.25, power_of_two=True)):
+        before = k.launch_count("rms_norm_quantize")
+        got = k.rms_norm_quantize(x.cuda(), weight.cuda(), **options)
+        assert k.launch_count("rms_norm_quantize") > before
+        check_rms_norm_quantize(*(t.cpu() for t in got), x, weight, **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_swiglu(dtype):
     x = torch.randn(515, 4096).to(dtype)
     exact = x.double()
     want = torch.nn.functional.silu(exact[:, :2048]) * exact[:, 2048:]
-    error = (k.swiglu(x.cuda()).cpu().double() - want).abs()
-    assert (error <= torch.finfo(dtype).eps * want.abs() + 1e-7).all()
+    # In float32: exp 2 units, sum, quotient and product a half each; then one rounding.
+    budget = 4 * 2.0**-23 * want.abs() + rounding(want, dtype)
+    check_close(k.swiglu(x.cuda()).cpu(), want, budget=budget)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_swiglu_backward(dtype):
+    x, grad = (torch.randn(515, 4096) * 4).to(dtype), torch.randn(515, 2048).to(dtype)
+    on_gpu = x.cuda().requires_grad_()
+    before = k.launch_count("swiglu_backward")
+    k.swiglu(on_gpu).backward(grad.cuda())
+    assert k.launch_count("swiglu_backward") > before
+    exact = x.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    (torch.nn.functional.silu(gate) * up).backward(grad.double())
+    gate, up = exact.detach().chunk(2, dim=-1)
+    want, d_up = exact.grad, exact.grad[:, 2048:].abs()
+    # Of float32, 8 units of what d_gate is before terms of both signs cancel, and of d_up; then one rounding.
+    lost = torch.cat([(grad.double() * up * torch.sigmoid(gate)).abs() * (1 + gate.abs()), d_up], dim=-1)
+    check_close(on_gpu.grad.cpu(), want, budget=8 * 2.0**-23 * lost + rounding(want, dtype))
 
 
 def test_another_stream_and_a_graph_with_changing_inputs():

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import quant
-from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, swiglu_quantize
-from k2kernels.testing.compare import check_close, check_op
-from k2kernels.testing.inputs import guarded, guarded_memory
+from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, rms_norm_quantize, swiglu_quantize
+from k2kernels.testing.compare import check_close, check_op, check_rms_norm_quantize
+from k2kernels.testing.inputs import exact_rms_rows, guarded, guarded_memory
 
 E4M3 = torch.float8_e4m3fn
 
@@ -152,6 +152,10 @@ def test_column_layout_holds_the_same_scales(shape, transpose):
     column_data, column = quantize_1x128(x, transpose=transpose, scale_layout="column")
     assert scales.is_contiguous() and torch.equal(column, scales)
     assert torch.equal(column_data.view(torch.uint8), data.view(torch.uint8))
+    if not transpose and 0 not in shape:
+        normed = [rms_norm_quantize(x, x.flatten(0, -2)[0], scale_layout=layout) for layout in ("row", "column")]
+        assert torch.equal(normed[0][1], normed[1][1]) and normed[1][1].stride() == column.stride()
+        assert torch.equal(normed[0][0].view(torch.uint8), normed[1][0].view(torch.uint8))
     rows, blocks = scales.shape[-2:]
     stored_rows = -(-rows // 4) * 4
     if scales.numel():
@@ -188,6 +192,92 @@ def test_stacked_weights_are_quantised_one_by_one():
         one, one_scales = quantize_128x128(w[expert])
         assert torch.equal(data[expert].view(torch.uint8), one.view(torch.uint8))
         assert torch.equal(scales[expert], one_scales)
+
+
+NORMED = [(9, 200), (5, 7168), (3, 1536), (17, 512), (2, 3, 2100), (2, 8192), (4, 33), (1, 1)]
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", NORMED)
+def test_rms_norm_quantize_is_bit_for_bit_the_norms_but_for_its_inverse(shape, dtype):
+    # eps is most of some rows' divisor, and nothing in that of others.
+    x = (torch.randn(shape) * torch.logspace(-4, 2, shape[-2])[:, None]).to(dtype)
+    weight = (torch.randn(shape[-1]) + 1).to(dtype)
+    for options in (dict(eps=1e-6), dict(eps=0.25, power_of_two=True)):
+        check_rms_norm_quantize(*rms_norm_quantize(x, weight, **options), x, weight, **options)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [200, 512, 1536, 7168])
+def test_rms_norm_quantize_is_the_models_norm_and_quantize_1x128(columns, dtype):
+    x, norm = exact_rms_rows(11, columns).to(dtype), torch.nn.RMSNorm(columns, 0.0, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    weight = norm.weight.detach()
+    got = rms_norm_quantize(x, weight, eps=0.0)
+    normed = (x.double() / x.double().square().mean(-1, keepdim=True).sqrt() * weight.double()).float().to(dtype)
+    with torch.no_grad():
+        assert torch.equal(norm(x), normed)
+    assert_blocks(normed, *got, 1, 128)
+    for same in (torch.cat([x, x.new_full((11, 3), math.nan)], 1)[:, :columns], x.T.contiguous().T, x[:, None]):
+        data, scales = rms_norm_quantize(same, weight, eps=0.0)
+        assert torch.equal(data.view(torch.uint8).flatten(0, -2), got[0].view(torch.uint8))
+        assert torch.equal(scales.flatten(0, -2), got[1])
+    ones = (x.double() / x.double().square().mean(-1, keepdim=True).sqrt()).to(dtype)
+    data, scales = rms_norm_quantize(ones, weight, eps=3.0, power_of_two=True)
+    assert_blocks((ones.double() / 2 * weight.double()).float().to(dtype), data, scales, 1, 128, power_of_two=True)
+
+
+@with_kernels
+def test_rms_norm_quantize_of_a_row_does_not_depend_on_the_others():
+    for columns in (512, 1000, 3000):
+        x, weight = torch.randn(13, columns), torch.randn(columns)
+        data, scales = rms_norm_quantize(x, weight)
+        for row in (0, 6, 12):
+            alone, alone_scales = rms_norm_quantize(x[row : row + 1], weight)
+            assert torch.equal(alone.view(torch.uint8)[0], data.view(torch.uint8)[row])
+            assert torch.equal(alone_scales[0], scales[row])
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_quantize_of_zeros_infinities_and_nan(dtype):
+    x = exact_rms_rows(5, 300).to(dtype)
+    x[0], x[1, 7], x[2, 200] = 0, math.inf, math.nan
+    x[3] *= 1e30  # the sum of squares overflows; in float16 the elements do
+    weight = torch.ones(300, dtype=dtype)
+    data, scales = rms_norm_quantize(x, weight, eps=0.0)
+    codes = data.view(torch.uint8)
+    assert codes[[0, 2]].eq(0x7F).all() and scales[[0, 2]].eq(2.0**-126).all()  # 0 / 0, and x / NaN
+    assert scales[[1, 3]].eq(2.0**-126).all()  # x / infinity: zeros with x's signs, but for infinity / infinity
+    assert torch.equal(codes[[1, 3]], torch.where(x[[1, 3]].isinf(), 0x7F, torch.signbit(x[[1, 3]]) * 0x80))
+    weight[[5, 250]] = torch.tensor([math.inf, math.nan], dtype=dtype)
+    other, other_scales = rms_norm_quantize(x, weight, eps=0.0)
+    assert other.view(torch.uint8)[4, [5, 250]].eq(0x7F).all()
+    finite = weight.isfinite()
+    clean, clean_scales = rms_norm_quantize(x, torch.where(finite, weight, 0), eps=0.0)
+    assert torch.equal(other.view(torch.uint8)[4, finite], clean.view(torch.uint8)[4, finite])
+    assert torch.equal(other_scales[4], clean_scales[4])
+    assert rms_norm_quantize(x, weight, eps=1.0)[0].view(torch.uint8)[0, finite].eq(0).all()
+
+
+def test_rms_norm_quantize_of_longer_rows_is_the_references():
+    x, weight = exact_rms_rows(2, 8193), torch.randn(8193)
+    check_rms_norm_quantize(*rms_norm_quantize(x, weight, eps=0.0), x, weight, eps=0.0)
+    with k2kernels.emulated(), pytest.raises(k2kernels.UnsupportedError, match="at most 8192 columns, got 8193"):
+        rms_norm_quantize(x, weight)
+    with pytest.raises(RuntimeError, match="at most 8192 columns, got 8193"):  # the two limits are one
+        _emu.rms_norm_quantize(0, 0, 0, 0, 0, (1, 1, 8193), (0, 0), (0, 0, 0), 0.0, False, -1, 0)
+
+
+def test_more_normed_rows_than_blocks():
+    # A block goes on to further rows, with the sums of two warps a row in the other place.
+    x, weight = exact_rms_rows(16500, 520).bfloat16(), torch.randn(520).bfloat16()
+    want = rms_norm_quantize(x, weight, eps=0.0)
+    with k2kernels.emulated(seed=2):
+        got = rms_norm_quantize(x, weight, eps=0.0)
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got[1], want[1])
 
 
 def every_code():
@@ -311,6 +401,54 @@ def test_swiglu_gradient():
     assert torch.autograd.gradcheck(k2kernels.swiglu, gate_up)
 
 
+def swiglu_gradient(grad, gate_up):
+    """The gradient in float64, and what float32 may lose of it: some roundings of terms that partly cancel."""
+    grad, gate, up = grad.double(), *gate_up.double().chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    want = torch.cat([grad * up * (sigmoid + gate * sigmoid * (1 - sigmoid)), grad * gate * sigmoid], dim=-1)
+    lost = torch.cat([grad * up * sigmoid * (1 + gate.abs()), want[..., gate.shape[-1] :]], dim=-1).abs()
+    # Units of 2**-23: sigmoid 3 (exp 2, sum and quotient a half each), 1 - sigmoid as much, the products 1.5.
+    return want, 8 * 2.0**-23 * lost + torch.finfo(torch.float32).tiny
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3, 64), (9, 640), (1, 3), (33,), (0, 16), (4, 0)])
+def test_swiglu_gradient_rounds_once(shape, dtype):
+    gate_up = (torch.randn(*shape[:-1], 2 * shape[-1]) * 4).to(dtype).requires_grad_()
+    grad = torch.randn(shape).to(dtype)
+    before = {op: k2kernels.launch_count(op) for op in ("swiglu", "swiglu_backward")}
+    k2kernels.swiglu(gate_up).backward(grad)
+    ran = {op: k2kernels.launch_count(op) - count for op, count in before.items()}
+    assert ran["swiglu_backward"] == ran["swiglu"]  # which runs where `body` says
+    want, lost = swiglu_gradient(grad, gate_up.detach())
+    info = torch.finfo(dtype)
+    assert gate_up.grad.dtype == dtype
+    check_close(gate_up.grad, want, budget=lost + info.eps / 2 * want.abs() + info.tiny * info.eps)
+
+
+@with_kernels
+def test_swiglu_gradient_of_strided_inputs_and_at_the_ends_of_the_range():
+    gate_up = torch.randn(6, 96).bfloat16()
+    grad = torch.randn(6, 48).bfloat16()
+    want = quant._swiglu_backward(grad, gate_up)
+    wide = torch.full((6, 130), math.nan, dtype=torch.bfloat16)
+    wide[:, 1:97] = gate_up
+    for same in (gate_up.T.contiguous().T, wide[:, 1:97]):
+        assert torch.equal(quant._swiglu_backward(grad, same), want)
+    for same in (grad.T.contiguous().T, torch.cat([grad, grad.new_full((6, 16), math.nan)], 1)[:, :48]):
+        assert torch.equal(quant._swiglu_backward(same, gate_up), want)
+    assert torch.equal(
+        quant._swiglu_backward(grad[:1, :1].expand(6, 48), gate_up),
+        quant._swiglu_backward(grad[:1, :1].repeat(6, 48), gate_up),
+    )
+    gate = torch.tensor([-math.inf, -3e38, -200.0, -100.0, 0.0, 100.0, 3e38, math.inf, math.nan])
+    ends = torch.cat([gate, torch.ones(9)])[None]
+    with k2kernels.backend("reference"):
+        want = quant._swiglu_backward(torch.ones(1, 9), ends)
+    torch.testing.assert_close(quant._swiglu_backward(torch.ones(1, 9), ends), want, equal_nan=True)
+
+
 @with_kernels
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -363,6 +501,17 @@ MOVED = {
         13 * 512 * 2,
         13 * 256,
     ),
+    "swiglu_backward": (
+        lambda: quant._swiglu_backward(torch.randn(24, 256, dtype=HALF), torch.randn(24, 512, dtype=HALF)),
+        24 * 768 * 2,
+        24 * 512 * 2,
+    ),
+    # The weight once a row of a block, from L1.
+    "rms_norm_quantize": (
+        lambda: rms_norm_quantize(torch.randn(5, 7168, dtype=HALF), torch.randn(7168, dtype=HALF)),
+        5 * 2 * 7168 * 2,
+        5 * 7168,
+    ),
     "dequantize": (
         lambda: dequantize(torch.zeros(24, 512).to(E4M3), torch.ones(24, 4), dtype=HALF),
         24 * 512,
@@ -392,6 +541,8 @@ def test_kernels_stay_within_their_inputs(shape, dtype):
             dequantize(guarded(data), guarded(scales), block=block)
         swiglu_quantize(x)
         k2kernels.swiglu(x)
+        rms_norm_quantize(x, guarded(x.flatten(0, -2)[0]))
+        quant._swiglu_backward(guarded(x[..., : x.shape[-1] // 2]), x)
 
 
 def test_guarded_memory_faults_when_a_kernel_leaves_it():
@@ -407,6 +558,8 @@ REGISTERED = {
     "quantize_1x128 column": (quant._quantize_1x128, (X, True, "column", False, None, None)),
     "quantize_1x128 transpose": (quant._quantize_1x128, (X.bfloat16(), False, "column", True, *GROUPS)),
     "quantize_128x128": (quant._quantize_128x128, (X.view(2, 3, 200), True)),
+    "rms_norm_quantize": (quant._rms_norm_quantize, (X, X[0], 1e-6, True, "column")),
+    "swiglu_backward": (quant._swiglu_backward, (X[:, :100].bfloat16(), X.bfloat16())),
     "dequantize 1x128": (quant._dequantize, (X.to(E4M3), X[:, :2], 1, 128, torch.bfloat16)),
     "dequantize 128x128": (quant._dequantize, (X.to(E4M3), X[:1, :2], 128, 128, torch.float64)),
     "swiglu_quantize": (quant._swiglu_quantize, (X, X[:, 0], False, "column", *GROUPS)),
@@ -432,6 +585,7 @@ def chain(x, gate_up):
         dequantize(*transposed),
         dequantize(*weight, block=(128, 128)),
         dequantize(*swiglu_quantize(gate_up, weights=x[:, 0])),
+        dequantize(*rms_norm_quantize(x, x[0], scale_layout="column")),
     )
 
 
@@ -450,6 +604,8 @@ def test_meta_tensors():
     assert [t.shape for t in quantize_128x128(x)] == [(3, 300, 400), (3, 3, 4)]
     assert dequantize(data, scales, dtype=torch.float16).dtype == torch.float16
     assert [t.shape for t in swiglu_quantize(x)] == [(3, 300, 200), (3, 300, 2)]
+    data, scales = rms_norm_quantize(x, torch.empty(400, device="meta"), scale_layout="column")
+    assert data.shape == (3, 300, 400) and scales.stride() == (4 * 300, 1, 300)
 
 
 @with_kernels
@@ -465,6 +621,8 @@ def test_no_backward():
     x = torch.randn(2, 128, requires_grad=True)
     with pytest.raises(RuntimeError, match="quantize_1x128: this op has no backward"):
         quantize_1x128(x)[1].sum().backward()
+    with pytest.raises(RuntimeError, match="rms_norm_quantize: this op has no backward"):
+        rms_norm_quantize(x, x[0])[1].sum().backward()
 
 
 INTS = torch.tensor([0, 1, 2], dtype=torch.int32)
@@ -486,6 +644,23 @@ BAD = {
         ValueError,
         r"scales must be \[6, 2\] float32, got \[6, 3\] float32; one per 1x128 of data",
     ),
+    "norm weight": (
+        lambda: rms_norm_quantize(X, X[0, :5]),
+        ValueError,
+        r"rms_norm_quantize: weight must be \[K=200\] float32, got \[5\] float32; one factor per column",
+    ),
+    "norm dtype": (
+        lambda: rms_norm_quantize(X, X[0].bfloat16()),
+        TypeError,
+        "weight must be .* float32, got .*bfloat16",
+    ),
+    "norm vector": (lambda: rms_norm_quantize(X[0], X[0]), ValueError, r"x must be \[\.\.\., M, K\]"),
+    "norm of nothing": (
+        lambda: rms_norm_quantize(X[:, :0], X[0, :0]),
+        ValueError,
+        "x must be at least one column wide",
+    ),
+    "norm eps": (lambda: rms_norm_quantize(X, X[0], eps=-1e-6), ValueError, "eps must be at least 0, got -1e-06"),
     "odd": (lambda: swiglu_quantize(X[:, :3]), ValueError, "gate_up must be even in its last axis"),
     "weights": (lambda: swiglu_quantize(X, weights=X[0]), ValueError, r"weights must be \[6\] float32, got \[200\]"),
     "offsets 3-D": (lambda: quantize_1x128(X[None], offsets=INTS), ValueError, "x must be a matrix where offsets"),

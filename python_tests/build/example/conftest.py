@@ -1,10 +1,8 @@
 """Puts the example's files where CONTRIBUTING.md says, and its kernel into a module in the place of `_emu`."""
 
 import hashlib
-import importlib.util
 import re
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,8 +21,8 @@ k2kernels.reference.__path__.append(str(HERE / "reference"))
 
 @pytest.fixture(scope="session")
 def _built():
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11, which builds the package, is not installed")
-    from emulated_kernels import BUILD, CHECKS, FLAGS, compile_object, link
+    pytest.importorskip("pybind11", reason="pybind11, which builds the package, is not installed")
+    from emulated_kernels import BUILD, FLAGS, KERNEL_FLAGS, binding_flags, compile_object, load_module
 
     # The two lines of csrc/bind that name the ops, with the example as the only one.
     folder = BUILD / "example"
@@ -39,14 +37,8 @@ def _built():
     together = "".join(f'#include "{source}" // {digest}\n' for source, digest in zip(sources, digests))
     (folder / "scale_rows.cpp").write_text(together)
 
-    flags = ["-O1", "-g", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", *CHECKS]
-    flags += [f"-I{i}" for i in (folder, HERE / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-    flags += ["-DK2K_MODULE=example", *(f'-DK2K_{fact}=""' for fact in ("VERSION", "BUILD_TYPE", "CUDA_ARCHS"))]
-    example = compile_object(folder / "scale_rows.cpp", [*flags, *FLAGS], headers=HERE)
-    spec = importlib.util.spec_from_file_location("example", link("example", [example]))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    flags = [f"-I{folder}", f"-I{HERE / 'csrc'}", *FLAGS, *KERNEL_FLAGS, *binding_flags("example")]
+    return load_module("example", [compile_object(folder / "scale_rows.cpp", flags, headers=HERE)])
 
 
 @pytest.fixture(autouse=True)

@@ -97,10 +97,11 @@ __global__ void __launch_bounds__(384, 1) gemm_wgmma_kernel(const __grid_constan
     if (BUG != 12) arch::sync_block();  // BUG 12: barriers are used before they are made
 
     if (role == 0) {
-        arch::registers_decrease<40>();
+        // BUG 21: nobody gives registers back; 22: one warp of four does
+        if (BUG != 21 && (BUG != 22 || threadIdx.x < 32)) arch::registers_decrease<40>();  // @22
         if (threadIdx.x == 0) produce(smem, map_a, map_b, steps);
     } else {
-        arch::registers_increase<232>();
+        if (BUG != 22) arch::registers_increase<232>();  // @21
         consume(smem, c, m, n, steps, role - 1);
     }
 }

@@ -75,6 +75,8 @@ __global__ void __launch_bounds__(64) dsmem_kernel(const float* x, float* result
     if (BUG != 33) arch::cluster_sync();  // BUG 33: the other block may not have written
     if (arch::cluster_rank() == 0 && threadIdx.x == 0) {
         const float* other = arch::cluster_pointer(smem.sum, 1);  // @34
+        if (BUG == 52)
+            arch::smem_address(other);  // @52: ldmatrix reads the own block's memory only
         result[0] = smem.sum[0] + smem.sum[1] + other[0] + other[1];
     }
     if (BUG != 34) arch::cluster_sync();  // BUG 34: the other block may have ended
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(32)
         float sum = 0;
         for (int i = 0; i < count; ++i) {
             const int awaited = BUG == 46 ? i + 1 : i;  // BUG 46: a flag nobody raises
-            while (arch::load_acquire<Scope::kSystem>(&flags[awaited]) != 1) {  // @46
+            while (arch::load_acquire<Scope::kSystem>(&flags[awaited]) != 1) {  // @46 @56
             }
             sum += values[i];
         }
@@ -181,12 +183,90 @@ extern "C" int exchange(float* values, uint32_t* flags, float* sums, int count, 
     return guard([=] {
         EmulatedTogether together(num_grids > 1);
         LaunchShape shape{count / num_grids, 32};
-        shape.cooperative = true;
+        shape.cooperative = BUG != 56;  // BUG 56: waits for blocks that are not resident
         for (int grid = 0; grid < num_grids; ++grid) {
             const int first = grid * (count / num_grids);
             launch(shape, exchange_kernel, values, flags, sums, first, count);
         }
         together.run();
+    });
+}
+
+// ---- a reduction whose last block merges: sums[row][64] of x[row][split][64], as of split keys
+//
+// Each block writes its part and takes a ticket; who has the row's last one adds all parts, in
+// order.
+
+struct SplitStorage {
+    bool is_last;
+};
+
+__global__ void __launch_bounds__(64)
+    split_sum_kernel(const float* x, float* parts, uint32_t* tickets, float* sums) {
+    SplitStorage& smem = arch::shared_storage<SplitStorage>();
+    const int thread = threadIdx.x, splits = gridDim.x, row = blockIdx.y;
+    float* const row_parts = parts + row * splits * 64;
+    const int own = blockIdx.x * 64 + thread;
+    if (BUG != 54) row_parts[own] = x[row * splits * 64 + own];
+    if (BUG != 53) arch::sync_block();  // BUG 53: the ticket is for all threads' parts
+    if (thread == 0) {
+        arch::fence_acq_rel<Scope::kGpu>();
+        const uint32_t ticket = arch::atomic_add_acq_rel<Scope::kGpu>(&tickets[row], 1);
+        smem.is_last = ticket + 1 == gridDim.x;
+        if (smem.is_last && BUG != 55) tickets[row] = 0;  // BUG 55: the next launch finds no last
+    }
+    if (BUG == 54) row_parts[own] = x[row * splits * 64 + own];  // BUG 54: behind the ticket
+    arch::sync_block();
+    if (!smem.is_last) return;
+    float sum = 0;
+    for (int split = 0; split < splits; ++split) sum += row_parts[split * 64 + thread];
+    sums[row * 64 + thread] = sum;
+}
+
+extern "C" int split_sum(
+    const float* x, float* parts, uint32_t* tickets, float* sums, int rows, int splits) {
+    return guard([=] {
+        launch({dim3(splits, rows), 64, sizeof(SplitStorage)}, split_sum_kernel, x, parts, tickets,
+               sums);
+    });
+}
+
+// ---- a ring: each block of a cluster of four stores its rows to the next one's shared memory
+
+struct RingStorage {
+    float row[32];
+    Mbarrier full, empty;
+};
+
+__global__ void __launch_bounds__(32) pass_on_kernel(const float* x, float* y, int rounds) {
+    RingStorage& smem = arch::shared_storage<RingStorage>();
+    const int lane = threadIdx.x, rank = arch::cluster_rank();
+    const uint32_t next = (rank + 1) % 4, previous = (rank + 3) % 4;
+    if (lane == 0) {
+        arch::mbarrier_init(smem.full, 1);
+        arch::mbarrier_init(smem.empty, 2);
+        arch::fence_mbarrier_init();
+    }
+    if (BUG != 57) arch::cluster_sync();  // BUG 57: the neighbour's barriers are not made yet
+    for (int i = 0; i < rounds; ++i) {
+        const int parity = i % 2;
+        if (lane == 0) arch::mbarrier_arrive_expect_tx(smem.full, sizeof smem.row);
+        if (i > 0 && BUG != 58) arch::mbarrier_wait_cluster(smem.empty, parity ^ 1);
+        const float value = x[(rank * rounds + i) * 32 + lane];
+        arch::store_async(&smem.row[lane], value, smem.full, next);  // @57
+        if (BUG != 59) arch::mbarrier_wait_cluster(smem.full, parity);
+        y[(rank * rounds + i) * 32 + lane] = smem.row[lane];
+        arch::sync_warp();
+        if (lane == 0) arch::mbarrier_arrive_cluster(smem.empty, previous, 2);
+    }
+    arch::cluster_sync();
+}
+
+extern "C" int pass_on(const float* x, float* y, int rounds) {
+    return guard([=] {
+        LaunchShape shape{4, 32, sizeof(RingStorage)};
+        shape.cluster = 4;
+        launch(shape, pass_on_kernel, x, y, rounds);
     });
 }
 

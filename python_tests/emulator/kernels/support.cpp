@@ -13,11 +13,11 @@ int planted_bug = 0;
 
 const char* last_error() { return g_error.c_str(); }
 
-void configure(int schedule, int delivery, uint64_t seed, int arch, int hopper_fp8) {
+// `delivery` below 0: the seed's.
+void configure(uint64_t seed, int delivery, int arch, int hopper_fp8) {
     emulator::Options& options = emulator::options();
-    options.schedule = static_cast<emulator::Schedule>(schedule);
-    options.delivery = static_cast<emulator::Delivery>(delivery);
-    options.seed = seed;
+    emulator::set_seed(options, seed);
+    if (delivery >= 0) options.delivery = static_cast<emulator::Delivery>(delivery);
     options.arch = arch;
     options.hopper_fp8 = hopper_fp8 != 0;
 }

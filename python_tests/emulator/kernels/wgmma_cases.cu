@@ -1,6 +1,6 @@
-// Every wgmma there is a wrapper for: C[64][N] = A[64][K] B[N][K]^T with 128 bytes of K, tiles
-// brought by TMA with the 128-byte swizzle. MN-major operands come as [K][64] and [K][N], 16-bit
-// only.
+// C[64][N] = A[64][K] B[N][K]^T with 128 bytes of K: tiles brought by TMA with the 128-byte
+// swizzle, and four wgmma whose descriptors advance inside its rows. MN-major operands come as
+// [K][64] and [K][N], 16-bit only. (Every wgmma there is a wrapper for: csrc/conformance.)
 #include "arch/fence.cuh"
 #include "arch/tma.cuh"
 #include "arch/warp.cuh"
@@ -91,43 +91,21 @@ static int run_case(const void* a, const void* b, float* c) {
     });
 }
 
-template <class T, int N>
-static int run_k_major(int registers, const void* a, const void* b, float* c) {
-    return registers ? run_case<T, N, true, Major::kK, Major::kK>(a, b, c)
-                     : run_case<T, N, false, Major::kK, Major::kK>(a, b, c);
-}
-
 template <class T>
-static int run_n(int n, int registers, const void* a, const void* b, float* c) {
-    switch (n) {
-#define CASE(N) \
-    case N:     \
-        return run_k_major<T, N>(registers, a, b, c);
-        CASE(8)
-        CASE(16)
-        CASE(24)
-        CASE(32)
-        CASE(64)
-        CASE(96)
-        CASE(128)
-        CASE(160)
-        CASE(192)
-        CASE(256)
-#undef CASE
-    }
-    return 2;
+static int run_k_major(int registers, const void* a, const void* b, float* c) {
+    return registers ? run_case<T, 64, true, Major::kK, Major::kK>(a, b, c)
+                     : run_case<T, 64, false, Major::kK, Major::kK>(a, b, c);
 }
 
-// `type` as in k2k::Type; both operands K-major.
-extern "C" int wgmma_k_major(
-    const void* a, const void* b, float* c, int type, int n, int registers) {
+// N = 64; `type` as in k2k::Type; both operands K-major.
+extern "C" int wgmma_k_major(const void* a, const void* b, float* c, int type, int registers) {
     switch (static_cast<Type>(type)) {
         case Type::kBf16:
-            return run_n<bf16>(n, registers, a, b, c);
+            return run_k_major<bf16>(registers, a, b, c);
         case Type::kFp16:
-            return run_n<fp16>(n, registers, a, b, c);
+            return run_k_major<fp16>(registers, a, b, c);
         default:
-            return run_n<e4m3>(n, registers, a, b, c);
+            return run_k_major<e4m3>(registers, a, b, c);
     }
 }
 
