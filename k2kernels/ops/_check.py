@@ -53,7 +53,7 @@ class Arguments:
                     f"{self.op}: {name} must be a tensor or have __dlpack__, got {type(value).__name__}{_also(remedy)}"
                 )
             value = torch.from_dlpack(value)
-        if value.layout != torch.strided:
+        if value.layout is not torch.strided:
             raise TypeError(f"{self.op}: {name} must be dense, got layout {value.layout}; convert it with .to_dense()")
         dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         good = dtypes is None or value.dtype in dtypes
@@ -64,12 +64,13 @@ class Arguments:
                 f"{self.op}: {name} must be {self._wanted(shape, dtypes)}, "
                 f"got {list(value.shape)} {_short(value.dtype)}{_also(remedy)}"
             )
+        device = value.device
         if self.device is None:
-            self.device = value.device
-        elif value.device != self.device:
+            self.device = device
+        elif device != self.device:
             raise ValueError(
                 f"{self.op}: {name} must be on {self.device} like the arguments before it, "
-                f"got {value.device}; move it with .to({str(self.device)!r})"
+                f"got {device}; move it with .to({str(self.device)!r})"
             )
         return value
 
@@ -80,16 +81,18 @@ class Arguments:
     def require(self, condition: Any, name: str, wanted: str | Callable[[], str], got: Any, remedy: str = "") -> None:
         """Raises ValueError unless `condition` holds: `name` must be `wanted`, got `got`.
 
-        What holds sizes is given as a function that makes the text: torch.compile cannot format a symbolic size.
+        What holds sizes is given as a function that makes the text (torch.compile cannot format a symbolic size), or as
+        a shape: a text that is made in advance costs more than the check.
         """
         if not condition:
             wanted = wanted() if callable(wanted) else wanted
-            got = got() if callable(got) else got
+            got = got() if callable(got) else list(got) if isinstance(got, torch.Size) else got
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {got}{_also(remedy)}")
 
     def choice(self, name: str, value: Any, choices: Sequence[Any]) -> Any:
         """`value`, which must be one of `choices`."""
-        self.require(value in choices, name, "one of " + ", ".join(map(repr, choices)), repr(value))
+        if value not in choices:
+            self.require(False, name, "one of " + ", ".join(map(repr, choices)), repr(value))
         return value
 
     def boolean(self, name: str, value: Any) -> bool:
@@ -100,7 +103,7 @@ class Arguments:
 
     def number(self, name: str, value: Any, *, positive: bool = False) -> float:
         """`value` as a float, which must be finite and, if asked for, positive."""
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        if type(value) is not float and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
         low, wanted = (0, "positive and finite") if positive else (-math.inf, "finite")
         self.require(low < value < math.inf, name, wanted, value)
@@ -111,16 +114,18 @@ class Arguments:
         good = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
         if good and high is None and value > LARGEST:
             high = LARGEST
-        good = good and value >= low and (high is None or value <= high)
-        wanted = "an int >= {}" if high is None else "an int in {} .. {}"
-        self.require(good, name, lambda: wanted.format(low, high), lambda: repr(value), remedy)
+        if not (good and value >= low and (high is None or value <= high)):
+            wanted = f"an int >= {low}" if high is None else f"an int in {low} .. {high}"
+            self.require(False, name, wanted, repr(value), remedy)
         return value
 
     def no_gradient(self, **tensors: torch.Tensor) -> None:
         """Raises ValueError where one of `tensors` wants a gradient, for ops that would silently drop it."""
+        if not torch.is_grad_enabled():
+            return
         for name, value in tensors.items():
             self.require(
-                not (torch.is_grad_enabled() and value.requires_grad),
+                not value.requires_grad,
                 name,
                 "a tensor that needs no gradient",
                 "one with requires_grad",
@@ -129,22 +134,23 @@ class Arguments:
 
     def writable(self, name: str, value: torch.Tensor) -> None:
         """Raises ValueError where elements of `value` share memory, which an op that writes into it would mix up."""
-        shared = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape))
-        self.require(
-            not shared, name, "a tensor with memory for each element", "an expanded one", "call .contiguous() first"
-        )
+        strides = value.stride()
+        if 0 in strides:
+            shared = any(stride == 0 and size > 1 for stride, size in zip(strides, value.shape))
+            self.require(
+                not shared, name, "a tensor with memory for each element", "an expanded one", "call .contiguous() first"
+            )
 
     def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
-        dims = list(shape)
-        if dims and dims[0] == "...":
-            dims = dims[1:]
-            got = got[len(got) - len(dims) :] if len(got) >= len(dims) else ()
-        if len(dims) != len(got):
+        skip = len(got) - len(shape)  # one less than the sizes that "..." stands for
+        if skip and (skip < -1 or "..." not in shape[:1]):
             return False
-        for dim, size in zip(dims, got):
+        for i, dim in enumerate(shape, skip):
             if isinstance(dim, str):
-                dim = self.sizes.setdefault(dim, size)
-            if dim != size:
+                if dim == "...":
+                    continue
+                dim = self.sizes.setdefault(dim, got[i])
+            if dim != got[i]:
                 return False
         return True
 

@@ -6,7 +6,7 @@ backward, because that makes a call cheap when no gradient is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,13 @@ class Op:
         self.plain = getattr(torch.ops.k2kernels, name).default
         twin = name if mutates else f"{name}_autograd"
         self.autograd = getattr(torch.ops.k2kernels, twin).default
+        self._tensors = [i for i, a in enumerate(self.plain._schema.arguments) if "Tensor" in str(a.type)]
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and _wants_grad(args):
-            return self.autograd(*args)
+        if torch.is_grad_enabled():
+            for i in self._tensors:
+                if (arg := args[i]) is not None and _wants_grad(arg):
+                    return self.autograd(*args)
         return self.plain(*args)
 
 
@@ -100,14 +103,8 @@ def register(
     return OPS[name]
 
 
-def _wants_grad(args: tuple) -> bool:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if arg.requires_grad:
-                return True
-        elif isinstance(arg, (list, tuple)) and _wants_grad(tuple(arg)):
-            return True
-    return False
+def _wants_grad(arg: torch.Tensor | Sequence[torch.Tensor]) -> bool:
+    return arg.requires_grad if isinstance(arg, torch.Tensor) else any(tensor.requires_grad for tensor in arg)
 
 
 def _device_index(args: tuple) -> int:

@@ -71,17 +71,18 @@ def mla_gather(
 def check_cache(args: Arguments, kv_cache: Tensor, dtypes: tuple[torch.dtype, ...], size: int | None = None) -> Tensor:
     """A cache of rows with `size` elements (any number, if None)."""
     kv_cache = args.tensor("kv_cache", kv_cache, ("pages", "page_size", "row"), dtypes)
+    shape = kv_cache.shape
     if kv_cache.dtype == torch.uint8:
         args.require(
             size in (None, QUANTIZED_SIZE),
             "kv_cache",
-            f"floats for rows of {size} elements",
+            lambda: f"floats for rows of {size} elements",
             "uint8",
             f"the {ROW_BYTES}-byte layout holds rows of {QUANTIZED_SIZE}",
         )
         size = ROW_BYTES
-    args.require(size in (None, kv_cache.shape[2]), "kv_cache", f"[pages, page_size, {size}]", list(kv_cache.shape))
-    args.require(kv_cache.shape[1] > 0, "kv_cache", "of page_size >= 1", list(kv_cache.shape))
+    args.require(size in (None, shape[2]), "kv_cache", lambda: f"[pages, page_size, {size}]", shape)
+    args.require(shape[1] > 0, "kv_cache", "of page_size >= 1", shape)
     return kv_cache
 
 
@@ -99,12 +100,12 @@ def check_pages(op: str, block_table: Tensor, read: Tensor, pages: int) -> None:
 def _check_tokens(args: Arguments, block_table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     block_table = args.tensor("block_table", block_table, ("B", "max_pages"), torch.int32)
     positions = args.tensor("positions", positions, ("T",), (torch.int32, torch.int64))
-    tokens, sequences = positions.shape[0], block_table.shape[0]
+    tokens, sequences = args.sizes["T"], args.sizes["B"]
     args.require(
         tokens == 0 or (sequences > 0 and tokens % sequences == 0),
         "positions",
-        f"[T] with T a multiple of block_table's rows, {sequences}",
-        list(positions.shape),
+        lambda: f"[T] with T a multiple of block_table's rows, {sequences}",
+        positions.shape,
         "give one row of block_table per sequence with equally many tokens, or one per token",
     )
     return block_table, positions

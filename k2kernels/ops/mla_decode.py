@@ -154,10 +154,11 @@ def _fake(
     split: int,
     return_max_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *rows, _ = q.shape
     row_dtype = wide_dtype(q.dtype)
-    lse = q.new_empty(q.shape[:-1], dtype=row_dtype)
-    max_logits = q.new_empty(q.shape[:-1] if return_max_logits else 0, dtype=row_dtype)
-    return q.new_empty(*q.shape[:-1], head_dim_v), lse, max_logits
+    lse = q.new_empty(*rows, dtype=row_dtype)
+    max_logits = q.new_empty(*rows, dtype=row_dtype) if return_max_logits else q.new_empty(0, dtype=row_dtype)
+    return q.new_empty(*rows, head_dim_v), lse, max_logits
 
 
 def _unserved(q: Tensor, kv_cache: Tensor, *request: Any) -> str | None:

@@ -55,7 +55,7 @@ def mla_prefill(
     v = args.tensor("v", v, ("Tk", "H", "Dv"), q.dtype)
     cu_seqlens_q = args.tensor("cu_seqlens_q", cu_seqlens_q, ("B+1",), torch.int32)
     cu_seqlens_k = args.tensor("cu_seqlens_k", cu_seqlens_k, ("B+1",), torch.int32)
-    args.require(cu_seqlens_q.shape[0] > 0, "cu_seqlens_q", "of length B + 1", list(cu_seqlens_q.shape))
+    args.require(cu_seqlens_q.shape[0] > 0, "cu_seqlens_q", "of length B + 1", cu_seqlens_q.shape)
     softmax_scale = args.number("softmax_scale", softmax_scale, positive=True)
     args.boolean("causal", causal)
     args.boolean("return_max_logits", return_max_logits)

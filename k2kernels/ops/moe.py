@@ -340,7 +340,7 @@ def moe_mlp(
     x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if fp8 else FLOATS)
     gate_up = args.tensor("gate_up", gate_up, ("E", "2I", "H"), E4M3 if fp8 else x.dtype)
     experts, double, hidden = gate_up.shape
-    args.require(double % 2 == 0, "gate_up", "even in its middle axis", list(gate_up.shape))
+    args.require(double % 2 == 0, "gate_up", "even in its middle axis", gate_up.shape)
     args.sizes["I"] = double // 2
     down = args.tensor("down", down, ("E", "H", "I"), E4M3 if fp8 else x.dtype)
     if fp8:

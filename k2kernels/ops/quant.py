@@ -170,7 +170,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     args = Arguments("swiglu")
     gate_up = args.tensor("gate_up", gate_up, ("...", "2I"), FLOATS)
-    args.require(gate_up.shape[-1] % 2 == 0, "gate_up", "even in its last axis", list(gate_up.shape))
+    args.require(gate_up.shape[-1] % 2 == 0, "gate_up", "even in its last axis", gate_up.shape)
     return _swiglu(gate_up)
 
 
@@ -204,7 +204,7 @@ def swiglu_quantize(
     """
     args = Arguments("swiglu_quantize")
     gate_up = args.tensor("gate_up", gate_up, ("...", "M", "2I"), QUANTIZABLE)
-    args.require(gate_up.shape[-1] % 2 == 0, "gate_up", "even in its last axis", list(gate_up.shape))
+    args.require(gate_up.shape[-1] % 2 == 0, "gate_up", "even in its last axis", gate_up.shape)
     weights = args.optional("weights", weights, tuple(gate_up.shape[:-1]), torch.float32)
     args.boolean("power_of_two", power_of_two)
     args.choice("scale_layout", scale_layout, ("row", "column"))
@@ -217,12 +217,12 @@ def _groups(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Checks offsets and counts against the rows of x [cap, ...], or counts alone against x [G, maxM, ...]."""
     if offsets is not None:
-        args.require(x.ndim == 2, name, "a matrix where offsets are given", list(x.shape))
+        args.require(x.ndim == 2, name, "a matrix where offsets are given", x.shape)
         offsets = args.tensor("offsets", offsets, ("G+1",), torch.int32)
-        args.require(offsets.shape[0] > 0, "offsets", "[G+1]: at least one number", list(offsets.shape))
+        args.require(offsets.shape[0] > 0, "offsets", "[G+1]: at least one number", offsets.shape)
         counts = args.optional("counts", counts, (offsets.shape[0] - 1,), torch.int32)
     elif counts is not None:
-        args.require(x.ndim == 3, name, "[G, maxM, ...] where counts come without offsets", list(x.shape))
+        args.require(x.ndim == 3, name, "[G, maxM, ...] where counts come without offsets", x.shape)
         counts = args.tensor("counts", counts, (x.shape[0],), torch.int32)
     return offsets, counts
 
@@ -237,9 +237,9 @@ def _validate_groups(op: str, x: Tensor, offsets: Tensor | None, counts: Tensor 
 def _empty_scales(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> Tensor:
     """Scales [..., M, blocks], "column" meaning strides (1, M rounded up to 4)."""
     if scale_layout == "row":
-        return x.new_empty(shape, dtype=torch.float32)
+        return x.new_empty(*shape, dtype=torch.float32)
     *leading, rows, blocks = shape
-    return x.new_empty((*leading, blocks, -(-rows // 4) * 4), dtype=torch.float32)[..., :rows].mT
+    return x.new_empty(*leading, blocks, -(-rows // 4) * 4, dtype=torch.float32)[..., :rows].mT
 
 
 def _quantize_1x128_fake(
@@ -247,7 +247,7 @@ def _quantize_1x128_fake(
 ) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = x.mT.shape if transpose else x.shape
     scales = _empty_scales(x, (*leading, rows, -(-columns // 128)), scale_layout)
-    return x.new_empty((*leading, rows, columns), dtype=torch.float8_e4m3fn), scales
+    return x.new_empty(*leading, rows, columns, dtype=torch.float8_e4m3fn), scales
 
 
 def _launch_quantizer(
@@ -313,7 +313,7 @@ _quantize_1x128 = register(
 def _quantize_128x128_fake(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = w.shape
     scales = _empty_scales(w, (*leading, -(-rows // 128), -(-columns // 128)), "row")
-    return w.new_empty(w.shape, dtype=torch.float8_e4m3fn), scales
+    return w.new_empty(*w.shape, dtype=torch.float8_e4m3fn), scales
 
 
 def _quantize_128x128_kernel(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -379,7 +379,7 @@ _rms_norm_quantize = register(
 
 
 def _dequantize_fake(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
-    return data.new_empty(data.shape, dtype=dtype)
+    return data.new_empty(*data.shape, dtype=dtype)
 
 
 def _dequantize_kernel(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
@@ -416,13 +416,15 @@ def _float64(dtype: torch.dtype) -> str | None:
 
 
 def _swiglu_fake(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    *leading, columns = gate_up.shape
+    return gate_up.new_empty(*leading, columns // 2)
 
 
 def _swiglu_kernel(gate_up: Tensor) -> Tensor:
     hidden = _swiglu_fake(gate_up)
-    rows, columns = math.prod(hidden.shape[:-1]), hidden.shape[-1]
-    gate_up, _, (_, row_stride) = matrices(gate_up.reshape(rows, 2 * columns))
+    if gate_up.ndim != 2:
+        gate_up = gate_up.reshape(math.prod(gate_up.shape[:-1]), gate_up.shape[-1])
+    gate_up, (_, rows, columns), (_, row_stride) = matrices(gate_up)
     launch(
         "swiglu",
         "swiglu",
@@ -431,7 +433,7 @@ def _swiglu_kernel(gate_up: Tensor) -> Tensor:
         hidden.data_ptr(),
         TYPES[gate_up.dtype],
         rows,
-        columns,
+        columns // 2,
         row_stride,
     )
     return hidden
@@ -493,7 +495,7 @@ _swiglu_backward = register(
 def _swiglu_quantize_fake(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
     shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     scales = _empty_scales(gate_up, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
-    return gate_up.new_empty(shape, dtype=torch.float8_e4m3fn), scales
+    return gate_up.new_empty(*shape, dtype=torch.float8_e4m3fn), scales
 
 
 def _swiglu_quantize_kernel(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
