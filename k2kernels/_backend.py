@@ -11,7 +11,7 @@ import contextvars
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ARCHS = ("sm_80", "sm_89", "sm_90a")
 
@@ -78,11 +78,11 @@ def mode() -> Mode:
     return _mode.get()
 
 
-def choose(op: str, device: str, why_not: Callable[[], str | None]) -> str:
+def choose(op: str, device: str, why_not: Callable[..., str | None], *args: Any) -> str:
     """The body that serves `op` on tensors of `device` ("cpu" or "cuda"): "reference", "cuda" or "emulated".
 
     Args:
-        why_not: called where a kernel could serve; says what keeps it from doing so, if anything.
+        why_not: called with `args` where a kernel could serve; says what keeps it from doing so, if anything.
 
     Raises:
         UnsupportedError: when the mode asks for a kernel that cannot serve, or for the wrong device.
@@ -93,7 +93,7 @@ def choose(op: str, device: str, why_not: Callable[[], str | None]) -> str:
     if wanted == "emulated":
         if device != "cpu":
             raise UnsupportedError(f"{op}: emulated() takes CPU tensors, got {device} tensors; move them with .cpu()")
-        if reason := why_not():
+        if reason := why_not(*args):
             raise UnsupportedError(f"{op}: cannot be emulated: {reason}; leave emulated() to get the reference")
         return "emulated"
     if wanted == "cuda" and device != "cuda":
@@ -101,7 +101,7 @@ def choose(op: str, device: str, why_not: Callable[[], str | None]) -> str:
             f"{op}: backend('cuda') takes CUDA tensors, got {device} tensors; "
             "move them with .cuda(), or run the kernel on the CPU inside emulated()"
         )
-    reason = why_not()
+    reason = why_not(*args)
     if not reason:
         return "cuda"
     if wanted == "cuda":

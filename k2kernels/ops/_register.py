@@ -6,7 +6,7 @@ backward, because that makes a call cheap when no gradient is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ class Op:
     Arguments are positional, as in the schema.
     """
 
-    def __init__(self, name: str, *, has_kernel: bool, mutates: bool):
+    def __init__(self, name: str, *, has_kernel: bool, mutates: bool, validate: Callable | None):
         self.name = name
         self.has_kernel = has_kernel
+        self.validate = validate
         self.plain = getattr(torch.ops.k2kernels, name).default
         twin = name if mutates else f"{name}_autograd"
         self.autograd = getattr(torch.ops.k2kernels, twin).default
@@ -37,7 +38,8 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled():
             for i in self._tensors:
-                if (arg := args[i]) is not None and _wants_grad(arg):
+                arg = args[i]  # a tensor, some, or None
+                if arg.requires_grad if isinstance(arg, torch.Tensor) else any(t.requires_grad for t in arg or ()):
                     return self.autograd(*args)
         return self.plain(*args)
 
@@ -78,20 +80,31 @@ def register(
         where = _launch.why_not_emulated() if device == "cpu" else _launch.why_not_cuda(_device_index(args))
         return where or (unserved(*args) if unserved is not None else None)
 
+    declared = [name] if mutates else [name, f"{name}_autograd"]
+    for overload in declared:
+        _LIBRARY.define(f"{overload}({arguments}", tags=_TAGS)
+    op = OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates, validate=validate)
+    aliases = [argument.alias_info for argument in op.plain._schema.arguments]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
     def body(device: str) -> Callable:
         def run(*args: Any) -> Any:
-            chosen = _backend.choose(name, device, lambda: why_not(device, args))
-            if validate is not None and device == "cpu":
-                validate(*args)
-            return reference(*args) if chosen == "reference" else kernel(*args)
+            chosen = _backend.choose(name, device, why_not, device, args)
+            if device == "cpu" and op.validate is not None:
+                op.validate(*args)
+            if chosen == "reference":
+                return reference(*args)
+            results = kernel(*args)
+            if written:  # PyTorch saw no write, and autograd must know: it may have saved the tensor for a backward
+                torch.autograd.graph.increment_version([args[i] for i in written])
+            return results
 
         return run
 
-    for registered in [name] if mutates else [name, f"{name}_autograd"]:
-        _LIBRARY.define(f"{registered}({arguments}", tags=_TAGS)
-        _LIBRARY.impl(registered, body("cpu"), "CPU")
-        _LIBRARY.impl(registered, body("cuda"), "CUDA")
-        torch.library.register_fake(f"k2kernels::{registered}", fake, lib=_LIBRARY)
+    for overload in declared:
+        _LIBRARY.impl(overload, body("cpu"), "CPU")
+        _LIBRARY.impl(overload, body("cuda"), "CUDA")
+        torch.library.register_fake(f"k2kernels::{overload}", fake, lib=_LIBRARY)
     if not mutates:
         torch.library.register_autograd(
             f"k2kernels::{name}_autograd",
@@ -99,12 +112,7 @@ def register(
             setup_context=setup_context,
             lib=_LIBRARY,
         )
-    OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates)
-    return OPS[name]
-
-
-def _wants_grad(arg: torch.Tensor | Sequence[torch.Tensor]) -> bool:
-    return arg.requires_grad if isinstance(arg, torch.Tensor) else any(tensor.requires_grad for tensor in arg)
+    return op
 
 
 def _device_index(args: tuple) -> int:

@@ -239,6 +239,19 @@ def test_meta_tensors():
     assert got.shape == (6, 576) and got.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, k2kernels.emulated])
+def test_autograd_sees_the_write(mode):
+    """Else a backward that saved the cache would silently use the new rows."""
+    cache, weight = torch.zeros(1, 4, 8), torch.ones(8, requires_grad=True)
+    loss = (cache * weight).sum()
+    with mode():
+        mla_append(torch.ones(1, 8), cache, int32([0]), torch.tensor([0]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with mode(), torch.inference_mode():  # its tensors have no version
+        mla_append(torch.ones(1, 8), torch.zeros(1, 4, 8), int32([0]), torch.tensor([0]))
+
+
 GOOD = dict(
     kv=torch.ones(4, 6), kv_cache=torch.zeros(3, 2, 6), block_table=int32([0, 2], [1, 9]),
     positions=torch.tensor([0, 1, 0, 1]),
