@@ -1,4 +1,4 @@
-"""Measures on a GPU the shapes that the benchmarks name in `gpu_cases()`, beside the peers found.
+"""Measures on a GPU the shapes that the benchmarks name in `gpu_cases()`, beside the peers found, and the launch path.
 
     python bench/gpu.py [OP ...] [--results bench/results/gpu.jsonl]
 
@@ -10,28 +10,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pictures
 import torch
 
-from k2kernels.testing.bench import Case, measure, measure_ceilings, table
+from k2kernels.testing.bench import measure, measure_ceilings, measure_host, table
 
 HERE = Path(__file__).parent
 
 
-def cases(ops: list[str]) -> list[Case]:
-    """What bench_<op>.py offers for a GPU; all ops if none is named."""
-    found = []
+def modules(ops: list[str]) -> dict[str, ModuleType]:
+    """<op> -> bench_<op>.py, for all ops if none is named."""
+    found = {}
     for path in sorted(HERE.glob("bench_*.py")):
-        if ops and path.stem.removeprefix("bench_") not in ops:
-            continue
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found += module.gpu_cases() if hasattr(module, "gpu_cases") else []
+        op = path.stem.removeprefix("bench_")
+        if not ops or op in ops:
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            found[op] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found[op])
     return found
 
 
@@ -49,12 +50,17 @@ def main() -> int:
     print(
         f"{torch.cuda.get_device_name(device)}: copy {ceilings.copy / 1e9:.0f} GB/s, matrix product {rates}", flush=True
     )
-    lines = []
+    found = modules(options.ops)
+    cases = [case for module in found.values() if hasattr(module, "gpu_cases") for case in module.gpu_cases()]
+    calls = found["launch"].calls(device) if "launch" in found else {}
+    lines, host = [], []
     with open(options.results, "a") as file:
-        for line in measure(cases(options.ops), ceilings, device):
+        for line in itertools.chain(measure_host(calls, device), measure(cases, ceilings, device)):
             file.write(json.dumps(dataclasses.asdict(line)) + "\n")
             file.flush()  # a run that is cut off keeps what it measured
-            lines.append(line)
+            (host if line.who == "host" else lines).append(line)
+    if host:
+        print("launch path: " + ", ".join(f"{line.op} {line.us:.1f} us" for line in host))
     print(table(lines))
     if importlib.util.find_spec("matplotlib"):
         for path in pictures.draw(options.results, HERE.parent / "docs"):

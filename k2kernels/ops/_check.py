@@ -55,14 +55,12 @@ class Arguments:
             value = torch.from_dlpack(value)
         if value.layout is not torch.strided:
             raise TypeError(f"{self.op}: {name} must be dense, got layout {value.layout}; convert it with .to_dense()")
-        dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
-        good = dtypes is None or value.dtype in dtypes
-        if good and shape is not None:
-            good = self._bind(shape, value.shape)
-        if not good:
-            raise (TypeError if dtypes and value.dtype not in dtypes else ValueError)(
-                f"{self.op}: {name} must be {self._wanted(shape, dtypes)}, "
-                f"got {list(value.shape)} {_short(value.dtype)}{_also(remedy)}"
+        got = value.dtype
+        good_dtype = dtype is None or got is dtype or (isinstance(dtype, tuple) and got in dtype)
+        if not good_dtype or (shape is not None and not self._bind(shape, value.shape)):
+            raise (ValueError if good_dtype else TypeError)(
+                f"{self.op}: {name} must be {self._wanted(shape, dtype)}, "
+                f"got {list(value.shape)} {_short(got)}{_also(remedy)}"
             )
         device = value.device
         if self.device is None:
@@ -121,16 +119,15 @@ class Arguments:
 
     def no_gradient(self, **tensors: torch.Tensor) -> None:
         """Raises ValueError where one of `tensors` wants a gradient, for ops that would silently drop it."""
-        if not torch.is_grad_enabled():
-            return
         for name, value in tensors.items():
-            self.require(
-                not value.requires_grad,
-                name,
-                "a tensor that needs no gradient",
-                "one with requires_grad",
-                "call the op under torch.no_grad() or pass a detached tensor",
-            )
+            if value.requires_grad:
+                self.require(
+                    not torch.is_grad_enabled(),
+                    name,
+                    "a tensor that needs no gradient",
+                    "one with requires_grad",
+                    "call the op under torch.no_grad() or pass a detached tensor",
+                )
 
     def writable(self, name: str, value: torch.Tensor) -> None:
         """Raises ValueError where elements of `value` share memory, which an op that writes into it would mix up."""
@@ -145,22 +142,26 @@ class Arguments:
         skip = len(got) - len(shape)  # one less than the sizes that "..." stands for
         if skip and (skip < -1 or "..." not in shape[:1]):
             return False
-        for i, dim in enumerate(shape, skip):
-            if isinstance(dim, str):
-                if dim == "...":
-                    continue
-                dim = self.sizes.setdefault(dim, got[i])
-            if dim != got[i]:
-                return False
+        sizes, i = self.sizes, skip
+        for dim in shape:
+            if not isinstance(dim, str):
+                if dim != got[i]:
+                    return False
+            elif dim in sizes:
+                if sizes[dim] != got[i]:
+                    return False
+            elif dim != "...":
+                sizes[dim] = got[i]
+            i += 1
         return True
 
-    def _wanted(self, shape: Sequence[int | str] | None, dtypes: tuple[torch.dtype, ...] | None) -> str:
+    def _wanted(self, shape: Sequence[int | str] | None, dtype: torch.dtype | tuple[torch.dtype, ...] | None) -> str:
         parts = []
         if shape is not None:
             known = [f"{d}={self.sizes[d]}" if d in self.sizes else str(d) for d in shape]
             parts.append("[" + ", ".join(known) + "]")
-        if dtypes is not None:
-            parts.append(" or ".join(_short(d) for d in dtypes))
+        if dtype is not None:
+            parts.append(" or ".join(map(_short, dtype if isinstance(dtype, tuple) else (dtype,))))
         return " ".join(parts)
 
 

@@ -75,10 +75,10 @@ def matrices(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int]]:
 
     It is copied only if it must be: if columns lie apart, or the leading axes are not one.
     """
-    if x.stride(-1) != 1:
+    if x.stride()[-1] != 1:
         x = x.contiguous()
     if x.ndim == 2:
-        return x, (1, *x.shape), (0, x.stride(0))
+        return x, (1, *x.shape), (0, x.stride()[0])
     if x.ndim > 3:
         x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     return x, tuple(x.shape), x.stride()[:2]

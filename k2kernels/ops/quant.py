@@ -264,7 +264,7 @@ def _launch_quantizer(
     """Fills `results` from x [..., M, columns] ([..., M, 2 * columns] for SwiGLU)."""
     data, scales = results
     x, (batches, rows, _), strides = matrices(x)
-    weights, offsets, counts = map(_contiguous, (weights, offsets, counts))
+    weights, offsets, counts = [t if t is None else t.contiguous() for t in (weights, offsets, counts)]
     groups = 0 if offsets is None else offsets.shape[0] - 1
     launch(
         op,
@@ -284,10 +284,6 @@ def _launch_quantizer(
         power_of_two,
     )
     return results
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _quantize_1x128_kernel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import statistics
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -76,12 +77,7 @@ def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, rep
 
     A peer that raises is left out with a warning; ours is not.
     """
-    where = dict(
-        device=torch.cuda.get_device_name(device),
-        date=datetime.date.today().isoformat(),
-        commit=_git_commit(),
-        torch=torch.__version__,
-    )
+    where = _where(device)
     for case in cases:
         sets = input_sets(case, device)
         for who, body in case.bodies.items():
@@ -104,6 +100,28 @@ def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, rep
                 clock_mhz=_clock_mhz(),
                 **where,
             )
+
+
+def measure_host(calls: dict[str, Callable[[], Any]], device: torch.device) -> Iterable[Line]:
+    """What the host takes for each of `calls` (op -> call), from the public function to the started kernel."""
+    where = _where(device)
+    for op, call in calls.items():
+        us = host_us(call)
+        yield Line(op, "one row", "host", us, 0.0, 0.0, 0.0, graph=False, clock_mhz=_clock_mhz(), **where)
+
+
+def host_us(call: Callable[[], Any], repeats: int = 20, calls: int = 100) -> float:
+    """Median microseconds until a call returns. The GPU is idle before each series, and is not waited for within it."""
+    times = []
+    for repeat in range(repeats + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if repeat >= 3:  # compiled, loaded, allocated
+            times.append(1e6 * (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def input_sets(case: Case, device: torch.device) -> list[Inputs]:
@@ -182,6 +200,15 @@ def _command(*words: str) -> str | None:
         return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _where(device: torch.device) -> dict[str, str]:
+    return dict(
+        device=torch.cuda.get_device_name(device),
+        date=datetime.date.today().isoformat(),
+        commit=_git_commit(),
+        torch=torch.__version__,
+    )
 
 
 def _git_commit() -> str:

@@ -1,0 +1,46 @@
+"""What the host does for a call, from the public function to the launch; with inputs of one row, for a short kernel.
+
+On a CPU the extension module is one that does nothing; `bench/gpu.py launch` measures the same calls with the kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import k2kernels as k
+from k2kernels.ops._register import OPS
+from k2kernels.testing.inputs import KIMI_K2
+from k2kernels.testing.stand_in import no_kernels
+
+
+def calls(device: torch.device | str = "cpu") -> dict[str, Callable[[], Any]]:
+    """op -> a call of it, for the ops that have a kernel; and one of PyTorch's own, for comparison."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).bfloat16()
+
+    x, gate_up = random(1, KIMI_K2.hidden), random(1, 2 * KIMI_K2.expert_intermediate)
+    row, cache = random(1, KIMI_K2.cache_row), random(2, 64, KIMI_K2.cache_row)
+    q = random(1, 1, KIMI_K2.heads, KIMI_K2.cache_row)
+    table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    data, scales = k.quantize_1x128(x)
+    found = {
+        "quantize_1x128": lambda: k.quantize_1x128(x),
+        "dequantize": lambda: k.dequantize(data, scales),
+        "swiglu": lambda: k.swiglu(gate_up),
+        "swiglu_quantize": lambda: k.swiglu_quantize(gate_up),
+        "mla_append": lambda: k.mla_append(row, cache, table, one),
+        "mla_gather": lambda: k.mla_gather(cache, table, one),
+        "mla_decode": lambda: k.mla_decode(q, cache, table, one, softmax_scale=KIMI_K2.softmax_scale),
+    }
+    return {op: call for op, call in found.items() if OPS[op].has_kernel} | {"torch.add": lambda: torch.add(x, x)}
+
+
+@pytest.mark.benchmark(group="launch path")
+@pytest.mark.parametrize("op", calls())
+def test_launch_path(benchmark, op):
+    with no_kernels(), torch.no_grad():
+        benchmark(calls()[op])

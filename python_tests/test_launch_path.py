@@ -1,0 +1,58 @@
+"""What the host does between the public function and the kernel: counted, because time depends on the machine."""
+
+import sys
+
+import pytest
+import torch
+
+import k2kernels as k
+from k2kernels.testing.stand_in import no_kernels
+
+X = torch.randn(1, 256).bfloat16()
+DATA, SCALES = k.quantize_1x128(X)
+ROW, CACHE = torch.randn(1, 576).bfloat16(), torch.zeros(2, 64, 576).bfloat16()
+TABLE, ONE = torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+
+# op -> a call, the Python functions that it may enter, and what it may ask of PyTorch besides the tensors it returns
+CALLS = {
+    "quantize_1x128": (lambda: k.quantize_1x128(X), 33, set()),
+    "dequantize": (lambda: k.dequantize(DATA, SCALES), 28, {"aten::reshape", "aten::view"}),
+    "swiglu": (lambda: k.swiglu(X), 25, set()),
+    "swiglu_quantize": (lambda: k.swiglu_quantize(X), 35, set()),
+    "mla_append": (lambda: k.mla_append(ROW, CACHE, TABLE, ONE), 38, set()),
+    "mla_gather": (lambda: k.mla_gather(CACHE, TABLE, ONE), 33, set()),
+}
+
+
+def entered(call):
+    """The names of the Python functions that a call enters."""
+    names = []
+    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_call_enters_few_functions(op):
+    call, most, _ = CALLS[op]
+    with no_kernels():
+        call()  # the first looks for the module
+        before = k.launch_count(op)
+        names = entered(call)
+    assert k.launch_count(op) == before + 1
+    assert len(names) <= most, names
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_call_asks_pytorch_for_its_results_alone(op):
+    """No copy, no view: each takes as long as the launch. And a profiler shows the op by its name."""
+    call, _, besides = CALLS[op]
+    with no_kernels(), torch.profiler.profile() as profile:
+        results = call()
+    names = [event.name for event in profile.events()]
+    assert names.count(f"k2kernels::{op}") == 1
+    assert set(names) <= {f"k2kernels::{op}", "aten::new_empty", "aten::empty"} | besides, names
+    assert names.count("aten::empty") == (0 if results is None else len(results) if isinstance(results, tuple) else 1)
