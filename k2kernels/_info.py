@@ -25,8 +25,9 @@ def info() -> dict[str, Any]:
         None), `extension` (build facts, or `error`), `emulator` (`self_check`, or `error`), `nvcc` (path or None),
         `devices` (name, capability, compute_capability, memory in bytes), `ops` (name -> `cpu`, `cuda` bodies and
         `why`), `kernels` (what each compiled kernel takes: `kernel`, `arch`, `registers`, `stack_bytes`,
-        `spill_bytes`, `shared_bytes` besides what a launch asks for), `conformance` (GPUs whose instructions the
-        emulator is compared with; None away from the source tree).
+        `spill_bytes`, `shared_bytes` fixed by the compiler, `dynamic_shared_bytes` asked for by a launch, None where
+        that is not known), `conformance` (GPUs whose instructions the emulator is compared with; None away from the
+        source tree).
     """
     from k2kernels import __version__
 
@@ -64,8 +65,19 @@ def _serves(op: Op, extension: dict[str, Any], devices: list[dict[str, Any]]) ->
 
 def _kernels() -> list[dict[str, Any]]:
     facts = Path(__file__).with_name("_C.json")  # of the build, beside the module
-    kernels = json.loads(facts.read_text()) if facts.exists() else []
-    return [kernel for kernel in kernels if "conformance::" not in kernel["kernel"]]  # those serve no op
+    if not facts.exists():
+        return []
+    kernels = [kernel for kernel in json.loads(facts.read_text()) if "conformance::" not in kernel["kernel"]]
+    asked = _shared_memory()
+    return [{**kernel, "dynamic_shared_bytes": asked.get(kernel["kernel"].replace("k2k::", ""))} for kernel in kernels]
+
+
+def _shared_memory() -> dict[str, int]:
+    try:
+        from k2kernels import _C
+    except ImportError:
+        return {}
+    return _C.shared_memory()
 
 
 def _conformance() -> list[str] | None:

@@ -5,7 +5,7 @@
 //     struct alignas(1024) Storage { bf16 a[kStages][128 * 64]; Mbarrier full[kStages]; };
 //     Storage& smem = arch::shared_storage<Storage>();
 //
-// launched with smem_bytes = sizeof(Storage).
+// launched as launch<kernel, Storage>(shape, ...).
 
 #include "arch/body.h"
 

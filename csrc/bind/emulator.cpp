@@ -1,7 +1,7 @@
 // What only the emulator's module has: its options, guarded memory, counters.
 #include "emulator/emulator.h"
 
-#include "bind/bind.h"
+#include "bind/run.h"
 
 namespace k2k::bind {
 
@@ -37,6 +37,7 @@ void bind_runtime(py::module_& m) {
     m.def(
         "release", [](Address address) { emulator::release(pointer<void>(address)); },
         py::arg("address"), "Gives memory of `allocate` back.");
+    bind_shared_memory(m);
     bind_quant(m);
     bind_mla_cache(m);
     bind_mla_decode(m);

@@ -17,4 +17,17 @@ long run(int device, Launch&& launch) {
     return num_launches - before;
 }
 
+inline void bind_shared_memory(py::module_& m) {
+    m.def(
+        "shared_memory",
+        [] {
+            py::dict bytes;
+            for (const auto& [kernel, count] : shared_memory()) {
+                bytes[py::str(kernel.data(), kernel.size())] = count;
+            }
+            return bytes;
+        },
+        "Kernel -> bytes of shared memory that its launches ask for.");
+}
+
 }  // namespace k2k::bind

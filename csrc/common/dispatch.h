@@ -11,7 +11,7 @@
 namespace k2k {
 
 // Calls f with a null pointer of the float type that `type` names:
-//     by_float_type(p.type, [&](auto* type) { launch(shape, kernel<Element<decltype(type)>>, p);
+//     by_float_type(p.type, [&](auto* type) { launch<kernel<Element<decltype(type)>>>(shape, p);
 //     });
 template <class F>
 void by_float_type(Type type, F&& f) {

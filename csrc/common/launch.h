@@ -2,8 +2,12 @@
 
 // The only place a grid starts: on a stream of a GPU, or in the emulator. Errors throw.
 
+#include <algorithm>
+#include <map>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "common/error.h"
@@ -21,7 +25,7 @@ inline thread_local long num_launches = 0;
 struct LaunchShape {
     dim3 grid;
     dim3 block;
-    std::size_t smem_bytes = 0;  // sizeof the kernel's storage struct
+    std::size_t smem_bytes = 0;  // launch<kernel, Storage>() fills it in
     void* stream = nullptr;      // a cudaStream_t
     unsigned cluster = 1;        // blocks per cluster, along x
     bool cooperative = false;    // all blocks must be resident at once: they wait for one another
@@ -91,5 +95,44 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&
 }
 
 #endif
+
+// Kernel -> bytes of shared memory that a launch asks for: of all kernels of this module that are
+// launched as below, whether one has been launched or not.
+inline std::map<std::string_view, std::size_t>& shared_memory() {
+    static std::map<std::string_view, std::size_t> bytes;
+    return bytes;
+}
+
+template <auto kKernel>
+std::string_view kernel_name() {
+    std::string_view name = __PRETTY_FUNCTION__;  // ... [with auto kKernel = NAME; ...]
+    name.remove_prefix(name.find("kKernel = ") + 10);
+    return name.substr(0, name.find_first_of(";]"));
+}
+
+template <auto kKernel, std::size_t kBytes>
+struct Listed {
+    static inline const bool once = [] {
+        std::size_t& bytes = shared_memory()[kernel_name<kKernel>()];
+        bytes = std::max(bytes, kBytes);
+        return true;
+    }();
+};
+
+// Launches kKernel with a block's shared memory for a Storage, see arch/smem.cuh:
+//     launch<kernel<T>, Storage>(shape, p);
+template <auto kKernel, class Storage = void, class... Arguments>
+void launch(LaunchShape shape, Arguments&&... arguments) {
+    constexpr std::size_t kBytes = [] {
+        if constexpr (std::is_void_v<Storage>) {
+            return std::size_t(0);
+        } else {
+            return sizeof(Storage);
+        }
+    }();
+    static_cast<void>(Listed<kKernel, kBytes>::once);
+    shape.smem_bytes = kBytes;
+    launch(shape, kKernel, std::forward<Arguments>(arguments)...);
+}
 
 }  // namespace k2k

@@ -28,16 +28,16 @@ void by_types(const MlaCacheParams& p, F&& f) {
 void launch_mla_append(const MlaCacheParams& p, void* stream) {
     if (p.tokens == 0) return;
     by_types(p, [&](auto* row, auto* cache) {
-        launch(shape_of(p, stream),
-               mla_append_kernel<Element<decltype(row)>, Element<decltype(cache)>>, p);
+        launch<mla_append_kernel<Element<decltype(row)>, Element<decltype(cache)>>>(
+            shape_of(p, stream), p);
     });
 }
 
 void launch_mla_gather(const MlaCacheParams& p, void* stream) {
     if (p.tokens == 0) return;
     by_types(p, [&](auto* row, auto* cache) {
-        launch(shape_of(p, stream),
-               mla_gather_kernel<Element<decltype(row)>, Element<decltype(cache)>>, p);
+        launch<mla_gather_kernel<Element<decltype(row)>, Element<decltype(cache)>>>(
+            shape_of(p, stream), p);
     });
 }
 

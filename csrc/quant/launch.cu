@@ -24,19 +24,18 @@ bool empty(const QuantizeParams& p) { return p.batches * p.rows * p.columns == 0
 
 void launch_quantize_1x128(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
-    LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
-    shape.smem_bytes = sizeof(TileRows);
+    const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
     by_float_type(p.type, [&](auto* type) {
-        launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/false>, p);
+        launch<quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/false>, TileRows>(shape,
+                                                                                           p);
     });
 }
 
 void launch_swiglu_quantize(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
-    LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
-    shape.smem_bytes = sizeof(TileRows);
+    const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
     by_float_type(p.type, [&](auto* type) {
-        launch(shape, quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/true>, p);
+        launch<quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/true>, TileRows>(shape, p);
     });
 }
 
@@ -47,9 +46,9 @@ void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
         constexpr int kColumns = transpose_columns(sizeof(T));
         const Walk grid =
             walk(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
-        LaunchShape shape{{grid.x, grid.y}, kTransposeThreads, sizeof(TransposeStorage<kColumns>)};
+        LaunchShape shape{{grid.x, grid.y}, kTransposeThreads};
         shape.stream = stream;
-        launch(shape, quantize_transposed_kernel<T>, p);
+        launch<quantize_transposed_kernel<T>, TransposeStorage<kColumns>>(shape, p);
     });
 }
 
@@ -57,11 +56,10 @@ void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
     const int64_t blocks = p.batches * ceil_div(p.rows, 128) * ceil_div(p.columns, 128);
     const int64_t most = (int64_t(1) << 31) - 1;
-    LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads,
-                      sizeof(BlockMaxima)};
+    LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads};
     shape.stream = stream;
     by_float_type(p.type, [&](auto* type) {
-        launch(shape, quantize_128x128_kernel<Element<decltype(type)>>, p);
+        launch<quantize_128x128_kernel<Element<decltype(type)>>, BlockMaxima>(shape, p);
     });
 }
 
@@ -91,14 +89,14 @@ void launch_dequantize(const DequantizeParams& p, void* stream) {
     if (p.batches * p.rows * p.columns == 0) return;
     const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
     by_float_type(
-        p.type, [&](auto* type) { launch(shape, dequantize_kernel<Element<decltype(type)>>, p); });
+        p.type, [&](auto* type) { launch<dequantize_kernel<Element<decltype(type)>>>(shape, p); });
 }
 
 void launch_swiglu(const SwigluParams& p, void* stream) {
     if (p.rows * p.columns == 0) return;
     const LaunchShape shape = row_shape(1, p.rows, p.columns, stream);
     by_float_type(p.type,
-                  [&](auto* type) { launch(shape, swiglu_kernel<Element<decltype(type)>>, p); });
+                  [&](auto* type) { launch<swiglu_kernel<Element<decltype(type)>>>(shape, p); });
 }
 
 void launch_swiglu_backward(const SwigluBackwardParams& p, void* stream) {

@@ -49,10 +49,12 @@ def _print_kernels(kernels: list[dict]) -> None:
     names = [kernel["kernel"].replace("k2k::", "") for kernel in kernels]
     width = max(map(len, names), default=0)
     if kernels:
-        print(f"\n{'kernel':<{width}} arch    registers  shared  stack  spilled (bytes; shared: what is fixed)")
+        print(f"\n{'kernel':<{width}} arch    registers  shared  stack  spilled (bytes; shared: of a block)")
     for name, kernel in zip(names, kernels):
-        columns = "{arch:<7} {registers:>9}  {shared_bytes:>6}  {stack_bytes:>5}  {spill_bytes:>7}"
-        print(f"{name:<{width}} {columns.format(**kernel)}")
+        asked = kernel["dynamic_shared_bytes"]
+        shared = "?" if asked is None else kernel["shared_bytes"] + asked
+        columns = "{arch:<7} {registers:>9}  {shared:>6}  {stack_bytes:>5}  {spill_bytes:>7}"
+        print(f"{name:<{width}} {columns.format(shared=shared, **kernel)}")
 
 
 def _code(facts: dict) -> int:

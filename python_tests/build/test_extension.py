@@ -1,5 +1,6 @@
 """The extension module and what `info` and `doctor` say of this machine."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -38,6 +39,7 @@ def test_both_modules_hold_the_same_functions():
     own = {"allocate", "release", "configure", "counters", "EmulatorError"}, {
         "device_count", "compute_capability", "cudart_version"}  # fmt: skip
     assert {n for n in set(dir(_emu)) - own[0] if n[0] != "_"} == {n for n in set(dir(_C)) - own[1] if n[0] != "_"}
+    assert _emu.shared_memory() == _C.shared_memory()  # kernels, and the sizes of their structs
 
 
 def test_info_names_a_body_for_every_op():
@@ -66,7 +68,10 @@ def test_doctor_tells_what_kernels_take(capsys):
     assert all(kernel["registers"] > 0 and kernel["spill_bytes"] == 0 for kernel in facts["kernels"])
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert all(kernel["kernel"].replace("k2k::", "") in text for kernel in facts["kernels"])
+    for kernel in facts["kernels"]:
+        taken = kernel["registers"], kernel["shared_bytes"] + kernel["dynamic_shared_bytes"]
+        name = re.escape(kernel["kernel"].replace("k2k::", ""))
+        assert re.search(rf"^{name} +{kernel['arch']} +{taken[0]} +{taken[1]} ", text, re.M)
 
 
 def test_import_needs_neither_optional_packages_nor_the_extension():

@@ -80,6 +80,16 @@ for row in ("bf16", "fp16"):
             )  # fmt: skip
 
 
+# The shared memory of a block, in bytes; kernels that are not named have none. A multiprocessor has 164 KiB (sm_80) or
+# 228 KiB (sm_90a) of it, so none of these keeps blocks away that the registers let in.
+SHARED = {
+    **{f"quantize_rows_kernel<{t}, {swiglu}>": 36 for t in BYTES for swiglu in ("false", "true")},
+    **{f"quantize_128x128_kernel<{t}>": 64 for t in BYTES},
+    "quantize_transposed_kernel<bf16>": 11408,
+    "quantize_transposed_kernel<fp16>": 11408,
+    "quantize_transposed_kernel<float>": 5776,
+}
+
 # What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.
 INSTRUCTIONS = ["LDSM", "LDGSTS", "HMMA", "REDUX", "BPT.TRAP"]
 HOPPER = ["HGMMA", "QGMMA", "STSM", "STAS.128", "SYNCS.ARRIVE", "USETMAXREG", "UBLKCP", "UBLKPF", "UBLKRED", "UCGABAR"]
@@ -156,3 +166,5 @@ def test_wrappers_become_the_meant_instructions(arch, sass):
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{short(kernel)}-{kernel['arch']}")
 def test_kernel_meets_its_plan(kernel, sass):
     check(kernel, PLANS[short(kernel)], sass)
+    assert kernel["dynamic_shared_bytes"] is not None, "launch it as launch<kernel, Storage>(shape, ...)"
+    assert kernel["shared_bytes"] + kernel["dynamic_shared_bytes"] == SHARED.get(short(kernel), 0)

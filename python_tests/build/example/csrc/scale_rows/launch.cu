@@ -7,10 +7,11 @@ namespace k2k {
 
 void launch_scale_rows(const ScaleRowsParams& p, void* stream) {
     if (p.rows * p.columns == 0) return;
-    LaunchShape shape{static_cast<unsigned>(p.rows), kScaleRowsThreads, sizeof(RowMaxima)};
+    LaunchShape shape{static_cast<unsigned>(p.rows), kScaleRowsThreads};
     shape.stream = stream;
-    by_float_type(
-        p.type, [&](auto* type) { launch(shape, scale_rows_kernel<Element<decltype(type)>>, p); });
+    by_float_type(p.type, [&](auto* type) {
+        launch<scale_rows_kernel<Element<decltype(type)>>, RowMaxima>(shape, p);
+    });
 }
 
 }  // namespace k2k
