@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -121,7 +121,8 @@ class Muon(Optimizer):
         """Restores what `state_dict` returned, to the bit.
 
         Raises:
-            ValueError: when names, shapes, dtypes or the kind of state do not fit this optimizer.
+            ValueError: when names, shapes, dtypes, options or the kind of state do not fit this optimizer.
+            TypeError: for an option of another type.
         """
         self._check_state_dict(state_dict)
         super().load_state_dict(state_dict)
@@ -209,6 +210,10 @@ class Muon(Optimizer):
         """The same for state that depends on other things than the parameter's own updates."""
         return {}
 
+    def _options_of(self, group: dict[str, Any]) -> set[str]:
+        """The options that a step reads; others (a scheduler's) may stand in the group too."""
+        return set(self.defaults)
+
     def _saved_parameters(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         return zip(saved, chain.from_iterable(group["params"] for group in self.param_groups))
@@ -218,6 +223,9 @@ class Muon(Optimizer):
             if got != wanted:
                 raise ValueError(f"{self._name}.load_state_dict: {what} must be {wanted}, got {got}")
 
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(f"{self._name}.load_state_dict: state_dict must be what state_dict() returned, got {got}")
         saved_groups = state_dict["param_groups"]
         require(len(saved_groups), len(self.param_groups), "number of parameter groups")
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
@@ -226,6 +234,9 @@ class Muon(Optimizer):
             names = group.get("param_names") or list(map(str, saved["params"]))
             for name, saved_name in zip(names, saved.get("param_names") or names):
                 require(saved_name, name, f"parameter names of group {i}")
+            options = self._options_of(group)
+            require(sorted(options & saved.keys()), sorted(options), f"options of group {i}")
+            self._check_group({**saved, "params": group["params"], "param_names": names})
             for saved_id, p, name in zip(saved["params"], group["params"], names):
                 entries = state_dict["state"].get(saved_id, {})
                 expected, optional = self._state_of(group, p), self._optional_state_of(p)

@@ -108,6 +108,7 @@ class MuonClip(Muon):
         if unknown:
             raise ValueError(f"MuonClip: adamw takes lr, betas, eps and weight_decay, got {sorted(unknown)}")
         rest.update(adamw or {})
+        self._options = {options["method"]: set(options) for options in (muon, rest)}
         groups = []
         for options in (muon, rest):
             members = [pair for pair, row in zip(named, self._table) if row.method == options["method"]]
@@ -250,6 +251,9 @@ class MuonClip(Muon):
 
     def _skipped(self) -> None:
         self.reset_max_logits()
+
+    def _options_of(self, group: dict[str, Any]) -> set[str]:
+        return self._options[group["method"]]
 
     def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         if group["method"] == "muon":

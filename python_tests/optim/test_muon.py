@@ -258,6 +258,25 @@ def test_a_state_dict_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="Muon.load_state_dict: " + message):
             other.load_state_dict(state)
         assert other.state_dict() == before
+    group = state["param_groups"][0]
+    without = {key: value for key, value in group.items() if key != "momentum"}
+    for bad, message in [
+        (
+            {"state": state["state"], "param_groups": [without]},
+            r"options of group 0 must be \['lr', 'momentum', .*, got",
+        ),
+        (
+            {"state": state["state"], "param_groups": [{**group, "momentum": 1.5}]},
+            r"Muon: momentum must be in \[0, 1\)",
+        ),
+        ({"state": state["state"]}, r"state_dict must be what state_dict\(\) returned, got \['state'\]"),
+        (None, r"state_dict must be what state_dict\(\) returned, got NoneType"),
+    ]:
+        other = Muon([("a", fresh[0]), ("b", fresh[1])], 0.1)
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(bad)
+        assert other.state_dict() == before
     state["state"][1] = {"exp_avg": torch.zeros(4, 6)}
     with pytest.raises(ValueError, match=r"state of b must be \['momentum_buffer'\], got \['exp_avg'\]"):
         Muon([("a", fresh[0]), ("b", fresh[1])], 0.1).load_state_dict(state)

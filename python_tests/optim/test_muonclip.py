@@ -253,6 +253,11 @@ def test_a_state_dict_that_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match="MuonClip.load_state_dict: " + message):
             MuonClip(latent.Model(), 0.02, **{"qk_clip": CLIP, **options}).load_state_dict(state)
+    for group, key in ((0, "step"), (1, "betas")):
+        lacking = copy.deepcopy(state)
+        del lacking["param_groups"][group][key]
+        with pytest.raises(ValueError, match=f"MuonClip.load_state_dict: options of group {group} must be .*'{key}'"):
+            MuonClip(latent.Model(), 0.02, qk_clip=CLIP).load_state_dict(lacking)
     with pytest.raises(ValueError, match=r"MuonClip.load_state_dict: number of parameter groups must be 2, got 1"):
         optimizer.load_state_dict(Muon(model.lm_head.parameters(), 0.1).state_dict())
     adamw = MuonClip(model, 0.1, rules={"*": "adamw"})
