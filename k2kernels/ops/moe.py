@@ -271,20 +271,20 @@ def moe_combine(
         [T, H]; a token without slots gets shared + residual only. Differentiable in y, the weights, shared, residual.
 
     Raises:
-        TypeError, ValueError: for dtypes and shapes, and for a handle that is not `moe_dispatch`'s.
+        TypeError, ValueError: for dtypes and shapes, for a handle that is not `moe_dispatch`'s, and, on a CPU, for
+            slots and tokens in it that do not exist.
     """
     args = Arguments("moe_combine")
     if not isinstance(handle, Handle):
         raise TypeError(f"moe_combine: handle must be the handle of moe_dispatch, got {type(handle).__name__}")
-    args.sizes["S"], (args.sizes["T"], args.sizes["K"]) = handle.token_of_slot.shape[0], handle.slot_of.shape
+    slot_of = args.tensor("handle.slot_of", handle.slot_of, ("T", "K"), torch.int32)
+    token_of_slot = args.tensor("handle.token_of_slot", handle.token_of_slot, ("S",), torch.int32)
+    weights = args.tensor("handle.weights", handle.weights, ("T", "K"), FLOATS)
     y = args.tensor("y", y, ("S", "H"), FLOATS)
-    args.tensor("handle.slot_of", handle.slot_of, ("T", "K"), torch.int32)
-    args.tensor("handle.token_of_slot", handle.token_of_slot, ("S",), torch.int32)
-    args.tensor("handle.weights", handle.weights, ("T", "K"), FLOATS)
     shared = args.optional("shared", shared, ("T", "H"), FLOATS)
     residual = args.optional("residual", residual, ("T", "H"), FLOATS)
     out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
-    return _moe_combine(y, handle.slot_of, handle.token_of_slot, handle.weights, shared, residual, out_dtype)
+    return _moe_combine(y, slot_of, token_of_slot, weights, shared, residual, out_dtype)
 
 
 def moe_mlp(
@@ -506,6 +506,16 @@ _moe_permute_quantize = register(
 # moe_combine
 
 
+def _combine_validate(y: Tensor, slot_of: Tensor, token_of_slot: Tensor, *_: Any) -> None:
+    for name, places, count in (("slot_of", slot_of, y.shape[0]), ("token_of_slot", token_of_slot, slot_of.shape[0])):
+        low, high = (int(i) for i in places.aminmax()) if places.numel() else (-1, -1)
+        if low < -1 or high >= count:
+            raise ValueError(
+                f"moe_combine: handle.{name} must be from -1 (none) to {count - 1}, got {low if low < -1 else high}; "
+                "pass the handle of moe_dispatch as it is"
+            )
+
+
 def _combine_fake(y: Tensor, slot_of: Tensor, *args: Any) -> Tensor:
     return y.new_empty((slot_of.shape[0], y.shape[1]), dtype=args[-1])
 
@@ -538,6 +548,7 @@ _moe_combine = register(
     "ScalarType out_dtype) -> Tensor",
     reference=reference.moe_combine,
     fake=_combine_fake,
+    validate=_combine_validate,
     setup_context=_combine_setup,
     backward=_combine_grad,
 )

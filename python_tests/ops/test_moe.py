@@ -558,6 +558,19 @@ def test_dispatch_bad_arguments():
         moe_combine(dispatched.data, dispatched.handle, out_dtype=torch.int64)
 
 
+@pytest.mark.parametrize("field", ["slot_of", "token_of_slot", "weights"])
+def test_a_forged_handle_is_refused(field):
+    indices = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    dispatched = moe_dispatch(torch.randn(3, 4), indices, torch.rand(3, 2), num_experts=3)
+    good = getattr(dispatched.handle, field)
+    wrong = [None, [1, 2], good.tolist(), good[None], good.to(torch.int16), good.to_sparse()]
+    if field != "weights":
+        wrong += [good + 1000, good - 1000, good.float()]
+    for value in wrong:
+        with pytest.raises((TypeError, ValueError), match=rf"^moe_combine: handle.{field} must be .*got "):
+            moe_combine(dispatched.data, dispatched.handle._replace(**{field: value}))
+
+
 # The grouped GEMM
 
 
