@@ -53,5 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    message = message.removeprefix(f"{options.command}: ")  # a function of the same name says it too
     print(f"k2kernels {options.command}: {message}", file=sys.stderr)
     return 2

@@ -100,6 +100,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
         error = printed.err
         assert printed.out == ""
         assert message in error and f"k2kernels {arguments[0]}: " in error, (arguments, error)
+        assert error.count(f"{arguments[0]}: ") == 1, error
     assert not (tmp_path / "new").exists()
 
 
