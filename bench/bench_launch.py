@@ -27,11 +27,13 @@ def calls(device: torch.device | str = "cpu") -> dict[str, Callable[[], Any]]:
     table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
     one = torch.ones(1, dtype=torch.int32, device=device)
     data, scales = k.quantize_1x128(x)
+    weight = random(KIMI_K2.hidden)
     found = {
         "quantize_1x128": lambda: k.quantize_1x128(x),
         "dequantize": lambda: k.dequantize(data, scales),
         "swiglu": lambda: k.swiglu(gate_up),
         "swiglu_quantize": lambda: k.swiglu_quantize(gate_up),
+        "rms_norm_quantize": lambda: k.rms_norm_quantize(x, weight, eps=1e-6),
         "mla_append": lambda: k.mla_append(row, cache, table, one),
         "mla_gather": lambda: k.mla_gather(cache, table, one),
         "mla_decode": lambda: k.mla_decode(q, cache, table, one, softmax_scale=KIMI_K2.softmax_scale),

@@ -10,15 +10,19 @@ from k2kernels.testing.stand_in import no_kernels
 
 X = torch.randn(1, 256).bfloat16()
 DATA, SCALES = k.quantize_1x128(X)
+GRAD = torch.randn(1, 128).bfloat16()
+WEIGHT = torch.ones(256).bfloat16()
 ROW, CACHE = torch.randn(1, 576).bfloat16(), torch.zeros(2, 64, 576).bfloat16()
 TABLE, ONE = torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
 
 # op -> a call, the Python functions that it may enter, and what it may ask of PyTorch besides the tensors it returns
 CALLS = {
     "quantize_1x128": (lambda: k.quantize_1x128(X), 33, set()),
-    "dequantize": (lambda: k.dequantize(DATA, SCALES), 28, {"aten::reshape", "aten::view"}),
+    "dequantize": (lambda: k.dequantize(DATA, SCALES), 27, {"aten::reshape", "aten::view"}),
     "swiglu": (lambda: k.swiglu(X), 25, set()),
     "swiglu_quantize": (lambda: k.swiglu_quantize(X), 35, set()),
+    "rms_norm_quantize": (lambda: k.rms_norm_quantize(X, WEIGHT, eps=1e-6), 31, set()),
+    "swiglu_backward": (lambda: torch.ops.k2kernels.swiglu_backward(GRAD, X), 21, set()),
     "mla_append": (lambda: k.mla_append(ROW, CACHE, TABLE, ONE), 38, set()),
     "mla_gather": (lambda: k.mla_gather(CACHE, TABLE, ONE), 33, set()),
 }

@@ -77,11 +77,11 @@ void launch_rms_norm_quantize(const RmsNormQuantizeParams& p, void* stream) {
     shape.stream = stream;
     by_float_type(p.type, [&](auto* type) {
         using T = Element<decltype(type)>;
-        shape.smem_bytes =
-            tile.sixteens == 1 ? sizeof(NormStorage<T, 1>) : sizeof(NormStorage<T, 2>);
-        launch(shape,
-               tile.sixteens == 1 ? rms_norm_quantize_kernel<T, 1> : rms_norm_quantize_kernel<T, 2>,
-               p);
+        if (tile.sixteens == 1) {
+            launch<rms_norm_quantize_kernel<T, 1>, NormStorage<T, 1>>(shape, p);
+        } else {
+            launch<rms_norm_quantize_kernel<T, 2>, NormStorage<T, 2>>(shape, p);
+        }
     });
 }
 
@@ -103,7 +103,7 @@ void launch_swiglu_backward(const SwigluBackwardParams& p, void* stream) {
     if (p.rows * p.columns == 0) return;
     const LaunchShape shape = row_shape(1, p.rows, p.columns, stream);
     by_float_type(p.type, [&](auto* type) {
-        launch(shape, swiglu_backward_kernel<Element<decltype(type)>>, p);
+        launch<swiglu_backward_kernel<Element<decltype(type)>>>(shape, p);
     });
 }
 

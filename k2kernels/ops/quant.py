@@ -329,7 +329,7 @@ def _rms_norm_quantize_fake(
     x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
 ) -> tuple[Tensor, Tensor]:
     scales = _empty_scales(x, (*x.shape[:-1], -(-x.shape[-1] // 128)), scale_layout)
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scales
+    return x.new_empty(*x.shape, dtype=torch.float8_e4m3fn), scales
 
 
 def _rms_norm_quantize_kernel(
@@ -411,6 +411,11 @@ def _float64(dtype: torch.dtype) -> str | None:
     return "no kernel computes in float64" if dtype == torch.float64 else None
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as one matrix."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _swiglu_fake(gate_up: Tensor) -> Tensor:
     *leading, columns = gate_up.shape
     return gate_up.new_empty(*leading, columns // 2)
@@ -418,9 +423,7 @@ def _swiglu_fake(gate_up: Tensor) -> Tensor:
 
 def _swiglu_kernel(gate_up: Tensor) -> Tensor:
     hidden = _swiglu_fake(gate_up)
-    if gate_up.ndim != 2:
-        gate_up = gate_up.reshape(math.prod(gate_up.shape[:-1]), gate_up.shape[-1])
-    gate_up, (_, rows, columns), (_, row_stride) = matrices(gate_up)
+    gate_up, (_, rows, columns), (_, row_stride) = matrices(_rows(gate_up))
     launch(
         "swiglu",
         "swiglu",
@@ -455,14 +458,13 @@ _swiglu = register(
 
 
 def _swiglu_backward_fake(grad: Tensor, gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape)
+    return gate_up.new_empty(*gate_up.shape)
 
 
 def _swiglu_backward_kernel(grad: Tensor, gate_up: Tensor) -> Tensor:
     d_gate_up = _swiglu_backward_fake(grad, gate_up)
-    rows, columns = math.prod(grad.shape[:-1]), grad.shape[-1]
-    grad, _, (_, grad_row_stride) = matrices(grad.reshape(rows, columns))
-    gate_up, _, (_, gate_up_row_stride) = matrices(gate_up.reshape(rows, 2 * columns))
+    grad, (_, rows, columns), (_, grad_row_stride) = matrices(_rows(grad))
+    gate_up, _, (_, gate_up_row_stride) = matrices(_rows(gate_up))
     launch(
         "swiglu_backward",
         "swiglu_backward",

@@ -80,14 +80,15 @@ for row in ("bf16", "fp16"):
             )  # fmt: skip
 
 
-# The shared memory of a block, in bytes; kernels that are not named have none. A multiprocessor has 164 KiB (sm_80) or
-# 228 KiB (sm_90a) of it, so none of these keeps blocks away that the registers let in.
+# The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
+# named have none. The norm keeps x and the weight, n times 16 of each of 256 threads, and sums of squares.
 SHARED = {
     **{f"quantize_rows_kernel<{t}, {swiglu}>": 36 for t in BYTES for swiglu in ("false", "true")},
     **{f"quantize_128x128_kernel<{t}>": 64 for t in BYTES},
     "quantize_transposed_kernel<bf16>": 11408,
     "quantize_transposed_kernel<fp16>": 11408,
     "quantize_transposed_kernel<float>": 5776,
+    **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
 }
 
 # What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.

@@ -187,33 +187,72 @@ def test_swiglu_backward(dtype):
     check_close(on_gpu.grad.cpu(), want, budget=8 * 2.0**-23 * lost + rounding(want, dtype))
 
 
-def test_another_stream_and_a_graph_with_changing_inputs():
-    x = rows(256, 7168).cuda()
+# op -> a call of it, and its arguments on the CPU: what is asked of every op that has a kernel, besides its numbers
+EACH = {op: (function, arguments) for op, function, arguments in reversed(CASES.values())}
+EACH["swiglu"] = k.swiglu, lambda: (rows(515, 4096),)
+EACH["swiglu_backward"] = torch.ops.k2kernels.swiglu_backward, lambda: (rows(515, 2048), rows(515, 4096))
+EACH["swiglu_quantize"] = k.swiglu_quantize, lambda: (rows(515, 4096),)
+each = pytest.mark.parametrize("op", EACH)
+
+
+def assert_same(got, want):
+    for g, w in zip(bits(got), bits(want)):
+        assert torch.equal(g, w), f"{int((g != w).sum())} of {w.numel()} bytes differ"
+
+
+@each
+def test_on_another_stream(op):
+    """A kernel on any other stream than the current one would run before its inputs are there."""
+    function, arguments = EACH[op]
+    there = to("cuda", arguments())
+    want = function(*there)
+    late = [torch.zeros_like(t) for t in there]
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        k.quantize_1x128(x)
+        torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
+        for target, source in zip(late, there):
+            target.copy_(source)
+        got = function(*late)
     stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    assert_same(got, want)
+
+
+@each
+def test_in_a_graph_with_changing_inputs(op):
+    function, arguments = EACH[op]
+    held = to("cuda", arguments())
+    function(*held)  # loads the kernel
+    graph, before = torch.cuda.CUDAGraph(), k.launch_count(op)
     with torch.cuda.graph(graph):
-        data, scales = k.quantize_1x128(x)
-    for _ in range(3):
-        new = rows(256, 7168)
-        x.copy_(new)
+        results = function(*held)
+    assert k.launch_count(op) > before
+    for _ in range(2):
+        new = to("cuda", arguments())
+        for target, source in zip(held, new):
+            target.copy_(source)
         graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(g, w) for g, w in zip(bits((data, scales)), bits(k.quantize_1x128(new))))
+        assert_same(results, function(*new))
 
 
-def test_compiled():
-    x = rows(256, 7168).cuda()
-    got = torch.compile(k.quantize_1x128, fullgraph=True)(x)
-    assert all(torch.equal(g, w) for g, w in zip(bits(got), bits(k.quantize_1x128(x))))
+@each
+def test_compiled(op):
+    function, arguments = EACH[op]
+    there = to("cuda", arguments())
+    torch._dynamo.reset()
+    before = k.launch_count(op)
+    got = torch.compile(lambda *args: function(*args), fullgraph=True)(*there)
+    assert k.launch_count(op) > before
+    assert_same(got, function(*there))
 
 
+@each
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_the_device_of_the_tensors_counts_not_the_current_one():
-    x = rows(64, 512)
-    got = k.quantize_1x128(x.to("cuda:1"))
-    assert got[0].device.index == 1
-    assert all(torch.equal(g, w) for g, w in zip(bits(got), bits(k.quantize_1x128(x))))
+def test_the_device_of_the_tensors_counts_not_the_current_one(op):
+    function, arguments = EACH[op]
+    on_cpu = arguments()
+    with torch.cuda.device(0):
+        got = function(*to("cuda:1", on_cpu))
+        assert torch.cuda.current_device() == 0
+        assert all(t.device.index == 1 for t in ([got] if isinstance(got, torch.Tensor) else got))
+        assert_same(got, function(*to("cuda:0", on_cpu)))

@@ -1,0 +1,21 @@
+"""What `make gpu` will ask of a GPU, looked at without one."""
+
+import pytest
+import torch
+from test_on_gpu import EACH
+
+from k2kernels.ops._register import OPS
+
+
+def test_every_op_with_a_kernel_is_run_on_other_streams_in_graphs_and_compiled():
+    assert sorted(EACH) == sorted(name for name, op in OPS.items() if op.has_kernel)
+
+
+@pytest.mark.parametrize("op", EACH)
+def test_the_call_is_of_this_op(op):
+    function, arguments = EACH[op]
+    inputs = arguments()
+    assert all(isinstance(t, torch.Tensor) for t in inputs)
+    with torch.profiler.profile() as profile:
+        function(*inputs)
+    assert f"k2kernels::{op}" in {event.name for event in profile.events()}
