@@ -5,7 +5,7 @@
 //     struct alignas(1024) Storage { bf16 a[kStages][128 * 64]; Mbarrier full[kStages]; };
 //     Storage& smem = arch::shared_storage<Storage>();
 //
-// launched as launch<kernel, Storage>(shape, ...).
+// launched as launch<kernel, sizeof(Storage)>(shape, ...).
 
 #include "arch/body.h"
 

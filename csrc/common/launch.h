@@ -7,7 +7,6 @@
 #include <string>
 #include <string_view>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 
 #include "common/error.h"
@@ -25,7 +24,7 @@ inline thread_local long num_launches = 0;
 struct LaunchShape {
     dim3 grid;
     dim3 block;
-    std::size_t smem_bytes = 0;  // launch<kernel, Storage>() fills it in
+    std::size_t smem_bytes = 0;  // if less than launch<kernel, bytes>() says, or for launch(kernel)
     void* stream = nullptr;      // a cudaStream_t
     unsigned cluster = 1;        // blocks per cluster, along x
     bool cooperative = false;    // all blocks must be resident at once: they wait for one another
@@ -96,8 +95,8 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&
 
 #endif
 
-// Kernel -> bytes of shared memory that a launch asks for: of all kernels of this module that are
-// launched as below, whether one has been launched or not.
+// Kernel -> bytes of shared memory that a launch asks for at most: of all kernels of this module
+// that are launched as below, whether one has been launched or not.
 inline std::map<std::string_view, std::size_t>& shared_memory() {
     static std::map<std::string_view, std::size_t> bytes;
     return bytes;
@@ -119,19 +118,17 @@ struct Listed {
     }();
 };
 
-// Launches kKernel with a block's shared memory for a Storage, see arch/smem.cuh:
-//     launch<kernel<T>, Storage>(shape, p);
-template <auto kKernel, class Storage = void, class... Arguments>
+// Launches kKernel, whose blocks have kShared bytes of shared memory at most, and shape.smem_bytes
+// of them where that is set:
+//     launch<kernel<T>, sizeof(Storage)>(shape, p);
+template <auto kKernel, std::size_t kShared = 0, class... Arguments>
 void launch(LaunchShape shape, Arguments&&... arguments) {
-    constexpr std::size_t kBytes = [] {
-        if constexpr (std::is_void_v<Storage>) {
-            return std::size_t(0);
-        } else {
-            return sizeof(Storage);
-        }
-    }();
-    static_cast<void>(Listed<kKernel, kBytes>::once);
-    shape.smem_bytes = kBytes;
+    static_cast<void>(Listed<kKernel, kShared>::once);
+    if (shape.smem_bytes == 0) shape.smem_bytes = kShared;
+    if (shape.smem_bytes > kShared) {
+        throw Error("k2kernels: a launch asks for " + std::to_string(shape.smem_bytes) +
+                    " bytes of shared memory, at most " + std::to_string(kShared) + " are listed");
+    }
     launch(shape, kKernel, std::forward<Arguments>(arguments)...);
 }
 

@@ -13,7 +13,8 @@ void launch_portable(const MlaDecodeParams& p, void* stream) {
     LaunchShape shape{static_cast<unsigned>(p.plan.teams * p.plan.team_size), kPortableThreads};
     shape.smem_bytes = portable_shared_memory(kQuantized, p.plan.stages);
     shape.stream = stream;
-    launch(shape, mla_decode_sm80_kernel<T, kRowWarps, kQuantized>, p);
+    launch<mla_decode_sm80_kernel<T, kRowWarps, kQuantized>,
+           portable_shared_memory(kQuantized, /*stages=*/4)>(shape, p);
 }
 
 template <class T, bool kQuantized>
@@ -32,13 +33,12 @@ void launch_combine(const MlaDecodeParams& p, void* stream) {
     if (p.plan.partials == 0) return;
     const int64_t rows = p.tokens * p.heads;
     const int rows_per_block = combine_rows_per_block(rows);
-    LaunchShape shape{static_cast<unsigned>(ceil_div(rows, rows_per_block)), kCombineThreads,
-                      sizeof(MlaCombineStorage)};
+    LaunchShape shape{static_cast<unsigned>(ceil_div(rows, rows_per_block)), kCombineThreads};
     shape.stream = stream;
     if (p.type == Type::kBf16) {
-        launch(shape, mla_combine_kernel<bf16>, p, rows_per_block);
+        launch<mla_combine_kernel<bf16>, sizeof(MlaCombineStorage)>(shape, p, rows_per_block);
     } else {
-        launch(shape, mla_combine_kernel<fp16>, p, rows_per_block);
+        launch<mla_combine_kernel<fp16>, sizeof(MlaCombineStorage)>(shape, p, rows_per_block);
     }
 }
 
@@ -61,7 +61,7 @@ void launch_merge_attention_states(const MergeParams& p, void* stream) {
     LaunchShape shape{static_cast<unsigned>(ceil_div(p.rows, kMergeThreads / 32)), kMergeThreads};
     shape.stream = stream;
     by_float_type(p.type, [&](auto* type) {
-        launch(shape, merge_attention_states_kernel<Element<decltype(type)>>, p);
+        launch<merge_attention_states_kernel<Element<decltype(type)>>>(shape, p);
     });
 }
 

@@ -26,8 +26,8 @@ void launch_quantize_1x128(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
     const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
     by_float_type(p.type, [&](auto* type) {
-        launch<quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/false>, TileRows>(shape,
-                                                                                           p);
+        launch<quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/false>, sizeof(TileRows)>(
+            shape, p);
     });
 }
 
@@ -35,7 +35,8 @@ void launch_swiglu_quantize(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
     const LaunchShape shape = row_shape(p.batches, p.rows, p.columns, stream);
     by_float_type(p.type, [&](auto* type) {
-        launch<quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/true>, TileRows>(shape, p);
+        launch<quantize_rows_kernel<Element<decltype(type)>, /*kSwiglu=*/true>, sizeof(TileRows)>(
+            shape, p);
     });
 }
 
@@ -48,7 +49,7 @@ void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
             walk(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
         LaunchShape shape{{grid.x, grid.y}, kTransposeThreads};
         shape.stream = stream;
-        launch<quantize_transposed_kernel<T>, TransposeStorage<kColumns>>(shape, p);
+        launch<quantize_transposed_kernel<T>, sizeof(TransposeStorage<kColumns>)>(shape, p);
     });
 }
 
@@ -59,7 +60,7 @@ void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
     LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads};
     shape.stream = stream;
     by_float_type(p.type, [&](auto* type) {
-        launch<quantize_128x128_kernel<Element<decltype(type)>>, BlockMaxima>(shape, p);
+        launch<quantize_128x128_kernel<Element<decltype(type)>>, sizeof(BlockMaxima)>(shape, p);
     });
 }
 
@@ -78,9 +79,9 @@ void launch_rms_norm_quantize(const RmsNormQuantizeParams& p, void* stream) {
     by_float_type(p.type, [&](auto* type) {
         using T = Element<decltype(type)>;
         if (tile.sixteens == 1) {
-            launch<rms_norm_quantize_kernel<T, 1>, NormStorage<T, 1>>(shape, p);
+            launch<rms_norm_quantize_kernel<T, 1>, sizeof(NormStorage<T, 1>)>(shape, p);
         } else {
-            launch<rms_norm_quantize_kernel<T, 2>, NormStorage<T, 2>>(shape, p);
+            launch<rms_norm_quantize_kernel<T, 2>, sizeof(NormStorage<T, 2>)>(shape, p);
         }
     });
 }

@@ -40,8 +40,10 @@ class Op:
         if torch.is_grad_enabled():
             for i in self._tensors:
                 arg = args[i]  # a tensor, some, or None
-                if arg.requires_grad if isinstance(arg, torch.Tensor) else any(t.requires_grad for t in arg or ()):
-                    return self.autograd(*args)
+                some = () if arg is None else (arg,) if isinstance(arg, torch.Tensor) else arg
+                for tensor in some:
+                    if tensor.requires_grad:
+                        return self.autograd(*args)
         return self.plain(*args)
 
 

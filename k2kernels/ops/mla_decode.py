@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
-from k2kernels.ops._launch import TYPES, chip, launch, module
+from k2kernels.ops._launch import TYPES, address, chip, launch, module
 from k2kernels.ops._register import register
 from k2kernels.ops.mla_cache import LATENT, ROW_BYTES, check_cache, check_pages
 from k2kernels.reference import mla_decode as reference
@@ -155,10 +157,15 @@ def _fake(
     return_max_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *rows, _ = q.shape
-    row_dtype = wide_dtype(q.dtype)
-    lse = q.new_empty(*rows, dtype=row_dtype)
-    max_logits = q.new_empty(*rows, dtype=row_dtype) if return_max_logits else q.new_empty(0, dtype=row_dtype)
-    return q.new_empty(*rows, head_dim_v), lse, max_logits
+    return q.new_empty(*rows, head_dim_v), *_statistics(q, return_max_logits)
+
+
+def _statistics(q: Tensor, return_max_logits: bool) -> tuple[Tensor, Tensor]:
+    """lse and max_logits, without data."""
+    *rows, _ = q.shape
+    dtype = wide_dtype(q.dtype)
+    max_logits = q.new_empty(*rows, dtype=dtype) if return_max_logits else q.new_empty(0, dtype=dtype)
+    return q.new_empty(*rows, dtype=dtype), max_logits
 
 
 def _unserved(q: Tensor, kv_cache: Tensor, *request: Any) -> str | None:
@@ -179,25 +186,34 @@ def _unserved(q: Tensor, kv_cache: Tensor, *request: Any) -> str | None:
 
 def _on_16_bytes(x: Tensor) -> bool:
     """Whether all rows of x, whose elements lie side by side, begin at multiples of 16 bytes."""
-    return not any(n % 16 for n in (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:-1])))
+    places, size = x.data_ptr(), x.element_size()
+    for stride in x.stride()[:-1]:
+        places |= stride * size
+    return places % 16 == 0
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, s_q, H, D] or [T, H, D] as [T, H, D], copied only if the rows do not lie as the kernels want them."""
+def _rows(x: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """x [B, s_q, H, D] or [T, H, D], copied only if its rows do not lie as the kernels want them; strides of [T, H]."""
+    if x.is_contiguous() and _on_16_bytes(x):
+        *_, heads, size = x.shape
+        return x, (heads * size, size)  # not its strides, which say nothing where a size is 1
     x = x.flatten(0, 1) if x.ndim == 4 else x
-    return x if x.stride(-1) == 1 and _on_16_bytes(x) else x.contiguous()
+    x = x if x.stride(-1) == 1 and _on_16_bytes(x) else x.contiguous()
+    return x, x.stride()[:2]
 
 
-def _launch_decode(request: tuple, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes into `out` [T, H, head_dim_v]; returns lse and max_logits."""
+def _launch_decode(request: tuple, out: Tensor, out_strides: Sequence[int], lse: Tensor, max_logits: Tensor) -> None:
+    """Writes into `out`, whose rows have `out_strides`, lse and max_logits."""
     q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, causal, _, split, return_max_logits = request
-    _, lse, max_logits = _fake(*request)
     if q.numel() == 0:
-        return lse, max_logits
+        return
     queries = q.shape[1] if cu_seqlens_q is None else 0
-    q = _rows(q)
-    tokens, heads = q.shape[:2]
+    *tokens, heads, _ = q.shape
+    tokens = math.prod(tokens)
+    q, q_strides = _rows(q)
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    seq_lens = seq_lens.contiguous()
+    cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
     capacity = min(block_table.shape[1] * kv_cache.shape[1], 2**31 - 1)
     quantized = kv_cache.dtype == torch.uint8
     sizes = (seq_lens.shape[0], tokens, heads)
@@ -215,45 +231,44 @@ def _launch_decode(request: tuple, out: Tensor) -> tuple[Tensor, Tensor]:
         q.device,
         q.data_ptr(),
         TYPES[q.dtype],
-        q.stride()[:2],
+        q_strides,
         kv_cache.data_ptr(),
         TYPES[kv_cache.dtype],
         kv_cache.shape[:2],
         kv_cache.stride()[:2],
         block_table.data_ptr(),
         block_table.stride(0),
-        seq_lens.contiguous().data_ptr(),
-        0 if cu_seqlens_q is None else cu_seqlens_q.contiguous().data_ptr(),
+        seq_lens.data_ptr(),
+        address(cu_seqlens_q),
         sizes,
         queries,
         capacity,
         softmax_scale,
         causal,
         (out.data_ptr(), lse.data_ptr(), max_logits.data_ptr() if return_max_logits else 0),
-        out.stride()[:2],
+        out_strides,
         (start, start + 4 * parts * LATENT, start + 4 * parts * (LATENT + 2)),
         plan,
     )
-    return lse, max_logits
 
 
 def _kernel(*request: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, head_dim_v = request[0], request[7]
-    out = q.new_empty(*q.shape[:-1], head_dim_v)
-    return out, *_launch_decode(request, _rows(out))
+    out, lse, max_logits = _fake(*request)
+    _launch_decode(request, *_rows(out), lse, max_logits)
+    return out, lse, max_logits
 
 
 def _out_kernel(*request: Any) -> tuple[Tensor, Tensor]:
     *request, out = request
-    rows = _rows(out)
-    results = _launch_decode(request, rows)
+    (rows, strides), (lse, max_logits) = _rows(out), _statistics(request[0], request[-1])
+    _launch_decode(request, rows, strides, lse, max_logits)
     if rows.data_ptr() != out.data_ptr():
         out.copy_(rows.view(out.shape))
-    return results
+    return lse, max_logits
 
 
 def _merge_kernel(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+    out, lse = out_a.new_empty(*out_a.shape), lse_a.new_empty(lse_a.shape)
     out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
     launch(
         "merge_attention_states",
@@ -287,7 +302,7 @@ _mla_decode = register(
 _mla_decode_out = register(
     f"mla_decode_out({_ARGUMENTS}, Tensor(a!) out) -> (Tensor lse, Tensor max_logits)",
     reference=reference.mla_decode_out,
-    fake=lambda *args: _fake(*args[:-1])[1:],
+    fake=lambda q, *args: _statistics(q, args[-2]),
     kernel=_out_kernel,
     unserved=lambda *args: _unserved(*args[:-1]),
     validate=lambda *args: _validate(*args[:-1]),
@@ -296,7 +311,7 @@ _mla_decode_out = register(
 _merge_attention_states = register(
     "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
     reference=reference.merge_attention_states,
-    fake=lambda out_a, lse_a, out_b, lse_b: (out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)),
+    fake=lambda out_a, lse_a, out_b, lse_b: (out_a.new_empty(*out_a.shape), lse_a.new_empty(lse_a.shape)),
     kernel=_merge_kernel,
     unserved=lambda out_a, *others: "no kernel computes in float64" if out_a.dtype == torch.float64 else None,
 )

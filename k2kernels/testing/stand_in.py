@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,12 +15,17 @@ from k2kernels.ops._register import OPS
 
 
 class _Nothing:
-    """An extension module whose functions do nothing, and say that they started one kernel."""
+    """An extension module whose functions do nothing, and say that they started one kernel; plans are made."""
 
-    def __getattr__(self, function: str) -> Callable[..., int]:
-        started = lambda *args: 1  # noqa: E731 (cheaper to call than a method)
-        setattr(self, function, started)
-        return started
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        if function.endswith("_plan"):
+            from k2kernels import _emu
+
+            found = getattr(_emu, function)
+        else:
+            found = lambda *args: 1  # noqa: E731 (cheaper to call than a method)
+        setattr(self, function, found)
+        return found
 
 
 @contextlib.contextmanager
@@ -34,6 +40,7 @@ def no_kernels() -> Iterator[None]:
             (_backend, "choose", lambda op, device, *rest: choose(op, "cuda", *rest)),
             (_launch, "why_not_emulated", lambda: None),
             (_launch, "_module", lambda name: nothing),
+            (_launch, "_cuda_chip", lambda index: _launch.EMULATED_CHIPS["sm_90a"]),
             (torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
             *((op, "validate", None) for op in OPS.values()),  # which looks into CPU tensors alone
         ):

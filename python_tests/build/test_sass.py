@@ -88,6 +88,10 @@ SHARED = {
     "quantize_transposed_kernel<bf16>": 11408,
     "quantize_transposed_kernel<fp16>": 11408,
     "quantize_transposed_kernel<float>": 5776,
+    # Keys of four rounds; where they are quantised, in rows of 656 bytes, beside those of the round in bfloat16.
+    **{f"mla_decode_sm80_kernel<{t}, {w}, false>": 163968 for t in ("bf16", "fp16") for w in (1, 2, 4)},
+    **{f"mla_decode_sm80_kernel<bf16, {w}, true>": 137344 for w in (1, 2, 4)},
+    **{f"mla_combine_kernel<{t}>": 4 * 512 * 4 for t in ("bf16", "fp16")},
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
 }
 

@@ -314,6 +314,18 @@ def test_strided_queries():
         assert same(run("sm_80", 1, strided.copy_(q), cache), want)
 
 
+def test_axes_of_one_whose_strides_say_nothing():
+    """One query a sequence, taken out of [s_q, B, H, D]: contiguous, whatever the stride of that axis."""
+    queries, cache = k2([129, 64, 65], [1, 1, 1], 8)
+    q = torch.stack(queries)
+    want = run("sm_80", 0, q, cache)
+    odd, out = torch.stack(queries, dim=1).transpose(0, 1), torch.empty(1, 3, 8, 512, dtype=q.dtype).transpose(0, 1)
+    assert odd.is_contiguous() and odd.stride(1) != q.stride(1)
+    assert same(run("sm_80", 1, odd, cache, out=out), want)
+    lengths = torch.stack([cache.seq_lens, cache.seq_lens + 1], dim=1)[:, 0]  # apart, too
+    assert same(run("sm_80", 0, q, cache._replace(seq_lens=lengths)), want)
+
+
 def test_offsets_beyond_two_to_the_31():
     # Pages 2**31 + 4096 bytes apart; the memory between them is never touched, so the system need not provide it.
     stride = 2**31 + 4096

@@ -10,7 +10,7 @@ void launch_scale_rows(const ScaleRowsParams& p, void* stream) {
     LaunchShape shape{static_cast<unsigned>(p.rows), kScaleRowsThreads};
     shape.stream = stream;
     by_float_type(p.type, [&](auto* type) {
-        launch<scale_rows_kernel<Element<decltype(type)>>, RowMaxima>(shape, p);
+        launch<scale_rows_kernel<Element<decltype(type)>>, sizeof(RowMaxima)>(shape, p);
     });
 }
 
