@@ -1,0 +1,43 @@
+#include "common/dispatch.h"
+#include "common/launch.h"
+#include "mla_decode/kernel_sm90.cuh"
+#include "mla_decode/launch.h"
+
+namespace k2k {
+
+namespace {
+
+// Rows of q: [tokens * heads, 576].
+arch::TensorMap q_tensor(const MlaDecodeParams& p) {
+    const int64_t stride = p.heads > 1 ? p.q_head_stride : p.q_token_stride;
+    return arch::make_tensor_map(p.type, p.q,
+                                 {kKeyDim, static_cast<uint64_t>(p.tokens * p.heads)},
+                                 {static_cast<uint64_t>(stride) * 2},
+                                 {kHopperColumns, kHopperRows}, arch::Swizzle::k128);
+}
+
+// The cache: [pages, page_size, 576].
+arch::TensorMap cache_tensor(const MlaDecodeParams& p) {
+    return arch::make_tensor_map(
+        p.type, p.cache,
+        {kKeyDim, static_cast<uint64_t>(p.page_size), static_cast<uint64_t>(p.pages)},
+        {static_cast<uint64_t>(p.slot_stride) * 2, static_cast<uint64_t>(p.page_stride) * 2},
+        {kHopperColumns, static_cast<uint32_t>(hopper_box_rows(p.page_size)), 1},
+        arch::Swizzle::k128);
+}
+
+}  // namespace
+
+void launch_mla_decode_sm90(const MlaDecodeParams& p, void* stream) {
+    LaunchShape shape{static_cast<unsigned>(p.plan.teams * p.plan.team_size), kHopperThreads,
+                      sizeof(MlaSm90Storage)};
+    shape.stream = stream;
+    const arch::TensorMap q = q_tensor(p), cache = cache_tensor(p);
+    if (p.type == Type::kBf16) {
+        launch(shape, mla_decode_sm90_kernel<bf16>, p, q, cache);
+    } else {
+        launch(shape, mla_decode_sm90_kernel<fp16>, p, q, cache);
+    }
+}
+
+}  // namespace k2k
