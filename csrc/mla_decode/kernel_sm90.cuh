@@ -283,8 +283,8 @@ K2K_DEVICE void store_half_row(const MlaDecodeParams& p,
     const bool real = tile_row < task.num_rows;  // its four lanes agree, all 32 need not
     const int lane = arch::lane_id() % 4;
     if (task.partial >= 0) {
-        float* to = p.partial_out +
-                    (int64_t(task.partial) * kHopperRows + tile_row) * kLatent + first + 2 * lane;
+        float* to = p.partial_out + (int64_t(task.partial) * kHopperRows + tile_row) * kLatent +
+                    first + 2 * lane;
         if (!real) return;
         K2K_UNROLL
         for (int j = 0; j < kHalfLatent / 8; ++j) {
@@ -361,7 +361,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
                 for (int k = 0; k < kHopperColumns / 16; ++k) {
                     const uint64_t step = arch::descriptor_step(box * kBoxBytes + k * 32);
                     arch::wgmma_ss<T, kBlockKeys>(
-                        reinterpret_cast<float(&)[kBlockKeys / 2]>(scores), q + step,
+                        reinterpret_cast<float (&)[kBlockKeys / 2]>(scores), q + step,
                         keys + stage + step, box + k > 0);
                 }
             }
@@ -437,8 +437,7 @@ template <class T>
 K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     const int row = arch::warp_id() % 4 * 16 + arch::lane_id() / 4;
     const arch::Swizzle swizzle = arch::Swizzle::k128;
-    const uint64_t probabilities =
-        arch::matrix_descriptor(&smem.probabilities, swizzle, 0, 1024);
+    const uint64_t probabilities = arch::matrix_descriptor(&smem.probabilities, swizzle, 0, 1024);
     const uint64_t values =
         arch::matrix_descriptor(&smem.keys[0][kHalfBoxes], swizzle, kBoxBytes, 1024);
 

@@ -10,10 +10,9 @@ namespace {
 // Rows of q: [tokens * heads, 576].
 arch::TensorMap q_tensor(const MlaDecodeParams& p) {
     const int64_t stride = p.heads > 1 ? p.q_head_stride : p.q_token_stride;
-    return arch::make_tensor_map(p.type, p.q,
-                                 {kKeyDim, static_cast<uint64_t>(p.tokens * p.heads)},
-                                 {static_cast<uint64_t>(stride) * 2},
-                                 {kHopperColumns, kHopperRows}, arch::Swizzle::k128);
+    return arch::make_tensor_map(p.type, p.q, {kKeyDim, static_cast<uint64_t>(p.tokens * p.heads)},
+                                 {static_cast<uint64_t>(stride) * 2}, {kHopperColumns, kHopperRows},
+                                 arch::Swizzle::k128);
 }
 
 // The cache: [pages, page_size, 576].
