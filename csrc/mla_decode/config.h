@@ -101,6 +101,13 @@ constexpr bool served_by_hopper(const Chip& chip, const MlaDecodeShape& shape, i
            tile_rows == kHopperRows && hopper_box_rows(shape.page_size) >= kHopperMinBoxRows;
 }
 
+// Whether Hopper's blocks work in pairs, clusters of two, each of which brings half of the keys
+// from L2 for both: with several tiles a sequence, what a multiprocessor gets from L2 would take as
+// long as the products. Only whole teams can be paired.
+constexpr bool in_pairs(const MlaDecodePlan& plan) {
+    return plan.hopper && plan.team_size % 2 == 0;
+}
+
 // The tiles of a sequence go to the blocks of a team, which then read the same keys at the same
 // time, from L2 all but once.
 constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape) {

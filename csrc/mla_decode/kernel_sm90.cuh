@@ -10,21 +10,26 @@
 // probabilities. (FlashAttention-3 divides a head dimension of 512 this way:
 // hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, LargeHeadDimV.)
 //
-// Grid      one block a multiprocessor; each takes its tasks as schedule.cuh finds them.
+// Grid      one block a multiprocessor; each takes its tasks as schedule.cuh finds them. Where
+//           several tiles read the same keys, blocks form pairs, clusters of two.
 // Roles     Left    warps 0 to 3: S = q K^T, softmax, out[:, :256] += P V[:, :256]
 //           Right   warps 4 to 7: out[:, 256:] += P V[:, 256:]
-//           Loader  warp 8: brings the keys of this task, then of the next, and q
+//           Loader  warp 8: brings the keys of this task, then of the next, and q; in a pair every
+//                   other box of keys, for both blocks
 //           Finder  warp 9: finds the tasks, up to four ahead
 // Block     64 keys: nine boxes of 64 columns, each in its own 8 KB of a stage with the swizzle of
 //           128 bytes. The same bytes are K (rows contiguous) and V (columns contiguous). A box
 //           comes in as many copies as pages have a part in it.
+// Order     Left: scores, softmax, hand over, its half of P V, next block. Right's half runs beside
+//           Left's. Scores of the next block never come first: they would have to wait for its
+//           keys while this block still holds the stage that further keys wait for.
 // Barriers  event            arrivals                  waited for by
 //           task_known[4]    Finder                    Loader, Left, Right
 //           task_done[4]     Loader, 8 warps           Finder: the slot may hold another task
 //           q_landed         Loader + bytes            Left
 //           q_read           4 warps of Left           Loader: after the task's last scores
 //           landed[2][9]     Loader + bytes            Left, box by box
-//           read[2]          8 warps                   Loader: the stage is free
+//           read[2]          8 warps, of both blocks   Loader: the stage is free
 //           handed_over      4 warps of Left           Right: probabilities and factors; at the end
 //                                                      of a task, its normalizers
 //           taken_over       4 warps of Right          Left: before it hands over again
@@ -39,6 +44,7 @@
 // Limits    bfloat16 or float16. The cache's strides are not 0; pages have a multiple of 16 slots;
 //           rows of q follow one another at one stride.
 
+#include "arch/cluster.cuh"
 #include "arch/control.cuh"
 #include "arch/fence.cuh"
 #include "arch/ldst.cuh"
@@ -48,6 +54,7 @@
 #include "arch/wgmma.cuh"
 #include "common/math.h"
 #include "mla_decode/config.h"
+#include "mla_decode/kernel_combine.cuh"
 #include "mla_decode/schedule.cuh"
 #include "mla_decode/softmax.cuh"
 
@@ -93,12 +100,32 @@ struct RingPlace {
 using TaskPlace = RingPlace<kHopperTaskSlots>;
 using KeysPlace = RingPlace<kHopperStages>;
 
+// Who loads what: a block for itself, or a pair of blocks, in a cluster, every other box for both.
+template <bool kPair>
+K2K_DEVICE uint32_t rank_of_pair() {
+    if constexpr (kPair) return arch::cluster_rank();
+    return 0;
+}
+
 // The warp's arrival, once all its lanes are done.
 K2K_DEVICE void warp_arrives(Mbarrier& barrier K2K_WHERE) {
     arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
     if (arch::lane_id() == 0) arch::mbarrier_arrive(barrier K2K_PASS_WHERE);
 }
 
+// The same for a stage of keys, which is free once both blocks of a pair have read it.
+template <bool kPair>
+K2K_DEVICE void warp_has_read(Mbarrier& read K2K_WHERE) {
+    if constexpr (kPair) {
+        arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
+        const uint32_t lane = arch::lane_id();
+        if (lane < 2) arch::mbarrier_arrive_cluster(read, lane K2K_PASS_WHERE);
+    } else {
+        warp_arrives(read K2K_PASS_WHERE);
+    }
+}
+
+template <bool kPair>
 K2K_DEVICE void make_barriers(MlaSm90Storage& smem) {
     for (int i = 0; i < kHopperTaskSlots; ++i) {
         arch::mbarrier_init(smem.task_known[i], 1);
@@ -108,7 +135,7 @@ K2K_DEVICE void make_barriers(MlaSm90Storage& smem) {
     arch::mbarrier_init(smem.q_read, 4);
     for (int stage = 0; stage < kHopperStages; ++stage) {
         for (Mbarrier& landed : smem.landed[stage]) arch::mbarrier_init(landed, 1);
-        arch::mbarrier_init(smem.read[stage], 8);
+        arch::mbarrier_init(smem.read[stage], kPair ? 16 : 8);
     }
     arch::mbarrier_init(smem.handed_over, 4);
     arch::mbarrier_init(smem.taken_over, 4);
@@ -162,12 +189,13 @@ class PagesOfTask {
     int ahead_, page_ = -1;
 };
 
-// Loads are marked nowhere as read once: with several tiles a sequence, L2 serves all but one.
+template <bool kPair>
 K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
                            const MlaDecodeParams& p,
                            const TensorMap& q_map,
                            const TensorMap& cache_map) {
     const bool leader = arch::lane_id() == 0;
+    const uint32_t rank = rank_of_pair<kPair>();
     const int box_rows = hopper_box_rows(p.page_size);
     const int parts = kBlockKeys / box_rows;  // of a box, each from its page
     KeysPlace keys;
@@ -190,35 +218,41 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
             }
             box = (box + parts) % 32;
 
-            arch::mbarrier_wait(smem.read[keys.stage], keys.parity ^ 1);
-            if (leader) {
-                MlaBox* boxes = smem.keys[keys.stage];
-                Mbarrier* landed = smem.landed[keys.stage];
-                K2K_NO_UNROLL
-                for (int i = 0; i < kHopperBoxes; ++i) {
-                    arch::mbarrier_arrive_expect_tx(landed[i], bytes);
-                    K2K_UNROLL
-                    for (int j = 0; j < kBlockKeys / kHopperMinBoxRows; ++j) {
-                        if (page[j] < 0) continue;
-                        const int slot = (key + j * box_rows) % p.page_size;
-                        arch::tma_load_3d(boxes[i].chunks + j * box_rows * 8, cache_map, landed[i],
-                                          i * kHopperColumns, slot, page[j]);
+            // The leader alone waits: a lane that looked later might miss a whole phase.
+            if (!leader) continue;
+            if constexpr (kPair) {
+                arch::mbarrier_wait_cluster(smem.read[keys.stage], keys.parity ^ 1);
+            } else {
+                arch::mbarrier_wait(smem.read[keys.stage], keys.parity ^ 1);
+            }
+            K2K_NO_UNROLL
+            for (uint32_t i = 0; i < kHopperBoxes; ++i) {
+                Mbarrier& landed = smem.landed[keys.stage][i];
+                arch::mbarrier_arrive_expect_tx(landed, bytes);
+                if (kPair && i % 2 != rank) continue;
+                K2K_UNROLL
+                for (int j = 0; j < kBlockKeys / kHopperMinBoxRows; ++j) {
+                    if (page[j] < 0) continue;
+                    uint4* target = smem.keys[keys.stage][i].chunks + j * box_rows * 8;
+                    const int column = i * kHopperColumns;
+                    const int slot = (key + j * box_rows) % p.page_size;
+                    if constexpr (kPair) {
+                        arch::tma_load_3d_multicast(target, cache_map, landed, 3, column, slot,
+                                                    page[j]);
+                    } else {
+                        arch::tma_load_3d(target, cache_map, landed, column, slot, page[j]);
                     }
                 }
             }
+            if (key != first_key) continue;
             // The first keys do not wait for the last scores of the task before, but q must.
-            if (key == first_key) {
-                arch::mbarrier_wait(smem.q_read, q_parity);
-                q_parity ^= 1;
-                if (leader) {
-                    const int row = task.first_token * p.heads + task.first_row;
-                    arch::mbarrier_arrive_expect_tx(smem.q_landed, kStageBytes);
-                    K2K_NO_UNROLL
-                    for (int i = 0; i < kHopperBoxes; ++i) {
-                        arch::tma_load_2d(&smem.q[i], q_map, smem.q_landed, i * kHopperColumns,
-                                          row);
-                    }
-                }
+            arch::mbarrier_wait(smem.q_read, q_parity);
+            q_parity ^= 1;
+            const int row = task.first_token * p.heads + task.first_row;
+            arch::mbarrier_arrive_expect_tx(smem.q_landed, kStageBytes);
+            K2K_NO_UNROLL
+            for (int i = 0; i < kHopperBoxes; ++i) {
+                arch::tma_load_2d(&smem.q[i], q_map, smem.q_landed, i * kHopperColumns, row);
             }
         }
         warp_arrives(smem.task_done[place.stage]);
@@ -305,16 +339,14 @@ K2K_DEVICE void store_half_row(const MlaDecodeParams& p,
             words[i] = pack<T>(two[0] * by, two[1] * by);
         }
         transpose_words(words);
-        if (real) {
-            *reinterpret_cast<uint4*>(to + 8 * j) =
-                make_uint4(words[0], words[1], words[2], words[3]);
-        }
+        uint4* chunk = reinterpret_cast<uint4*>(to + 8 * j);
+        if (real) arch::store(chunk, make_uint4(words[0], words[1], words[2], words[3]));
     }
 }
 
 // ---- Left
 
-template <class T>
+template <class T, bool kPair>
 K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     const int lane = arch::lane_id(), warp = arch::warp_id();
     const int row = warp * 16 + lane / 4, pair = lane % 4;
@@ -409,7 +441,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
             }
             arch::wgmma_commit();
             arch::wgmma_wait<0>();
-            warp_arrives(smem.read[at.stage]);
+            warp_has_read<kPair>(smem.read[at.stage]);
         }
 
         state.finish(smem.bad_page[place.stage]);
@@ -433,7 +465,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
 
 // ---- Right
 
-template <class T>
+template <class T, bool kPair>
 K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     const int row = arch::warp_id() % 4 * 16 + arch::lane_id() / 4;
     const arch::Swizzle swizzle = arch::Swizzle::k128;
@@ -471,7 +503,7 @@ K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
             arch::wgmma_commit();
             arch::wgmma_wait<0>();
             warp_arrives(smem.taken_over);
-            warp_arrives(smem.read[at.stage]);
+            warp_has_read<kPair>(smem.read[at.stage]);
         }
         take_factors(factor);
         warp_arrives(smem.taken_over);
@@ -481,21 +513,29 @@ K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     }
 }
 
-template <class T>
+template <class T, bool kPair>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     mla_decode_sm90_kernel(const __grid_constant__ MlaDecodeParams p,
                            const __grid_constant__ TensorMap q_map,
                            const __grid_constant__ TensorMap cache_map) {
     MlaSm90Storage& smem = arch::shared_storage<MlaSm90Storage>();
     const int warp = arch::warp_id();
-    if (threadIdx.x == 0) make_barriers(smem);
-    arch::sync_block();
+    if (threadIdx.x == 0) make_barriers<kPair>(smem);
+    arch::grid_dependency_launch();
+    const auto meet = [] {
+        if constexpr (kPair) {
+            arch::cluster_sync();
+        } else {
+            arch::sync_block();
+        }
+    };
+    meet();
     if (warp < 4) {
         arch::registers_increase<216>();
-        attend_left<T>(smem, p);
+        attend_left<T, kPair>(smem, p);
     } else if (warp < 8) {
         arch::registers_increase<216>();
-        attend_right<T>(smem, p);
+        attend_right<T, kPair>(smem, p);
     } else {
         arch::registers_decrease<72>();
         if (warp == 8) {
@@ -503,11 +543,20 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                 arch::tma_prefetch(q_map);
                 arch::tma_prefetch(cache_map);
             }
-            load_tasks(smem, p, q_map, cache_map);
+            load_tasks<kPair>(smem, p, q_map, cache_map);
         } else if (warp == 9) {
             find_tasks(smem, p);
         }
     }
+    if constexpr (kPair) arch::cluster_sync();  // the other block still arrives at barriers here
+}
+
+// The joining of parts, whose blocks take the places of mla_decode's as these end.
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads)
+    mla_combine_sm90_kernel(const __grid_constant__ MlaDecodeParams p, int rows_per_block) {
+    arch::grid_dependency_wait();
+    combine_rows<T>(p, rows_per_block);
 }
 
 }  // namespace k2k

@@ -25,17 +25,37 @@ arch::TensorMap cache_tensor(const MlaDecodeParams& p) {
         arch::Swizzle::k128);
 }
 
-}  // namespace
-
-void launch_mla_decode_sm90(const MlaDecodeParams& p, void* stream) {
+template <class T>
+void start(const MlaDecodeParams& p, void* stream) {
     LaunchShape shape{static_cast<unsigned>(p.plan.teams * p.plan.team_size), kHopperThreads,
                       sizeof(MlaSm90Storage)};
     shape.stream = stream;
-    const arch::TensorMap q = q_tensor(p), cache = cache_tensor(p);
-    if (p.type == Type::kBf16) {
-        launch(shape, mla_decode_sm90_kernel<bf16>, p, q, cache);
+    if (in_pairs(p.plan)) {
+        shape.cluster = 2;
+        launch(shape, mla_decode_sm90_kernel<T, /*kPair=*/true>, p, q_tensor(p), cache_tensor(p));
     } else {
-        launch(shape, mla_decode_sm90_kernel<fp16>, p, q, cache);
+        launch(shape, mla_decode_sm90_kernel<T, /*kPair=*/false>, p, q_tensor(p), cache_tensor(p));
+    }
+    if (p.plan.partials == 0) return;
+
+    shape = LaunchShape{};
+    shape.stream = stream;
+    const int64_t rows = p.tokens * p.heads;
+    const int rows_per_block = combine_rows_per_block(rows);
+    shape.grid = static_cast<unsigned>(ceil_div(rows, rows_per_block));
+    shape.block = kCombineThreads;
+    shape.smem_bytes = sizeof(MlaCombineStorage);
+    shape.overlap_previous = true;
+    launch(shape, mla_combine_sm90_kernel<T>, p, rows_per_block);
+}
+
+}  // namespace
+
+void launch_mla_decode_sm90(const MlaDecodeParams& p, void* stream) {
+    if (p.type == Type::kBf16) {
+        start<bf16>(p, stream);
+    } else {
+        start<fp16>(p, stream);
     }
 }
 

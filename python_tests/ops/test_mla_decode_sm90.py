@@ -92,12 +92,17 @@ def test_ragged_queries(q_lens, seed):
     check(got, queries, rows)
 
 
-# Long enough that a stage of the ring is filled many times; short ones behind it, so that tasks are known ahead; and
-# such as have no keys, with which Left and Right are done at once, whatever Loader is doing.
+# Long enough that a stage of the ring is filled many times, and pages are looked up more than once; short ones behind it,
+# so that tasks are known ahead; and such as have no keys, with which Left and Right are done at once, whatever Loader is
+# doing.
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("seq_lens", [[1200, *[3, 70] * 6], [0] * 150 + [130] + [0] * 40], ids=["lengths", "no keys"])
-def test_many_blocks_and_many_tasks(seq_lens, seed):
-    queries, rows, cache = k2(seq_lens, [1] * len(seq_lens), 33, 64)
+@pytest.mark.parametrize(
+    "seq_lens, page_size",
+    [([1200, *[3, 70] * 6], 16), ([1200, *[3, 70] * 6], 64), ([70 if b % 31 == 30 else 0 for b in range(190)], 64)],
+    ids=["page 16", "page 64", "few keys"],
+)
+def test_many_blocks_and_many_tasks(seq_lens, page_size, seed):
+    queries, rows, cache = k2(seq_lens, [1] * len(seq_lens), 33, page_size)
     got = run(torch.stack(queries), cache, seed=seed, split=640)
     check(got, queries, rows)
 
