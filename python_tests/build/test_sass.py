@@ -79,13 +79,14 @@ for row in ("bf16", "fp16"):
                 registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
             )  # fmt: skip
 
-    # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of four pages, or fewer.
+    # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of up to four pages.
     bf16 = ".BF16" if row == "bf16" else ""
-    instructions = {
-        f"HGMMA.64x64x16.F32{bf16}": 36, f"HGMMA.64x256x16.F32{bf16}": 8, "UTMALDG.3D": 4, "UTMALDG.2D": 1,
-        "STSM.16.M88.4": 4, "USETMAXREG": 3,
-    }  # fmt: skip
-    PLANS[f"mla_decode_sm90_kernel<{row}>"] = (168, 0, 32, {"sm_90a": instructions})
+    for pair, load in (("false", "UTMALDG.3D"), ("true", "UTMALDG.3D.MULTICAST")):
+        instructions = {
+            f"HGMMA.64x64x16.F32{bf16}": 36, f"HGMMA.64x256x16.F32{bf16}": 8, load: 4, "UTMALDG.2D": 1,
+            "STSM.16.M88.4": 4, "USETMAXREG": 3, "PREEXIT": 1,
+        }  # fmt: skip
+        PLANS[f"mla_decode_sm90_kernel<{row}, {pair}>"] = (168, 0, 32, {"sm_90a": instructions})
     PLANS[f"mla_combine_sm90_kernel<{row}>"] = (32, 7, 0, {"sm_90a": {"ACQBULK": 1}})
 
 
