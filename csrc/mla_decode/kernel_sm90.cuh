@@ -19,7 +19,8 @@
 //           Finder  warp 9: finds the tasks, up to four ahead
 // Block     64 keys: nine boxes of 64 columns, each in its own 8 KB of a stage with the swizzle of
 //           128 bytes. The same bytes are K (rows contiguous) and V (columns contiguous). A box
-//           comes in as many copies as pages have a part in it.
+//           comes in as many copies as pages have a part in it. L2 is told to give it up first:
+//           blocks that share keys read them at about the same time, and nobody again.
 // Order     Left: scores, softmax, hand over, its half of P V, next block. Right's half runs beside
 //           Left's. Scores of the next block never come first: they would have to wait for its
 //           keys while this block still holds the stage that further keys wait for.
@@ -119,7 +120,7 @@ K2K_DEVICE void warp_has_read(Mbarrier& read K2K_WHERE) {
     if constexpr (kPair) {
         arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
         const uint32_t lane = arch::lane_id();
-        if (lane < 2) arch::mbarrier_arrive_cluster(read, lane K2K_PASS_WHERE);
+        if (lane < 2) arch::mbarrier_arrive_cluster(read, lane, 1 K2K_PASS_WHERE);
     } else {
         warp_arrives(read K2K_PASS_WHERE);
     }
@@ -236,11 +237,12 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
                     uint4* target = smem.keys[keys.stage][i].chunks + j * box_rows * 8;
                     const int column = i * kHopperColumns;
                     const int slot = (key + j * box_rows) % p.page_size;
+                    const auto hint = arch::CacheHint::kEvictFirst;
                     if constexpr (kPair) {
                         arch::tma_load_3d_multicast(target, cache_map, landed, 3, column, slot,
-                                                    page[j]);
+                                                    page[j], hint);
                     } else {
-                        arch::tma_load_3d(target, cache_map, landed, column, slot, page[j]);
+                        arch::tma_load_3d(target, cache_map, landed, column, slot, page[j], hint);
                     }
                 }
             }
