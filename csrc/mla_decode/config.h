@@ -63,6 +63,25 @@ constexpr int tile_rows_for(int64_t rows_of_a_sequence) {
     return rows_of_a_sequence <= 16 ? 16 : rows_of_a_sequence <= 32 ? 32 : 64;
 }
 
+// ---- Hopper's kernel: 64 rows, three warpgroups, a ring of two blocks of keys
+
+constexpr int kHopperRows = 64;
+constexpr int kHopperThreads = 384;
+constexpr int kHopperStages = 2;
+constexpr int kHopperColumns = 64;  // of a box: 128 bytes, as wide as a swizzle
+constexpr int kHopperBoxes = kKeyDim / kHopperColumns;
+constexpr int kHopperTaskSlots = 4;  // tasks that are known ahead
+constexpr int kHopperMinBoxRows = 16;
+
+// Keys that one copy of TMA brings: consecutive slots of one page, as many as divide page and
+// block.
+constexpr int hopper_box_rows(int64_t page_size) {
+    int rows = kBlockKeys;
+    while (page_size % rows != 0) rows /= 2;
+    return rows;
+}
+static_assert(hopper_box_rows(64) == 64 && hopper_box_rows(128) == 64 && hopper_box_rows(16) == 16);
+
 // What the host knows of a call.
 struct MlaDecodeShape {
     int64_t batch, tokens, heads;
@@ -73,6 +92,21 @@ struct MlaDecodeShape {
     bool quantized;
     bool whole_rows;  // the cache's rows lie so that TMA can copy them
 };
+
+// Hopper's own kernel brings keys by TMA, in boxes that lie in one page: boxes of less than 16 keys
+// would take more copies than one thread can start in time. Codes must be decoded on the way, and a
+// tile of 16 or 32 rows needs less shared memory traffic in the portable kernel.
+constexpr bool served_by_hopper(const Chip& chip, const MlaDecodeShape& shape, int tile_rows) {
+    return chip.capability == 90 && !shape.quantized && shape.whole_rows &&
+           tile_rows == kHopperRows && hopper_box_rows(shape.page_size) >= kHopperMinBoxRows;
+}
+
+// Whether Hopper's blocks work in pairs, clusters of two, each of which brings half of the keys
+// from L2 for both: with several tiles a sequence, what a multiprocessor gets from L2 would take as
+// long as the products. Only whole teams can be paired.
+constexpr bool in_pairs(const MlaDecodePlan& plan) {
+    return plan.hopper && plan.team_size % 2 == 0;
+}
 
 // The tiles of a sequence go to the blocks of a team, which then read the same keys at the same
 // time, from L2 all but once.
@@ -86,7 +120,9 @@ constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape)
     // Tiles of different heights add up a score in different orders. With fixed splits, a row's
     // bits must not depend on how many queries come along.
     plan.tile_rows = tile_rows_for(shape.split_keys > 0 ? shape.heads : rows);
-    plan.stages = portable_stages(shape.quantized, chip.shared_memory);
+    plan.hopper = served_by_hopper(chip, shape, plan.tile_rows);
+    plan.stages =
+        plan.hopper ? kHopperStages : portable_stages(shape.quantized, chip.shared_memory);
     const int64_t tiles = ceil_div(rows > 0 ? rows : 1, plan.tile_rows);
     plan.team_size = static_cast<int>(tiles < chip.multiprocessors ? tiles : chip.multiprocessors);
     plan.teams = chip.multiprocessors / plan.team_size;

@@ -35,8 +35,7 @@ K2K_DEVICE float part_weight(float lse, float total) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads)
-    mla_combine_kernel(const __grid_constant__ MlaDecodeParams p, int rows_per_block) {
+K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
     MlaCombineStorage& storage = arch::shared_storage<MlaCombineStorage>();
     const int lane = arch::lane_id(), four = threadIdx.x % (kLatent / 4);
     const int group = threadIdx.x / (kLatent / 4);
@@ -100,6 +99,12 @@ __global__ void __launch_bounds__(kCombineThreads)
         }
         arch::sync_block();  // before the sums of the next row
     }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads)
+    mla_combine_kernel(const __grid_constant__ MlaDecodeParams p, int rows_per_block) {
+    combine_rows<T>(p, rows_per_block);
 }
 
 template <class T>

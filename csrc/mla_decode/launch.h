@@ -8,6 +8,9 @@ namespace k2k {
 // split. Nothing is started for empty inputs.
 void launch_mla_decode(const MlaDecodeParams& params, void* stream);
 
+// The same by Hopper's kernels, where plan.hopper.
+void launch_mla_decode_sm90(const MlaDecodeParams& params, void* stream);
+
 void launch_merge_attention_states(const MergeParams& params, void* stream);
 
 }  // namespace k2k

@@ -166,14 +166,16 @@ class MlaTasks {
         int split, num_splits, partial;
     };
 
-    // Writes the task down; false if this member has no tile in the turn.
+    // Writes the task down; false if this member has no tile in the turn. A pair that has but one
+    // tile works together all the same, the other block on no rows.
     K2K_DEVICE bool fill(const MlaDecodeParams& p,
                          MlaTask& task,
                          const Sequence& of,
                          int turn,
                          const Keys& keys) const {
         const int tile = turn * p.plan.team_size + member_;
-        if (tile >= num_tiles(p, of.queries)) return false;
+        const int first_of_pair = in_pairs(p.plan) ? tile - member_ % 2 : tile;
+        if (first_of_pair >= num_tiles(p, of.queries)) return false;
         if (arch::lane_id() != 0) return true;
         const int first_row = tile * p.plan.tile_rows;
         const int rows_left = of.queries * p.heads - first_row;
@@ -183,7 +185,7 @@ class MlaTasks {
         task.queries = of.queries;
         task.seq_len = of.seq_len;
         task.first_row = first_row;
-        task.num_rows = rows_left < p.plan.tile_rows ? rows_left : p.plan.tile_rows;
+        task.num_rows = clamp(rows_left, p.plan.tile_rows);
         task.first_key = keys.begin_block * kBlockKeys;
         task.end_key = end_key < of.seq_len ? end_key : of.seq_len;
         task.border = p.causal ? of.seq_len - of.queries + first_row / p.heads + 1 : of.seq_len;

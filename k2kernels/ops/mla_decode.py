@@ -202,6 +202,12 @@ def _rows(x: Tensor) -> tuple[Tensor, Sequence[int]]:
     return x, x.stride()[:2]
 
 
+def _whole_rows(kv_cache: Tensor) -> bool:
+    """Whether TMA can copy a cache's rows, which `_unserved` has found to begin at multiples of 16 bytes."""
+    strides = [n * kv_cache.element_size() for n in kv_cache.stride()[:2]]
+    return kv_cache.dtype != torch.uint8 and kv_cache.shape[0] > 0 and all(0 < n < 2**40 for n in strides)
+
+
 def _launch_decode(request: tuple, out: Tensor, out_strides: Sequence[int], lse: Tensor, max_logits: Tensor) -> None:
     """Writes into `out`, whose rows have `out_strides`, lse and max_logits."""
     q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, causal, _, split, return_max_logits = request
@@ -218,9 +224,11 @@ def _launch_decode(request: tuple, out: Tensor, out_strides: Sequence[int], lse:
     quantized = kv_cache.dtype == torch.uint8
     sizes = (seq_lens.shape[0], tokens, heads)
     plan = module(q.device).mla_decode_plan(
-        chip(q.device), sizes, queries, capacity, kv_cache.shape[1], split, quantized, not quantized
+        chip(q.device), sizes, queries, capacity, kv_cache.shape[1], split, quantized, _whole_rows(kv_cache)
     )
-    tile_rows, partials = plan[0], plan[5]
+    tile_rows, partials, hopper = plan[0], plan[5], plan[6]
+    if hopper and (q_strides[1] <= 0 or q_strides[0] != heads * q_strides[1]):
+        q, q_strides = _rows(q.contiguous())  # one stride leads from row to row
     # Partial results, their lse and maximum, and for each row where its parts lie.
     parts = partials * tile_rows
     workspace = q.new_empty(parts * (LATENT + 2) + 2 * tokens * heads, dtype=torch.float32)

@@ -79,6 +79,16 @@ for row in ("bf16", "fp16"):
                 registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
             )  # fmt: skip
 
+    # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of up to four pages.
+    bf16 = ".BF16" if row == "bf16" else ""
+    for pair, load in (("false", "UTMALDG.3D"), ("true", "UTMALDG.3D.MULTICAST")):
+        instructions = {
+            f"HGMMA.64x64x16.F32{bf16}": 36, f"HGMMA.64x256x16.F32{bf16}": 8, load: 4, "UTMALDG.2D": 1,
+            "STSM.16.M88.4": 4, "USETMAXREG": 3, "PREEXIT": 1,
+        }  # fmt: skip
+        PLANS[f"mla_decode_sm90_kernel<{row}, {pair}>"] = (168, 0, 32, {"sm_90a": instructions})
+    PLANS[f"mla_combine_sm90_kernel<{row}>"] = (32, 7, 0, {"sm_90a": {"ACQBULK": 1}})
+
 
 # The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
 # named have none. The norm keeps x and the weight, n times 16 of each of 256 threads, and sums of squares.
@@ -91,7 +101,9 @@ SHARED = {
     # Keys of four rounds; where they are quantised, in rows of 656 bytes, beside those of the round in bfloat16.
     **{f"mla_decode_sm80_kernel<{t}, {w}, false>": 163968 for t in ("bf16", "fp16") for w in (1, 2, 4)},
     **{f"mla_decode_sm80_kernel<bf16, {w}, true>": 137344 for w in (1, 2, 4)},
-    **{f"mla_combine_kernel<{t}>": 4 * 512 * 4 for t in ("bf16", "fp16")},
+    **{f"mla_combine{chip}_kernel<{t}>": 4 * 512 * 4 for chip in ("", "_sm90") for t in ("bf16", "fp16")},
+    # q, two stages of keys and probabilities in boxes of 8 KB, and what roles tell each other: 227 KiB are allowed.
+    **{f"mla_decode_sm90_kernel<{t}, {pair}>": 230400 for t in ("bf16", "fp16") for pair in ("false", "true")},
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
 }
 
@@ -156,7 +168,7 @@ def sass():
 @needs_kernels
 def test_every_kernel_has_a_plan_and_is_compiled_for_every_architecture():
     compiled = {(short(kernel), kernel["arch"]) for kernel in KERNELS}
-    assert compiled == {(name, arch) for name in PLANS for arch in ARCHS}
+    assert compiled == {(name, arch) for name in PLANS for arch in (["sm_90a"] if "_sm90_" in name else ARCHS)}
 
 
 @needs_kernels
