@@ -22,11 +22,11 @@ def values(*shape, dtype):
     return (torch.randn(*shape, device=DEVICE) / 10).clamp(-1, 1).to(dtype)
 
 
-def make(seq_lens, s_q, heads, *, quantize=False, dtype=torch.bfloat16):
+def make(seq_lens, s_q, heads, *, quantize=False, dtype=torch.bfloat16, page_size=64, strided=False):
     """q, the rows of each sequence, and the cache that holds them among poison."""
     rows = [values(n, 576, dtype=dtype) for n in seq_lens]
     with torch.device(DEVICE):
-        cache = poisoned_cache(rows, 64, quantize=quantize)
+        cache = poisoned_cache(rows, page_size, quantize=quantize, strided=strided)
     if quantize:
         where = [torch.arange(len(row), device=DEVICE) for row in rows]
         rows = [
@@ -85,6 +85,16 @@ def test_grid_of_flash_mla(quantize, s_k, heads):
             ):
                 q, rows, cache = make(lengths(batch, s_k, varlen, s_q), s_q, heads, quantize=quantize)
                 check(decode(q, cache, causal), attention(q, rows, causal))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32, 48, 128])
+@pytest.mark.parametrize("heads, s_q", [(16, 1), (64, 1), (64, 2), (40, 3)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_pages(strided, heads, s_q, page_size):
+    random.seed(page_size)
+    q, rows, cache = make(lengths(20, 1000, True, 0), s_q, heads, page_size=page_size, strided=strided)
+    for split in ("auto", 200):
+        check(decode(q, cache, split=split), attention(q, rows, True))
 
 
 @pytest.mark.parametrize("heads", [9, 64, 128])
