@@ -202,12 +202,6 @@ def _rows(x: Tensor) -> tuple[Tensor, Sequence[int]]:
     return x, x.stride()[:2]
 
 
-def _whole_rows(kv_cache: Tensor) -> bool:
-    """Whether TMA can copy a cache's rows, which `_unserved` has found to begin at multiples of 16 bytes."""
-    strides = [n * kv_cache.element_size() for n in kv_cache.stride()[:2]]
-    return kv_cache.dtype != torch.uint8 and kv_cache.shape[0] > 0 and all(0 < n < 2**40 for n in strides)
-
-
 def _launch_decode(request: tuple, out: Tensor, out_strides: Sequence[int], lse: Tensor, max_logits: Tensor) -> None:
     """Writes into `out`, whose rows have `out_strides`, lse and max_logits."""
     q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, causal, _, split, return_max_logits = request
@@ -223,8 +217,12 @@ def _launch_decode(request: tuple, out: Tensor, out_strides: Sequence[int], lse:
     capacity = min(block_table.shape[1] * kv_cache.shape[1], 2**31 - 1)
     quantized = kv_cache.dtype == torch.uint8
     sizes = (seq_lens.shape[0], tokens, heads)
+    pages, page_size, _ = kv_cache.shape
+    page_stride, slot_stride, _ = kv_cache.stride()
+    # What TMA can copy: strides of less than 2**40 bytes, which `_unserved` has found to be multiples of 16.
+    whole_rows = not quantized and pages > 0 and 0 < slot_stride < 2**39 and 0 < page_stride < 2**39
     plan = module(q.device).mla_decode_plan(
-        chip(q.device), sizes, queries, capacity, kv_cache.shape[1], split, quantized, _whole_rows(kv_cache)
+        chip(q.device), sizes, queries, capacity, page_size, split, quantized, whole_rows
     )
     tile_rows, partials, hopper = plan[0], plan[5], plan[6]
     if hopper and (q_strides[1] <= 0 or q_strides[0] != heads * q_strides[1]):
@@ -242,8 +240,8 @@ def _launch_decode(request: tuple, out: Tensor, out_strides: Sequence[int], lse:
         q_strides,
         kv_cache.data_ptr(),
         TYPES[kv_cache.dtype],
-        kv_cache.shape[:2],
-        kv_cache.stride()[:2],
+        (pages, page_size),
+        (page_stride, slot_stride),
         block_table.data_ptr(),
         block_table.stride(0),
         seq_lens.data_ptr(),
