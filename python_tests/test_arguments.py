@@ -45,11 +45,11 @@ CALLS = {
     "swiglu_quantize": dict(gate_up=X, weights=torch.rand(6), power_of_two=False, scale_layout="row", **ROWS),
     "fp8_gemm": dict(
         a=A, a_scales=A_SCALES, b=B[0], b_scales=B_SCALES[0], out_dtype=torch.float32, bias=torch.randn(200),
-        accumulate=torch.randn(6, 200), out=torch.empty(6, 200),
+        accumulate=torch.randn(6, 200), b_row_offset=3, batch_invariant=True, out=torch.empty(6, 200),
     ),
     "grouped_fp8_gemm": dict(
-        a=A, a_scales=A_SCALES, b=B, b_scales=B_SCALES, expected_m=3, out_dtype=torch.float32,
-        out=torch.empty(6, 200), **ROWS,
+        a=A, a_scales=A_SCALES, b=B, b_scales=B_SCALES, expected_m=3, b_row_offset=3, batch_invariant=False,
+        out_dtype=torch.float32, out=torch.empty(6, 200), **ROWS,
     ),
     "grouped_fp8_wgrad": dict(
         a=TOKENS, a_scales=TOKEN_SCALES, b=TOKENS, b_scales=TOKEN_SCALES, offsets=ints(0, 128, 256),

@@ -27,6 +27,14 @@ K2K_DEVICE void cp_async(uint32_t target, const void* source, bool valid = true 
 #endif
 }
 
+// Copies the first `bytes` (0 to 16) of 16 and writes zeros for the rest, which is not read.
+// PTX: #data-movement-and-conversion-instructions-cp-async
+K2K_DEVICE void cp_async_partial(uint32_t target, const void* source, int bytes K2K_WHERE) {
+    K2K_EMULATE(cp_async(target, source, 16, bytes, where));
+    K2K_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+            "r"(bytes) : "memory");
+}
+
 // Makes a group of this thread's copies since the last one.
 // PTX: #data-movement-and-conversion-instructions-cp-async-commit-group
 K2K_DEVICE void cp_async_commit(K2K_WHERE_ONLY) {

@@ -12,7 +12,16 @@
 
 namespace k2k::arch {
 
-// K = 16 of bf16 or fp16; K = 32 of e4m3 (sm_89).
+// Whether this chip's mma_sync takes e4m3.
+#ifdef K2K_EMULATED
+inline bool has_mma_e4m3() { return emulator::capability() >= 89; }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+K2K_DEVICE constexpr bool has_mma_e4m3() { return false; }
+#else
+K2K_DEVICE constexpr bool has_mma_e4m3() { return true; }
+#endif
+
+// K = 16 of bf16 or fp16; K = 32 of e4m3 (where has_mma_e4m3()).
 template <class T>
 K2K_DEVICE void mma_sync(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] K2K_WHERE) {
 #ifdef K2K_EMULATED
@@ -30,7 +39,7 @@ K2K_DEVICE void mma_sync(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
         K2K_MMA("m16n8k16", "f16");
     } else {
         static_assert(std::is_same_v<T, e4m3>, "bf16, fp16 or e4m3");
-        K2K_MMA("m16n8k32", "e4m3");
+        if constexpr (has_mma_e4m3()) K2K_MMA("m16n8k32", "e4m3");
     }
 #undef K2K_MMA
 #endif

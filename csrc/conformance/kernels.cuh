@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(64) atomics_kernel(const uint32_t* input, uint
 // ---- asynchronous copies, mbarriers
 
 // Every odd thread's copies are not valid: zeros. Input: 32 x (1 + 2 + 4) words; output: the tiles
-// of 4, 8 and 16 bytes, each seen as soon as its group has landed.
+// of 4, 8 and 16 bytes, each seen as soon as its group has landed; then the first lane / 2 bytes of
+// 16.
 struct CpAsyncStorage {
     uint4 sixteen[32];
     uint2 eight[32];
@@ -214,6 +215,11 @@ __global__ void __launch_bounds__(32) cp_async_kernel(const uint32_t* input, uin
     reinterpret_cast<uint2*>(output + 32)[lane] = smem.eight[lane];
     arch::cp_async_wait<0>();
     reinterpret_cast<uint4*>(output + 96)[lane] = smem.sixteen[lane];
+    arch::cp_async_partial(arch::smem_address(&smem.sixteen[lane]), input + 96 + 4 * lane,
+                           static_cast<int>(lane / 2));
+    arch::cp_async_commit();
+    arch::cp_async_wait<0>();
+    reinterpret_cast<uint4*>(output + 224)[lane] = smem.sixteen[lane];
 }
 
 // What test_wait says of both parities while two phases of a barrier of 3 go by; then each thread's

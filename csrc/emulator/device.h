@@ -12,6 +12,9 @@
 
 namespace k2k::emulator {
 
+// launch.cpp
+int capability();  // compute capability x 10 of the emulated chip
+
 // warp.cpp
 enum class Shuffle { kIndex, kUp, kDown, kXor };
 void sync_warp(uint32_t mask, Where where);

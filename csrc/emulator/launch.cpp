@@ -325,6 +325,8 @@ Machine::~Machine() {
 }
 
 Options& options() { return t_options; }
+
+int capability() { return g_machine->options.arch; }
 const Counters& counters() { return t_machine.counters; }
 
 void launch(const Grid& grid, std::function<void()> kernel) {

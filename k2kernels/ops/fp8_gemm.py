@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_counts, check_groups
+from k2kernels.ops._launch import TYPES, address, chip, launch
 from k2kernels.ops._register import register
 from k2kernels.reference import fp8_gemm as reference
 
@@ -22,6 +30,8 @@ def fp8_gemm(
     out_dtype: torch.dtype = torch.bfloat16,
     bias: Tensor | None = None,
     accumulate: Tensor | None = None,
+    b_row_offset: int = 0,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """D = A · Bᵀ (+ bias) (+ C) of block-scaled e4m3 matrices.
@@ -33,10 +43,15 @@ def fp8_gemm(
         a: [M, K] float8_e4m3fn.
         a_scales: [M, ceil(K/128)] float32, of `quantize_1x128`; row or column layout (any strides).
         b: [N, K] float8_e4m3fn: the weight, as a linear layer stores it.
-        b_scales: float32, [ceil(N/128), ceil(K/128)] of `quantize_128x128`, or [N, ceil(K/128)] of `quantize_1x128`.
+        b_scales: float32, [ceil((b_row_offset + N)/128), ceil(K/128)] of `quantize_128x128`, or [N, ceil(K/128)] of
+            `quantize_1x128`.
         out_dtype: bfloat16, float16 or float32.
         bias: [N], bfloat16, float16 or float32.
         accumulate: C [M, N], bfloat16, float16 or float32.
+        b_row_offset: how many rows of the first 128x128 block lie before row 0 of b: for a shard of a weight that
+            starts inside a block, 0 .. 127.
+        batch_invariant: whether the bits of a row must not depend on how many rows there are. Few rows are otherwise
+            served by summing parts of K apart, in a fixed order: the same from call to call, but not the order above.
         out: [M, N] in out_dtype: written in place and returned. It may be `accumulate`.
 
     Returns:
@@ -52,15 +67,16 @@ def fp8_gemm(
     b = args.tensor("b", b, ("N", "K"), E4M3)
     blocks = -(-args.sizes["K"] // 128)
     a_scales = args.tensor("a_scales", a_scales, ("M", blocks), torch.float32)
-    b_scales = _b_scales(args, b, b_scales)
+    b_scales = _b_scales(args, b, b_scales, b_row_offset)
     bias = args.optional("bias", bias, ("N",), RESULTS)
     accumulate = args.optional("accumulate", accumulate, ("M", "N"), RESULTS)
     args.choice("out_dtype", out_dtype, RESULTS)
+    args.boolean("batch_invariant", batch_invariant)
     if out is None:
-        return _fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out_dtype)
+        return _fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset, batch_invariant)
     inputs = dict(a_scales=a_scales, b_scales=b_scales, bias=bias, accumulate=accumulate)
     out = _out(args, out, ("M", "N"), out_dtype, **inputs)
-    _fp8_gemm_out(a, a_scales, b, b_scales, bias, accumulate, out)
+    _fp8_gemm_out(a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset, batch_invariant)
     return out
 
 
@@ -74,6 +90,8 @@ def grouped_fp8_gemm(
     counts: Tensor | None = None,
     masked_m: Tensor | None = None,
     expected_m: int | None = None,
+    b_row_offset: int = 0,
+    batch_invariant: bool = False,
     out_dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -90,11 +108,13 @@ def grouped_fp8_gemm(
         a: [cap, K], or [G, maxM, K] when masked; float8_e4m3fn.
         a_scales: [cap, ceil(K/128)], or [G, maxM, ceil(K/128)]; float32, row or column layout.
         b: [G, N, K] float8_e4m3fn.
-        b_scales: [G, ceil(N/128), ceil(K/128)] of `quantize_128x128`, or [G, N, ceil(K/128)]; float32.
+        b_scales: [G, ceil((b_row_offset + N)/128), ceil(K/128)] of `quantize_128x128`, or [G, N, ceil(K/128)]; float32.
         offsets: [G+1] int32, rising within 0 .. cap; any alignment.
         counts: [G] int32, the real rows of each group; None: they fill the space up to the next group.
         masked_m: [G] int32, within 0 .. maxM. Instead of offsets.
         expected_m: about how many rows a group has: a hint for the choice of a kernel, without effect on the result.
+        b_row_offset: how many rows of each matrix's first 128x128 block lie before row 0 of b, 0 .. 127.
+        batch_invariant: as for `fp8_gemm`.
         out_dtype: bfloat16, float16 or float32.
         out: [cap, N] or [G, maxM, N] in out_dtype: written in place and returned.
 
@@ -121,7 +141,7 @@ def grouped_fp8_gemm(
     a = args.tensor("a", a, (*rows, "K"), E4M3)
     b = args.tensor("b", b, ("G", "N", "K"), E4M3)
     a_scales = args.tensor("a_scales", a_scales, (*rows, -(-args.sizes["K"] // 128)), torch.float32)
-    b_scales = _b_scales(args, b, b_scales)
+    b_scales = _b_scales(args, b, b_scales, b_row_offset)
     offsets = args.optional("offsets", offsets, (args.sizes["G"] + 1,), torch.int32)
     if offsets is None:
         counts = args.tensor("masked_m", masked_m, ("G",), torch.int32)
@@ -130,10 +150,12 @@ def grouped_fp8_gemm(
     if expected_m is not None:
         args.integer("expected_m", expected_m, 0)
     args.choice("out_dtype", out_dtype, RESULTS)
+    args.boolean("batch_invariant", batch_invariant)
+    options = b_row_offset, batch_invariant
     if out is None:
-        return _grouped_fp8_gemm(a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype)
+        return _grouped_fp8_gemm(a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype, *options)
     out = _out(args, out, (*rows, "N"), out_dtype, a_scales=a_scales, b_scales=b_scales)
-    _grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out)
+    _grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out, *options)
     return out
 
 
@@ -188,15 +210,119 @@ def grouped_fp8_wgrad(
     return _grouped_fp8_wgrad(a, a_scales, b, b_scales, offsets, counts, out_dtype, accumulate)
 
 
-def _b_scales(args: Arguments, b: Tensor, b_scales: Tensor) -> Tensor:
-    """Checks b_scales [..., N or ceil(N/128), ceil(K/128)] against b [..., N, K]."""
+class GemmPlan(NamedTuple):
+    """What serves a GEMM.
+
+    Attributes:
+        kernel: its name.
+        share: which factor the two blocks of a cluster share, "a" or "b", if any.
+        split: parts into which K is cut, each for a block of a cluster; of the small kernels.
+    """
+
+    kernel: str
+    share: str | None = None
+    split: int = 1
+
+
+def fp8_gemm_kernels() -> tuple[str, ...]:
+    """The names of the kernels that serve the GEMMs of this file; the numbers are the rows and columns of a tile."""
+    return tuple(_extension().fp8_gemm_kernels())
+
+
+def fp8_gemm_plan(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    groups: int = 1,
+    fine: bool = False,
+    batch_invariant: bool = False,
+    device: torch.device | str = "cuda",
+) -> GemmPlan:
+    """What serves a GEMM of these sizes, unless `fp8_gemm_kernel` forces something else.
+
+    Args:
+        m: rows of A; of a group, about, where there are several: what `expected_m` says, or cap / G, or maxM.
+        n, k: the other sizes.
+        groups: matrices of B.
+        fine: scales of B are 1x128, or b_row_offset is not 0.
+        batch_invariant: as for `fp8_gemm`.
+        device: a CUDA device; within `emulated()`, that chip is asked about instead.
+    """
+    return fp8_gemm_costs(m, n, k, groups=groups, fine=fine, batch_invariant=batch_invariant, device=device)[0][0]
+
+
+def fp8_gemm_costs(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    groups: int = 1,
+    fine: bool = False,
+    batch_invariant: bool = False,
+    device: torch.device | str = "cuda",
+) -> list[tuple[GemmPlan, float]]:
+    """All plans that can serve a GEMM, the one that does first, and the clocks they are guessed to take.
+
+    Arguments as for `fp8_gemm_plan`.
+    """
+    sizes, on = (groups, m, n, k, fine, batch_invariant), chip(torch.device(device))
+    best = _extension().fp8_gemm_plan(sizes, on)
+    costs = sorted(_extension().fp8_gemm_costs(sizes, on), key=lambda cost: (cost[0] != best, cost[1]))
+    names = fp8_gemm_kernels()
+    return [(GemmPlan(names[kernel], _SHARES[share], split), clocks) for (kernel, share, split), clocks in costs]
+
+
+@contextlib.contextmanager
+def fp8_gemm_kernel(kernel: str, share: str | None = None, split: int = 1) -> Iterator[None]:
+    """Serves the GEMMs in a `with` block by this `GemmPlan`, whatever their sizes.
+
+    sm90_128x128_fine serves scales for each column instead of the other large kernels of sm90, and groups along K
+    instead of the small ones.
+
+    Raises:
+        ValueError: for a name that is none of `fp8_gemm_kernels()`, a `share` that is not "a", "b" or None, a `split`
+            that is not 1, 2, 4 or 8, or what the kernel does not do. A GEMM raises RuntimeError where the GPU does not
+            run the kernel.
+    """
+    args = Arguments("fp8_gemm_kernel")
+    args.choice("kernel", kernel, fp8_gemm_kernels())
+    small = kernel.startswith("sm90_small")
+    args.choice("share", share, _SHARES if kernel.startswith("sm90") and not small else (None,))
+    args.choice("split", split, (1, 2, 4, 8) if small else (1,))
+    token = _forced.set((fp8_gemm_kernels().index(kernel), _SHARES.index(share), split))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+_SHARES = (None, "a", "b")  # k2k::Share
+_forced: contextvars.ContextVar[tuple[int, int, int] | None] = contextvars.ContextVar(
+    "k2kernels_fp8_gemm_kernel", default=None
+)
+
+
+@functools.cache
+def _extension() -> ModuleType:
+    """Either module: both hold the same plans."""
+    try:
+        from k2kernels import _emu as module
+    except ImportError:
+        from k2kernels import _C as module
+    return module
+
+
+def _b_scales(args: Arguments, b: Tensor, b_scales: Tensor, b_row_offset: int) -> Tensor:
+    """Checks b_scales [..., N or ceil((b_row_offset + N)/128), ceil(K/128)] against b [..., N, K]."""
+    args.integer("b_row_offset", b_row_offset, 0, 127)
     b_scales = args.tensor("b_scales", b_scales, None, torch.float32)
     *leading, n, k = b.shape
     fine = b_scales.ndim == b.ndim and b_scales.shape[-2] == n
     return args.tensor(
         "b_scales",
         b_scales,
-        (*leading, n if fine else -(-n // 128), -(-k // 128)),
+        (*leading, n if fine else -(-(b_row_offset + n) // 128), -(-k // 128)),
         torch.float32,
         remedy="one scale per 128x128 of b, or a row of scales per row of b",
     )
@@ -210,19 +336,125 @@ def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, **i
     return out
 
 
+# ---- the kernels: one function of the extension serves all ops; csrc/fp8_gemm/params.h says what it is told
+
+_MATRICES, _ROWS, _K = range(3)  # GemmGroups::Axis
+
+
+def _launch_gemm(
+    op: str,
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    out: Tensor,
+    groups: tuple[Tensor | None, Tensor | None, int, int],
+    *,
+    bias: Tensor | None = None,
+    accumulate: Tensor | None = None,
+    b_row_offset: int = 0,
+    batch_invariant: bool = False,
+    expected_m: int | None = None,
+) -> None:
+    """Fills `out`; `groups`: offsets, counts, their number, and which axis they cut."""
+    offsets, counts, number, axis = groups
+    offsets, counts, bias = (None if x is None else x.contiguous() for x in (offsets, counts, bias))
+    target = _with_rows(out)
+    accumulate = None if accumulate is None else _with_rows(accumulate)
+    fine = b_scales.shape[-2] == b.shape[-2]
+    a, b = _aligned(a), _aligned(b)
+    launch(
+        op,
+        "fp8_gemm",
+        a.device,
+        (*_matrix(a, a_scales), 1, 0),
+        (*_matrix(b, b_scales), 1 if fine else 128, 0 if fine else b_row_offset),
+        a.shape[-1],
+        (target.data_ptr(), TYPES[target.dtype], _strides(target)),
+        (0, 0, (0, 0)) if bias is None else (bias.data_ptr(), TYPES[bias.dtype], (0, 0)),
+        (0, 0, (0, 0))
+        if accumulate is None
+        else (accumulate.data_ptr(), TYPES[accumulate.dtype], _strides(accumulate)),
+        (address(offsets), address(counts), number, axis),
+        expected_m,
+        batch_invariant,
+        _forced.get(),
+        chip(a.device),
+    )
+    if target is not out:
+        out.copy_(target)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x, or a copy, of which neighbouring columns lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """Codes [..., rows, K], or a copy, whose rows begin at multiples of 16 bytes, as the kernels copy them."""
+    strides = [stride for size, stride in zip(codes.shape[:-1], codes.stride()) if size > 1]
+    if codes.stride(-1) == 1 and not any(x % 16 for x in (codes.data_ptr(), *strides)):
+        return codes
+    *leading, k = codes.shape
+    copy = codes.new_empty((*leading, -(-k // 16) * 16))[..., :k]
+    copy.view(torch.uint8).copy_(codes.view(torch.uint8))
+    return copy
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """Of matrices and of rows."""
+    return (x.stride(0) if x.ndim == 3 else 0, x.stride(-2))
+
+
+def _matrix(codes: Tensor, scales: Tensor) -> tuple:
+    """k2k::Fp8Matrix, but for the rows of a block."""
+    matrices, row = _strides(codes)
+    if codes.shape[-2] <= 1:  # any stride is right, but not any one is a multiple of 16
+        row = -(-codes.shape[-1] // 16) * 16
+    return (
+        codes.data_ptr(),
+        scales.data_ptr(),
+        (codes.shape[0] if codes.ndim == 3 else 1, codes.shape[-2]),
+        (matrices, row),
+        (scales.stride(0) if scales.ndim == 3 else 0, *scales.stride()[-2:]),
+    )
+
+
+def _fp8_gemm_fake(
+    a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset=0, batch_invariant=False
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _fp8_gemm_out_kernel(
+    a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset=0, batch_invariant=False
+) -> None:
+    groups = None, None, 1, _MATRICES
+    added = dict(bias=bias, accumulate=accumulate, b_row_offset=b_row_offset, batch_invariant=batch_invariant)
+    _launch_gemm("fp8_gemm", a, a_scales, b, b_scales, out, groups, **added)
+
+
+def _fp8_gemm_kernel(
+    a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset=0, batch_invariant=False
+) -> Tensor:
+    out = _fp8_gemm_fake(a, a_scales, b, b_scales, bias, accumulate, out_dtype)
+    _fp8_gemm_out_kernel(a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset, batch_invariant)
+    return out
+
+
 _fp8_gemm = register(
     "fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias, Tensor? accumulate,"
-    " ScalarType out_dtype) -> Tensor",
+    " ScalarType out_dtype, int b_row_offset=0, bool batch_invariant=False) -> Tensor",
     reference=reference.fp8_gemm,
-    fake=lambda a, a_scales, b, b_scales, bias, accumulate, out_dtype: a.new_empty(
-        (a.shape[0], b.shape[0]), dtype=out_dtype
-    ),
+    fake=_fp8_gemm_fake,
+    kernel=_fp8_gemm_kernel,
 )
 _fp8_gemm_out = register(
     "fp8_gemm_out(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias, Tensor? accumulate,"
-    " Tensor(a!) out) -> ()",
+    " Tensor(a!) out, int b_row_offset=0, bool batch_invariant=False) -> ()",
     reference=reference.fp8_gemm_out,
     fake=lambda *args: None,
+    kernel=_fp8_gemm_out_kernel,
     mutates=True,
 )
 
@@ -234,22 +466,43 @@ def _validate_rows(a: Tensor, a_scales, b, b_scales, offsets: Tensor | None, cou
         check_groups("grouped_fp8_gemm", offsets, counts, a.shape[0])
 
 
-def _grouped_fp8_gemm_fake(a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype) -> Tensor:
+def _grouped_fp8_gemm_fake(
+    a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype, b_row_offset=0, batch_invariant=False
+) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype)
+
+
+def _grouped_fp8_gemm_out_kernel(
+    a, a_scales, b, b_scales, offsets, counts, expected_m, out, b_row_offset=0, batch_invariant=False
+) -> None:
+    groups = offsets, counts, b.shape[0], _MATRICES if offsets is None else _ROWS
+    hints = dict(b_row_offset=b_row_offset, batch_invariant=batch_invariant, expected_m=expected_m)
+    _launch_gemm("grouped_fp8_gemm", a, a_scales, b, b_scales, out, groups, **hints)
+
+
+def _grouped_fp8_gemm_kernel(
+    a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype, b_row_offset=0, batch_invariant=False
+) -> Tensor:
+    args = a, a_scales, b, b_scales, offsets, counts, expected_m
+    out = _grouped_fp8_gemm_fake(*args, out_dtype)
+    _grouped_fp8_gemm_out_kernel(*args, out, b_row_offset, batch_invariant)
+    return out
 
 
 _grouped_fp8_gemm = register(
     "grouped_fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? offsets, Tensor? counts,"
-    " int? expected_m, ScalarType out_dtype) -> Tensor",
+    " int? expected_m, ScalarType out_dtype, int b_row_offset=0, bool batch_invariant=False) -> Tensor",
     reference=reference.grouped_fp8_gemm,
     fake=_grouped_fp8_gemm_fake,
+    kernel=_grouped_fp8_gemm_kernel,
     validate=_validate_rows,
 )
 _grouped_fp8_gemm_out = register(
     "grouped_fp8_gemm_out(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? offsets, Tensor? counts,"
-    " int? expected_m, Tensor(a!) out) -> ()",
+    " int? expected_m, Tensor(a!) out, int b_row_offset=0, bool batch_invariant=False) -> ()",
     reference=reference.grouped_fp8_gemm_out,
     fake=lambda *args: None,
+    kernel=_grouped_fp8_gemm_out_kernel,
     validate=_validate_rows,
     mutates=True,
 )
@@ -263,10 +516,18 @@ def _grouped_fp8_wgrad_fake(a, a_scales, b, b_scales, offsets, counts, out_dtype
     return a.new_empty((counts.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+def _grouped_fp8_wgrad_kernel(a, a_scales, b, b_scales, offsets, counts, out_dtype, accumulate) -> Tensor:
+    out = _grouped_fp8_wgrad_fake(a, a_scales, b, b_scales, offsets, counts, out_dtype, accumulate)
+    groups = offsets, counts, counts.shape[0], _K
+    _launch_gemm("grouped_fp8_wgrad", a, a_scales, b, b_scales, out, groups, accumulate=accumulate)
+    return out
+
+
 _grouped_fp8_wgrad = register(
     "grouped_fp8_wgrad(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor offsets, Tensor counts,"
     " ScalarType out_dtype, Tensor? accumulate) -> Tensor",
     reference=reference.grouped_fp8_wgrad,
     fake=_grouped_fp8_wgrad_fake,
+    kernel=_grouped_fp8_wgrad_kernel,
     validate=_validate_tokens,
 )

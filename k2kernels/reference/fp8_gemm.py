@@ -23,9 +23,11 @@ def fp8_gemm(
     bias: Tensor | None,
     accumulate: Tensor | None,
     out_dtype: torch.dtype,
+    b_row_offset: int = 0,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """A [M, K] times the transpose of B [N, K]; b_scales [ceil(N/128), k-blocks] or [N, k-blocks]."""
-    result = _promoted(a, a_scales, b, b_scales)
+    """A [M, K] times the transpose of B [N, K]; b_scales [blocks of rows, k-blocks] or [N, k-blocks]."""
+    result = _promoted(a, a_scales, b, b_scales, b_row_offset)
     if bias is not None:
         result += bias.float()
     if accumulate is not None:
@@ -41,9 +43,11 @@ def fp8_gemm_out(
     bias: Tensor | None,
     accumulate: Tensor | None,
     out: Tensor,
+    b_row_offset: int = 0,
+    batch_invariant: bool = False,
 ) -> None:
     """`fp8_gemm` into `out`, which may be `accumulate`."""
-    out.copy_(fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out.dtype))
+    out.copy_(fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out.dtype, b_row_offset))
 
 
 def grouped_fp8_gemm(
@@ -55,10 +59,12 @@ def grouped_fp8_gemm(
     counts: Tensor | None,
     expected_m: int | None,
     out_dtype: torch.dtype,
+    b_row_offset: int = 0,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`fp8_gemm` of each group's rows with the group's B; the rows of no group come out as zeros."""
     out = a.new_zeros((*a.shape[:-1], b.shape[1]), dtype=out_dtype)
-    grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out)
+    grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out, b_row_offset)
     return out
 
 
@@ -71,12 +77,15 @@ def grouped_fp8_gemm_out(
     counts: Tensor | None,
     expected_m: int | None,
     out: Tensor,
+    b_row_offset: int = 0,
+    batch_invariant: bool = False,
 ) -> None:
     """`grouped_fp8_gemm` into `out`, whose rows of no group stay as they are."""
     for group, (start, count) in enumerate(_extents(offsets, counts)):
         rows = slice(start, start + count) if offsets is not None else (group, slice(count))
         if count:
-            out[rows] = _promoted(a[rows], a_scales[rows], b[group], b_scales[group]).to(out.dtype)
+            result = _promoted(a[rows], a_scales[rows], b[group], b_scales[group], b_row_offset)
+            out[rows] = result.to(out.dtype)
 
 
 def grouped_fp8_wgrad(
@@ -100,10 +109,10 @@ def grouped_fp8_wgrad(
     return result.to(out_dtype)
 
 
-def _promoted(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
-    """The formula above, without bias and C, in float32."""
+def _promoted(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_row_offset: int = 0) -> Tensor:
+    """The formula above, without bias and C, in float32; b begins b_row_offset rows into its first block."""
     if b_scales.shape[0] != b.shape[0]:  # one row of scales per 128 rows of B
-        b_scales = b_scales.repeat_interleave(128, dim=0)[: b.shape[0]]
+        b_scales = b_scales.repeat_interleave(128, dim=0)[b_row_offset:][: b.shape[0]]
     result = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.float32)
     for block in range(a_scales.shape[1]):
         k = slice(128 * block, 128 * (block + 1))

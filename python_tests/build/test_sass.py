@@ -88,6 +88,45 @@ for row in ("bf16", "fp16"):
         }  # fmt: skip
         PLANS[f"mla_decode_sm90_kernel<{row}, {pair}>"] = (168, 0, 32, {"sm_90a": instructions})
     PLANS[f"mla_combine_sm90_kernel<{row}>"] = (32, 7, 0, {"sm_90a": {"ACQBULK": 1}})
+# Tiles of 128x128, 64x128 and 16x128: registers, cp.async of 16 bytes (a stage at a time, in two places), 16-byte
+# stores, and a block's products: of 16x8x16, of decoded values; from sm_89 on of e4m3, which sm_90a makes into two such
+# products and conversions.
+for tile, (registers, copies, stores, products) in {
+    "128, 128, 64, 32, 4, 1": (255, 16, 16, 128),
+    "64, 128, 32, 32, 3, 1": (255, 12, 8, 64),
+    "16, 128, 16, 16, 4, 2": (128, 10, 0, 16),
+}.items():
+    others = {"HMMA.16816.F32": products, "LDSM.16.M88.4": products // 8}
+    decoded = {"F2FP.F16.E4M3.UNPACK_B": products}
+    PLANS[f"fp8_gemm_portable_kernel<PortableTile<{tile}> >"] = (
+        registers,
+        copies,
+        stores,
+        {"sm_80": others, "sm_90a": {**others, **decoded}},
+    )
+# For sm_90a alone: rows of columns, and a scale of B for 128 columns or (fine) for each. 168 registers are what 384
+# threads share before they change hands. A block's products, and the FFMA that add it; of panels, those of two types.
+for tile, (stores, products, added) in {
+    "128, 128, 5, 2, false": (16, "64x128x32", 64),
+    "128, 128, 5, 2, true": (16, "64x128x32", 64),
+    "128, 192, 4, 3, false": (24, "64x192x32", 2 * 80),  # with the boundary after 64 and after 128 columns
+    "256, 128, 4, 1, false": (32, "64x128x32", 2 * 64),
+    "64, 256, 4, 2, false": (16, "64x128x32", 64),
+}.items():
+    others = {
+        f"QGMMA.{products}.F32.E4M3.E4M3": 8 if tile.startswith("256") else 4,
+        "FFMA": added,
+        "UTMALDG.3D.MULTICAST": 2,
+        "UTMASTG.3D": stores // 4,
+        "STSM.16.M88.4": stores,
+        "LDGSTS": 2,
+        "USETMAXREG": 2,
+    }
+    PLANS[f"fp8_gemm_sm90_kernel<HopperTile<{tile}> >"] = (168, 0, stores, {"sm_90a": others})
+# Few rows: two blocks of 192 threads a multiprocessor. The least of its products, and both ways to store a pair.
+for tokens, stages in ((8, 10), (16, 10), (32, 8), (64, 5)):
+    others = {f"QGMMA.64x{tokens}x32.F32.E4M3.E4M3": 4, "FFMA": tokens // 2, "UTMALDG.3D": 2, "LDGSTS": 3}
+    PLANS[f"fp8_gemm_sm90_small_kernel<SmallTile<{tokens}, {stages}> >"] = (168, 0, 0, {"sm_90a": others})
 
 
 # The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
@@ -104,6 +143,19 @@ SHARED = {
     **{f"mla_combine{chip}_kernel<{t}>": 4 * 512 * 4 for chip in ("", "_sm90") for t in ("bf16", "fp16")},
     # q, two stages of keys and probabilities in boxes of 8 KB, and what roles tell each other: 227 KiB are allowed.
     **{f"mla_decode_sm90_kernel<{t}, {pair}>": 230400 for t in ("bf16", "fp16") for pair in ("false", "true")},
+    # Stages of 132 bytes a row; those of sm_90a fill 227 KiB, or, in the small tiles, half of it.
+    "fp8_gemm_portable_kernel<PortableTile<128, 128, 64, 32, 4, 1> >": 136448,
+    "fp8_gemm_portable_kernel<PortableTile<64, 128, 32, 32, 3, 1> >": 77056,
+    "fp8_gemm_portable_kernel<PortableTile<16, 128, 16, 16, 4, 2> >": 77312,
+    "fp8_gemm_sm90_kernel<HopperTile<128, 128, 5, 2, false> >": 199680,
+    "fp8_gemm_sm90_kernel<HopperTile<128, 128, 5, 2, true> >": 202752,
+    "fp8_gemm_sm90_kernel<HopperTile<128, 192, 4, 3, false> >": 216064,
+    "fp8_gemm_sm90_kernel<HopperTile<256, 128, 4, 1, false> >": 218112,
+    "fp8_gemm_sm90_kernel<HopperTile<64, 256, 4, 2, false> >": 198656,
+    "fp8_gemm_sm90_small_kernel<SmallTile<8, 10> >": 98304,
+    "fp8_gemm_sm90_small_kernel<SmallTile<16, 10> >": 110592,
+    "fp8_gemm_sm90_small_kernel<SmallTile<32, 8> >": 110592,
+    "fp8_gemm_sm90_small_kernel<SmallTile<64, 5> >": 102400,
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
 }
 

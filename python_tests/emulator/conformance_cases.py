@@ -162,7 +162,8 @@ def add_vector(rng):
 def cp_async(rng):
     tiles = [random_words(rng, 32, width) for width in (1, 2, 4)]
     valid = (LANE % 2 == 0)[:, None]
-    return written(words(*tiles), *(np.where(valid, tile, np.uint32(0)) for tile in tiles))
+    partial = np.where(np.arange(16) < LANE[:, None] // 2, tiles[2].view(np.uint8), np.uint8(0)).view(np.uint32)
+    return written(words(*tiles), *(np.where(valid, tile, np.uint32(0)) for tile in tiles), partial)
 
 
 @conformance()

@@ -1,0 +1,246 @@
+#pragma once
+
+// Tiles, as types and as numbers, and which of them serves a call: a pure function.
+
+#include "common/chip.h"
+#include "common/math.h"
+#include "fp8_gemm/params.h"
+
+namespace k2k {
+
+constexpr int kBlockK = 128;  // of K, which share a scale: one stage of a pipeline
+
+// Rows of tiles that blocks go down before they go one column on: 8 x 128 rows of A and as many of
+// B are 2 MB at K = 1024, so that what 132 blocks read at a time stays in L2.
+constexpr int kBand = 8;
+
+// As many tiles as there can be, whatever stands in offsets and counts.
+constexpr int64_t tiles_at_most(const Fp8GemmParams& p, int tile_rows, int tile_columns) {
+    const int64_t row_tiles = ceil_div(p.a.rows, tile_rows);
+    const bool by_rows = p.groups.axis == GemmGroups::Axis::kRows;
+    const int64_t of_groups = by_rows ? row_tiles + p.groups.number : row_tiles * p.groups.number;
+    return of_groups * ceil_div(p.b.rows, tile_columns);
+}
+
+// ---- portable kernel: 8 warps. A tile of D is cut among them; a warp keeps the sum of the running
+// block and the result in registers, 2 x (warp_rows x warp_columns / 32) floats a lane.
+template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kStages_, int kBlocks_>
+struct PortableTile {
+    static constexpr int kRows = kRows_, kColumns = kColumns_;
+    static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
+    static constexpr int kStages = kStages_;
+    static constexpr int kBlocks = kBlocks_;  // on one multiprocessor
+    static constexpr int kThreads = 256;
+    static_assert((kRows / kWarpRows) * (kColumns / kWarpColumns) * 32 == kThreads);
+};
+// Two accumulators of 64 floats a lane: one block fills the registers.
+using PortableTile128 = PortableTile<128, 128, 64, 32, 4, 1>;
+// Small enough for GPUs with 99 KB of shared memory a block, and for groups of few rows.
+using PortableTile64 = PortableTile<64, 128, 32, 32, 3, 1>;
+// Decoding: nearly all of a stage is weights, and the stages of two blocks keep 108 KB in flight.
+using PortableTile16 = PortableTile<16, 128, 16, 16, 4, 2>;
+
+// ---- kernel for sm_90a: two warpgroups of 64 rows a wave, one below the other, or side by side.
+// The stages fill what the panels of D and the scales leave of 227 KB.
+template <int kRows_, int kColumns_, int kStages_, int kPanels_, bool kFine_>
+struct HopperTile {
+    static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_;
+    static constexpr int kPanels = kPanels_;  // of D, 64 rows x 64 columns, of a warpgroup
+    static constexpr bool kFine = kFine_;     // a scale for each column, not for 128
+    static constexpr int kThreads = 384;
+    static constexpr int kAcross = kRows < 128 ? 2 : 1;  // warpgroups side by side
+    static constexpr int kWaves = kRows * kAcross / 128;
+    // Scales of B that a tile needs; a tile begins at a multiple of 128 or 64.
+    static constexpr int kColumnScales = kFine                  ? kColumns
+                                         : kColumns % 128 == 64 ? 2
+                                                                : kColumns / 128;
+    static_assert(kRows == 64 || kRows == 128 || kRows == 256);
+    static_assert(kColumns / kAcross % 64 == 0 && kColumns / kAcross <= 192);
+};
+using HopperTile128x128 = HopperTile<128, 128, 5, 2, false>;
+// Fewer bytes of L2 per product: (128 + 192) / (128 x 192) of them, (256 + 128) / (256 x 128).
+using HopperTile128x192 = HopperTile<128, 192, 4, 3, false>;
+using HopperTile256x128 = HopperTile<256, 128, 4, 1, false>;
+// Groups of few rows: nearly all of a stage is weights.
+using HopperTile64x256 = HopperTile<64, 256, 4, 2, false>;
+// 1x128 scales of B (wgrad), and shards that begin inside a block.
+using HopperTileFine = HopperTile<128, 128, 5, 2, true>;
+
+// Which factor the two blocks of a cluster share: each loads half of it into both.
+enum class Share : int32_t { kNone, kA, kB };
+
+// ---- kernel for sm_90a and few rows: 64 columns of D for a warpgroup, whose 64 rows of B lie on
+// the long side of wgmma, by 8 to 64 rows of A. Two blocks fit on a multiprocessor.
+template <int kTokens_, int kStages_>
+struct SmallTile {
+    static constexpr int kTokens = kTokens_, kColumns = 64, kStages = kStages_;
+    static constexpr int kThreads = 192;
+};
+using SmallTile8 = SmallTile<8, 10>;
+using SmallTile16 = SmallTile<16, 10>;
+using SmallTile32 = SmallTile<32, 8>;
+using SmallTile64 = SmallTile<64, 5>;
+constexpr int kMostSplit = 8;  // blocks of a cluster, as many as any GPU of this kind takes
+
+// ---- which kernel serves a call
+
+enum class GemmKernel : int32_t {
+    kPortable128x128,
+    kPortable64x128,
+    kPortable16x128,
+    kHopper128x128,
+    kHopper128x192,
+    kHopper256x128,
+    kHopper64x256,
+    kHopperFine,
+    kSmall8,
+    kSmall16,
+    kSmall32,
+    kSmall64,
+};
+
+struct GemmKernelFacts {
+    GemmKernel kernel;
+    const char* name;
+    int rows, columns;  // of a tile
+    int shared_memory;  // bytes
+    int capability;     // the least, x 10
+};
+constexpr GemmKernelFacts kGemmKernels[] = {
+    {GemmKernel::kPortable128x128, "portable_128x128", 128, 128, 136 * 1024, 80},
+    {GemmKernel::kPortable64x128, "portable_64x128", 64, 128, 76 * 1024, 80},
+    {GemmKernel::kPortable16x128, "portable_16x128", 16, 128, 76 * 1024, 80},
+    {GemmKernel::kHopper128x128, "sm90_128x128", 128, 128, 227 * 1024, 90},
+    {GemmKernel::kHopper128x192, "sm90_128x192", 128, 192, 227 * 1024, 90},
+    {GemmKernel::kHopper256x128, "sm90_256x128", 256, 128, 227 * 1024, 90},
+    {GemmKernel::kHopper64x256, "sm90_64x256", 64, 256, 227 * 1024, 90},
+    {GemmKernel::kHopperFine, "sm90_128x128_fine", 128, 128, 227 * 1024, 90},
+    {GemmKernel::kSmall8, "sm90_small_8x64", 8, 64, 113 * 1024, 90},
+    {GemmKernel::kSmall16, "sm90_small_16x64", 16, 64, 113 * 1024, 90},
+    {GemmKernel::kSmall32, "sm90_small_32x64", 32, 64, 113 * 1024, 90},
+    {GemmKernel::kSmall64, "sm90_small_64x64", 64, 64, 113 * 1024, 90},
+};
+
+struct GemmSizes {
+    int64_t groups;
+    int64_t rows;  // of a group of A, about: what is known without reading counts
+    int64_t columns, k;
+    bool fine;     // a scale of B for each column, or a first block that begins before row 0
+    bool whole_k;  // K is not to be split, so that a row's bits do not depend on the other rows
+};
+
+struct GemmPlan {
+    GemmKernel kernel;
+    Share share = Share::kNone;
+    int split = 1;  // parts of K, each a block of a cluster: of kSmall*
+};
+
+constexpr bool is_small(GemmKernel kernel) { return kernel >= GemmKernel::kSmall8; }
+constexpr bool is_large_hopper(GemmKernel kernel) {
+    return kernel >= GemmKernel::kHopper128x128 && !is_small(kernel);
+}
+
+// About how many clocks a call takes. Only the order of plans matters; the rates are data sheets',
+// the fixed clocks are guesses. None of it has been measured.
+constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const Chip& chip) {
+    // Of one multiprocessor, for a clock: bytes that it may get from L2 (DeepGEMM's model has 46.6
+    // for H100), its share of the memory's (3.35 TB/s by 132 at 1.75 GHz), multiply-adds.
+    constexpr double kCacheBytes = 46, kMemoryBytes = 14.5;
+    const double products = chip.capability == 90 && plan.kernel >= GemmKernel::kHopper128x128
+                                ? 4096 * 0.85   // promotion is not quite hidden
+                                : 1024 * 0.65;  // fp16 products, with decoding beside them
+    // The result's way out and the next tile's way in; a cluster's blocks meet twice.
+    constexpr double kTileClocks = 1500, kMeetingClocks = 1000;
+
+    const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];
+    const bool small = is_small(plan.kernel);
+    const int cluster = small ? plan.split : plan.share != Share::kNone ? 2 : 1;
+    const int64_t unit_rows = facts.rows * (plan.share == Share::kB ? 2 : 1);
+    const int64_t unit_columns = facts.columns * (plan.share == Share::kA ? 2 : 1);
+    const int64_t units =
+        sizes.groups * ceil_div(sizes.rows, unit_rows) * ceil_div(sizes.columns, unit_columns);
+    const int64_t blocks_here =  // of one multiprocessor
+        small && units * cluster > chip.multiprocessors ? 2 : 1;
+    const int64_t at_once = blocks_here * chip.multiprocessors / cluster;
+    const int64_t rounds = ceil_div(units, at_once > 0 ? at_once : 1);
+
+    const double a_bytes = 128.0 * facts.rows / (plan.share == Share::kA ? 2 : 1);
+    const double b_bytes = 128.0 * facts.columns / (plan.share == Share::kB ? 2 : 1);
+    // Products of a small tile cannot hide their own latency: it waits for each block's.
+    const double copy = (a_bytes + b_bytes) * blocks_here / kCacheBytes;
+    const double multiply = small ? 300 : 128.0 * facts.rows * facts.columns / products;
+    const double block = copy > multiply ? copy : multiply;
+    const double blocks = static_cast<double>(ceil_div(ceil_div(sizes.k, 128), plan.split));
+    const double result = 2.0 * facts.rows * facts.columns / kCacheBytes;
+    const double tile = blocks * block + result + kTileClocks + (cluster > 1 ? kMeetingClocks : 0);
+
+    const double rows = static_cast<double>(sizes.rows),
+                 columns = static_cast<double>(sizes.columns);
+    const double k = static_cast<double>(sizes.k);
+    const double bytes = sizes.groups * (columns * k + rows * (k + 2 * columns));
+    const double memory = bytes / (kMemoryBytes * chip.multiprocessors);
+    const double work = static_cast<double>(rounds) * tile;
+    // They overlap, but not at the ends.
+    return work > memory ? work + 0.1 * memory : memory + 0.1 * work;
+}
+
+// Whether the plan may serve such a call.
+constexpr bool may_serve(const GemmPlan& plan, const GemmSizes& sizes, const Chip& chip) {
+    const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];
+    if (chip.shared_memory < facts.shared_memory) return false;
+    if (facts.capability == 90) {
+        if (chip.capability != 90 || sizes.k == 0) return false;
+    } else if (chip.capability == 90 && sizes.k > 0) {
+        return false;  // it has kernels of its own
+    }
+    if (is_large_hopper(plan.kernel)) {
+        return plan.split == 1 && sizes.fine == (plan.kernel == GemmKernel::kHopperFine);
+    }
+    if (plan.share != Share::kNone) return false;
+    return plan.split == 1 || (is_small(plan.kernel) && !sizes.whole_k);
+}
+
+// Calls f with every plan there is.
+template <class F>
+constexpr void for_each_plan(F&& f) {
+    for (const GemmKernelFacts& facts : kGemmKernels) {
+        for (const Share share : {Share::kNone, Share::kA, Share::kB}) {
+            for (int split = 1; split <= kMostSplit; split *= 2)
+                f(GemmPlan{facts.kernel, share, split});
+        }
+    }
+}
+
+// The cheapest plan for these sizes on this chip; of equals the first.
+constexpr GemmPlan plan_gemm(const GemmSizes& sizes, const Chip& chip) {
+    GemmPlan best{GemmKernel::kPortable64x128};
+    double least = -1;
+    for_each_plan([&](const GemmPlan& plan) {
+        if (!may_serve(plan, sizes, chip)) return;
+        const double clocks = gemm_clocks(sizes, plan, chip);
+        if (least < 0 || clocks < least) {
+            best = plan;
+            least = clocks;
+        }
+    });
+    return best;
+}
+
+// q_a and kv_a of Kimi-K2 for one token: 33 tiles of 64 columns would leave 99 of 132 idle.
+static_assert(plan_gemm({1, 1, 2112, 7168, false, false}, {90, 132, 227 * 1024}).split >= 4);
+static_assert(plan_gemm({1, 1, 2112, 7168, false, true}, {90, 132, 227 * 1024}).split == 1);
+static_assert(plan_gemm({1, 4096, 7168, 2048, false, false}, {80, 108, 163 * 1024}).kernel ==
+              GemmKernel::kPortable128x128);
+
+// What serves these arguments where `plan` was asked for: scales for each column have one large
+// tile on sm_90a, groups along K too, and where there is no K there is nothing for TMA to copy.
+constexpr GemmPlan serving(GemmPlan plan, const Fp8GemmParams& p) {
+    const bool small = is_small(plan.kernel), large = is_large_hopper(plan.kernel);
+    if ((small || large) && p.k == 0) return {GemmKernel::kPortable16x128};
+    const bool fine = p.b.block_shift == 0 || p.b.block_offset != 0;
+    const bool along_k = p.groups.axis == GemmGroups::Axis::kK;
+    if ((large && fine) || (small && along_k)) return {GemmKernel::kHopperFine, plan.share};
+    return plan;
+}
+
+}  // namespace k2k

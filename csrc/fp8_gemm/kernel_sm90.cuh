@@ -1,0 +1,364 @@
+#pragma once
+
+// D[m, n] = sum over blocks of 128 of K of (sum of A[m, k] B[n, k]) a_scale[m, block] b_scale[n,
+// block] (+ bias[n]) (+ C[m, n]), for each group, on sm_90a.
+//
+// Grid      one block on each multiprocessor, alone or in clusters of two; cluster i takes tiles i,
+//           i + clusters, ... of schedule.cuh. Two blocks of a cluster have neighbouring tiles of a
+//           row (or of a column): each loads half of the A (or B) that they share into both.
+// Roles     warp 0          finds tiles; copies A and B by TMA, 128 of K at a time
+//           warp 1          copies scales by cp.async: any strides, no scale beyond the group
+//           warps 4 to 11   two warpgroups, each with rows of its own: products of a block of K
+//           into
+//                           `sum`, then sum * (a_scale * b_scale) is added to `result`. While one
+//                           warpgroup adds, the tensor cores work for the other.
+//
+//   barrier      arrivals                                        bytes      waiters
+//   full[s]      warp 0 once, each lane of warp 1 by its copies  A and B    warps 4 to 11
+//   empty[s]     warps 4 to 11 of each block of the cluster      -          warps 0 and 1
+//   found[t]     warp 0 once                                     -          warps 1, 4 to 11
+//   used[t]      warps 1, 4 to 11                                -          warp 0
+//   named 1, 2   the 4 warps of a warpgroup: the panel of D is free; it is written
+//
+// Stage     tile_rows + tile_columns rows of 128 bytes with the 128-byte swizzle, and their scales.
+// Result    leaves a warpgroup 64 columns at a time through shared memory by TMA; straight from
+//           registers where a group's rows end inside, for float32, and where rows of D do not
+//           begin at multiples of 16 bytes.
+// Registers 56 a thread for warps 0 to 3, 224 for the others, of which sum and result take
+//           columns / 2 x (1 + waves).
+// Limits    rows of A and B begin at multiples of 16 bytes; K > 0.
+
+#include "arch/cluster.cuh"
+#include "arch/control.cuh"
+#include "arch/fence.cuh"
+#include "arch/matrix.cuh"
+#include "arch/wgmma.cuh"
+#include "fp8_gemm/pipeline_sm90.cuh"
+
+namespace k2k {
+
+template <class Tile>
+struct alignas(1024) HopperStorage {
+    uint8_t a[Tile::kStages][Tile::kRows * kBlockK];
+    uint8_t b[Tile::kStages][Tile::kColumns * kBlockK];
+    uint8_t panels[2][Tile::kPanels][64 * 128];  // of D: 64 rows of 128 bytes, by warpgroup
+    float a_scales[Tile::kStages][Tile::kRows];
+    float b_scales[Tile::kStages][Tile::kColumnScales];
+    GemmTile tiles[kTilesAhead];  // group: -1 behind the last
+    arch::Mbarrier full[Tile::kStages], empty[Tile::kStages];
+    arch::Mbarrier found[kTilesAhead], used[kTilesAhead];
+};
+
+// ---- warp 0
+
+// Loads `rows` rows of a factor from `row` on; shared: its half of them, into both blocks.
+K2K_DEVICE void load_factor(uint8_t* target,
+                            const arch::TensorMap& map,
+                            arch::Mbarrier& full,
+                            int rows,
+                            bool shared,
+                            int k,
+                            int row,
+                            int matrix K2K_WHERE) {
+    if (shared) {
+        const int half = rows / 2, first = static_cast<int>(arch::cluster_rank()) * half;
+        arch::tma_load_3d_multicast(target + first * kBlockK, map, full, /*cta_mask=*/3, k,
+                                    row + first, matrix, arch::CacheHint::kNone K2K_PASS_WHERE);
+    } else {
+        arch::tma_load_3d(target, map, full, k, row, matrix, arch::CacheHint::kNone K2K_PASS_WHERE);
+    }
+}
+
+template <class Tile>
+K2K_DEVICE void load_factors(HopperStorage<Tile>& smem,
+                             const Fp8GemmParams& p,
+                             const HopperMaps& maps,
+                             Share share) {
+    // A cluster that shares a factor takes two neighbouring tiles at a time.
+    const bool shares = share != Share::kNone;
+    const int rank = shares ? static_cast<int>(arch::cluster_rank()) : 0;
+    const int clusters = shares ? gridDim.x / 2 : gridDim.x;
+    GemmTiles tiles(p, share == Share::kB ? 2 * Tile::kRows : Tile::kRows,
+                    share == Share::kA ? 2 * Tile::kColumns : Tile::kColumns, kBand);
+    SlotCounter<Tile::kStages> stage;
+    SlotCounter<kTilesAhead> ahead;
+    bool more = true;
+    for (int index = shares ? blockIdx.x / 2 : blockIdx.x; more; index += clusters) {
+        GemmTile tile;
+        more = tiles.find(index, tile);
+        if (share == Share::kA) tile.column += rank * Tile::kColumns;
+        if (share == Share::kB) tile.row += rank * Tile::kRows;
+        if (!more) tile.group = -1;
+        if (arch::lane_id() == 0) {
+            arch::mbarrier_wait(smem.used[ahead.slot], ahead.parity ^ 1);
+            smem.tiles[ahead.slot] = tile;
+            arch::mbarrier_arrive(smem.found[ahead.slot]);
+        }
+        ahead.advance();
+        if (!more) break;
+
+        const int a_matrix = p.a.matrices > 1 ? tile.group : 0;
+        const int b_matrix = p.b.matrices > 1 ? tile.group : 0;
+        for (int k = tile.k_begin; k < tile.k_end; k += kBlockK, stage.advance()) {
+            if (arch::lane_id() != 0) continue;
+            arch::Mbarrier& full = smem.full[stage.slot];
+            arch::mbarrier_wait_cluster(smem.empty[stage.slot], stage.parity ^ 1);
+            arch::mbarrier_arrive_expect_tx(full, (Tile::kRows + Tile::kColumns) * kBlockK);
+            load_factor(smem.a[stage.slot], maps.a, full, Tile::kRows, share == Share::kA, k,
+                        static_cast<int>(tile.first_row) + tile.row, a_matrix);
+            load_factor(smem.b[stage.slot], maps.b, full, Tile::kColumns, share == Share::kB, k,
+                        tile.column, b_matrix);
+        }
+        arch::sync_warp();
+    }
+}
+
+// ---- warp 1
+
+template <class Tile>
+K2K_DEVICE void load_scales(HopperStorage<Tile>& smem, const Fp8GemmParams& p) {
+    constexpr int kStep = Tile::kFine ? 1 : 128;  // columns for which a scale is loaded
+    SlotCounter<Tile::kStages> stage;
+    SlotCounter<kTilesAhead> at;
+    const int lane = arch::lane_id();
+    for (; has_tile(smem, at); leave_tile(smem, at)) {
+        const GemmTile& tile = smem.tiles[at.slot];
+        const int k_end = tile.k_end;
+        const int a_left = tile.rows - tile.row - lane;  // from this lane's first row on
+        const int column = tile.column / kStep * kStep + lane * kStep;
+        const int b_left = static_cast<int>(p.b.rows) - column;
+        const float* a = p.a.scales + tile.group * p.a.scale_matrix_stride +
+                         (tile.first_row + tile.row + lane) * p.a.scale_row_stride;
+        const float* b = p.b.scales + tile.group * p.b.scale_matrix_stride;
+        for (int k = tile.k_begin; k < k_end; k += kBlockK, stage.advance()) {
+            arch::mbarrier_wait_cluster(smem.empty[stage.slot], stage.parity ^ 1);
+            const int block = k / kBlockK;
+            const float* source = a + block * p.a.scale_column_stride;
+            K2K_NO_UNROLL
+            for (int i = 0; i < Tile::kRows; i += 32) {
+                load_scale(smem.a_scales[stage.slot][lane + i], source, i < a_left, p.a.scales);
+                source += 32 * p.a.scale_row_stride;
+            }
+            source = b + block * p.b.scale_column_stride;
+            K2K_NO_UNROLL
+            for (int i = 0; lane + i < Tile::kColumnScales; i += 32) {
+                const int64_t row = (column + i * kStep + p.b.block_offset) >> p.b.block_shift;
+                load_scale(smem.b_scales[stage.slot][lane + i], source + row * p.b.scale_row_stride,
+                           i * kStep < b_left, p.b.scales);
+            }
+            arch::cp_async_arrive(smem.full[stage.slot]);
+        }
+    }
+}
+
+// ---- warps 4 to 11
+
+// Zeros the bytes of a stage's rows from `valid` of 128 on: tokens behind a group's last.
+template <int kRows>
+K2K_DEVICE void clear_tail(uint8_t* rows, int valid) {
+    for (int row = threadIdx.x % 128; row < kRows; row += 128) {
+        for (int k = valid; k < kBlockK; ++k) {
+            rows[row * kBlockK + (k / 16 ^ row % 8) * 16 + k % 16] = 0;
+        }
+    }
+}
+
+// result += sum * (a_scale * b_scale), where the first kBoundary columns have scale b0.
+template <int kBoundary, int kValues>
+K2K_DEVICE void promote(
+    float (&result)[kValues], const float (&sum)[kValues], float2 a_scale, float b0, float b1) {
+    const float scales[2][2] = {{a_scale.x * b0, a_scale.y * b0}, {a_scale.x * b1, a_scale.y * b1}};
+    K2K_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+        result[i] = fmaf(sum[i], scales[i / 4 * 8 >= kBoundary][i / 2 % 2], result[i]);
+    }
+}
+
+// Stores 64 rows of two-byte results by TMA, in panels of 64 columns (128 bytes).
+template <class Tile, class T, int kValues>
+K2K_DEVICE void store_panels(HopperStorage<Tile>& smem,
+                             const HopperMaps& maps,
+                             const float (&values)[kValues],
+                             int warpgroup,
+                             int column,
+                             int row,
+                             int matrix) {
+    static_assert(kValues / 32 % Tile::kPanels == 0, "a panel's last store was kPanels ago");
+    const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    K2K_UNROLL
+    for (int first = 0; first < kValues / 32; ++first) {
+        uint8_t* panel = smem.panels[warpgroup][first % Tile::kPanels];
+        if (thread == 0) arch::bulk_wait_read<Tile::kPanels - 1>();
+        arch::barrier_sync(1 + warpgroup, 128);
+        K2K_UNROLL
+        for (int j = 0; j < 8;
+             j += 2) {  // 16 columns: rows 0-7 and 8-15 of group j, of group j + 1
+            uint32_t words[4];
+            K2K_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int at = 4 * (8 * first + j + i / 2) + 2 * (i % 2);
+                words[i] = packed(values[at], values[at + 1], static_cast<T*>(nullptr));
+            }
+            const int r = 16 * warp + lane % 16, chunk = j + lane / 16;
+            arch::stmatrix(words, arch::smem_address(panel + r * 128 + (chunk ^ r % 8) * 16));
+        }
+        arch::fence_proxy_async();
+        arch::barrier_sync(1 + warpgroup, 128);
+        if (thread == 0) {
+            arch::tma_store_3d(maps.d, panel, column + 64 * first, row, matrix);
+            arch::bulk_commit();
+        }
+    }
+}
+
+// Bias, C and stores of a warpgroup's 64 rows from `row` on, from `column` on.
+template <class Tile, int kValues>
+K2K_DEVICE void finish_wave(HopperStorage<Tile>& smem,
+                            const Fp8GemmParams& p,
+                            const HopperMaps& maps,
+                            float (&values)[kValues],
+                            const GemmTile& tile,
+                            int warpgroup,
+                            int row,
+                            int column) {
+    const int warp_row = row + static_cast<int>(threadIdx.x % 128) / 32 * 16;
+    const int matrix = p.groups.axis == GemmGroups::Axis::kRows ? 0 : tile.group;
+    const int d_row = static_cast<int>(tile.first_row) + row;
+    add_addends(values, p, tile, warp_row, column);
+    if (!maps.stores_by_tma || row + 64 > tile.rows) {
+        store_rows(values, p, tile, warp_row, column);
+    } else if (p.d_type == Type::kBf16) {
+        store_panels<Tile, bf16>(smem, maps, values, warpgroup, column, d_row, matrix);
+    } else {
+        store_panels<Tile, fp16>(smem, maps, values, warpgroup, column, d_row, matrix);
+    }
+}
+
+template <class Tile>
+K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& smem,
+                               const Fp8GemmParams& p,
+                               const HopperMaps& maps,
+                               Share share,
+                               int warpgroup) {
+    constexpr int kColumns = Tile::kColumns / Tile::kAcross;  // of a warpgroup
+    constexpr int kValues = kColumns / 2;
+    constexpr int kWaves = Tile::kWaves;
+    const int lane = arch::lane_id();
+    const int first_row = Tile::kAcross == 1 ? warpgroup * 64 * kWaves : 0;
+    const int first_column = Tile::kAcross == 1 ? 0 : warpgroup * kColumns;
+    const int lane_row = first_row + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
+    SlotCounter<Tile::kStages> stage;
+    SlotCounter<kTilesAhead> at;
+
+    for (; has_tile(smem, at); leave_tile(smem, at)) {
+        const GemmTile& tile = smem.tiles[at.slot];
+        float result[kWaves][kValues], sum[kValues];
+        K2K_UNROLL
+        for (int wave = 0; wave < kWaves; ++wave) {
+            K2K_UNROLL
+            for (int i = 0; i < kValues; ++i) result[wave][i] = 0;
+        }
+        const int boundary = 128 - (tile.column + first_column) % 128;
+
+        for (int k = tile.k_begin; k < tile.k_end; k += kBlockK, stage.advance()) {
+            arch::mbarrier_wait(smem.full[stage.slot], stage.parity);
+            if (p.groups.axis == GemmGroups::Axis::kK && tile.k_end - k < kBlockK) {
+                clear_tail<64 * kWaves>(smem.a[stage.slot] + first_row * kBlockK, tile.k_end - k);
+                clear_tail<kColumns>(smem.b[stage.slot] + first_column * kBlockK, tile.k_end - k);
+                arch::fence_proxy_async();
+                arch::barrier_sync(1 + warpgroup, 128);
+            }
+            const float* b_scales = smem.b_scales[stage.slot];
+            const float b0 = Tile::kFine ? 0 : b_scales[first_column / 128];
+            const float b1 = Tile::kColumnScales == 2 ? b_scales[1] : 0;
+            K2K_UNROLL
+            for (int wave = 0; wave < kWaves; ++wave) {
+                const float* a_scales = smem.a_scales[stage.slot] + lane_row + 64 * wave;
+                const float2 a_scale = make_float2(a_scales[0], a_scales[8]);
+                const uint64_t a_tile =
+                    arch::matrix_descriptor(smem.a[stage.slot] + (first_row + 64 * wave) * kBlockK,
+                                            arch::Swizzle::k128, 0, 8 * kBlockK);
+                const uint64_t b_tile =
+                    arch::matrix_descriptor(smem.b[stage.slot] + first_column * kBlockK,
+                                            arch::Swizzle::k128, 0, 8 * kBlockK);
+                arch::wgmma_fence();
+                K2K_UNROLL
+                for (int kk = 0; kk < kBlockK / 32; ++kk) {
+                    const uint64_t step = kk * arch::descriptor_step(32);
+                    arch::wgmma_ss<e4m3, kColumns>(sum, a_tile + step, b_tile + step, kk > 0);
+                }
+                arch::wgmma_commit();
+                arch::wgmma_wait<0>();
+                if constexpr (Tile::kFine) {
+                    promote(result[wave], sum, a_scale, b_scales + first_column + lane % 4 * 2);
+                } else if constexpr (Tile::kColumnScales == 1 || Tile::kAcross > 1) {
+                    promote<kColumns>(result[wave], sum, a_scale, b0, b0);
+                } else {
+                    if (boundary == 128) {
+                        promote<128>(result[wave], sum, a_scale, b0, b1);
+                    } else {
+                        promote<64>(result[wave], sum, a_scale, b0, b1);
+                    }
+                }
+            }
+            // The scales too have been read.
+            arch::sync_warp();
+            if (share == Share::kNone) {
+                if (lane == 0) arch::mbarrier_arrive(smem.empty[stage.slot]);
+            } else if (lane < 2) {
+                arch::mbarrier_arrive_cluster(smem.empty[stage.slot], lane);
+            }
+        }
+
+        finish_wave(smem, p, maps, result[0], tile, warpgroup, tile.row + first_row,
+                    tile.column + first_column);
+        if constexpr (kWaves == 2) {
+            finish_wave(smem, p, maps, result[1], tile, warpgroup, tile.row + first_row + 64,
+                        tile.column + first_column);
+        }
+    }
+    if (threadIdx.x % 128 == 0) arch::bulk_wait<0>();
+}
+
+// ---- the kernel
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    fp8_gemm_sm90_kernel(const __grid_constant__ Fp8GemmParams p,
+                         const __grid_constant__ HopperMaps maps,
+                         Share share) {
+    using Storage = HopperStorage<Tile>;
+    Storage& smem = arch::shared_storage<Storage>();
+    const int warp = arch::warp_id();
+    const bool shares = share != Share::kNone;
+
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Tile::kStages; ++stage) {
+            arch::mbarrier_init(smem.full[stage], 1 + 32);
+            arch::mbarrier_init(smem.empty[stage], shares ? 16 : 8);
+        }
+        for (int tile = 0; tile < kTilesAhead; ++tile) {
+            arch::mbarrier_init(smem.found[tile], 1);
+            arch::mbarrier_init(smem.used[tile], 1 + 8);
+        }
+        arch::fence_mbarrier_init();
+        arch::tma_prefetch(maps.a);
+        arch::tma_prefetch(maps.b);
+        if (maps.stores_by_tma) arch::tma_prefetch(maps.d);
+    }
+    arch::sync_block();
+    if (shares) arch::cluster_sync();
+
+    if (warp < 4) {
+        arch::registers_decrease<56>();
+        if (warp == 0) load_factors(smem, p, maps, share);
+        if (warp == 1) load_scales(smem, p);
+    } else {
+        arch::registers_increase<224>();
+        multiply_tiles(smem, p, maps, share, warp / 4 - 1);
+    }
+    arch::sync_warp();
+    if (shares) arch::cluster_sync();  // the other block still arrives at barriers here
+}
+
+}  // namespace k2k

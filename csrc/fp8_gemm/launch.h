@@ -1,0 +1,25 @@
+#pragma once
+
+#include "fp8_gemm/config.h"
+#include "fp8_gemm/params.h"
+
+namespace k2k {
+
+// Starts the kernel of the plan on `stream`, of the current device, which is `chip`. Nothing is
+// started where D is empty.
+void launch_fp8_gemm(const Fp8GemmParams& params,
+                     const GemmPlan& plan,
+                     const Chip& chip,
+                     void* stream);
+
+// The same for the plan's kernel of sm_90a: the large tiles, the small ones.
+void launch_fp8_gemm_sm90(const Fp8GemmParams& params,
+                          const GemmPlan& plan,
+                          const Chip& chip,
+                          void* stream);
+void launch_fp8_gemm_sm90_small(const Fp8GemmParams& params,
+                                const GemmPlan& plan,
+                                const Chip& chip,
+                                void* stream);
+
+}  // namespace k2k

@@ -1,0 +1,64 @@
+#include <algorithm>
+
+#include "common/launch.h"
+#include "fp8_gemm/kernel_sm90.cuh"
+#include "fp8_gemm/launch.h"
+#include "fp8_gemm/maps.h"
+
+namespace k2k {
+
+namespace {
+
+// Boxes of 64 rows of 64 columns; if D is such that TMA can store it.
+bool result_map(const Fp8GemmParams& p, arch::TensorMap& map) {
+    if (p.d_type == Type::kF32) return false;
+    const int64_t matrices = p.groups.axis == GemmGroups::Axis::kRows ? 1 : p.groups.number;
+    const int64_t row_bytes = p.d_row_stride * 2;
+    const int64_t matrix_bytes = matrices > 1 ? p.d_matrix_stride * 2 : p.a.rows * row_bytes;
+    const auto bits = reinterpret_cast<uintptr_t>(p.d) | uintptr_t(row_bytes | matrix_bytes);
+    if (bits % 16 != 0 || row_bytes == 0) return false;
+    const auto unsign = [](int64_t n) { return static_cast<uint64_t>(n); };
+    map = arch::make_tensor_map(
+        p.d_type, p.d, {unsign(p.b.rows), unsign(p.a.rows), unsign(matrices)},
+        {unsign(row_bytes), unsign(matrix_bytes)}, {64, 64, 1}, arch::Swizzle::k128);
+    return true;
+}
+
+template <class Tile>
+void launch_tile(const Fp8GemmParams& p, Share share, const Chip& chip, void* stream) {
+    const bool shares = share != Share::kNone;
+    HopperMaps maps = {};
+    maps.a = codes_map(p.a, p.k, share == Share::kA ? Tile::kRows / 2 : Tile::kRows);
+    maps.b = codes_map(p.b, p.k, share == Share::kB ? Tile::kColumns / 2 : Tile::kColumns);
+    maps.stores_by_tma = result_map(p, maps.d);
+    const int64_t tiles = tiles_at_most(p, Tile::kRows * (share == Share::kB ? 2 : 1),
+                                        Tile::kColumns * (share == Share::kA ? 2 : 1));
+    const int64_t clusters = std::min<int64_t>(tiles, chip.multiprocessors / (shares ? 2 : 1));
+    LaunchShape shape{static_cast<unsigned>(clusters * (shares ? 2 : 1)), Tile::kThreads};
+    static_assert(sizeof(HopperStorage<Tile>) <= 227 * 1024);
+    shape.stream = stream;
+    shape.cluster = shares ? 2 : 1;
+    launch<fp8_gemm_sm90_kernel<Tile>, sizeof(HopperStorage<Tile>)>(shape, p, maps, share);
+}
+
+}  // namespace
+
+void launch_fp8_gemm_sm90(const Fp8GemmParams& p,
+                          const GemmPlan& plan,
+                          const Chip& chip,
+                          void* stream) {
+    switch (plan.kernel) {
+        case GemmKernel::kHopper128x128:
+            return launch_tile<HopperTile128x128>(p, plan.share, chip, stream);
+        case GemmKernel::kHopper128x192:
+            return launch_tile<HopperTile128x192>(p, plan.share, chip, stream);
+        case GemmKernel::kHopper256x128:
+            return launch_tile<HopperTile256x128>(p, plan.share, chip, stream);
+        case GemmKernel::kHopper64x256:
+            return launch_tile<HopperTile64x256>(p, plan.share, chip, stream);
+        default:
+            return launch_tile<HopperTileFine>(p, plan.share, chip, stream);
+    }
+}
+
+}  // namespace k2k

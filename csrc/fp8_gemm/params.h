@@ -1,0 +1,53 @@
+#pragma once
+
+// What the kernels of this folder are told. Sizes and strides are in elements.
+
+#include "common/dtypes.h"
+
+namespace k2k {
+
+// One factor: rows of e4m3 codes along K, and a float scale for each block of 1 or 128 rows and 128
+// of K. Rows begin at multiples of 16 bytes.
+struct Fp8Matrix {
+    const uint8_t* codes;  // [matrices, rows, K]
+    const float* scales;   // [matrices, blocks of rows, ceil(K / 128)]
+    int64_t matrices, rows;
+    int64_t matrix_stride, row_stride;
+    int64_t scale_matrix_stride, scale_row_stride, scale_column_stride;
+    int32_t block_shift;   // a block has 1 << block_shift rows: 1 (A always) or 128
+    int32_t block_offset;  // of row 0 in its block: a shard may begin inside one
+};
+
+// What is added to the result, if anything: the bias [columns] or C [matrices, rows, columns].
+struct Addend {
+    const void* values;
+    Type type;
+    int64_t matrix_stride, row_stride;
+};
+
+// How the work is cut into groups, one for each matrix of B (wgrad: of D). What stands in offsets
+// and counts is read on the device.
+struct GemmGroups {
+    enum class Axis : int32_t {
+        kMatrices,  // group g is matrix g of A, the first counts[g] rows of it (all if null)
+        kRows,      // group g is the rows of A from offsets[g] on
+        kK,         // group g is the part of K from offsets[g] on (wgrad)
+    };
+    const int32_t* offsets;  // [number + 1]
+    const int32_t* counts;   // [number]; null: up to the next offset
+    int32_t number;
+    Axis axis;
+};
+
+// D = A B^T (+ bias) (+ C), for each group.
+struct Fp8GemmParams {
+    Fp8Matrix a, b;
+    int64_t k;
+    void* d;  // [matrices, rows of A, rows of B]
+    Type d_type;
+    int64_t d_matrix_stride, d_row_stride;
+    Addend bias, c;
+    GemmGroups groups;
+};
+
+}  // namespace k2k
