@@ -54,6 +54,10 @@ union alignas(1024) NsStorage {
     uint8_t tile[kNsTileBytes];  // in rows of 256 bytes
 };
 
+// Of a tile, for each thread; the threads of a round have 16 rows.
+constexpr int kNsChunks = kNsTileBytes / 16 / kNsThreads;
+static_assert(kNsChunks * 16 == kNsTile && kNsThreads == 256);
+
 template <class T>
 K2K_DEVICE uint32_t ns_pack(float low, float high) {
     return std::is_same_v<T, bf16> ? arch::pack_bf16(low, high) : arch::pack_fp16(low, high);
@@ -223,8 +227,8 @@ K2K_DEVICE NsTile find_tile(bool triangular, int m, int n, int index) {
 template <class T>
 K2K_DEVICE void store_tile(const uint8_t* tile, const NsMatrix<T>& to, const NsTile& place) {
     K2K_UNROLL_BY(2)
-    for (int i = threadIdx.x; i < kNsTile * 16; i += kNsThreads) {
-        const int row = i / 16, chunk = i % 16;
+    for (int round = 0; round < kNsChunks; ++round) {
+        const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
         if (place.diagonal && chunk > row / 8) continue;
         if (place.row + row >= to.rows || place.column + chunk * 8 >= to.columns) continue;
         T* target = to.data + (place.row + row) * to.pitch + place.column + chunk * 8;
@@ -240,10 +244,10 @@ K2K_DEVICE void store_mirrored(uint32_t tile,
                                const NsTile& place K2K_WHERE) {
     const int lane = arch::lane_id(), matrix = lane / 8, row = lane % 8;
     K2K_UNROLL_BY(2)
-    for (int i = arch::warp_id(); i < 64; i += kNsThreads / 32) {
+    for (int round = 0; round < kNsChunks; ++round) {
         // 32 rows of the tile and 8 of its columns: lane l gets the 8 rows from 8 (l % 4) on, of
         // column l / 4.
-        const int first_row = i % 4 * 32, chunk = i / 4;
+        const int first_row = round % 4 * 32, chunk = arch::warp_id() * 2 + round / 4;
         uint32_t words[4];
         arch::ldmatrix<4, true>(
             words, tile + tile_offset(first_row + row / 2 * 8 + matrix * 2 + row % 2, chunk)
@@ -264,10 +268,11 @@ template <class T, class Y>
 K2K_DEVICE void store_result(const uint8_t* tile, Y* y, int m, int n, const NsTile& place) {
     const bool vectors = tile::on_16_bytes(y) && n * sizeof(Y) % 16 == 0;
     K2K_NO_UNROLL
-    for (int i = threadIdx.x; i < kNsTile * 16; i += kNsThreads) {
-        const int row = i / 16, column = place.column + i % 16 * 8;
+    for (int round = 0; round < kNsChunks; ++round) {
+        const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
+        const int column = place.column + chunk * 8;
         if (place.row + row >= m || column >= n) continue;
-        const auto from = *reinterpret_cast<const NsEight<T>*>(tile + tile_offset(row, i % 16));
+        const auto from = *reinterpret_cast<const NsEight<T>*>(tile + tile_offset(row, chunk));
         NsEight<Y> eight;
         K2K_UNROLL
         for (int j = 0; j < 8; ++j) {
@@ -311,11 +316,12 @@ __global__ void __launch_bounds__(kNsThreads, 2)
     const bool triangular = op.kind != NsKind::kMultiply;
     const auto first = triangular ? &NsTensor::first_triangle : &NsTensor::first_tile;
     const NsTensor& tensor = p.tensors[find_tensor(p.tensors, first, op.begin, op.end, index)];
-    index -= tensor.*first;
     const int m = tensor.m, n = tensor.n;
-    const int tiles = static_cast<int>(triangular ? triangle_tiles(m, n) : full_tiles(m, n));
-    const int matrix = static_cast<int>(index / tiles);
-    const NsTile place = find_tile(triangular, m, n, static_cast<int>(index % tiles));
+    // Below 2^31, like the grid: a short division.
+    const auto at = static_cast<uint32_t>(index - tensor.*first);
+    const auto tiles = static_cast<uint32_t>(triangular ? triangle_tiles(m, n) : full_tiles(m, n));
+    const int matrix = at / tiles;
+    const NsTile place = find_tile(triangular, m, n, at % tiles);
 
     // X stands on the right of a product, but on its left if m > n.
     const bool swap = op.kind == NsKind::kMultiply && m > n;
@@ -342,8 +348,8 @@ __global__ void __launch_bounds__(kNsThreads, 2)
     const NsMatrix<T> c(tensor, matrix, op.c);
     if (op.c != NsBuffer::kNone) {
         K2K_UNROLL_BY(4)
-        for (int i = threadIdx.x; i < kNsTile * 16; i += kNsThreads) {
-            const int row = i / 16, chunk = i % 16;
+        for (int round = 0; round < kNsChunks; ++round) {
+            const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
             const bool valid = place.row + row < rows && place.column + chunk * 8 < columns;
             const T* source = c.data;
             if (valid) source += (place.row + row) * c.pitch + place.column + chunk * 8;

@@ -78,6 +78,16 @@ for row in ("bf16", "fp16"):
             PLANS[f"mla_decode_sm80_kernel<{row}, {row_warps}, {str(quantized).lower()}>"] = (
                 registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
             )  # fmt: skip
+# newton_schulz: its loops stand twice, for panels by rows and by columns, each with 2 x 16 of the summed axis over 4 x 4
+# products; transposing loads besides for two mirrored stores, two rounds of eight at a time. Copies: two stages before
+# the loop and one in it, four chunks each, twice; four of C. Stores: tile and mirror, twice, and three dtypes of results.
+PLANS["newton_schulz_table_kernel"] = (32, 0, 0, {})
+PLANS["newton_schulz_norm_kernel"] = (48, 8, 0, {})  # of x in three dtypes
+for iterate in ("bf16", "fp16"):
+    PLANS[f"newton_schulz_cast_kernel<{iterate}>"] = (48, 8, 2, {})
+    products = {"HMMA.16816.F32" + (".BF16" if iterate == "bf16" else ""): 64}
+    products |= {"LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
+    PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 12, dict.fromkeys(("sm_80", "sm_90a"), products))
 
     # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of up to four pages.
     bf16 = ".BF16" if row == "bf16" else ""
