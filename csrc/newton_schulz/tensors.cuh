@@ -41,7 +41,7 @@ struct NsMatrix {
         data = nullptr;
         if (buffer < NsBuffer::kResult) {
             data = reinterpret_cast<T*>(t.workspace) + ns_offset(buffer, t.batch, t.m, t.n) +
-                   matrix * rows * pitch;
+                   int64_t(matrix) * rows * pitch;
         }
     }
 };

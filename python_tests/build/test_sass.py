@@ -78,9 +78,10 @@ for row in ("bf16", "fp16"):
             PLANS[f"mla_decode_sm80_kernel<{row}, {row_warps}, {str(quantized).lower()}>"] = (
                 registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
             )  # fmt: skip
-# newton_schulz: its loops stand twice, for panels by rows and by columns, each with 2 x 16 of the summed axis over 4 x 4
-# products; transposing loads besides for two mirrored stores, two rounds of eight at a time. Copies: two stages before
-# the loop and one in it, four chunks each, twice; four of C. Stores: tile and mirror, twice, and three dtypes of results.
+# newton_schulz: its loops stand twice, for panels by rows and by columns, each with 2 x 16 of the summed axis over
+# 4 x 4 products; transposing loads besides for two mirrored stores, two of their eight rounds at a time. Copies: two
+# stages before the loop and one in it, four chunks each, twice; four of C. Stores: tile and mirror, twice, and three
+# dtypes of results.
 PLANS["newton_schulz_table_kernel"] = (32, 0, 0, {})
 PLANS["newton_schulz_norm_kernel"] = (48, 8, 0, {})  # of x in three dtypes
 for iterate in ("bf16", "fp16"):

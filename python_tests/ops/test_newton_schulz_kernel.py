@@ -249,10 +249,10 @@ def test_scale_does_not_matter(scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_views_give_what_their_copies_give(dtype):
-    x = torch.randn(4, 40, 20).to(dtype)
+    x = torch.randn(4, 12, 20).to(dtype)
     wide = torch.full((3, 20, 37), torch.nan, dtype=dtype)
     wide[..., 1:34] = torch.randn(3, 20, 33).to(dtype)
-    for view in (x.mT, x[::2], x[:, 3:17], x[..., ::2], x.permute(1, 0, 2), wide[..., 1:34], x[:, None, :16]):
+    for view in (x.mT, x[::2], x[:, 3:10], x[..., ::2], x.permute(1, 0, 2), wide[..., 1:34], x[:, None]):
         before = view.clone()
         got = run("sm_80", 2, view)
         assert torch.equal(got, run("sm_80", 2, view.contiguous())) and torch.equal(view, before)
