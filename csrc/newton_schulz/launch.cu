@@ -8,12 +8,12 @@ namespace k2k {
 
 namespace {
 
-LaunchShape shape_of(int64_t blocks, int threads, std::size_t smem_bytes, void* stream) {
+LaunchShape shape_of(int64_t blocks, int threads, void* stream) {
     if (blocks > INT32_MAX) {
         throw Error("k2kernels: newton_schulz: " + std::to_string(blocks) +
                     " tiles are more than a grid holds; pass fewer matrices at once");
     }
-    LaunchShape shape{static_cast<unsigned>(blocks), static_cast<unsigned>(threads), smem_bytes};
+    LaunchShape shape{static_cast<unsigned>(blocks), static_cast<unsigned>(threads)};
     shape.stream = stream;
     return shape;
 }
@@ -25,7 +25,7 @@ void upload(NsTensor* table, const std::vector<NsTensor>& tensors, void* stream)
         piece.target = table + first;
         piece.count = std::min(count - first, kNsTablePiece);
         std::copy_n(tensors.begin() + first, piece.count, piece.tensors);
-        launch(shape_of(1, kNsTablePiece, 0, stream), newton_schulz_table_kernel, piece);
+        launch<newton_schulz_table_kernel>(shape_of(1, kNsTablePiece, stream), piece);
     }
 }
 
@@ -73,9 +73,9 @@ void launch_stages(const NsCall& call, std::vector<NsTensor> tensors, void* stre
     upload(table, tensors, stream);
 
     const NsPrologue prologue{table, count, square_sums};
-    const LaunchShape by_chunks = shape_of(chunks, kNsThreads, sizeof(NsSums), stream);
-    launch(by_chunks, newton_schulz_norm_kernel, prologue);
-    launch(by_chunks, newton_schulz_cast_kernel<T>, prologue);
+    const LaunchShape by_chunks = shape_of(chunks, kNsThreads, stream);
+    launch<newton_schulz_norm_kernel, sizeof(NsSums)>(by_chunks, prologue);
+    launch<newton_schulz_cast_kernel<T>, sizeof(NsSums)>(by_chunks, prologue);
 
     const NsProgram standard = standard_program(call.steps);
     const NsProgram gram = gram_program(call.steps, call.restarts);
@@ -87,8 +87,8 @@ void launch_stages(const NsCall& call, std::vector<NsTensor> tensors, void* stre
         if (stage.num_ops == 0) return;
         int64_t tiles = 0;
         for (int j = 0; j < stage.num_ops; ++j) tiles += stage.ops[j].tiles;
-        launch(shape_of(tiles, kNsThreads, sizeof(NsStorage), stream), newton_schulz_sm80_kernel<T>,
-               stage);
+        launch<newton_schulz_sm80_kernel<T>, sizeof(NsStorage)>(shape_of(tiles, kNsThreads, stream),
+                                                                stage);
     }
 }
 

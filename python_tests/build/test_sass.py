@@ -116,6 +116,10 @@ SHARED = {
     # q, two stages of keys and probabilities in boxes of 8 KB, and what roles tell each other: 227 KiB are allowed.
     **{f"mla_decode_sm90_kernel<{t}, {pair}>": 230400 for t in ("bf16", "fp16") for pair in ("false", "true")},
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
+    # Sums of eight warps; three stages of two panels of 128 x 32.
+    "newton_schulz_norm_kernel": 64,
+    **{f"newton_schulz_cast_kernel<{t}>": 64 for t in ("bf16", "fp16")},
+    **{f"newton_schulz_sm80_kernel<{t}>": 3 * 2 * 128 * 32 * 2 for t in ("bf16", "fp16")},
 }
 
 # What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.
