@@ -78,6 +78,15 @@ for row in ("bf16", "fp16"):
             PLANS[f"mla_decode_sm80_kernel<{row}, {row_warps}, {str(quantized).lower()}>"] = (
                 registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
             )  # fmt: skip
+    # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of up to four pages.
+    bf16 = ".BF16" if row == "bf16" else ""
+    for pair, load in (("false", "UTMALDG.3D"), ("true", "UTMALDG.3D.MULTICAST")):
+        instructions = {
+            f"HGMMA.64x64x16.F32{bf16}": 36, f"HGMMA.64x256x16.F32{bf16}": 8, load: 4, "UTMALDG.2D": 1,
+            "STSM.16.M88.4": 4, "USETMAXREG": 3, "PREEXIT": 1,
+        }  # fmt: skip
+        PLANS[f"mla_decode_sm90_kernel<{row}, {pair}>"] = (168, 0, 32, {"sm_90a": instructions})
+    PLANS[f"mla_combine_sm90_kernel<{row}>"] = (32, 7, 0, {"sm_90a": {"ACQBULK": 1}})
 # newton_schulz: its loops stand twice, for panels by rows and by columns, each with 2 x 16 of the summed axis over
 # 4 x 4 products; transposing loads besides for two mirrored stores, two of their eight rounds at a time. Copies: two
 # stages before the loop and one in it, four chunks each, twice; four of C. Stores: tile and mirror, twice, and three
@@ -89,16 +98,6 @@ for iterate in ("bf16", "fp16"):
     products = {"HMMA.16816.F32" + (".BF16" if iterate == "bf16" else ""): 64}
     products |= {"LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
     PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 12, dict.fromkeys(("sm_80", "sm_90a"), products))
-
-    # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of up to four pages.
-    bf16 = ".BF16" if row == "bf16" else ""
-    for pair, load in (("false", "UTMALDG.3D"), ("true", "UTMALDG.3D.MULTICAST")):
-        instructions = {
-            f"HGMMA.64x64x16.F32{bf16}": 36, f"HGMMA.64x256x16.F32{bf16}": 8, load: 4, "UTMALDG.2D": 1,
-            "STSM.16.M88.4": 4, "USETMAXREG": 3, "PREEXIT": 1,
-        }  # fmt: skip
-        PLANS[f"mla_decode_sm90_kernel<{row}, {pair}>"] = (168, 0, 32, {"sm_90a": instructions})
-    PLANS[f"mla_combine_sm90_kernel<{row}>"] = (32, 7, 0, {"sm_90a": {"ACQBULK": 1}})
 
 
 # The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
