@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._launch import TYPES, launch, matrices, module
 from k2kernels.ops._register import register
 from k2kernels.reference import newton_schulz as reference
+
+# A call with more is cut into several, one after another: each still fills a GPU many times over (20 of Kimi-K2's
+# expert matrices take 2 GiB, and 20 waves of tiles a product on 132 multiprocessors).
+WORKSPACE_BYTES = 4 << 30
 
 
 def newton_schulz(
@@ -103,13 +108,121 @@ def _options(
     return [float(v) for t in triples for v in t], algorithm, iterate_dtype
 
 
+class _Part(NamedTuple):
+    """Matrices of one tensor that are worked on in one call."""
+
+    x: Tensor  # [B, m, n] or [m, n], columns side by side
+    result: Tensor  # contiguous
+    sizes: tuple[int, int, int]  # B, m, n
+    strides: tuple[int, int]  # of x
+    gram: bool
+    first: int  # of B
+    count: int
+
+    def description(self) -> tuple:
+        """As csrc/bind/newton_schulz.cpp takes it."""
+        _, m, n = self.sizes
+        return (
+            self.x.data_ptr() + self.first * self.strides[0] * self.x.element_size(),
+            self.result.data_ptr() + self.first * m * n * self.result.element_size(),
+            (self.count, m, n),
+            self.strides,
+            TYPES[self.x.dtype],
+        )
+
+
+def _parts(xs: Sequence[Tensor], results: Sequence[Tensor], algorithm: str) -> list[_Part]:
+    """What there is to do: the standard iteration's tensors first, and of each kind those with the longest sums."""
+    parts = []
+    for x, result in zip(xs, results):
+        if x.numel() > 0:
+            rows, sizes, strides = matrices(x)
+            gram = reference.on_gram_matrix(algorithm, *sizes[1:])
+            parts.append(_Part(rows, result, sizes, strides, gram, 0, sizes[0]))
+    return sorted(parts, key=lambda part: (part.gram, -max(part.sizes[1:])))
+
+
+def _calls(parts: list[_Part]) -> Iterator[tuple[list[_Part], int]]:
+    """The parts cut so that the workspace of each call stays below the limit, if single matrices do; and its bytes."""
+    call: list[_Part] = []
+    used = 0
+    for part in parts:
+        _, m, n = part.sizes
+        each, fixed = module(part.x.device).newton_schulz_workspace(m, n, part.gram)
+        left = part.count
+        while left > 0:
+            fits = min(left, (WORKSPACE_BYTES - used - fixed) // each)
+            if fits <= 0 and call:
+                yield call, used
+                call, used = [], 0
+                continue
+            count = max(fits, 1)
+            call.append(part._replace(first=part.count - left, count=count))
+            used += fixed + count * each
+            left -= count
+    if call:
+        yield call, used
+
+
+def _launch(
+    op: str,
+    xs: Sequence[Tensor],
+    results: Sequence[Tensor],
+    coefficients: Sequence[float],
+    algorithm: str,
+    iterate_dtype: torch.dtype,
+) -> None:
+    restarts = list(reference.restarts(len(coefficients) // 3, iterate_dtype))
+    parts = _parts(xs, results, algorithm)
+    for call, num_bytes in _calls(parts):
+        workspace = call[0].x.new_empty(num_bytes, dtype=torch.uint8)
+        launch(
+            op,
+            "newton_schulz",
+            workspace.device,
+            [part.description() for part in call],
+            sum(not part.gram for part in call),
+            coefficients,
+            restarts,
+            TYPES[iterate_dtype],
+            workspace.data_ptr(),
+        )
+
+
+def _kernel(x: Tensor, *options: Any) -> Tensor:
+    result = x.new_empty(x.shape)
+    _launch("newton_schulz", [x], [result], *options)
+    return result
+
+
+def _grouped_kernel(xs: Sequence[Tensor], *options: Any) -> list[Tensor]:
+    results = [x.new_empty(x.shape) for x in xs]
+    _launch("newton_schulz_grouped", xs, results, *options)
+    return results
+
+
+def _unserved(xs: Sequence[Tensor], coefficients: Any, algorithm: str, iterate_dtype: torch.dtype) -> str | None:
+    """Why the kernels do not serve these arguments."""
+    if iterate_dtype not in (torch.float16, torch.bfloat16):
+        return f"kernels iterate in float16 and bfloat16, not {iterate_dtype}"
+    if any(x.dtype == torch.float64 for x in xs):
+        return "no kernel takes float64"
+    if any(max(x.shape[-2:]) >= 2**30 for x in xs):
+        return "kernels take sides below 2**30"
+    return None
+
+
 _newton_schulz = register(
     "newton_schulz(Tensor x, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> Tensor",
     reference=reference.newton_schulz,
     fake=lambda x, coefficients, algorithm, iterate_dtype: x.new_empty(x.shape),
+    kernel=_kernel,
+    unserved=lambda x, *options: _unserved([x], *options),
 )
 _newton_schulz_grouped = register(
     "newton_schulz_grouped(Tensor[] xs, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> Tensor[]",
     reference=reference.newton_schulz_grouped,
     fake=lambda xs, coefficients, algorithm, iterate_dtype: [x.new_empty(x.shape) for x in xs],
+    kernel=_grouped_kernel,
+    unserved=_unserved,
 )

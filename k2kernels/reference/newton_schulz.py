@@ -30,10 +30,7 @@ def newton_schulz(x: Tensor, coefficients: Sequence[float], algorithm: str, iter
         return x.new_empty(x.shape)
     matrices = x.contiguous().view(-1, *x.shape[-2:])
     steps = [tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3)]
-    if algorithm == "auto":
-        short, long = sorted(x.shape[-2:])
-        algorithm = "standard" if long < GRAM_ASPECT * short else "gram"
-    iterate = _standard if algorithm == "standard" else _gram
+    iterate = _gram if on_gram_matrix(algorithm, *x.shape[-2:]) else _standard
     result = iterate(_normalized(matrices).to(iterate_dtype), steps)
     return result.to(x.dtype).contiguous().view(x.shape)
 
@@ -43,6 +40,11 @@ def newton_schulz_grouped(
 ) -> list[Tensor]:
     """`newton_schulz` of each tensor of a list; shapes may differ."""
     return [newton_schulz(x, coefficients, algorithm, iterate_dtype) for x in xs]
+
+
+def on_gram_matrix(algorithm: str, m: int, n: int) -> bool:
+    """Whether matrices of that shape are iterated on by way of their Gram matrix."""
+    return algorithm == "gram" or (algorithm == "auto" and max(m, n) >= GRAM_ASPECT * min(m, n))
 
 
 def restarts(steps: int, dtype: torch.dtype) -> range:

@@ -66,6 +66,36 @@ def test_decode_shapes():
     assert case.flops == 128 * 4096 * 139264 and round(case.bytes / 1e6) == 622
 
 
+def test_newton_schulz_flops():
+    """Counted from the products that a call starts, the triangles by half."""
+    newton_schulz = load("bench_newton_schulz")
+    for m, n in ((20, 24), (24, 20), (20, 50), (50, 20)):
+        short, long = sorted((m, n))
+        if long < 1.5 * short:
+            want = 5 * (short * short * long + short**3 + 2 * short * short * long)
+        else:  # R, Z, R Z, Z R Z, Z, Q; X, R, Z, R Z, Z R Z, Z, Q, R Z, Z R Z, Z, Q, X
+            want = 2 * (short * short * long + 2 * short * short * long) + 14 * short**3
+        assert newton_schulz.flops(m, n) == want
+    # 0.301 TFLOP for an expert, and 8.16 for o_proj.
+    assert newton_schulz.flops(2048, 7168) == pytest.approx(0.301e12, rel=2e-3)
+    assert newton_schulz.flops(7168, 8192) == pytest.approx(8.16e12, rel=2e-3)
+
+
+def test_newton_schulz_bodies_agree():
+    newton_schulz = load("bench_newton_schulz")
+    case = newton_schulz.case("small", [(2, 20, 50), (1, 24, 20)])
+    inputs = case.make(torch.device("cpu"))
+    want = [x.float() for x in case.bodies["k2kernels"](*inputs)]
+    assert case.bytes == sum(2 * 2 * x.numel() for x in inputs)
+    got = {name: body(*inputs) for name, body in case.bodies.items()}
+    got["torch.optim"] = [torch.stack(got["torch.optim"][:2]), got["torch.optim"][2][None]]
+    for name, results in got.items():
+        for g, w in zip(results, want):
+            torch.testing.assert_close(g.float(), w, atol=0.06, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+    shapes = [case.shape for case in newton_schulz.gpu_cases()]
+    assert len(set(shapes)) == len(shapes) and len(newton_schulz.GPU_LISTS["126 small"]) == 126
+
+
 def test_a_failing_peer_is_left_out(monkeypatch):
     def broken(*inputs):
         raise RuntimeError("no such kernel")

@@ -78,7 +78,6 @@ for row in ("bf16", "fp16"):
             PLANS[f"mla_decode_sm80_kernel<{row}, {row_warps}, {str(quantized).lower()}>"] = (
                 registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
             )  # fmt: skip
-
     # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of up to four pages.
     bf16 = ".BF16" if row == "bf16" else ""
     for pair, load in (("false", "UTMALDG.3D"), ("true", "UTMALDG.3D.MULTICAST")):
@@ -127,6 +126,17 @@ for tile, (stores, products, added) in {
 for tokens, stages in ((8, 10), (16, 10), (32, 8), (64, 5)):
     others = {f"QGMMA.64x{tokens}x32.F32.E4M3.E4M3": 4, "FFMA": tokens // 2, "UTMALDG.3D": 2, "LDGSTS": 3}
     PLANS[f"fp8_gemm_sm90_small_kernel<SmallTile<{tokens}, {stages}> >"] = (168, 0, 0, {"sm_90a": others})
+# newton_schulz: its loops stand twice, for panels by rows and by columns, each with 2 x 16 of the summed axis over
+# 4 x 4 products; transposing loads besides for two mirrored stores, two of their eight rounds at a time. Copies: two
+# stages before the loop and one in it, four chunks each, twice; four of C. Stores: tile and mirror, twice, and three
+# dtypes of results.
+PLANS["newton_schulz_table_kernel"] = (32, 0, 0, {})
+PLANS["newton_schulz_norm_kernel"] = (48, 8, 0, {})  # of x in three dtypes
+for iterate in ("bf16", "fp16"):
+    PLANS[f"newton_schulz_cast_kernel<{iterate}>"] = (48, 8, 2, {})
+    products = {"HMMA.16816.F32" + (".BF16" if iterate == "bf16" else ""): 64}
+    products |= {"LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
+    PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 12, dict.fromkeys(("sm_80", "sm_90a"), products))
 
 
 # The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
@@ -157,6 +167,10 @@ SHARED = {
     "fp8_gemm_sm90_small_kernel<SmallTile<32, 8> >": 110592,
     "fp8_gemm_sm90_small_kernel<SmallTile<64, 5> >": 102400,
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
+    # Sums of eight warps; three stages of two panels of 128 x 32.
+    "newton_schulz_norm_kernel": 64,
+    **{f"newton_schulz_cast_kernel<{t}>": 64 for t in ("bf16", "fp16")},
+    **{f"newton_schulz_sm80_kernel<{t}>": 3 * 2 * 128 * 32 * 2 for t in ("bf16", "fp16")},
 }
 
 # What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.

@@ -210,6 +210,11 @@ EACH["merge_attention_states"] = (
     k.merge_attention_states,
     lambda: (torch.randn(5, 64, 512), torch.randn(5, 64), torch.randn(5, 64, 512), torch.randn(5, 64)),
 )
+EACH["newton_schulz"] = k.newton_schulz, lambda: (torch.randn(3, 200, 333),)
+EACH["newton_schulz_grouped"] = (
+    lambda *xs: tuple(k.newton_schulz_grouped(xs)),
+    lambda: tuple(torch.randn(shape) for shape in [(3, 128, 512), (200, 210), (2, 512, 128), (5, 7)]),
+)
 each = pytest.mark.parametrize("op", EACH)
 
 

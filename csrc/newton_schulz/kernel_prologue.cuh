@@ -1,0 +1,153 @@
+#pragma once
+
+// X_0 = X / |X|_F, rounded to the iteration's dtype, in a workspace whose rows begin on 16 bytes.
+//
+//     sums[chunk]  = sum of x[i, j]^2 over the chunk                        in float64
+//     x0[i, j]     = round(x[i, j] / sqrt(sum over chunks of sums))
+//
+// Grid      a block of 8 warps for each chunk: 64 segments of 512 neighbours of a row, 16 a lane.
+// Float64   squares of floats are exact in it and never leave its range, so that neither a search
+//           for the largest element nor an epsilon is needed. One addition an element, at 64 a
+//           cycle on an H100, is less than the element's way from memory.
+// Order     of the sum: a lane's segments, lanes by butterfly, warps, then chunks in the same way.
+//           It depends on the matrix's shape alone.
+// Scaling   by 1/|X|, the power of two in it halved and applied on either side, so that neither
+//           factor overflows for tiny X nor loses bits for huge ones.
+// NaN       a sum that is not finite makes the factor NaN and with it the whole matrix; a zero
+//           matrix takes the factor 0.
+// Traffic   x twice, x0 once.
+// Shared    a sum for each warp.
+// Limits    rows of x that do not begin on 16 bytes go element by element.
+
+#include "arch/smem.cuh"
+#include "arch/warp.cuh"
+#include "newton_schulz/tensors.cuh"
+#include "tile/sixteen.cuh"
+
+namespace k2k {
+
+// The parameters' table becomes one in memory, where blocks look up their tensor.
+__global__ void __launch_bounds__(kNsTablePiece)
+    newton_schulz_table_kernel(const __grid_constant__ NsTablePiece p) {
+    const int i = threadIdx.x;
+    if (i < p.count) p.target[i] = p.tensors[i];
+}
+
+struct NsSums {
+    double of_warp[kNsThreads / 32];
+};
+
+// The sum over the block, the same bits in all its threads.
+K2K_DEVICE double sum_over_block(NsSums& sums, double value K2K_WHERE) {
+    K2K_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) {
+        value += arch::shuffle_xor(value, mask K2K_PASS_WHERE);
+    }
+    if (arch::lane_id() == 0) sums.of_warp[arch::warp_id()] = value;
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    double sum = 0;
+    K2K_UNROLL
+    for (double of_warp : sums.of_warp) sum += of_warp;
+    return sum;
+}
+
+// A chunk of one matrix of x.
+struct NsChunk {
+    const NsTensor& tensor;
+    int64_t first;  // chunk of the matrix
+    int matrix;
+    uint32_t index;  // in the matrix
+
+    K2K_DEVICE explicit NsChunk(const NsPrologue& p)
+        : tensor(p.tensors[find_tensor(
+              p.tensors, &NsTensor::first_chunk, 0, p.num_tensors, blockIdx.x)]) {
+        const auto chunks = static_cast<uint32_t>(norm_chunks(tensor.m, tensor.n));
+        const auto at = static_cast<uint32_t>(blockIdx.x - tensor.first_chunk);
+        matrix = at / chunks;
+        index = at % chunks;
+        first = blockIdx.x - index;
+    }
+
+    // Calls f(row, column) for every sixteen of this lane.
+    template <class F>
+    K2K_DEVICE void for_each_sixteen(F&& f) const {
+        const uint32_t per_row = ceil_div(tensor.n, kNsSegment);
+        const uint32_t end = tensor.m * per_row;
+        K2K_NO_UNROLL
+        for (int i = 0; i < kNsSegmentsPerChunk; i += kNsThreads / 32) {
+            const uint32_t segment = index * kNsSegmentsPerChunk + i + arch::warp_id();
+            if (segment >= end) return;
+            const int row = segment / per_row;
+            const int column = segment % per_row * kNsSegment + arch::lane_id() * 16;
+            if (column < tensor.n) f(row, column);
+        }
+    }
+
+    K2K_DEVICE void load(float (&values)[16], int row, int column) const {
+        const int64_t offset = matrix * tensor.x_batch_stride + row * tensor.x_row_stride;
+        if (tensor.type == Type::kF32) {
+            load_as<float>(values, offset, column);
+        } else if (tensor.type == Type::kBf16) {
+            load_as<bf16>(values, offset, column);
+        } else {
+            load_as<fp16>(values, offset, column);
+        }
+    }
+
+  private:
+    template <class X>
+    K2K_DEVICE void load_as(float (&values)[16], int64_t offset, int column) const {
+        const X* row = static_cast<const X*>(tensor.x) + offset;
+        tile::widen(values, tile::load_sixteen(row, column, tensor.n));
+    }
+};
+
+__global__ void __launch_bounds__(kNsThreads)
+    newton_schulz_norm_kernel(const __grid_constant__ NsPrologue p) {
+    NsSums& sums = arch::shared_storage<NsSums>();
+    const NsChunk chunk(p);
+    double sum = 0;
+    chunk.for_each_sixteen([&](int row, int column) {
+        float values[16];
+        chunk.load(values, row, column);
+        K2K_UNROLL
+        for (float value : values) sum += static_cast<double>(value) * value;
+    });
+    sum = sum_over_block(sums, sum);
+    if (threadIdx.x == 0) p.square_sums[blockIdx.x] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNsThreads)
+    newton_schulz_cast_kernel(const __grid_constant__ NsPrologue p) {
+    NsSums& sums = arch::shared_storage<NsSums>();
+    const NsChunk chunk(p);
+    const int64_t chunks = norm_chunks(chunk.tensor.m, chunk.tensor.n);
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < chunks; i += kNsThreads) {
+        sum += p.square_sums[chunk.first + i];
+    }
+    sum = sum_over_block(sums, sum);
+
+    float first = 0, second = 0;
+    if (sum > 0 && sum < INFINITY) {
+        const double factor = 1 / sqrt(sum);
+        const int half = ilogb(factor) / 2;
+        first = ldexpf(1.0f, half);
+        second = static_cast<float>(ldexp(factor, -half));
+    } else if (!(sum == 0)) {
+        first = second = NAN;
+    }
+    const NsMatrix<T> x0(chunk.tensor, chunk.matrix, NsBuffer::kX0);
+    chunk.for_each_sixteen([&](int row, int column) {
+        float values[16];
+        chunk.load(values, row, column);
+        K2K_UNROLL
+        for (float& value : values) value = value * first * second;
+        tile::Sixteen<T> sixteen;
+        tile::narrow(sixteen, values);
+        tile::store_sixteen(x0.data + row * x0.pitch, column, x0.pitch, sixteen);
+    });
+}
+
+}  // namespace k2k
