@@ -24,6 +24,7 @@ void bind_runtime(py::module_& m);  // device.cpp, emulator.cpp or no_device.cpp
 void bind_quant(py::module_& m);
 void bind_mla_cache(py::module_& m);
 void bind_mla_decode(py::module_& m);
+void bind_moe(py::module_& m);
 void bind_conformance(py::module_& m);
 
 }  // namespace k2k::bind

@@ -41,6 +41,7 @@ void bind_runtime(py::module_& m) {
     bind_quant(m);
     bind_mla_cache(m);
     bind_mla_decode(m);
+    bind_moe(m);
     bind_conformance(m);
 }
 
