@@ -18,19 +18,19 @@ K2K_DEVICE float max_number(float a, float b) {
 
 // a * b, rounded before anything is added to it: nvcc makes no fused multiply-add of the two.
 K2K_DEVICE float rounded_product(float a, float b) {
-#ifdef K2K_EMULATED
-    return a * b;
-#else
+#ifdef __CUDACC__
     return __fmul_rn(a, b);
+#else
+    return a * b;
 #endif
 }
 
 // How many bits are set.
 K2K_DEVICE int count_bits(uint32_t bits) {
-#ifdef K2K_EMULATED
-    return __builtin_popcount(bits);
-#else
+#ifdef __CUDACC__
     return __popc(bits);
+#else
+    return __builtin_popcount(bits);
 #endif
 }
 

@@ -58,6 +58,7 @@ constexpr unsigned gradient_warps(int64_t hidden) {
     const int64_t pieces = row_pieces(hidden);
     return static_cast<unsigned>(ceil_div(pieces, ceil_div(pieces, kMoeWarps)));
 }
+constexpr int64_t kMostGradientBlocks = 1584;  // 132 SMs of 3, four times over; then they go on
 static_assert(gradient_warps(7168) == 7 && gradient_warps(512) == 1, "no idle warps");
 
 // Router: a warp for each token, which holds its scores: a vector of 4 neighbours a lane, 128

@@ -109,8 +109,8 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream
     const int64_t pads = ceil_div(p.slots, 32 * warps);  // of an empty batch, say
     const int64_t wanted = p.tokens > pads ? p.tokens : pads;
     LaunchShape shape{
-        static_cast<unsigned>(wanted < kMostMovingBlocks ? wanted : kMostMovingBlocks), 32 * warps,
-        sizeof(WeightGradients)};
+        static_cast<unsigned>(wanted < kMostGradientBlocks ? wanted : kMostGradientBlocks),
+        32 * warps, sizeof(WeightGradients)};
     shape.stream = stream;
     by_float_type(p.type, [&](auto* type) {
         launch(shape, moe_combine_backward_kernel<Element<decltype(type)>>, p);

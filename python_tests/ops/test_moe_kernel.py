@@ -108,6 +108,7 @@ DISPATCHES = {
     "all dropped": (33, 8, 2, 32, 4, "all dropped"),
     "K3": (70, 896, 16, 16, 8, "uniform"),
     "as many as there may be": (40, 1024, 32, 16, 1, "uniform"),
+    "more blocks than there may be": (2048, 8, 1, 1040, 2, "uniform"),
     "more than a tile": (257, 384, 8, 16, 1, "uniform"),
     "ten tiles": (650, 1024, 32, 16, 3, "some dropped"),
     "hot, tiles": (1100, 5, 2, 1000, 16, "one hot expert"),
@@ -256,6 +257,7 @@ GRADIENTS = {  # tokens, experts, top-k, hidden, grad, y
     "fp16": (9, 16, 3, 520, F32, F16),
     "float32": (33, 8, 2, 1040, F32, F32),
     "narrow, top-32": (20, 40, 32, 7, BF16, F32),
+    "more blocks than there may be": (1600, 8, 2, 520, F32, BF16),
     "none": (0, 4, 2, 16, F32, F32),
 }
 
