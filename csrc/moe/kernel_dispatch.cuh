@@ -147,7 +147,6 @@ __global__ void __launch_bounds__(kMoeThreads, kPlans ? 4 : 5)
     }
     const int lane = arch::lane_id();
     const int64_t pieces = row_pieces(p.hidden);
-    const int64_t blocks_of_scales = ceil_div(p.hidden, 128);
 
     for (int64_t task = int64_t(blockIdx.x) * kMoeWarps + arch::warp_id(); task < p.tokens * pieces;
          task += int64_t(gridDim.x) * kMoeWarps) {
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kMoeThreads, kPlans ? 4 : 5)
                 uint8_t* codes = static_cast<uint8_t*>(p.data) + to * p.hidden;
                 tile::store_sixteen(codes, column, p.hidden,
                                     reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
-                if (lane % 8 == 0 && block < blocks_of_scales) {
+                if (lane % 8 == 0) {
                     p.scales[to * p.scale_row_stride + block * p.scale_column_stride] = scale;
                 }
             }

@@ -29,7 +29,7 @@ def on_gpu(x):
 
 
 def same(got, want):
-    got, want = (t.detach().cpu().contiguous().view(torch.uint8) for t in (got, want))
+    got, want = (t.detach().cpu().flatten().view(torch.uint8) for t in (got, want))
     assert torch.equal(got, want), f"{int((got != want).sum())} of {want.numel()} bytes differ"
 
 
