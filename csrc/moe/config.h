@@ -62,13 +62,16 @@ constexpr int64_t kMostGradientBlocks = 1584;  // 132 SMs of 3, four times over;
 static_assert(gradient_warps(7168) == 7 && gradient_warps(512) == 1, "no idle warps");
 
 // Router: a warp for each token, which holds its scores: a vector of 4 neighbours a lane, 128
-// experts a vector, as often as the experts need. 3: Kimi-K2's 384; 2: DeepSeek-V3's 256.
+// experts a vector, as often as the experts need. 3: Kimi-K2's 384; 2: DeepSeek-V3's 256. Few are
+// held by so many registers that 4 blocks share a multiprocessor.
 constexpr int kRouteThreads = 256;
 constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int route_vectors(int experts) {
-    return experts <= 128 ? 1 : experts <= 256 ? 2 : experts <= 384 ? 3 : 8;
+    return experts <= 128 ? 1 : experts <= 256 ? 2 : experts <= 384 ? 3 : experts <= 512 ? 4 : 8;
 }
-constexpr int64_t kMostRouteBlocks = 264;  // two for each SM: each adds its counts to the others'
+constexpr int route_blocks_resident(int vectors) { return vectors <= 3 ? 4 : 2; }
+// 132 SMs of 4; 4,096 tokens are one wave. Each block adds its counts to the others'.
+constexpr int64_t kMostRouteBlocks = 528;
 constexpr unsigned route_blocks(int64_t tokens) {
     const int64_t blocks = ceil_div(tokens, kRouteWarps);
     return static_cast<unsigned>(blocks < 1                  ? 1

@@ -55,8 +55,8 @@ K2K_DEVICE float warp_sum(float value K2K_WHERE) {
     return value;
 }
 
-// One row of logits.
-struct Logits {
+// A row of logits, or the bias.
+struct Floats {
     const void* row;
     Type type;
     int experts;
@@ -177,7 +177,7 @@ K2K_DEVICE void keep_best_groups(uint32_t (&keys)[kCount], const MoeRouteParams&
 }
 
 template <int kVectors>
-__global__ void __launch_bounds__(kRouteThreads, kVectors == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors))
     moe_route_kernel(const __grid_constant__ MoeRouteParams p) {
     constexpr int kCount = 4 * kVectors;
     RouteStorage& smem = arch::shared_storage<RouteStorage>();
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kRouteThreads, kVectors == 8 ? 2 : 4)
     for (int64_t token = int64_t(blockIdx.x) * kRouteWarps + arch::warp_id(); token < p.tokens;
          token += int64_t(gridDim.x) * kRouteWarps) {
         const int64_t bytes = p.type == Type::kF32 ? 4 : 2;
-        const Logits logits{static_cast<const char*>(p.logits) + token * p.row_stride * bytes,
+        const Floats logits{static_cast<const char*>(p.logits) + token * p.row_stride * bytes,
                             p.type, p.experts};
         float row[kCount];
         K2K_UNROLL
@@ -196,15 +196,20 @@ __global__ void __launch_bounds__(kRouteThreads, kVectors == 8 ? 2 : 4)
         Scores scores{p.softmax};
         scores.see(row);
 
+        const Floats bias{p.bias, Type::kF32, p.experts};
         uint32_t keys[kCount];
         K2K_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            const int expert = 128 * (i / 4) + 4 * lane + i % 4;
-            float choice = scores.of(row[i]);
-            if (p.bias != nullptr && expert < p.experts) choice += p.bias[expert];
-            // Also where choice is NaN.
-            if (!Scores::good(row[i]) || !(choice >= -FLT_MAX)) choice = -FLT_MAX;
-            keys[i] = expert < p.experts ? order_of(fminf(choice, FLT_MAX)) : 0;
+        for (int v = 0; v < kVectors; ++v) {
+            const int first = 128 * v + 4 * lane;
+            float added[4] = {};
+            if (p.bias != nullptr) bias.load_four(added, first);
+            K2K_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                float choice = scores.of(row[4 * v + j]) + added[j];
+                // Also where choice is NaN.
+                if (!Scores::good(row[4 * v + j]) || !(choice >= -FLT_MAX)) choice = -FLT_MAX;
+                keys[4 * v + j] = first + j < p.experts ? order_of(fminf(choice, FLT_MAX)) : 0;
+            }
         }
         if (p.groups > 1) keep_best_groups(keys, p);
 
@@ -286,7 +291,7 @@ K2K_DEVICE void store_four(void* row, Type type, int first, int experts, const f
 }
 
 template <int kVectors>
-__global__ void __launch_bounds__(kRouteThreads, kVectors == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors))
     moe_route_backward_kernel(const __grid_constant__ MoeRouteBackwardParams p) {
     constexpr int kCount = 4 * kVectors;
     const int lane = arch::lane_id();
@@ -294,7 +299,7 @@ __global__ void __launch_bounds__(kRouteThreads, kVectors == 8 ? 2 : 4)
 
     for (int64_t token = int64_t(blockIdx.x) * kRouteWarps + arch::warp_id(); token < p.tokens;
          token += int64_t(gridDim.x) * kRouteWarps) {
-        const Logits logits{static_cast<const char*>(p.logits) + token * p.row_stride * bytes,
+        const Floats logits{static_cast<const char*>(p.logits) + token * p.row_stride * bytes,
                             p.type, p.experts};
         Scores scores{p.softmax};
         float row[kCount] = {};

@@ -31,6 +31,8 @@ void by_vectors(int experts, F&& f) {
             return f(std::integral_constant<int, 2>());
         case 3:
             return f(std::integral_constant<int, 3>());
+        case 4:
+            return f(std::integral_constant<int, 4>());
         default:
             return f(std::integral_constant<int, 8>());
     }

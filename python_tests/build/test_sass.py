@@ -100,10 +100,10 @@ for x, x_bytes in BYTES.items():
     rows = 4 if x == "bf16" else 2
     PLANS[f"moe_combine_kernel<{x}>"] = (96 if x == "fp16" else 80, rows * x_bytes + 8, 8, {})
     PLANS[f"moe_combine_backward_kernel<{x}>"] = (80, rows // 2 * x_bytes + 8, (rows // 2 + 1) * x_bytes, {})
-for vectors in (1, 2, 3, 8):
-    redux = {arch: {"REDUX": 2} for arch in ("sm_80", "sm_90a")}
-    PLANS[f"moe_route_kernel<{vectors}>"] = (128 if vectors == 8 else 64, vectors, 0, redux)
-    PLANS[f"moe_route_backward_kernel<{vectors}>"] = (128 if vectors == 8 else 64, vectors, vectors, {})
+for vectors in (1, 2, 3, 4, 8):
+    registers, redux = 64 if vectors <= 3 else 128, {arch: {"REDUX": 2} for arch in ("sm_80", "sm_90a")}
+    PLANS[f"moe_route_kernel<{vectors}>"] = (registers, 2 * vectors, 0, redux)  # logits and bias
+    PLANS[f"moe_route_backward_kernel<{vectors}>"] = (registers, vectors, vectors, {})
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 

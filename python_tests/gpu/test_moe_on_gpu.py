@@ -99,7 +99,7 @@ def test_combine_and_its_gradient(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("experts, top_k, groups", [(384, 8, 1), (256, 8, 8), (64, 6, 1), (1024, 32, 32)])
+@pytest.mark.parametrize("experts, top_k, groups", [(384, 8, 1), (256, 8, 8), (64, 6, 1), (512, 10, 1), (1024, 32, 32)])
 @pytest.mark.parametrize("tokens", [1, 129, 4096])
 def test_route_and_its_gradient(tokens, experts, top_k, groups, score, dtype):
     logits, bias = torch.randn(tokens, experts).to(dtype), torch.randn(experts) * 0.1

@@ -364,7 +364,8 @@ ROUTES = {  # tokens, experts, top-k, groups (all, kept), dtype
     "one": (1, 6, 6, (1, 1), F32),
     "groups of one": (9, 16, 3, (16, 5), F32),
     "odd groups": (17, 66, 4, (6, 3), F32),
-    "more blocks than there may be": (2150, 8, 2, (1, 1), F32),
+    "four vectors": (9, 512, 10, (1, 1), F32),
+    "more blocks than there may be": (4300, 8, 2, (1, 1), F32),
 }
 
 
@@ -415,6 +416,16 @@ def test_route_agrees_with_the_reference_where_it_is_tricky(score, schedule):
                     assert got.indices.tolist() == want.indices.tolist()
                     assert torch.equal(got.counts, want.counts)
                     torch.testing.assert_close(got.weights, want.weights, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("second", [1, 4, 7])
+def test_route_counts_two_equal_experts_of_a_group(second):
+    """In one lane (0, 1) or in two; a group's best counted once would lose to the other group."""
+    scores = torch.full((1, 16), 0.1)
+    scores[0, [0, second]], scores[0, 8], scores[0, 12] = 0.9, 0.95, 0.7
+    with kernels(SCHEDULES[1], 1):
+        got = moe_route(scores.logit(), torch.zeros(16), top_k=2, n_group=2, topk_group=1)
+    assert got.indices.tolist() == [[0, second]]
 
 
 def test_route_of_a_token_does_not_depend_on_its_batch():
