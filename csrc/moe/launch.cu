@@ -40,18 +40,19 @@ void by_vectors(int experts, F&& f) {
 
 template <bool kPlans>
 void launch_move(const MoeDispatchParams& p, void* stream) {
+    constexpr std::size_t kShared = kPlans ? sizeof(MovePlan) : 0;
     LaunchShape shape{
         move_blocks(p.tokens, p.hidden, kPlans ? kMostPlanningBlocks : kMostMovingBlocks),
-        kMoeThreads, kPlans ? sizeof(MovePlan) : 0};
+        kMoeThreads};
     shape.stream = stream;
     if (p.quantize) {
         by_float_type(p.type, [&](auto* type) {
-            launch(shape, moe_move_kernel<Element<decltype(type)>, true, kPlans>, p);
+            launch<moe_move_kernel<Element<decltype(type)>, true, kPlans>, kShared>(shape, p);
         });
     } else if (p.type == Type::kF32) {
-        launch(shape, moe_move_kernel<float, false, kPlans>, p);
+        launch<moe_move_kernel<float, false, kPlans>, kShared>(shape, p);
     } else {
-        launch(shape, moe_move_kernel<bf16, false, kPlans>, p);
+        launch<moe_move_kernel<bf16, false, kPlans>, kShared>(shape, p);
     }
 }
 
@@ -61,10 +62,11 @@ void launch_moe_route(const MoeRouteParams& p, void* stream) {
     check_experts(p.experts);
     check_top_k(p.top_k);
     check(p.groups >= 1 && p.groups <= kMostGroups, "1 to 32 groups");
-    LaunchShape shape{route_blocks(p.tokens), kRouteThreads, sizeof(RouteStorage)};
+    LaunchShape shape{route_blocks(p.tokens), kRouteThreads};
     shape.stream = stream;
-    by_vectors(p.experts,
-               [&](auto vectors) { launch(shape, moe_route_kernel<decltype(vectors)::value>, p); });
+    by_vectors(p.experts, [&](auto vectors) {
+        launch<moe_route_kernel<decltype(vectors)::value>, sizeof(RouteStorage)>(shape, p);
+    });
 }
 
 void launch_moe_route_backward(const MoeRouteBackwardParams& p, void* stream) {
@@ -77,7 +79,7 @@ void launch_moe_route_backward(const MoeRouteBackwardParams& p, void* stream) {
         kRouteThreads};
     shape.stream = stream;
     by_vectors(p.experts, [&](auto vectors) {
-        launch(shape, moe_route_backward_kernel<decltype(vectors)::value>, p);
+        launch<moe_route_backward_kernel<decltype(vectors)::value>>(shape, p);
     });
 }
 
@@ -86,12 +88,11 @@ void launch_moe_dispatch(const MoeDispatchParams& p, void* stream) {
     check_top_k(p.top_k);
     const int64_t pairs = p.tokens * p.top_k;
     if (plans_in_one_launch(pairs)) return launch_move<true>(p, stream);
-    LaunchShape count{static_cast<unsigned>(ceil_div(pairs, kPlanTile)), kMoeThreads,
-                      sizeof(TileRanks)};
-    LaunchShape scan{1, kScanThreads, sizeof(PlaceExperts<kScanThreads>)};
+    LaunchShape count{static_cast<unsigned>(ceil_div(pairs, kPlanTile)), kMoeThreads};
+    LaunchShape scan{1, kScanThreads};
     count.stream = scan.stream = stream;
-    launch(count, moe_count_kernel, p);
-    launch(scan, moe_scan_kernel, p);
+    launch<moe_count_kernel, sizeof(TileRanks)>(count, p);
+    launch<moe_scan_kernel, sizeof(PlaceExperts<kScanThreads>)>(scan, p);
     launch_move<false>(p, stream);
 }
 
@@ -101,7 +102,7 @@ void launch_moe_combine(const MoeCombineParams& p, void* stream) {
     LaunchShape shape{move_blocks(p.tokens, p.hidden, kMostMovingBlocks), kMoeThreads};
     shape.stream = stream;
     by_float_type(
-        p.type, [&](auto* type) { launch(shape, moe_combine_kernel<Element<decltype(type)>>, p); });
+        p.type, [&](auto* type) { launch<moe_combine_kernel<Element<decltype(type)>>>(shape, p); });
 }
 
 void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream) {
@@ -112,10 +113,11 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream
     const int64_t wanted = p.tokens > pads ? p.tokens : pads;
     LaunchShape shape{
         static_cast<unsigned>(wanted < kMostGradientBlocks ? wanted : kMostGradientBlocks),
-        32 * warps, sizeof(WeightGradients)};
+        32 * warps};
     shape.stream = stream;
     by_float_type(p.type, [&](auto* type) {
-        launch(shape, moe_combine_backward_kernel<Element<decltype(type)>>, p);
+        launch<moe_combine_backward_kernel<Element<decltype(type)>>, sizeof(WeightGradients)>(shape,
+                                                                                              p);
     });
 }
 

@@ -15,10 +15,9 @@ from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_grou
 from k2kernels.ops._launch import TYPES, address, launch, matrices
 from k2kernels.ops._register import register
 from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm
-from k2kernels.ops.quant import QUANTIZABLE, swiglu, swiglu_quantize
+from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu, swiglu_quantize
 from k2kernels.reference import moe as reference
 from k2kernels.reference._numeric import wide_dtype
-from k2kernels.reference.quant import store_scales
 
 INDICES = (torch.int32, torch.int64)
 
@@ -385,13 +384,15 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, Rows]:
 
 
 def _float32(x: Tensor | None) -> Tensor | None:
-    """Contiguous, in float32."""
-    return None if x is None else x.float().contiguous()
+    """Contiguous, in float32: mostly as it is."""
+    if x is None:
+        return None
+    return (x if x.dtype == torch.float32 else x.float()).contiguous()
 
 
-def _too_much(*, top_k: int = 1, experts: int = 1, groups: int = 1, float64: Tensor | None = None) -> str | None:
+def _too_much(top_k: int, *, experts: int = 1, groups: int = 1, float64: bool) -> str | None:
     """What no kernel serves."""
-    if float64 is not None and float64.dtype == torch.float64:
+    if float64:
         return "no kernel computes in float64"
     if experts > MOST_EXPERTS:
         return f"the kernels take up to {MOST_EXPERTS} experts"
@@ -408,9 +409,9 @@ def _too_much(*, top_k: int = 1, experts: int = 1, groups: int = 1, float64: Ten
 def _route_fake(logits: Tensor, bias: Any, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     return (
-        logits.new_empty((tokens, top_k), dtype=wide_dtype(logits.dtype)),
-        logits.new_empty((tokens, top_k), dtype=torch.int32),
-        logits.new_empty((experts,), dtype=torch.int64),
+        logits.new_empty(tokens, top_k, dtype=wide_dtype(logits.dtype)),
+        logits.new_empty(tokens, top_k, dtype=torch.int32),
+        logits.new_empty(experts, dtype=torch.int64),
     )
 
 
@@ -458,7 +459,7 @@ def _route_kernel(
 
 
 def _route_unserved(logits: Tensor, bias: Tensor | None, top_k: int, n_group: int, *_: Any) -> str | None:
-    return _too_much(float64=logits, top_k=top_k, experts=logits.shape[1], groups=n_group)
+    return _too_much(top_k, experts=logits.shape[1], groups=n_group, float64=logits.dtype == torch.float64)
 
 
 def _route_backward_kernel(
@@ -500,7 +501,7 @@ _moe_route_backward = register(
     fake=lambda grad, logits, *_: logits.new_empty(logits.shape),
     kernel=_route_backward_kernel,
     unserved=lambda grad, logits, indices, *_: _too_much(
-        float64=logits, top_k=indices.shape[1], experts=logits.shape[1]
+        indices.shape[1], experts=logits.shape[1], float64=logits.dtype == torch.float64
     ),
 )
 
@@ -558,20 +559,18 @@ def _dispatch_validate(x: Tensor, indices: Tensor, num_experts: int, *_: Any) ->
 def _plan_fake(indices: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, ...]:
     """Empty slot_of, token_of_slot, offsets, counts, overflow."""
 
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return indices.new_empty(shape, dtype=dtype)
-
+    empty, int32 = indices.new_empty, torch.int32
     return (
-        empty(*indices.shape),
-        empty(capacity),
-        empty(num_experts + 1),
-        empty(num_experts),
-        empty(dtype=torch.int64),
+        empty(*indices.shape, dtype=int32),
+        empty(capacity, dtype=int32),
+        empty(num_experts + 1, dtype=int32),
+        empty(num_experts, dtype=int32),
+        empty((), dtype=torch.int64),
     )
 
 
 def _dispatch_fake(x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
-    return x.new_empty((capacity, x.shape[1])), *_plan_fake(indices, num_experts, capacity)
+    return x.new_empty(capacity, x.shape[1]), *_plan_fake(indices, num_experts, capacity)
 
 
 def _dispatch_quantize_fake(
@@ -584,11 +583,12 @@ def _dispatch_quantize_fake(
     scale_layout: str,
 ) -> tuple[Tensor, ...]:
     hidden = x.shape[1]
-    scales = store_scales(x.new_empty((capacity, -(-hidden // 128)), dtype=torch.float32), scale_layout)
-    return x.new_empty((capacity, hidden), dtype=E4M3), scales, *_plan_fake(indices, num_experts, capacity)
+    scales = empty_scales(x, (capacity, -(-hidden // 128)), scale_layout)
+    return x.new_empty(capacity, hidden, dtype=E4M3), scales, *_plan_fake(indices, num_experts, capacity)
 
 
 def _launch_dispatch(
+    op: str,
     x: Tensor,
     indices: Tensor,
     num_experts: int,
@@ -607,7 +607,7 @@ def _launch_dispatch(
         ranks = indices.new_empty(pairs, dtype=torch.int16)
         before_tile = indices.new_empty((-(-pairs // PLAN_TILE), num_experts), dtype=torch.int32)
     launch(
-        "moe_dispatch",
+        op,
         "moe_dispatch",
         x.device,
         rows,
@@ -621,14 +621,14 @@ def _launch_dispatch(
         power_of_two,
         address(scales),
         (0, 0) if scales is None else scales.stride(),
-        tuple(t.data_ptr() for t in plan),
+        tuple(map(Tensor.data_ptr, plan)),
         (address(ranks), address(before_tile)),
     )
 
 
 def _dispatch_kernel(x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
     data, *plan = _dispatch_fake(x, indices, num_experts, alignment, capacity)
-    _launch_dispatch(x, indices, num_experts, alignment, capacity, data, None, False, plan)
+    _launch_dispatch("moe_dispatch", x, indices, num_experts, alignment, capacity, data, None, False, plan)
     return data, *plan
 
 
@@ -644,14 +644,15 @@ def _dispatch_quantize_kernel(
     data, scales, *plan = _dispatch_quantize_fake(
         x, indices, num_experts, alignment, capacity, power_of_two, scale_layout
     )
-    _launch_dispatch(x, indices, num_experts, alignment, capacity, data, scales, power_of_two, plan)
+    place = num_experts, alignment, capacity
+    _launch_dispatch("moe_dispatch_quantize", x, indices, *place, data, scales, power_of_two, plan)
     return data, scales, *plan
 
 
 def _dispatch_unserved(x: Tensor, indices: Tensor, num_experts: int, alignment: int, *_: Any) -> str | None:
     if indices.numel() >= 2**31 or alignment >= 2**31:
         return "the kernels take fewer than 2**31 pairs (token, k), and such an alignment"
-    return _too_much(float64=x, top_k=indices.shape[1], experts=num_experts)
+    return _too_much(indices.shape[1], experts=num_experts, float64=x.dtype == torch.float64)
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -703,7 +704,7 @@ _moe_permute = register(
     reference=reference.moe_permute,
     fake=lambda x, slot_of, token_of_slot: x.new_empty((token_of_slot.shape[0], x.shape[1])),
     kernel=_permute_kernel,
-    unserved=lambda x, slot_of, token_of_slot: _too_much(float64=x, top_k=slot_of.shape[1]),
+    unserved=lambda x, slot_of, token_of_slot: _too_much(slot_of.shape[1], float64=x.dtype == torch.float64),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     backward=_permute_grad,
 )
@@ -723,7 +724,7 @@ def _combine_validate(y: Tensor, slot_of: Tensor, token_of_slot: Tensor, *_: Any
 
 
 def _combine_fake(y: Tensor, slot_of: Tensor, *args: Any) -> Tensor:
-    return y.new_empty((slot_of.shape[0], y.shape[1]), dtype=args[-1])
+    return y.new_empty(slot_of.shape[0], y.shape[1], dtype=args[-1])
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -778,12 +779,17 @@ def _combine_kernel(
     return out
 
 
-def _combine_unserved(y: Tensor, slot_of: Tensor, *args: Any) -> str | None:
-    _, _, shared, residual, out_dtype = args
-    if out_dtype == torch.float64:
-        return "no kernel computes in float64"
-    reasons = (_too_much(float64=t, top_k=slot_of.shape[1]) for t in (y, shared, residual))
-    return next((reason for reason in reasons if reason), None)
+def _combine_unserved(
+    y: Tensor,
+    slot_of: Tensor,
+    token_of_slot: Tensor,
+    weights: Tensor | None,
+    shared: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> str | None:
+    dtypes = y.dtype, out_dtype, *[t.dtype for t in (shared, residual) if t is not None]
+    return _too_much(slot_of.shape[1], float64=torch.float64 in dtypes)
 
 
 def _launch_combine_backward(
@@ -841,7 +847,7 @@ _moe_combine_backward = register(
     reference=reference.moe_combine_backward,
     fake=lambda grad, y, slot_of, token_of_slot, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
     kernel=_combine_backward_kernel,
-    unserved=lambda grad, y, slot_of, *_: _too_much(float64=grad, top_k=slot_of.shape[1]) or _too_much(float64=y),
+    unserved=lambda grad, y, slot_of, *_: _too_much(slot_of.shape[1], float64=torch.float64 in (grad.dtype, y.dtype)),
 )
 
 

@@ -51,7 +51,8 @@ def test_dispatch(tokens, skew, dtype):
         dict(alignment=16, quantize=True, power_of_two=True, scale_layout="column"),
         dict(alignment=16, capacity=16 * (tokens // 3 + 2)),
     ):
-        got = launched("moe_dispatch", k.moe_dispatch, x, indices, weights, num_experts=EXPERTS, **options)
+        op = "moe_dispatch_quantize" if "quantize" in options else "moe_dispatch"
+        got = launched(op, k.moe_dispatch, x, indices, weights, num_experts=EXPERTS, **options)
         want = k.moe_dispatch(x, indices, weights, num_experts=EXPERTS, **options)
         for g, w in zip(got.handle, want.handle):
             same(g, w)
@@ -68,9 +69,8 @@ def test_padding_is_not_written(tokens):
     capacity = 128 * (tokens * TOP_K // 128 + EXPERTS)
     plan = [t.cuda() for t in moe._plan_fake(indices, EXPERTS, capacity)]
     data = torch.full((capacity, HIDDEN), 7, dtype=torch.bfloat16, device="cuda")
-    moe._launch_dispatch(
-        torch.randn(tokens, HIDDEN).bfloat16().cuda(), indices.cuda(), EXPERTS, 128, capacity, data, None, False, plan
-    )
+    x = torch.randn(tokens, HIDDEN).bfloat16().cuda()
+    moe._launch_dispatch("moe_dispatch", x, indices.cuda(), EXPERTS, 128, capacity, data, None, False, plan)
     assert (data[plan[1] < 0] == 7).all() and (plan[1] < 0).sum() == capacity - tokens * TOP_K
 
 

@@ -73,7 +73,7 @@ def dispatch_into_canaries(x, indices, experts, alignment, capacity, quantize=Fa
         scales = untouched(blocks, -(-capacity // 4) * 4, dtype=F32)[:, :capacity].mT
     sizes = ((indices.shape), (capacity,), (experts + 1,), (experts,))
     plan = [untouched(*size, dtype=torch.int32) for size in sizes] + [untouched(1, dtype=torch.int64)]
-    moe._launch_dispatch(x, indices, experts, alignment, capacity, data, scales, power_of_two, plan)
+    moe._launch_dispatch("moe_dispatch", x, indices, experts, alignment, capacity, data, scales, power_of_two, plan)
     return data, scales, plan
 
 
@@ -219,12 +219,12 @@ def test_combine_of_a_token_does_not_depend_on_its_batch():
     with kernels(SCHEDULES[2]):
         together = moe_combine(y, handle, shared=shared)
         for token in (0, 17, 39):
-            of_one = slice(token, token + 1)
-            alone = handle._replace(slot_of=handle.slot_of[of_one], weights=handle.weights[of_one])
-            same(moe_combine(y, alone, shared=shared[of_one]), together[of_one])
+            slots, weights, one = (t[token : token + 1] for t in (handle.slot_of, handle.weights, shared))
+            same(moe._combine_kernel(y, slots, handle[1], weights, one, None, BF16), together[token : token + 1])
 
 
 def test_combine_reads_rows_that_lie_apart_and_no_slot_that_does_not_exist():
+    """The host does not look into a GPU's slots: the kernel must not let them reach memory."""
     handle = make_handle(6, 8, 3)
     y, shared = rows_of(handle, 40, F32), torch.randn(6, 40)
     wide = torch.full((len(y), 64), math.nan)
@@ -232,9 +232,9 @@ def test_combine_reads_rows_that_lie_apart_and_no_slot_that_does_not_exist():
     want = moe_combine(y, handle, shared=shared)
     none = handle.slot_of < 0
     for no_slot in (-7, len(y), 2**31 - 1):
-        bad = handle._replace(slot_of=handle.slot_of.masked_fill(none, no_slot))
+        slots, apart = handle.slot_of.masked_fill(none, no_slot), shared.mT.contiguous().mT
         with kernels(SCHEDULES[1], 1):
-            same(moe._moe_combine(wide[:, 8:48], *bad[:2], bad.weights, shared.mT.contiguous().mT, None, F32), want)
+            same(moe._combine_kernel(wide[:, 8:48], slots, handle[1], handle.weights, apart, None, F32), want)
 
 
 def test_combine_of_nothing():
