@@ -1,4 +1,4 @@
-"""MoE ops against the same steps in PyTorch's own index operations, at sizes of a CPU.
+"""MoE ops against the same steps in PyTorch's own index operations: at sizes of a CPU, and Kimi-K2's on a GPU.
 
 Shapes: "tiny" is the model that trains on a laptop; "k2" has Kimi-K2's 384 experts, top-8, with narrow rows.
 """
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_mlp, moe_route
+from k2kernels.testing.bench import Case
+from k2kernels.testing.inputs import KIMI_K2
 
 SHAPES = {  # T, E, K, H, I
     "tiny": (2048, 8, 2, 64, 128),
@@ -116,3 +118,112 @@ def test_mlp_backward(benchmark, layer, who):
         return torch_mlp(x, routing.indices, weights, gate_up, down)
 
     benchmark(forward_backward(ours if who == "k2kernels" else peer, x, routing.weights, gate_up, down))
+
+
+# On a GPU
+
+SCALE = 2.827  # of Kimi-K2's routing weights
+TOKENS = (1, 128, 4096, 8192)
+
+
+def random_routing(tokens, device):
+    """Uniform: indices int32 [T, K] and weights [T, K]."""
+    indices = torch.rand(tokens, KIMI_K2.experts, device=device).topk(KIMI_K2.top_k).indices.int()
+    return indices, torch.rand(tokens, KIMI_K2.top_k, device=device)
+
+
+def route_case(tokens):
+    experts, top_k = KIMI_K2.experts, KIMI_K2.top_k
+
+    def make(device):
+        return torch.randn(tokens, experts, device=device), torch.randn(experts, device=device) * 0.01
+
+    def peer(logits, bias):
+        return torch_route(logits, bias, top_k)
+
+    return Case(
+        "moe_route",
+        f"{tokens} tokens",
+        tokens * (4 * experts + 8 * top_k) + 12 * experts,  # logits, indices and weights; bias and counts
+        make,
+        {
+            "k2kernels": lambda logits, bias: moe_route(logits, bias, top_k=top_k, scale=SCALE),
+            "torch": peer,
+            "torch.compile": torch.compile(peer, dynamic=False),
+        },
+    )
+
+
+def dispatch_cases(tokens):
+    experts, top_k, hidden = KIMI_K2.experts, KIMI_K2.top_k, KIMI_K2.hidden
+
+    def make(device):
+        return torch.randn(tokens, hidden, device=device).bfloat16(), *random_routing(tokens, device)
+
+    def ours(alignment, **options):
+        return lambda *args: moe_dispatch(*args, num_experts=experts, alignment=alignment, **options)
+
+    def permute(x, indices, weights):
+        return torch_permute(x, indices)
+
+    def quantize_then_permute(x, indices, weights):
+        blocks = x.float().unflatten(-1, (-1, 128))
+        scales = (blocks.abs().amax(-1) / 448).clamp(min=1e-10)
+        codes = (blocks / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).flatten(-2)
+        order = indices.flatten().argsort(stable=True)
+        token = order // top_k
+        return codes.view(torch.uint8)[token], scales[token], order
+
+    plan = 4 * (3 * tokens * top_k + 2 * experts)  # indices, both directions of slots; offsets and counts
+    return [
+        Case(
+            "moe_dispatch",
+            f"{tokens} tokens bf16",
+            2 * tokens * hidden * (1 + top_k) + plan,
+            make,
+            {"k2kernels": ours(1), "torch": permute, "torch.compile": torch.compile(permute, dynamic=False)},
+        ),
+        Case(
+            "moe_dispatch",
+            f"{tokens} tokens fp8",
+            2 * tokens * hidden + tokens * top_k * (hidden + 4 * hidden // 128) + plan,
+            make,
+            {
+                "k2kernels": ours(128, quantize=True),
+                "k2kernels column": ours(128, quantize=True, scale_layout="column"),
+                "torch": quantize_then_permute,
+                "torch.compile": torch.compile(quantize_then_permute, dynamic=False),
+            },
+        ),
+    ]
+
+
+def combine_case(tokens):
+    experts, top_k, hidden = KIMI_K2.experts, KIMI_K2.top_k, KIMI_K2.hidden
+
+    def make(device):
+        indices, weights = random_routing(tokens, device)
+        handle = moe_dispatch(torch.zeros(tokens, 1, device=device), indices, weights, num_experts=experts).handle
+        y = torch.randn(tokens * top_k, hidden, device=device).bfloat16()
+        return y, torch.randn(tokens, hidden, device=device).bfloat16(), handle
+
+    def peer(y, shared, handle):
+        rows = y[handle.slot_of.flatten()].view(tokens, top_k, hidden)
+        return (torch.einsum("tkh,tk->th", rows.float(), handle.weights) + shared.float()).bfloat16()
+
+    return Case(
+        "moe_combine",
+        f"{tokens} tokens",
+        2 * tokens * hidden * (top_k + 2) + 8 * tokens * top_k,  # rows, shared and out; slots and weights
+        make,
+        {
+            "k2kernels": lambda y, shared, handle: moe_combine(y, handle, shared=shared),
+            "torch": peer,
+            "torch.compile": torch.compile(peer, dynamic=False),
+        },
+    )
+
+
+def gpu_cases() -> list[Case]:
+    """Kimi-K2's router, dispatch and combine: one token, a decoding step, two prefills; routing is uniform."""
+    return [case for tokens in TOKENS for case in (route_case(tokens), *dispatch_cases(tokens), combine_case(tokens))]

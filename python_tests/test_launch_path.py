@@ -15,6 +15,15 @@ WEIGHT = torch.ones(256).bfloat16()
 Q = torch.randn(1, 1, 8, 576).bfloat16()
 ROW, CACHE = torch.randn(1, 576).bfloat16(), torch.zeros(2, 64, 576).bfloat16()
 TABLE, ONE = torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+INDICES, WEIGHTS, LOGITS = torch.tensor([[0, 3]], dtype=torch.int32), torch.ones(1, 2), torch.randn(1, 8)
+BIAS = torch.zeros(8)
+SLOTS = k.moe_dispatch(X, INDICES, WEIGHTS, num_experts=8)
+
+
+def dispatched():
+    data, _, _, _, handle = k.moe_dispatch(X, INDICES, WEIGHTS, num_experts=8)
+    return data, *handle[:4], handle.overflow
+
 
 # op -> a call, the Python functions that it may enter, and what it may ask of PyTorch besides its results' memory
 CALLS = {
@@ -27,6 +36,9 @@ CALLS = {
     "mla_append": (lambda: k.mla_append(ROW, CACHE, TABLE, ONE), 38, set()),
     "mla_decode": (lambda: k.mla_decode(Q, CACHE, TABLE, ONE, softmax_scale=0.1), 51, set()),
     "mla_gather": (lambda: k.mla_gather(CACHE, TABLE, ONE), 33, set()),
+    "moe_route": (lambda: k.moe_route(LOGITS, BIAS, top_k=2), 42, set()),
+    "moe_dispatch": (dispatched, 42, set()),
+    "moe_combine": (lambda: k.moe_combine(SLOTS.data, SLOTS.handle, shared=X), 41, set()),
 }
 
 

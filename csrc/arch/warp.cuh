@@ -61,6 +61,15 @@ K2K_DEVICE bool all(bool predicate K2K_WHERE) {
     return ballot(predicate K2K_PASS_WHERE) == kFullWarp;
 }
 
+// The lanes of a full warp whose value equals this lane's, itself included.
+// PTX: #parallel-synchronization-and-communication-instructions-match-sync
+K2K_DEVICE uint32_t match_any(uint32_t value K2K_WHERE) {
+    K2K_EMULATE(match_any(value, where));
+#ifndef K2K_EMULATED
+    return __match_any_sync(kFullWarp, value);
+#endif
+}
+
 // True in one lane of a converged warp: the one that starts TMA copies and arrives for all.
 // sm_90. PTX: #parallel-synchronization-and-communication-instructions-elect-sync
 K2K_DEVICE bool elect_one(K2K_WHERE_ONLY) {

@@ -43,6 +43,7 @@ void bind_runtime(py::module_& m) {
     bind_mla_decode(m);
     bind_fp8_gemm(m);
     bind_newton_schulz(m);
+    bind_moe(m);
     bind_conformance(m);
 }
 

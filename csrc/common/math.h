@@ -16,4 +16,22 @@ K2K_DEVICE float max_number(float a, float b) {
 #endif
 }
 
+// a * b, rounded before anything is added to it: nvcc makes no fused multiply-add of the two.
+K2K_DEVICE float rounded_product(float a, float b) {
+#ifdef __CUDACC__
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
+// How many bits are set.
+K2K_DEVICE int count_bits(uint32_t bits) {
+#ifdef __CUDACC__
+    return __popc(bits);
+#else
+    return __builtin_popcount(bits);
+#endif
+}
+
 }  // namespace k2k

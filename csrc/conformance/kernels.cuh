@@ -21,7 +21,7 @@ using arch::Scope;
 
 // ---- warps
 
-// Input: a word per lane, whose lowest three bits are predicates.
+// Input: a word per lane, whose lowest three bits are predicates, and which match in few bits.
 __global__ void __launch_bounds__(32) votes_kernel(const uint32_t* input, uint32_t* output) {
     Rows out(output);
     const uint32_t value = input[threadIdx.x];
@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(32) votes_kernel(const uint32_t* input, uint32
         out(arch::any(predicate));
         out(arch::all(predicate));
     }
+    for (const uint32_t bits : {0u, 1u, 3u, 0xffffffffu}) out(arch::match_any(value & bits));
 }
 
 // Input: a word per lane.

@@ -19,6 +19,7 @@ int capability();  // compute capability x 10 of the emulated chip
 enum class Shuffle { kIndex, kUp, kDown, kXor };
 void sync_warp(uint32_t mask, Where where);
 uint32_t ballot(bool predicate, Where where);
+uint32_t match_any(uint32_t value, Where where);
 bool elect_one(Where where);
 uint64_t shuffle(Shuffle kind, uint64_t value, uint32_t lane, Where where);
 uint32_t redux(const char* kind, uint32_t value, Where where);

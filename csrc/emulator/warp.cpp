@@ -86,6 +86,31 @@ uint32_t ballot(bool predicate, Where where) {
     return argument.result;
 }
 
+uint32_t match_any(uint32_t value, Where where) {
+    race::Quiet quiet;
+    enter("match_any", where);
+    struct Argument {
+        uint32_t value;
+        uint32_t result;
+    } argument{value, 0};
+    rendezvous(
+        "match_any", kFullWarp, &argument,
+        [](Thread**, void** arguments, uint32_t mask) {
+            for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+                if (!(mask >> lane & 1)) continue;
+                auto* own = static_cast<Argument*>(arguments[lane]);
+                for (unsigned other = 0; other < kWarpSize; ++other) {
+                    if (!(mask >> other & 1)) continue;
+                    const bool equal =
+                        static_cast<Argument*>(arguments[other])->value == own->value;
+                    own->result |= uint32_t(equal) << other;
+                }
+            }
+        },
+        where);
+    return argument.result;
+}
+
 bool elect_one(Where where) {
     race::Quiet quiet;
     enter("elect_one", where, 90);

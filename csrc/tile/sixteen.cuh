@@ -93,6 +93,15 @@ K2K_DEVICE void widen(float (&values)[16], const Sixteen<bf16>& sixteen) {
     }
 }
 
+K2K_DEVICE void widen(float (&values)[16], const Sixteen<fp16>& sixteen) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(sixteen.values);
+    K2K_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        values[2 * i] = arch::to_float(fp16{static_cast<uint16_t>(pairs[i])});
+        values[2 * i + 1] = arch::to_float(fp16{static_cast<uint16_t>(pairs[i] >> 16)});
+    }
+}
+
 K2K_DEVICE void narrow(Sixteen<float>& sixteen, const float (&values)[16]) {
     K2K_UNROLL
     for (int i = 0; i < 16; ++i) sixteen.values[i] = values[i];

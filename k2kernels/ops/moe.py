@@ -12,14 +12,21 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_groups
+from k2kernels.ops._launch import TYPES, address, launch, matrices
 from k2kernels.ops._register import register
 from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm
-from k2kernels.ops.quant import QUANTIZABLE, swiglu, swiglu_quantize
+from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu, swiglu_quantize
 from k2kernels.reference import moe as reference
 from k2kernels.reference._numeric import wide_dtype
-from k2kernels.reference.quant import store_scales
 
 INDICES = (torch.int32, torch.int64)
+
+# What the kernels take, as in csrc/moe/config.h.
+MOST_EXPERTS = 1024
+MOST_TOP_K = 32
+MOST_GROUPS = 32
+PLAN_TILE = 2048  # pairs (token, k) that one block ranks; up to so many are dispatched in one launch
+ROUTE_WARPS = 8  # tokens of a block that routes
 
 
 class Routing(NamedTuple):
@@ -239,12 +246,13 @@ def moe_dispatch(
         capacity = (capacity + alignment - 1) // alignment * alignment
     args.require(capacity % alignment == 0, "capacity", lambda: f"a multiple of alignment={alignment}", capacity)
     args.require(capacity < 2**31, "capacity", "below 2**31 slots", capacity, "dispatch fewer tokens at a time")
-    slot_of, token_of_slot, offsets, counts, overflow = _moe_plan(indices, num_experts, alignment, capacity)
-    handle = Handle(slot_of, token_of_slot, offsets, counts, weights, overflow)
+    place = num_experts, alignment, capacity
     if quantize:
-        data, scales = _moe_permute_quantize(x, slot_of, token_of_slot, power_of_two, scale_layout)
+        data, scales, *plan = _moe_dispatch_quantize(x, indices, *place, power_of_two, scale_layout)
     else:
-        data, scales = _moe_permute(x, slot_of, token_of_slot), None
+        scales, (data, *plan) = None, _moe_dispatch(x, indices, *place)
+    slot_of, token_of_slot, offsets, counts, overflow = plan
+    handle = Handle(slot_of, token_of_slot, offsets, counts, weights, overflow)
     return Dispatched(data, scales, offsets, counts, handle)
 
 
@@ -364,15 +372,46 @@ def moe_mlp(
     return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
 
 
+Rows = tuple[int, int, int]  # what the kernels are told of a matrix: address, type, stride of its rows
+
+
+def _rows(x: Tensor | None) -> tuple[Tensor | None, Rows]:
+    """A matrix whose columns are neighbours, copied only if they are not, and where its rows are."""
+    if x is None:
+        return None, (0, 0, 0)
+    x, _, (_, row_stride) = matrices(x)
+    return x, (x.data_ptr(), TYPES[x.dtype], row_stride)
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    """Contiguous, in float32: mostly as it is."""
+    if x is None:
+        return None
+    return (x if x.dtype == torch.float32 else x.float()).contiguous()
+
+
+def _too_much(top_k: int, *, experts: int = 1, groups: int = 1, float64: bool) -> str | None:
+    """What no kernel serves."""
+    if float64:
+        return "no kernel computes in float64"
+    if experts > MOST_EXPERTS:
+        return f"the kernels take up to {MOST_EXPERTS} experts"
+    if top_k > MOST_TOP_K:
+        return f"the kernels take up to {MOST_TOP_K} experts for a token"
+    if groups > MOST_GROUPS:
+        return f"the kernel takes up to {MOST_GROUPS} groups"
+    return None
+
+
 # moe_route
 
 
 def _route_fake(logits: Tensor, bias: Any, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     return (
-        logits.new_empty((tokens, top_k), dtype=wide_dtype(logits.dtype)),
-        logits.new_empty((tokens, top_k), dtype=torch.int32),
-        logits.new_empty((experts,), dtype=torch.int64),
+        logits.new_empty(tokens, top_k, dtype=wide_dtype(logits.dtype)),
+        logits.new_empty(tokens, top_k, dtype=torch.int32),
+        logits.new_empty(experts, dtype=torch.int64),
     )
 
 
@@ -385,11 +424,74 @@ def _route_grad(ctx: Any, grad: Tensor, _indices: None, _counts: None) -> tuple:
     return (_moe_route_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 7)
 
 
+def _route_kernel(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    score: str,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights, indices, counts = _route_fake(logits, bias, top_k)
+    tokens, experts = logits.shape
+    if tokens > ROUTE_WARPS:
+        counts.zero_()  # several blocks will add to them; one writes them
+    logits, rows = _rows(logits)
+    bias = _float32(bias)
+    launch(
+        "moe_route",
+        "moe_route",
+        logits.device,
+        rows,
+        address(bias),
+        (tokens, experts, top_k),
+        (n_group, topk_group),
+        score == "softmax",
+        normalize,
+        scale,
+        indices.data_ptr(),
+        weights.data_ptr(),
+        counts.data_ptr(),
+    )
+    return weights, indices, counts
+
+
+def _route_unserved(logits: Tensor, bias: Tensor | None, top_k: int, n_group: int, *_: Any) -> str | None:
+    return _too_much(top_k, experts=logits.shape[1], groups=n_group, float64=logits.dtype == torch.float64)
+
+
+def _route_backward_kernel(
+    grad: Tensor, logits: Tensor, indices: Tensor, score: str, normalize: bool, scale: float
+) -> Tensor:
+    d_logits = logits.new_empty(logits.shape)
+    (tokens, experts), top_k = logits.shape, indices.shape[1]
+    grad, indices = _float32(grad), indices.contiguous()
+    logits, rows = _rows(logits)
+    launch(
+        "moe_route_backward",
+        "moe_route_backward",
+        logits.device,
+        grad.data_ptr(),
+        rows,
+        indices.data_ptr(),
+        d_logits.data_ptr(),
+        (tokens, experts, top_k),
+        score == "softmax",
+        normalize,
+        scale,
+    )
+    return d_logits
+
+
 _moe_route = register(
     "moe_route(Tensor logits, Tensor? bias, int top_k, int n_group, int topk_group, str score, bool normalize, "
     "float scale) -> (Tensor weights, Tensor indices, Tensor counts)",
     reference=reference.moe_route,
     fake=_route_fake,
+    kernel=_route_kernel,
+    unserved=_route_unserved,
     setup_context=_route_setup,
     backward=_route_grad,
 )
@@ -397,6 +499,10 @@ _moe_route_backward = register(
     "moe_route_backward(Tensor grad, Tensor logits, Tensor indices, str score, bool normalize, float scale) -> Tensor",
     reference=reference.moe_route_backward,
     fake=lambda grad, logits, *_: logits.new_empty(logits.shape),
+    kernel=_route_backward_kernel,
+    unserved=lambda grad, logits, indices, *_: _too_much(
+        indices.shape[1], experts=logits.shape[1], float64=logits.dtype == torch.float64
+    ),
 )
 
 
@@ -446,60 +552,161 @@ _moe_update_bias = register(
 # moe_dispatch
 
 
-def _plan_validate(indices: Tensor, num_experts: int, alignment: int, capacity: int) -> None:
+def _dispatch_validate(x: Tensor, indices: Tensor, num_experts: int, *_: Any) -> None:
     _check_indices("moe_dispatch", indices, num_experts)
 
 
-def _plan_fake(indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return indices.new_empty(shape, dtype=dtype)
+def _plan_fake(indices: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, ...]:
+    """Empty slot_of, token_of_slot, offsets, counts, overflow."""
 
+    empty, int32 = indices.new_empty, torch.int32
     return (
-        empty(*indices.shape),
-        empty(capacity),
-        empty(num_experts + 1),
-        empty(num_experts),
-        empty(dtype=torch.int64),
+        empty(*indices.shape, dtype=int32),
+        empty(capacity, dtype=int32),
+        empty(num_experts + 1, dtype=int32),
+        empty(num_experts, dtype=int32),
+        empty((), dtype=torch.int64),
     )
 
 
-def _permute_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+def _dispatch_fake(x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
+    return x.new_empty(capacity, x.shape[1]), *_plan_fake(indices, num_experts, capacity)
+
+
+def _dispatch_quantize_fake(
+    x: Tensor,
+    indices: Tensor,
+    num_experts: int,
+    alignment: int,
+    capacity: int,
+    power_of_two: bool,
+    scale_layout: str,
+) -> tuple[Tensor, ...]:
+    hidden = x.shape[1]
+    scales = empty_scales(x, (capacity, -(-hidden // 128)), scale_layout)
+    return x.new_empty(capacity, hidden, dtype=E4M3), scales, *_plan_fake(indices, num_experts, capacity)
+
+
+def _launch_dispatch(
+    op: str,
+    x: Tensor,
+    indices: Tensor,
+    num_experts: int,
+    alignment: int,
+    capacity: int,
+    data: Tensor,
+    scales: Tensor | None,
+    power_of_two: bool,
+    plan: tuple[Tensor, ...],
+) -> None:
+    (tokens, top_k), hidden = indices.shape, x.shape[1]
+    x, rows = _rows(x)
+    indices = indices.contiguous()
+    ranks = before_tile = None
+    if (pairs := tokens * top_k) > PLAN_TILE:
+        ranks = indices.new_empty(pairs, dtype=torch.int16)
+        before_tile = indices.new_empty((-(-pairs // PLAN_TILE), num_experts), dtype=torch.int32)
+    launch(
+        op,
+        "moe_dispatch",
+        x.device,
+        rows,
+        indices.data_ptr(),
+        indices.dtype == torch.int64,
+        (tokens, top_k, hidden, num_experts),
+        alignment,
+        capacity,
+        data.data_ptr(),
+        scales is not None,
+        power_of_two,
+        address(scales),
+        (0, 0) if scales is None else scales.stride(),
+        tuple(map(Tensor.data_ptr, plan)),
+        (address(ranks), address(before_tile)),
+    )
+
+
+def _dispatch_kernel(x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
+    data, *plan = _dispatch_fake(x, indices, num_experts, alignment, capacity)
+    _launch_dispatch("moe_dispatch", x, indices, num_experts, alignment, capacity, data, None, False, plan)
+    return data, *plan
+
+
+def _dispatch_quantize_kernel(
+    x: Tensor,
+    indices: Tensor,
+    num_experts: int,
+    alignment: int,
+    capacity: int,
+    power_of_two: bool,
+    scale_layout: str,
+) -> tuple[Tensor, ...]:
+    data, scales, *plan = _dispatch_quantize_fake(
+        x, indices, num_experts, alignment, capacity, power_of_two, scale_layout
+    )
+    place = num_experts, alignment, capacity
+    _launch_dispatch("moe_dispatch_quantize", x, indices, *place, data, scales, power_of_two, plan)
+    return data, scales, *plan
+
+
+def _dispatch_unserved(x: Tensor, indices: Tensor, num_experts: int, alignment: int, *_: Any) -> str | None:
+    if indices.numel() >= 2**31 or alignment >= 2**31:
+        return "the kernels take fewer than 2**31 pairs (token, k), and such an alignment"
+    return _too_much(indices.shape[1], experts=num_experts, float64=x.dtype == torch.float64)
+
+
+def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[1:3])  # slot_of, token_of_slot
+
+
+def _dispatch_grad(ctx: Any, grad: Tensor, *_: None) -> tuple:
+    return _moe_combine(grad, *ctx.saved_tensors, None, None, None, grad.dtype), *[None] * 4
+
+
+_PLAN = "Tensor slot_of, Tensor token_of_slot, Tensor offsets, Tensor counts, Tensor overflow"
+_moe_dispatch = register(
+    "moe_dispatch(Tensor x, Tensor indices, SymInt num_experts, SymInt alignment, SymInt capacity) -> "
+    f"(Tensor data, {_PLAN})",
+    reference=reference.moe_dispatch,
+    fake=_dispatch_fake,
+    kernel=_dispatch_kernel,
+    unserved=_dispatch_unserved,
+    validate=_dispatch_validate,
+    setup_context=_dispatch_setup,
+    backward=_dispatch_grad,
+)
+_moe_dispatch_quantize = register(
+    "moe_dispatch_quantize(Tensor x, Tensor indices, SymInt num_experts, SymInt alignment, SymInt capacity, "
+    f"bool power_of_two, str scale_layout) -> (Tensor data, Tensor scales, {_PLAN})",
+    reference=reference.moe_dispatch_quantize,
+    fake=_dispatch_quantize_fake,
+    kernel=_dispatch_quantize_kernel,
+    unserved=_dispatch_unserved,
+    validate=_dispatch_validate,
+)
+
+
+# moe_permute: rows to the slots of a handle, the gradient of a combine without weights
+
+
+def _permute_kernel(x: Tensor, slot_of: Tensor, token_of_slot: Tensor) -> Tensor:
+    data = x.new_empty((token_of_slot.shape[0], x.shape[1]))
+    _launch_combine_backward("moe_permute", x, None, slot_of, token_of_slot, None, data, None)
+    return data
 
 
 def _permute_grad(ctx: Any, grad: Tensor) -> tuple:
     return _moe_combine(grad, *ctx.saved_tensors, None, None, None, grad.dtype), None, None
 
 
-_moe_plan = register(
-    "moe_plan(Tensor indices, SymInt num_experts, SymInt alignment, SymInt capacity) -> "
-    "(Tensor slot_of, Tensor token_of_slot, Tensor offsets, Tensor counts, Tensor overflow)",
-    reference=reference.moe_plan,
-    fake=_plan_fake,
-    validate=_plan_validate,
-)
 _moe_permute = register(
     "moe_permute(Tensor x, Tensor slot_of, Tensor token_of_slot) -> Tensor",
     reference=reference.moe_permute,
     fake=lambda x, slot_of, token_of_slot: x.new_empty((token_of_slot.shape[0], x.shape[1])),
-    setup_context=_permute_setup,
+    kernel=_permute_kernel,
+    unserved=lambda x, slot_of, token_of_slot: _too_much(slot_of.shape[1], float64=x.dtype == torch.float64),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     backward=_permute_grad,
-)
-
-
-def _permute_quantize_fake(
-    x: Tensor, slot_of: Tensor, token_of_slot: Tensor, power_of_two: bool, scale_layout: str
-) -> tuple[Tensor, Tensor]:
-    slots, hidden = token_of_slot.shape[0], x.shape[1]
-    scales = x.new_empty((slots, -(-hidden // 128)), dtype=torch.float32)
-    return x.new_empty((slots, hidden), dtype=E4M3), store_scales(scales, scale_layout)
-
-
-_moe_permute_quantize = register(
-    "moe_permute_quantize(Tensor x, Tensor slot_of, Tensor token_of_slot, bool power_of_two, str scale_layout) -> "
-    "(Tensor data, Tensor scales)",
-    reference=reference.moe_permute_quantize,
-    fake=_permute_quantize_fake,
 )
 
 
@@ -517,7 +724,7 @@ def _combine_validate(y: Tensor, slot_of: Tensor, token_of_slot: Tensor, *_: Any
 
 
 def _combine_fake(y: Tensor, slot_of: Tensor, *args: Any) -> Tensor:
-    return y.new_empty((slot_of.shape[0], y.shape[1]), dtype=args[-1])
+    return y.new_empty(slot_of.shape[0], y.shape[1], dtype=args[-1])
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -543,11 +750,93 @@ def _combine_grad(ctx: Any, grad: Tensor) -> tuple:
     return d_y, None, None, d_weights, d_shared, d_residual, None
 
 
+def _combine_kernel(
+    y: Tensor,
+    slot_of: Tensor,
+    token_of_slot: Tensor,
+    weights: Tensor | None,
+    shared: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = _combine_fake(y, slot_of, out_dtype)
+    (slots, hidden), (tokens, top_k) = y.shape, slot_of.shape
+    (y, y_rows), (shared, shared_rows), (residual, residual_rows) = map(_rows, (y, shared, residual))
+    slot_of, weights = slot_of.contiguous(), _float32(weights)
+    launch(
+        "moe_combine",
+        "moe_combine",
+        y.device,
+        y_rows,
+        slot_of.data_ptr(),
+        address(weights),
+        shared_rows,
+        residual_rows,
+        out.data_ptr(),
+        TYPES[out_dtype],
+        (tokens, top_k, hidden, slots),
+    )
+    return out
+
+
+def _combine_unserved(
+    y: Tensor,
+    slot_of: Tensor,
+    token_of_slot: Tensor,
+    weights: Tensor | None,
+    shared: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> str | None:
+    dtypes = y.dtype, out_dtype, *[t.dtype for t in (shared, residual) if t is not None]
+    return _too_much(slot_of.shape[1], float64=torch.float64 in dtypes)
+
+
+def _launch_combine_backward(
+    op: str,
+    grad: Tensor,
+    y: Tensor | None,
+    slot_of: Tensor,
+    token_of_slot: Tensor,
+    weights: Tensor | None,
+    d_y: Tensor,
+    d_weights: Tensor | None,
+) -> None:
+    (slots, hidden), (tokens, top_k) = d_y.shape, slot_of.shape
+    (grad, grad_rows), (y, y_rows) = _rows(grad), _rows(y)
+    if y is None:
+        y_rows = 0, TYPES[d_y.dtype], 0
+    slot_of, token_of_slot, weights = slot_of.contiguous(), token_of_slot.contiguous(), _float32(weights)
+    launch(
+        op,
+        "moe_combine_backward",
+        grad.device,
+        grad_rows,
+        y_rows,
+        slot_of.data_ptr(),
+        token_of_slot.data_ptr(),
+        address(weights),
+        d_y.data_ptr(),
+        address(d_weights),
+        (tokens, top_k, hidden, slots),
+    )
+
+
+def _combine_backward_kernel(
+    grad: Tensor, y: Tensor, slot_of: Tensor, token_of_slot: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    d_y, d_weights = y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=torch.float32)
+    _launch_combine_backward("moe_combine_backward", grad, y, slot_of, token_of_slot, weights, d_y, d_weights)
+    return d_y, d_weights.to(weights.dtype)
+
+
 _moe_combine = register(
     "moe_combine(Tensor y, Tensor slot_of, Tensor token_of_slot, Tensor? weights, Tensor? shared, Tensor? residual, "
     "ScalarType out_dtype) -> Tensor",
     reference=reference.moe_combine,
     fake=_combine_fake,
+    kernel=_combine_kernel,
+    unserved=_combine_unserved,
     validate=_combine_validate,
     setup_context=_combine_setup,
     backward=_combine_grad,
@@ -557,6 +846,8 @@ _moe_combine_backward = register(
     "(Tensor d_y, Tensor d_weights)",
     reference=reference.moe_combine_backward,
     fake=lambda grad, y, slot_of, token_of_slot, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
+    kernel=_combine_backward_kernel,
+    unserved=lambda grad, y, slot_of, *_: _too_much(slot_of.shape[1], float64=torch.float64 in (grad.dtype, y.dtype)),
 )
 
 

@@ -234,7 +234,7 @@ def _validate_groups(op: str, x: Tensor, offsets: Tensor | None, counts: Tensor 
         check_counts(op, "counts", counts, x.shape[1])
 
 
-def _empty_scales(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> Tensor:
+def empty_scales(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> Tensor:
     """Scales [..., M, blocks], "column" meaning strides (1, M rounded up to 4)."""
     if scale_layout == "row":
         return x.new_empty(*shape, dtype=torch.float32)
@@ -246,7 +246,7 @@ def _quantize_1x128_fake(
     x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool, offsets: Tensor | None, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = x.mT.shape if transpose else x.shape
-    scales = _empty_scales(x, (*leading, rows, -(-columns // 128)), scale_layout)
+    scales = empty_scales(x, (*leading, rows, -(-columns // 128)), scale_layout)
     return x.new_empty(*leading, rows, columns, dtype=torch.float8_e4m3fn), scales
 
 
@@ -308,7 +308,7 @@ _quantize_1x128 = register(
 
 def _quantize_128x128_fake(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = w.shape
-    scales = _empty_scales(w, (*leading, -(-rows // 128), -(-columns // 128)), "row")
+    scales = empty_scales(w, (*leading, -(-rows // 128), -(-columns // 128)), "row")
     return w.new_empty(*w.shape, dtype=torch.float8_e4m3fn), scales
 
 
@@ -328,7 +328,7 @@ _quantize_128x128 = register(
 def _rms_norm_quantize_fake(
     x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
 ) -> tuple[Tensor, Tensor]:
-    scales = _empty_scales(x, (*x.shape[:-1], -(-x.shape[-1] // 128)), scale_layout)
+    scales = empty_scales(x, (*x.shape[:-1], -(-x.shape[-1] // 128)), scale_layout)
     return x.new_empty(*x.shape, dtype=torch.float8_e4m3fn), scales
 
 
@@ -492,7 +492,7 @@ _swiglu_backward = register(
 
 def _swiglu_quantize_fake(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
     shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    scales = _empty_scales(gate_up, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
+    scales = empty_scales(gate_up, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
     return gate_up.new_empty(*shape, dtype=torch.float8_e4m3fn), scales
 
 

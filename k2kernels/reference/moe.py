@@ -136,13 +136,27 @@ def moe_permute(x: Tensor, slot_of: Tensor, token_of_slot: Tensor) -> Tensor:
     return _rows(x, token_of_slot)
 
 
-def moe_permute_quantize(
-    x: Tensor, slot_of: Tensor, token_of_slot: Tensor, power_of_two: bool, scale_layout: str
-) -> tuple[Tensor, Tensor]:
-    """`moe_permute` of the codes [T, H] and the scales [T, ceil(H/128)] of x."""
+def moe_dispatch(x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
+    """`moe_plan`, and the rows of x in its slots, before it."""
+    plan = moe_plan(indices, num_experts, alignment, capacity)
+    return moe_permute(x, *plan[:2]), *plan
+
+
+def moe_dispatch_quantize(
+    x: Tensor,
+    indices: Tensor,
+    num_experts: int,
+    alignment: int,
+    capacity: int,
+    power_of_two: bool,
+    scale_layout: str,
+) -> tuple[Tensor, ...]:
+    """`moe_dispatch` of the codes [T, H] and the scales [T, ceil(H/128)] of x."""
+    plan = moe_plan(indices, num_experts, alignment, capacity)
+    token_of_slot = plan[1]
     data, scales = quantize_1x128(x, power_of_two)
     codes = _rows(data.view(torch.uint8), token_of_slot)  # bytes: few operations know float8
-    return codes.view(data.dtype), store_scales(_rows(scales, token_of_slot), scale_layout)
+    return codes.view(data.dtype), store_scales(_rows(scales, token_of_slot), scale_layout), *plan
 
 
 def moe_combine(
@@ -156,9 +170,11 @@ def moe_combine(
 ) -> Tensor:
     """[T, H]: sum over k, in this order, of weight * row, then shared, then residual; rounded once.
 
-    `weights=None` stands for ones.
+    `weights=None` stands for ones; a pair without a slot adds nothing, whatever its weight.
     """
     dtype = wide_dtype(y.dtype)
+    if weights is not None:
+        weights = weights.masked_fill(slot_of < 0, 0)
     total = y.new_zeros((slot_of.shape[0], y.shape[1]), dtype=dtype)
     rows, slot = _with_zero_row(y, slot_of)
     for k in range(slot_of.shape[1]):

@@ -137,6 +137,24 @@ for iterate in ("bf16", "fp16"):
     products = {"HMMA.16816.F32" + (".BF16" if iterate == "bf16" else ""): 64}
     products |= {"LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
     PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 12, dict.fromkeys(("sm_80", "sm_90a"), products))
+for x, x_bytes in BYTES.items():
+    for plans in (False, True):
+        registers, match = (64, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")}) if plans else (48, {})
+        codes = {arch: ENCODE.get(arch, {}) | match.get(arch, {}) for arch in ("sm_80", "sm_90a")}
+        PLANS[f"moe_move_kernel<{x}, true, {str(plans).lower()}>"] = (registers, x_bytes, 1, codes)
+        if x != "fp16":  # is copied as bf16
+            PLANS[f"moe_move_kernel<{x}, false, {str(plans).lower()}>"] = (registers, x_bytes, x_bytes, match)
+    # So many rows are on their way; shared and residual in one loop, the gradient of the result, and the result itself
+    # may be of any of the three types. The gradient zeroes pad rows in another place.
+    rows = 4 if x == "bf16" else 2
+    PLANS[f"moe_combine_kernel<{x}>"] = (96 if x == "fp16" else 80, rows * x_bytes + 8, 8, {})
+    PLANS[f"moe_combine_backward_kernel<{x}>"] = (80, rows // 2 * x_bytes + 8, (rows // 2 + 1) * x_bytes, {})
+for vectors in (1, 2, 3, 4, 8):
+    registers, redux = 64 if vectors <= 3 else 128, {arch: {"REDUX": 2} for arch in ("sm_80", "sm_90a")}
+    PLANS[f"moe_route_kernel<{vectors}>"] = (registers, 2 * vectors, 0, redux)  # logits and bias
+    PLANS[f"moe_route_backward_kernel<{vectors}>"] = (registers, vectors, vectors, {})
+PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")})
+PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 
 
 # The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
@@ -166,6 +184,12 @@ SHARED = {
     "fp8_gemm_sm90_small_kernel<SmallTile<16, 10> >": 110592,
     "fp8_gemm_sm90_small_kernel<SmallTile<32, 8> >": 110592,
     "fp8_gemm_sm90_small_kernel<SmallTile<64, 5> >": 102400,
+    # moe: 8 warps' counts of 1,024 experts and their totals; with them sums of warps, offsets, counts and 2,048 slots.
+    "moe_count_kernel": 20480,
+    "moe_scan_kernel": 32 * 12,
+    **{f"moe_move_kernel<{t}, {q}, true>": 36968 for t in BYTES for q in ("false", "true")},
+    **{f"moe_combine_backward_kernel<{t}>": 2048 for t in BYTES},
+    **{f"moe_route_kernel<{n}>": 4096 for n in (1, 2, 3, 4, 8)},
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
     # Sums of eight warps; three stages of two panels of 128 x 32.
     "newton_schulz_norm_kernel": 64,
@@ -174,7 +198,7 @@ SHARED = {
 }
 
 # What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.
-INSTRUCTIONS = ["LDSM", "LDGSTS", "HMMA", "REDUX", "BPT.TRAP"]
+INSTRUCTIONS = ["MATCH.ANY", "LDSM", "LDGSTS", "HMMA", "REDUX", "BPT.TRAP"]
 HOPPER = ["HGMMA", "QGMMA", "STSM", "STAS.128", "SYNCS.ARRIVE", "USETMAXREG", "UBLKCP", "UBLKPF", "UBLKRED", "UCGABAR"]
 HOPPER += ["UTMALDG.3D.MULTICAST", "UTMAPF.L2.3D", "UTMASTG.3D", "UTMAREDG.3D", "UTMACCTL.PF"]
 
@@ -251,3 +275,11 @@ def test_kernel_meets_its_plan(kernel, sass):
     check(kernel, PLANS[short(kernel)], sass)
     assert kernel["dynamic_shared_bytes"] is not None, "launch it as launch<kernel, Storage>(shape, ...)"
     assert kernel["shared_bytes"] + kernel["dynamic_shared_bytes"] == SHARED.get(short(kernel), 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", ARCHS)
+def test_combine_rounds_products_before_it_adds_them(arch, sass):
+    """As the definition does: else a GPU's bits would be others than the reference's."""
+    kernels = [k for k in KERNELS if "moe_combine_kernel" in k["kernel"] and k["arch"] == arch]
+    assert len(kernels) == 3 and all(count(sass[arch, k["symbol"]], "FFMA") == 0 for k in kernels)

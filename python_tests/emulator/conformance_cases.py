@@ -79,6 +79,9 @@ def votes(rng):
         predicate = value >> bit & 1
         ballot = sum(int(p) << lane for lane, p in enumerate(predicate))
         rows += [row(ballot), row(ballot != 0), row(ballot == 0xFFFFFFFF)]
+    for bits in (0, 1, 3, 0xFFFFFFFF):
+        equal = (value & bits)[:, None] == (value & bits)
+        rows.append((equal << LANE).sum(-1).astype(np.uint32))
     return written(value, *rows)
 
 

@@ -215,6 +215,43 @@ EACH["newton_schulz_grouped"] = (
     lambda *xs: tuple(k.newton_schulz_grouped(xs)),
     lambda: tuple(torch.randn(shape) for shape in [(3, 128, 512), (200, 210), (2, 512, 128), (5, 7)]),
 )
+
+
+def routed(*names):
+    """Of what the ops of moe take, the tensors of these names; `rows` are in slots, without padding."""
+    indices, weights = torch.rand(300, KIMI_K2.experts).topk(KIMI_K2.top_k).indices.int(), torch.rand(300, 8)
+    x, logits = torch.randn(300, KIMI_K2.hidden).bfloat16(), torch.randn(300, KIMI_K2.experts)
+    d = k.moe_dispatch(x, indices, weights, num_experts=KIMI_K2.experts)
+    slot_of, token_of_slot = d.handle[:2]
+    values = dict(x=x, logits=logits, indices=indices, weights=weights)
+    values.update(slot_of=slot_of, token_of_slot=token_of_slot, rows=d.data)
+    return tuple(values[name] for name in names)
+
+
+def dispatched(*args, **options):
+    d = k.moe_dispatch(*args, num_experts=KIMI_K2.experts, **options)
+    return [t for t in (*d[:4], *d.handle[:2]) if t is not None]
+
+
+OPS = torch.ops.k2kernels
+for op, function, names in (
+    ("moe_route", lambda logits: k.moe_route(logits, logits[0], top_k=8, n_group=8, topk_group=4), ("logits",)),
+    (
+        "moe_route_backward",
+        lambda *args: OPS.moe_route_backward(*args, "sigmoid", True, 2.5),
+        ("weights", "logits", "indices"),
+    ),
+    ("moe_dispatch", dispatched, ("x", "indices", "weights")),
+    ("moe_dispatch_quantize", lambda *args: dispatched(*args, quantize=True), ("x", "indices", "weights")),
+    ("moe_permute", OPS.moe_permute, ("x", "slot_of", "token_of_slot")),
+    (
+        "moe_combine",
+        lambda *args: OPS.moe_combine(*args, None, torch.bfloat16),
+        ("rows", "slot_of", "token_of_slot", "weights", "x"),
+    ),
+    ("moe_combine_backward", OPS.moe_combine_backward, ("x", "rows", "slot_of", "token_of_slot", "weights")),
+):
+    EACH[op] = function, lambda names=names: routed(*names)
 each = pytest.mark.parametrize("op", EACH)
 
 

@@ -821,12 +821,12 @@ def test_registration():
     x, gate_up, _ = make_mlp(7, 8, 16, 8, torch.float32)
     x.requires_grad_()
     weights = routing.weights.clone().requires_grad_()
-    check_op(moe._moe_plan, (routing.indices, 8, 4, 40))
     d = moe_dispatch(x.detach(), routing.indices, routing.weights, num_experts=8, alignment=4)
     slots = d.handle.slot_of, d.handle.token_of_slot
+    check_op(moe._moe_dispatch, (x, routing.indices, 8, 4, 40), differentiable=True)
     check_op(moe._moe_permute, (x, *slots), differentiable=True)
     for layout in ("row", "column"):
-        check_op(moe._moe_permute_quantize, (x, *slots, False, layout))
+        check_op(moe._moe_dispatch_quantize, (x, routing.indices, 8, 4, 40, False, layout))
     y = torch.randn(d.data.shape, requires_grad=True)
     shared = torch.randn(7, 16, dtype=torch.bfloat16, requires_grad=True)
     check_op(moe._moe_combine, (y, *slots, weights, shared, None, torch.bfloat16), differentiable=True)

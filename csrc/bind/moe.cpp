@@ -1,0 +1,184 @@
+#include "bind/run.h"
+#include "moe/launch.h"
+
+namespace k2k::bind {
+
+namespace {
+
+// The values' address, type and row stride; zeros for none.
+using Rows = std::tuple<Address, int, int64_t>;
+
+FloatRows float_rows(const Rows& rows) {
+    const auto [values, type, row_stride] = rows;
+    return {pointer<const void>(values), static_cast<Type>(type), row_stride};
+}
+
+long moe_route(Rows logits,
+               Address bias,
+               std::tuple<int64_t, int, int> sizes,
+               std::tuple<int, int> groups,
+               bool softmax,
+               bool normalize,
+               float scale,
+               Address indices,
+               Address weights,
+               Address counts,
+               int device,
+               Address stream) {
+    MoeRouteParams p;
+    const FloatRows rows = float_rows(logits);
+    p.logits = rows.values;
+    p.type = rows.type;
+    p.row_stride = rows.row_stride;
+    p.bias = pointer<const float>(bias);
+    std::tie(p.tokens, p.experts, p.top_k) = sizes;
+    std::tie(p.groups, p.kept_groups) = groups;
+    p.softmax = softmax;
+    p.normalize = normalize;
+    p.scale = scale;
+    p.indices = pointer<int32_t>(indices);
+    p.weights = pointer<float>(weights);
+    p.counts = pointer<unsigned long long>(counts);
+    return run(device, [&] { launch_moe_route(p, pointer<void>(stream)); });
+}
+
+long moe_route_backward(Address grad,
+                        Rows logits,
+                        Address indices,
+                        Address d_logits,
+                        std::tuple<int64_t, int, int> sizes,
+                        bool softmax,
+                        bool normalize,
+                        float scale,
+                        int device,
+                        Address stream) {
+    MoeRouteBackwardParams p;
+    const FloatRows rows = float_rows(logits);
+    p.grad = pointer<const float>(grad);
+    p.logits = rows.values;
+    p.type = rows.type;
+    p.row_stride = rows.row_stride;
+    p.indices = pointer<const int32_t>(indices);
+    p.d_logits = pointer<void>(d_logits);
+    std::tie(p.tokens, p.experts, p.top_k) = sizes;
+    p.softmax = softmax;
+    p.normalize = normalize;
+    p.scale = scale;
+    return run(device, [&] { launch_moe_route_backward(p, pointer<void>(stream)); });
+}
+
+long moe_dispatch(Rows x,
+                  Address indices,
+                  bool wide_indices,
+                  std::tuple<int64_t, int, int64_t, int> sizes,
+                  uint32_t alignment,
+                  int32_t capacity,
+                  Address data,
+                  bool quantize,
+                  bool power_of_two,
+                  Address scales,
+                  std::tuple<int64_t, int64_t> scale_strides,
+                  std::tuple<Address, Address, Address, Address, Address> plan,
+                  std::tuple<Address, Address> workspace,
+                  int device,
+                  Address stream) {
+    MoeDispatchParams p;
+    const FloatRows rows = float_rows(x);
+    p.x = rows.values;
+    p.type = rows.type;
+    p.x_row_stride = rows.row_stride;
+    p.indices = pointer<const void>(indices);
+    p.wide_indices = wide_indices;
+    std::tie(p.tokens, p.top_k, p.hidden, p.experts) = sizes;
+    p.alignment = alignment;
+    p.capacity = capacity;
+    p.data = pointer<void>(data);
+    p.quantize = quantize;
+    p.power_of_two = power_of_two;
+    p.scales = pointer<float>(scales);
+    std::tie(p.scale_row_stride, p.scale_column_stride) = scale_strides;
+    p.slot_of = pointer<int32_t>(std::get<0>(plan));
+    p.token_of_slot = pointer<int32_t>(std::get<1>(plan));
+    p.offsets = pointer<int32_t>(std::get<2>(plan));
+    p.counts = pointer<int32_t>(std::get<3>(plan));
+    p.overflow = pointer<int64_t>(std::get<4>(plan));
+    p.ranks = pointer<uint16_t>(std::get<0>(workspace));
+    p.before_tile = pointer<int32_t>(std::get<1>(workspace));
+    return run(device, [&] { launch_moe_dispatch(p, pointer<void>(stream)); });
+}
+
+long moe_combine(Rows y,
+                 Address slot_of,
+                 Address weights,
+                 Rows shared,
+                 Rows residual,
+                 Address out,
+                 int out_type,
+                 std::tuple<int64_t, int, int64_t, int32_t> sizes,
+                 int device,
+                 Address stream) {
+    MoeCombineParams p;
+    const FloatRows rows = float_rows(y);
+    p.y = rows.values;
+    p.type = rows.type;
+    p.y_row_stride = rows.row_stride;
+    p.slot_of = pointer<const int32_t>(slot_of);
+    p.weights = pointer<const float>(weights);
+    p.shared = float_rows(shared);
+    p.residual = float_rows(residual);
+    p.out = pointer<void>(out);
+    p.out_type = static_cast<Type>(out_type);
+    std::tie(p.tokens, p.top_k, p.hidden, p.slots) = sizes;
+    return run(device, [&] { launch_moe_combine(p, pointer<void>(stream)); });
+}
+
+long moe_combine_backward(Rows grad,
+                          Rows y,
+                          Address slot_of,
+                          Address token_of_slot,
+                          Address weights,
+                          Address d_y,
+                          Address d_weights,
+                          std::tuple<int64_t, int, int64_t, int32_t> sizes,
+                          int device,
+                          Address stream) {
+    MoeCombineBackwardParams p;
+    const FloatRows rows = float_rows(y);
+    p.grad = float_rows(grad);
+    p.y = rows.values;
+    p.type = rows.type;
+    p.y_row_stride = rows.row_stride;
+    p.slot_of = pointer<const int32_t>(slot_of);
+    p.token_of_slot = pointer<const int32_t>(token_of_slot);
+    p.weights = pointer<const float>(weights);
+    p.d_y = pointer<void>(d_y);
+    p.d_weights = pointer<float>(d_weights);
+    std::tie(p.tokens, p.top_k, p.hidden, p.slots) = sizes;
+    return run(device, [&] { launch_moe_combine_backward(p, pointer<void>(stream)); });
+}
+
+const char* const kSeeParams = "See csrc/moe/params.h; returns the number of kernels started.";
+
+}  // namespace
+
+void bind_moe(py::module_& m) {
+    m.def("moe_route", &moe_route, py::arg("logits"), py::arg("bias"), py::arg("sizes"),
+          py::arg("groups"), py::arg("softmax"), py::arg("normalize"), py::arg("scale"),
+          py::arg("indices"), py::arg("weights"), py::arg("counts"), py::arg("device"),
+          py::arg("stream"), kSeeParams);
+    m.def("moe_route_backward", &moe_route_backward, py::arg("grad"), py::arg("logits"),
+          py::arg("indices"), py::arg("d_logits"), py::arg("sizes"), py::arg("softmax"),
+          py::arg("normalize"), py::arg("scale"), py::arg("device"), py::arg("stream"), kSeeParams);
+    m.def("moe_dispatch", &moe_dispatch, py::arg("x"), py::arg("indices"), py::arg("wide_indices"),
+          py::arg("sizes"), py::arg("alignment"), py::arg("capacity"), py::arg("data"),
+          py::arg("quantize"), py::arg("power_of_two"), py::arg("scales"), py::arg("scale_strides"),
+          py::arg("plan"), py::arg("workspace"), py::arg("device"), py::arg("stream"), kSeeParams);
+    m.def("moe_combine", &moe_combine, py::arg("y"), py::arg("slot_of"), py::arg("weights"),
+          py::arg("shared"), py::arg("residual"), py::arg("out"), py::arg("out_type"),
+          py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
+    m.def("moe_combine_backward", &moe_combine_backward, py::arg("grad"), py::arg("y"),
+          py::arg("slot_of"), py::arg("token_of_slot"), py::arg("weights"), py::arg("d_y"),
+          py::arg("d_weights"), py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
+}
+
+}  // namespace k2k::bind

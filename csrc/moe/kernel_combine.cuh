@@ -1,0 +1,211 @@
+#pragma once
+
+// Combine, and its gradient, which is dispatch's the other way round.
+//
+//     out[t, :]      = sum over k of w[t, k] * y[slot_of[t, k], :] + shared[t, :] + residual[t, :]
+//     d_y[s, :]      = w[t, k] * grad[t, :]        for s = slot_of[t, k]; zeros in pad rows
+//     d_w[t, k]      = sum over columns of grad[t, :] * y[slot_of[t, k], :]
+//
+// Order     of out: float32, k after k, product and sum rounded one after the other as PyTorch's
+//           are, then shared, then residual; one rounding. No other token, nor the grid, comes in.
+// Warp      of combine: 512 columns of one token, 16 a lane; slots and weights lie in the lanes,
+//           one for each k. 4 rows of bfloat16 (else 2) are on their way at once.
+// Block     of the gradient: one token. A warp takes pieces of 512 columns of it, the token's row
+//           once, its slots' rows one after the other; each lane k adds up d_w[t, k], first over
+//           the pieces of its warp, then, in one thread, over the warps: an order that depends on H
+//           alone. Blocks end with the pad rows, 32 slots a warp and round.
+// Barrier   of the gradient, one a token; the sums have two places, taken in turns.
+// Traffic   combine: T K + T rows (T more for shared and for residual). Gradient: T K + T rows
+//           read, S written. Slots and weights come from L2: 8 bytes a pair and piece.
+// Shared    gradient: 2 KiB.
+// Limits    top-32. Rows that do not begin on 16 bytes go element by element.
+
+#include "arch/smem.cuh"
+#include "arch/warp.cuh"
+#include "moe/config.h"
+#include "moe/params.h"
+#include "tile/sixteen.cuh"
+
+namespace k2k {
+
+// Sixteen neighbours of a row of any type, as floats.
+K2K_DEVICE void load_floats(float (&values)[16],
+                            const FloatRows& rows,
+                            int64_t row,
+                            int64_t column,
+                            int64_t columns K2K_WHERE) {
+    const int64_t first = row * rows.row_stride;
+    if (rows.type == Type::kBf16) {
+        const bf16* from = static_cast<const bf16*>(rows.values) + first;
+        tile::widen(values, tile::load_sixteen(from, column, columns K2K_PASS_WHERE));
+    } else if (rows.type == Type::kFp16) {
+        const fp16* from = static_cast<const fp16*>(rows.values) + first;
+        tile::widen(values, tile::load_sixteen(from, column, columns K2K_PASS_WHERE));
+    } else {
+        const float* from = static_cast<const float*>(rows.values) + first;
+        tile::widen(values, tile::load_sixteen(from, column, columns K2K_PASS_WHERE));
+    }
+}
+
+// Rounded to T, into row `row` of a contiguous matrix.
+template <class T>
+K2K_DEVICE void store_floats(void* matrix,
+                             int64_t row,
+                             int64_t column,
+                             int64_t columns,
+                             const float (&values)[16] K2K_WHERE) {
+    tile::Sixteen<T> sixteen;
+    tile::narrow(sixteen, values);
+    tile::store_sixteen(static_cast<T*>(matrix) + row * columns, column, columns,
+                        sixteen K2K_PASS_WHERE);
+}
+
+// A lane's slot of a token, or -1: also for a number that is no slot, which no plan makes.
+K2K_DEVICE int32_t lane_slot(const int32_t* slot_of, int64_t token, int top_k, int32_t slots) {
+    if (int(arch::lane_id()) >= top_k) return -1;
+    const int32_t slot = slot_of[token * top_k + arch::lane_id()];
+    return slot >= 0 && slot < slots ? slot : -1;
+}
+
+K2K_DEVICE float lane_weight(const float* weights, int64_t token, int top_k) {
+    if (weights == nullptr || int(arch::lane_id()) >= top_k) return 1.0f;
+    return weights[token * top_k + arch::lane_id()];
+}
+
+template <class Y>
+__global__ void __launch_bounds__(kMoeThreads, combine_blocks(type_of<Y>))
+    moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
+    constexpr int kRows = rows_in_flight(type_of<Y>);
+    const int lane = arch::lane_id();
+    const int64_t pieces = row_pieces(p.hidden);
+
+    for (int64_t task = int64_t(blockIdx.x) * kMoeWarps + arch::warp_id(); task < p.tokens * pieces;
+         task += int64_t(gridDim.x) * kMoeWarps) {
+        const int64_t token = task / pieces;
+        const int64_t column = (task - token * pieces) * kWarpColumns + lane * 16;
+        const bool here = column < p.hidden;
+        const int32_t slot = lane_slot(p.slot_of, token, p.top_k, p.slots);
+        const float weight = lane_weight(p.weights, token, p.top_k);
+
+        float total[16] = {};
+        for (int first = 0; first < p.top_k; first += kRows) {
+            tile::Sixteen<Y> rows[kRows];
+            K2K_UNROLL
+            for (int i = 0; i < kRows; ++i) {
+                const int64_t from = arch::shuffle(slot, first + i);
+                if (from < 0 || !here) continue;
+                const Y* y = static_cast<const Y*>(p.y) + from * p.y_row_stride;
+                rows[i] = tile::load_sixteen(y, column, p.hidden);
+            }
+            K2K_UNROLL
+            for (int i = 0; i < kRows; ++i) {
+                const bool taken = arch::shuffle(slot, first + i) >= 0 && here;
+                const float factor = arch::shuffle(weight, first + i);
+                if (!taken) continue;
+                float values[16];
+                tile::widen(values, rows[i]);
+                K2K_UNROLL
+                for (int j = 0; j < 16; ++j) total[j] += rounded_product(values[j], factor);
+            }
+        }
+        if (!here) continue;
+
+        K2K_NO_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const FloatRows& term = i == 0 ? p.shared : p.residual;
+            if (term.values == nullptr) continue;
+            float values[16];
+            load_floats(values, term, token, column, p.hidden);
+            K2K_UNROLL
+            for (int j = 0; j < 16; ++j) total[j] += values[j];
+        }
+        if (p.out_type == Type::kBf16) {
+            store_floats<bf16>(p.out, token, column, p.hidden, total);
+        } else if (p.out_type == Type::kFp16) {
+            store_floats<fp16>(p.out, token, column, p.hidden, total);
+        } else {
+            store_floats<float>(p.out, token, column, p.hidden, total);
+        }
+    }
+}
+
+struct WeightGradients {
+    float of_warp[2][kMoeWarps][32];
+};
+
+template <class Y>
+__global__ void __launch_bounds__(kMoeThreads, 3)
+    moe_combine_backward_kernel(const __grid_constant__ MoeCombineBackwardParams p) {
+    constexpr int kRows = rows_in_flight(type_of<Y>) / 2;  // one on its way, one to be written
+    auto& smem = arch::shared_storage<WeightGradients>();
+    const int lane = arch::lane_id(), warp = arch::warp_id(), warps = blockDim.x / 32;
+    const int64_t step = int64_t(warps) * kWarpColumns;
+
+    int round = 0;
+    for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x, round ^= 1) {
+        const int32_t slot = lane_slot(p.slot_of, token, p.top_k, p.slots);
+        const float weight = lane_weight(p.weights, token, p.top_k);
+        float d_weight = 0;  // of k = lane
+        for (int64_t first = int64_t(warp) * kWarpColumns; first < p.hidden; first += step) {
+            const int64_t column = first + lane * 16;
+            const bool here = column < p.hidden;
+            float grad[16] = {};
+            if (here) load_floats(grad, p.grad, token, column, p.hidden);
+            for (int k = 0; k < p.top_k; k += kRows) {
+                tile::Sixteen<Y> rows[kRows];
+                K2K_UNROLL
+                for (int i = 0; i < kRows; ++i) {
+                    const int64_t from = arch::shuffle(slot, k + i);
+                    rows[i] = {};
+                    if (p.y == nullptr || from < 0 || !here) continue;
+                    const Y* y = static_cast<const Y*>(p.y) + from * p.y_row_stride;
+                    rows[i] = tile::load_sixteen(y, column, p.hidden);
+                }
+                K2K_UNROLL
+                for (int i = 0; i < kRows; ++i) {
+                    const int64_t to = arch::shuffle(slot, k + i);
+                    const float factor = arch::shuffle(weight, k + i);
+                    if (to < 0) continue;  // for the whole warp
+                    float values[16];
+                    if (p.y != nullptr) {
+                        tile::widen(values, rows[i]);
+                        float dot = 0;
+                        K2K_UNROLL
+                        for (int j = 0; j < 16; ++j) dot = fmaf(grad[j], values[j], dot);
+                        K2K_UNROLL
+                        for (int mask = 16; mask > 0; mask /= 2) {
+                            dot += arch::shuffle_xor(dot, mask);
+                        }
+                        if (lane == k + i) d_weight += dot;
+                    }
+                    if (!here) continue;
+                    K2K_UNROLL
+                    for (int j = 0; j < 16; ++j) values[j] = grad[j] * factor;
+                    store_floats<Y>(p.d_y, to, column, p.hidden, values);
+                }
+            }
+        }
+        if (p.y == nullptr) continue;
+        smem.of_warp[round][warp][lane] = d_weight;
+        arch::sync_block();
+        if (warp == 0 && lane < p.top_k) {
+            float sum = 0;
+            for (int w = 0; w < warps; ++w) sum += smem.of_warp[round][w][lane];
+            p.d_weights[token * p.top_k + lane] = sum;
+        }
+    }
+
+    for (int64_t first = (int64_t(blockIdx.x) * warps + warp) * 32; first < p.slots;
+         first += int64_t(gridDim.x) * warps * 32) {
+        const int64_t slot = first + lane;
+        uint32_t pads = arch::ballot(slot < p.slots && p.token_of_slot[slot] < 0);
+        for (int i = 0; pads >> i != 0 && i < 32; ++i) {
+            if (!(pads >> i & 1)) continue;
+            for (int64_t column = lane * 16; column < p.hidden; column += kWarpColumns) {
+                store_floats<Y>(p.d_y, first + i, column, p.hidden, {});
+            }
+        }
+    }
+}
+
+}  // namespace k2k

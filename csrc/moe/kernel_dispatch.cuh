@@ -1,0 +1,207 @@
+#pragma once
+
+// Dispatch: each token's row to a slot of each of its experts, quantised on the way if asked.
+//
+//     slot_of[t, k], offsets[e], counts[e]    as plan.cuh says
+//     token_of_slot[slot_of[t, k]]            = t; -1 in all other slots
+//     data[slot_of[t, k], :]                  = x[t, :], or codes[t, :] and scales[t, :]
+//
+// Launches  one where there are at most 2,048 pairs: each block plans for itself, and moves. Else
+//           three: count (a block for each tile of 2,048 pairs), scan (one block), move.
+// Warp      of move: 512 columns of one token, 16 a lane, loaded once, stored to the token's slots,
+//           which lie in the lanes, one for each k. Eight lanes hold a block of 128 to quantise.
+// In flight 32 bytes of bfloat16 a thread: with 48 registers a multiprocessor holds five blocks, 40
+//           KiB; the stores, 4 (8 where it copies) times as many for K = 8, wait for nobody.
+// Order     x is loaded first; what the slots are made of comes through L2 meanwhile, and so does
+//           everything else than rows: 20 bytes a pair.
+// Scales    "row": the four of a warp are neighbours. "column": 4 bytes here and there; rows of an
+//           expert follow one another in slots but not in time, so L2 is left to merge them.
+// Padding   is not written, except -1 into token_of_slot, by the warps in turns.
+// Shared    count: 20 KiB; move that plans: 36 KiB, of which the counts of 8 warps are 16.
+//
+// Barriers of a block
+//     rank_tile       cells zeroed | counts of warps complete | what stands before each warp
+//     place_experts   sums of warps | (one block) dropped pairs of warps
+//     move            offsets, counts and slots complete
+//
+// Limits    1,024 experts, top-32, 2^31 pairs. Rows that do not begin on 16 bytes go element by
+//           element.
+
+#include "arch/smem.cuh"
+#include "moe/plan.cuh"
+#include "tile/e4m3_block.cuh"
+#include "tile/sixteen.cuh"
+
+namespace k2k {
+
+// One block for each tile.
+__global__ void __launch_bounds__(kMoeThreads)
+    moe_count_kernel(const __grid_constant__ MoeDispatchParams p) {
+    TileRanks& smem = arch::shared_storage<TileRanks>();
+    const int64_t first = int64_t(blockIdx.x) * kPlanTile;
+    const int64_t left = p.tokens * p.top_k - first;
+    const int count = static_cast<int>(left < kPlanTile ? left : kPlanTile);
+
+    const ThreadPairs mine = rank_tile(smem, p, first, count);
+    K2K_UNROLL
+    for (int round = 0; round < kPlanRounds; ++round) {
+        if (mine.expert[round] >= 0) {
+            p.ranks[first + mine.first + 32 * round] = static_cast<uint16_t>(mine.rank[round]);
+        }
+    }
+    int32_t* totals = p.before_tile + int64_t(blockIdx.x) * p.experts;
+    for (int e = threadIdx.x; e < p.experts; e += kMoeThreads) totals[e] = smem.totals[e];
+}
+
+// One block, a thread for each expert: its pairs before each tile, then all experts' places.
+__global__ void __launch_bounds__(kScanThreads)
+    moe_scan_kernel(const __grid_constant__ MoeDispatchParams p) {
+    auto& smem = arch::shared_storage<PlaceExperts<kScanThreads>>();
+    const int64_t tiles = ceil_div(p.tokens * p.top_k, kPlanTile);
+    int32_t total[1] = {0};
+    if (int(threadIdx.x) < p.experts) {
+        int32_t* cell = p.before_tile + threadIdx.x;
+        for (int64_t tile = 0; tile < tiles; tile += 8, cell += int64_t(8) * p.experts) {
+            int32_t here[8];  // all on their way before the first is used
+            K2K_UNROLL
+            for (int i = 0; i < 8; ++i) here[i] = tile + i < tiles ? cell[i * p.experts] : 0;
+            K2K_UNROLL
+            for (int i = 0; i < 8; ++i) {
+                if (tile + i < tiles) cell[i * p.experts] = total[0];
+                total[0] += here[i];
+            }
+        }
+    }
+    place_experts(smem, p, total, p.offsets, p.counts, p.overflow);
+}
+
+struct MovePlan {
+    TileRanks ranks;
+    PlaceExperts<kMoeThreads> place;
+    int32_t offsets[kMostExperts + 1];
+    int32_t counts[kMostExperts];
+    int32_t slots[kPlanTile];
+};
+
+// The slot of a pair of which `rank` come before, in an expert that begins at `start`.
+K2K_DEVICE int32_t slot_at(const MoeDispatchParams& p, int32_t start, int64_t rank) {
+    return start + rank < p.capacity ? static_cast<int32_t>(start + rank) : -1;
+}
+
+// All slots, made by this block. One of the blocks writes down where the experts are.
+K2K_DEVICE void plan_block(MovePlan& smem, const MoeDispatchParams& p K2K_WHERE) {
+    constexpr int kEach = kMostExperts / kMoeThreads;
+    const int pairs = static_cast<int>(p.tokens * p.top_k);
+    const ThreadPairs mine = rank_tile(smem.ranks, p, 0, pairs K2K_PASS_WHERE);
+    int32_t totals[kEach];
+    K2K_UNROLL
+    for (int i = 0; i < kEach; ++i) {
+        const int expert = threadIdx.x * kEach + i;
+        totals[i] = expert < p.experts ? smem.ranks.totals[expert] : 0;
+    }
+    int64_t* overflow = blockIdx.x == 0 ? p.overflow : nullptr;
+    place_experts(smem.place, p, totals, smem.offsets, smem.counts, overflow K2K_PASS_WHERE);
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    K2K_UNROLL
+    for (int round = 0; round < kPlanRounds; ++round) {
+        const int pair = mine.first + 32 * round, expert = mine.expert[round];
+        if (round < mine.rounds && pair < pairs) {
+            smem.slots[pair] = expert < 0 ? -1 : slot_at(p, smem.offsets[expert], mine.rank[round]);
+        }
+    }
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    if (blockIdx.x != 0) return;
+    for (int e = threadIdx.x; e <= p.experts; e += kMoeThreads) {
+        p.offsets[e] = smem.offsets[e];
+        if (e < p.experts) p.counts[e] = smem.counts[e];
+    }
+}
+
+// token_of_slot of slots without a token: behind each expert's rows, and behind all experts.
+K2K_DEVICE void mark_padding(const MoeDispatchParams& p,
+                             const int32_t* offsets,
+                             const int32_t* counts) {
+    const int64_t warps = int64_t(gridDim.x) * kMoeWarps;
+    const int64_t warp = int64_t(blockIdx.x) * kMoeWarps + arch::warp_id();
+    for (int64_t e = warp; e < p.experts; e += warps) {
+        const int64_t end = offsets[e + 1];
+        for (int64_t slot = int64_t(offsets[e]) + counts[e] + arch::lane_id(); slot < end;
+             slot += 32) {
+            p.token_of_slot[slot] = -1;
+        }
+    }
+    for (int64_t slot = offsets[p.experts] + warp * 32 + arch::lane_id(); slot < p.capacity;
+         slot += warps * 32) {
+        p.token_of_slot[slot] = -1;
+    }
+}
+
+// Without kQuantize rows are copied, and T is any type of their elements' size.
+template <class T, bool kQuantize, bool kPlans>
+__global__ void __launch_bounds__(kMoeThreads, kPlans ? 4 : 5)
+    moe_move_kernel(const __grid_constant__ MoeDispatchParams p) {
+    MovePlan* plan = nullptr;
+    if constexpr (kPlans) {
+        plan = &arch::shared_storage<MovePlan>();
+        plan_block(*plan, p);
+    }
+    const int lane = arch::lane_id();
+    const int64_t pieces = row_pieces(p.hidden);
+
+    for (int64_t task = int64_t(blockIdx.x) * kMoeWarps + arch::warp_id(); task < p.tokens * pieces;
+         task += int64_t(gridDim.x) * kMoeWarps) {
+        const int64_t token = task / pieces, piece = task - token * pieces;
+        const int64_t column = piece * kWarpColumns + lane * 16;
+        const bool here = column < p.hidden;
+        const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride;
+        tile::Sixteen<T> sixteen = {};
+        if (here) sixteen = tile::load_sixteen(x, column, p.hidden);
+
+        int32_t slot = -1;
+        if (lane < p.top_k) {
+            const int64_t pair = token * p.top_k + lane;
+            if constexpr (kPlans) {
+                slot = plan->slots[pair];
+            } else if (const int expert = expert_of(p, pair); expert >= 0) {
+                const int32_t before = p.before_tile[pair / kPlanTile * p.experts + expert];
+                slot = slot_at(p, p.offsets[expert], int64_t(before) + p.ranks[pair]);
+            }
+            if (piece == 0) {
+                p.slot_of[pair] = slot;
+                if (slot >= 0) p.token_of_slot[slot] = static_cast<int32_t>(token);
+            }
+        }
+
+        if constexpr (kQuantize) {
+            float values[16];
+            tile::widen(values, sixteen);
+            const float scale = tile::scale_of(tile::block_amax<8>(values), p.power_of_two);
+            const uint4 words = tile::encode16(values, tile::divisor_of(scale));
+            const int64_t block = column / 128;
+            for (int k = 0; k < p.top_k; ++k) {
+                const int64_t to = arch::shuffle(slot, k);
+                if (to < 0 || !here) continue;
+                uint8_t* codes = static_cast<uint8_t*>(p.data) + to * p.hidden;
+                tile::store_sixteen(codes, column, p.hidden,
+                                    reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
+                if (lane % 8 == 0) {
+                    p.scales[to * p.scale_row_stride + block * p.scale_column_stride] = scale;
+                }
+            }
+        } else {
+            for (int k = 0; k < p.top_k; ++k) {
+                const int64_t to = arch::shuffle(slot, k);
+                if (to < 0 || !here) continue;
+                tile::store_sixteen(static_cast<T*>(p.data) + to * p.hidden, column, p.hidden,
+                                    sixteen);
+            }
+        }
+    }
+    if constexpr (kPlans) {
+        mark_padding(p, plan->offsets, plan->counts);
+    } else {
+        mark_padding(p, p.offsets, p.counts);
+    }
+}
+
+}  // namespace k2k

@@ -1,0 +1,124 @@
+#include "common/dispatch.h"
+#include "common/launch.h"
+#include "moe/kernel_combine.cuh"
+#include "moe/kernel_dispatch.cuh"
+#include "moe/kernel_route.cuh"
+#include "moe/launch.h"
+
+namespace k2k {
+
+namespace {
+
+void check(bool fits, const char* what) {
+    if (!fits) throw Error(std::string("k2kernels: the kernels of moe take ") + what);
+}
+
+void check_top_k(int top_k) {
+    check(top_k >= 0 && top_k <= kMostTopK, "at most 32 experts for a token");
+}
+
+void check_experts(int experts) {
+    check(experts >= 1 && experts <= kMostExperts, "1 to 1,024 experts");
+}
+
+// Calls f with the number of vectors that hold `experts`, as a constant.
+template <class F>
+void by_vectors(int experts, F&& f) {
+    switch (route_vectors(experts)) {
+        case 1:
+            return f(std::integral_constant<int, 1>());
+        case 2:
+            return f(std::integral_constant<int, 2>());
+        case 3:
+            return f(std::integral_constant<int, 3>());
+        case 4:
+            return f(std::integral_constant<int, 4>());
+        default:
+            return f(std::integral_constant<int, 8>());
+    }
+}
+
+template <bool kPlans>
+void launch_move(const MoeDispatchParams& p, void* stream) {
+    constexpr std::size_t kShared = kPlans ? sizeof(MovePlan) : 0;
+    LaunchShape shape{
+        move_blocks(p.tokens, p.hidden, kPlans ? kMostPlanningBlocks : kMostMovingBlocks),
+        kMoeThreads};
+    shape.stream = stream;
+    if (p.quantize) {
+        by_float_type(p.type, [&](auto* type) {
+            launch<moe_move_kernel<Element<decltype(type)>, true, kPlans>, kShared>(shape, p);
+        });
+    } else if (p.type == Type::kF32) {
+        launch<moe_move_kernel<float, false, kPlans>, kShared>(shape, p);
+    } else {
+        launch<moe_move_kernel<bf16, false, kPlans>, kShared>(shape, p);
+    }
+}
+
+}  // namespace
+
+void launch_moe_route(const MoeRouteParams& p, void* stream) {
+    check_experts(p.experts);
+    check_top_k(p.top_k);
+    check(p.groups >= 1 && p.groups <= kMostGroups, "1 to 32 groups");
+    LaunchShape shape{route_blocks(p.tokens), kRouteThreads};
+    shape.stream = stream;
+    by_vectors(p.experts, [&](auto vectors) {
+        launch<moe_route_kernel<decltype(vectors)::value>, sizeof(RouteStorage)>(shape, p);
+    });
+}
+
+void launch_moe_route_backward(const MoeRouteBackwardParams& p, void* stream) {
+    if (p.tokens == 0) return;
+    check_experts(p.experts);
+    check_top_k(p.top_k);
+    const int64_t blocks = ceil_div(p.tokens, kRouteWarps);
+    LaunchShape shape{
+        static_cast<unsigned>(blocks < kMostMovingBlocks ? blocks : kMostMovingBlocks),
+        kRouteThreads};
+    shape.stream = stream;
+    by_vectors(p.experts, [&](auto vectors) {
+        launch<moe_route_backward_kernel<decltype(vectors)::value>>(shape, p);
+    });
+}
+
+void launch_moe_dispatch(const MoeDispatchParams& p, void* stream) {
+    check_experts(p.experts);
+    check_top_k(p.top_k);
+    const int64_t pairs = p.tokens * p.top_k;
+    if (plans_in_one_launch(pairs)) return launch_move<true>(p, stream);
+    LaunchShape count{static_cast<unsigned>(ceil_div(pairs, kPlanTile)), kMoeThreads};
+    LaunchShape scan{1, kScanThreads};
+    count.stream = scan.stream = stream;
+    launch<moe_count_kernel, sizeof(TileRanks)>(count, p);
+    launch<moe_scan_kernel, sizeof(PlaceExperts<kScanThreads>)>(scan, p);
+    launch_move<false>(p, stream);
+}
+
+void launch_moe_combine(const MoeCombineParams& p, void* stream) {
+    if (p.tokens * p.hidden == 0) return;
+    check_top_k(p.top_k);
+    LaunchShape shape{move_blocks(p.tokens, p.hidden, kMostMovingBlocks), kMoeThreads};
+    shape.stream = stream;
+    by_float_type(
+        p.type, [&](auto* type) { launch<moe_combine_kernel<Element<decltype(type)>>>(shape, p); });
+}
+
+void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream) {
+    if (p.tokens * p.top_k == 0 && p.slots * p.hidden == 0) return;
+    check_top_k(p.top_k);
+    const unsigned warps = gradient_warps(p.hidden);
+    const int64_t pads = ceil_div(p.slots, 32 * warps);  // of an empty batch, say
+    const int64_t wanted = p.tokens > pads ? p.tokens : pads;
+    LaunchShape shape{
+        static_cast<unsigned>(wanted < kMostGradientBlocks ? wanted : kMostGradientBlocks),
+        32 * warps};
+    shape.stream = stream;
+    by_float_type(p.type, [&](auto* type) {
+        launch<moe_combine_backward_kernel<Element<decltype(type)>>, sizeof(WeightGradients)>(shape,
+                                                                                              p);
+    });
+}
+
+}  // namespace k2k

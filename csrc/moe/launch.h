@@ -1,0 +1,20 @@
+#pragma once
+
+#include "moe/params.h"
+
+namespace k2k {
+
+// Each starts its kernels on `stream`, of the current device.
+
+// Where route_blocks(tokens) is more than 1, `counts` must hold zeros.
+void launch_moe_route(const MoeRouteParams& params, void* stream);
+void launch_moe_route_backward(const MoeRouteBackwardParams& params, void* stream);
+
+// Three kernels, or one where plans_in_one_launch says so; without tokens the plan is written too.
+void launch_moe_dispatch(const MoeDispatchParams& params, void* stream);
+
+// Nothing is started for empty outputs.
+void launch_moe_combine(const MoeCombineParams& params, void* stream);
+void launch_moe_combine_backward(const MoeCombineBackwardParams& params, void* stream);
+
+}  // namespace k2k

@@ -1,0 +1,102 @@
+#pragma once
+
+// What the kernels of this folder are told. Sizes and strides are in elements; -1 stands for "no
+// slot", "no token", "no expert".
+
+#include "common/dtypes.h"
+
+namespace k2k {
+
+// A matrix of floats of any of the three types, which kernels read as float32.
+struct FloatRows {
+    const void* values;  // [rows, columns], neighbouring columns side by side; or null
+    Type type;
+    int64_t row_stride;
+};
+
+struct MoeRouteParams {
+    const void* logits;  // [tokens, experts], neighbouring experts side by side
+    Type type;           // of logits
+    int64_t row_stride;
+    const float* bias;  // [experts], or null
+    int64_t tokens;
+    int experts, top_k;
+    int groups, kept_groups;  // 1, 1: no groups
+    bool softmax;             // else sigmoid
+    bool normalize;
+    float scale;
+    int32_t* indices;            // [tokens, top_k]
+    float* weights;              // [tokens, top_k]
+    unsigned long long* counts;  // [experts]; zeros where the grid has more than one block
+};
+
+struct MoeRouteBackwardParams {
+    const float* grad;       // [tokens, top_k]
+    const void* logits;      // [tokens, experts]
+    const int32_t* indices;  // [tokens, top_k]
+    void* d_logits;          // [tokens, experts], contiguous
+    Type type;               // of logits and d_logits
+    int64_t row_stride;      // of logits
+    int64_t tokens;
+    int experts, top_k;
+    bool softmax;
+    bool normalize;
+    float scale;
+};
+
+struct MoeDispatchParams {
+    const void* x;  // [tokens, hidden]
+    Type type;      // of x, and of data where it is not quantised
+    int64_t x_row_stride;
+    const void* indices;  // [tokens, top_k], contiguous: int32, or int64
+    bool wide_indices;
+    int64_t tokens, hidden;
+    int top_k, experts;
+    uint32_t alignment;
+    int32_t capacity;  // slots
+    void* data;        // [capacity, hidden], contiguous; e4m3 codes where quantised
+    bool quantize, power_of_two;
+    float* scales;  // [capacity, ceil(hidden / 128)] at its strides
+    int64_t scale_row_stride, scale_column_stride;
+    int32_t* slot_of;        // [tokens, top_k]
+    int32_t* token_of_slot;  // [capacity]
+    int32_t* offsets;        // [experts + 1]
+    int32_t* counts;         // [experts]
+    int64_t* overflow;       // one number: pairs without a slot for want of capacity
+    // Workspace of batches of more than kPlanTile pairs: a pair's rank among those of its expert in
+    // its tile, and the pairs of each expert before each tile.
+    uint16_t* ranks;       // [tokens * top_k]
+    int32_t* before_tile;  // [tiles, experts]
+};
+
+struct MoeCombineParams {
+    const void* y;  // [slots, hidden]
+    Type type;      // of y
+    int64_t y_row_stride;
+    const int32_t* slot_of;      // [tokens, top_k]
+    const float* weights;        // [tokens, top_k], or null: ones
+    FloatRows shared, residual;  // [tokens, hidden]
+    void* out;                   // [tokens, hidden], contiguous
+    Type out_type;
+    int64_t tokens, hidden;
+    int32_t slots;
+    int top_k;
+};
+
+// The gradients of combine; with neither y nor weights, rows moved to their slots.
+struct MoeCombineBackwardParams {
+    FloatRows grad;  // [tokens, hidden]
+    const void* y;   // [slots, hidden], or null: no gradient of the weights
+    void* d_y;       // [slots, hidden], contiguous
+    Type type;       // of y and d_y
+    int64_t y_row_stride;
+    const int32_t* slot_of;        // [tokens, top_k]
+    const int32_t* token_of_slot;  // [slots]
+    const float* weights;          // [tokens, top_k], or null: ones
+    float* d_weights;              // [tokens, top_k]
+    int64_t tokens, hidden;
+    int32_t slots;
+    int top_k;
+};
+
+}  // namespace k2k

@@ -1,0 +1,160 @@
+#pragma once
+
+// Slots: a stable counting sort of the pairs (token, k) by expert, in the order of the pairs.
+//
+//     rank[p]   = number of pairs q < p of the same expert
+//     start[e]  = sum over e' < e of round_up(total[e'], alignment), at most the capacity
+//     slot[p]   = start[expert[p]] + rank[p]                          if that is below the capacity
+//
+// A slot is a pure function of the indices: nothing is drawn from a counter that threads race for.
+// Within a tile of 2,048 pairs a warp takes 256 neighbours, 32 a round; lanes of the same expert
+// find one another (match_any), and the lowest of them writes the warp's count on. A count has one
+// writer at a time, so that no atomics are needed.
+
+#include "arch/warp.cuh"
+#include "moe/config.h"
+#include "moe/params.h"
+
+namespace k2k {
+
+// The expert of a pair, -1 for one that no expert serves.
+K2K_DEVICE int expert_of(const MoeDispatchParams& p, int64_t pair) {
+    const int64_t expert = p.wide_indices ? static_cast<const int64_t*>(p.indices)[pair]
+                                          : static_cast<const int32_t*>(p.indices)[pair];
+    return expert >= 0 && expert < p.experts ? static_cast<int>(expert) : -1;
+}
+
+// Counts of the warps of a block, then what stands before each warp.
+struct TileRanks {
+    uint16_t of_warp[kMoeWarps][kMostExperts];
+    int32_t totals[kMostExperts];
+};
+
+// What a thread ranks: pairs `first + 32 * round` of the tile, for rounds below `rounds`.
+struct ThreadPairs {
+    int first, rounds;
+    int expert[kPlanRounds];
+    int rank[kPlanRounds];  // among the tile's pairs of the same expert
+};
+
+// Ranks pairs first .. first + count - 1 (at most kPlanTile). The whole block calls it; afterwards
+// each thread may read all totals.
+K2K_DEVICE ThreadPairs rank_tile(TileRanks& smem,
+                                 const MoeDispatchParams& p,
+                                 int64_t first,
+                                 int count K2K_WHERE) {
+    const int warp = arch::warp_id(), lane = arch::lane_id();
+    const int rounds = static_cast<int>(ceil_div(count, kMoeThreads));
+    ThreadPairs mine;
+    mine.first = warp * rounds * 32 + lane;
+    mine.rounds = rounds;
+    K2K_UNROLL
+    for (int round = 0; round < kPlanRounds;
+         ++round) {  // all on their way before the first is used
+        const int pair = mine.first + 32 * round;
+        mine.expert[round] = round < rounds && pair < count ? expert_of(p, first + pair) : -1;
+    }
+    auto* cells = reinterpret_cast<uint4*>(smem.of_warp);
+    for (int i = threadIdx.x; i < int(sizeof smem.of_warp / sizeof *cells); i += kMoeThreads) {
+        cells[i] = make_uint4(0, 0, 0, 0);
+    }
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+
+    uint16_t* counts = smem.of_warp[warp];
+    const uint32_t lower_lanes = (1u << lane) - 1;
+    K2K_UNROLL
+    for (int round = 0; round < kPlanRounds; ++round) {
+        if (round >= rounds) break;
+        const int expert = mine.expert[round];
+        const uint32_t peers = arch::match_any(static_cast<uint32_t>(expert) K2K_PASS_WHERE);
+        const int lower = count_bits(peers & lower_lanes);
+        const int before = expert >= 0 ? counts[expert] : 0;
+        mine.rank[round] = before + lower;
+        arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);  // all have read
+        if (expert >= 0 && lower == 0) {
+            counts[expert] = static_cast<uint16_t>(before + count_bits(peers));
+        }
+        arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
+    }
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+
+    for (int expert = threadIdx.x; expert < p.experts; expert += kMoeThreads) {
+        int before = 0;
+        K2K_UNROLL
+        for (int w = 0; w < kMoeWarps; ++w) {
+            const int here = smem.of_warp[w][expert];
+            smem.of_warp[w][expert] = static_cast<uint16_t>(before);
+            before += here;
+        }
+        smem.totals[expert] = before;
+    }
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    K2K_UNROLL
+    for (int round = 0; round < kPlanRounds; ++round) {
+        if (mine.expert[round] >= 0) mine.rank[round] += counts[mine.expert[round]];
+    }
+    return mine;
+}
+
+template <int kThreads>
+struct PlaceExperts {
+    int64_t of_warp[kThreads / 32];
+    uint32_t dropped[kThreads / 32];
+};
+
+// Offsets and counts, as the reference defines them, of kThreads * kEach experts from their totals;
+// a thread has kEach neighbours. `overflow`, unless null, gets the number of pairs left over. The
+// whole block calls it, and must meet before it reads `offsets` and `counts`.
+template <int kThreads, int kEach>
+K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem,
+                              const MoeDispatchParams& p,
+                              const int32_t (&totals)[kEach],
+                              int32_t* offsets,
+                              int32_t* counts,
+                              int64_t* overflow K2K_WHERE) {
+    constexpr int kWarps = kThreads / 32;
+    const int warp = arch::warp_id(), lane = arch::lane_id();
+    int64_t sum = 0;  // of this thread's experts, aligned
+    uint32_t aligned[kEach];
+    K2K_UNROLL
+    for (int i = 0; i < kEach; ++i) {  // totals and alignment are below 2^31: no overflow
+        aligned[i] = (totals[i] + p.alignment - 1) / p.alignment * p.alignment;
+        sum += aligned[i];
+    }
+    int64_t end = sum;  // of this thread's experts
+    K2K_UNROLL
+    for (int delta = 1; delta < 32; delta *= 2) {
+        const int64_t other = arch::shuffle_up(end, delta K2K_PASS_WHERE);
+        if (lane >= delta) end += other;
+    }
+    if (lane == 31) smem.of_warp[warp] = end;
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    int64_t start = end - sum;
+    for (int w = 0; w < warp; ++w) start += smem.of_warp[w];
+
+    uint32_t dropped = 0;
+    K2K_UNROLL
+    for (int i = 0; i < kEach; ++i) {
+        const int expert = threadIdx.x * kEach + i;
+        const int64_t room = start < p.capacity ? p.capacity - start : 0;
+        const int32_t kept = totals[i] < room ? totals[i] : static_cast<int32_t>(room);
+        dropped += totals[i] - kept;
+        start += aligned[i];
+        if (expert < p.experts) {
+            counts[expert] = kept;
+            offsets[expert + 1] = static_cast<int32_t>(start < p.capacity ? start : p.capacity);
+        }
+    }
+    if (threadIdx.x == 0) offsets[0] = 0;
+    if (overflow == nullptr) return;
+    dropped = arch::redux_add(dropped K2K_PASS_WHERE);
+    if (lane == 0) smem.dropped[warp] = dropped;
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    if (threadIdx.x == 0) {
+        int64_t all = 0;
+        for (int w = 0; w < kWarps; ++w) all += smem.dropped[w];
+        *overflow = all;
+    }
+}
+
+}  // namespace k2k

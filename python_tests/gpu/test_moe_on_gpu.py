@@ -1,0 +1,192 @@
+"""The kernels of moe on a GPU, at sizes of Kimi-K2: against the definition on the CPU. Run by `make gpu`."""
+
+import pytest
+import torch
+
+import k2kernels as k
+from k2kernels.ops import moe
+from k2kernels.reference import moe as reference
+from k2kernels.testing.compare import check_close
+from k2kernels.testing.inputs import KIMI_K2
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+EXPERTS, TOP_K, HIDDEN = KIMI_K2.experts, KIMI_K2.top_k, KIMI_K2.hidden
+TOKENS = (1, 128, 256, 257, 1000)  # 256: the last batch that is dispatched in one launch
+
+
+def routing(tokens, skew="uniform"):
+    indices = torch.rand(tokens, EXPERTS).topk(TOP_K).indices.int()
+    if skew == "hot":
+        indices[:, 0] = 7
+        indices[::5, 3] = -1
+    return indices, torch.rand(tokens, TOP_K)
+
+
+def on_gpu(x):
+    return x.cuda() if isinstance(x, torch.Tensor) else x
+
+
+def same(got, want):
+    got, want = (t.detach().cpu().flatten().view(torch.uint8) for t in (got, want))
+    assert torch.equal(got, want), f"{int((got != want).sum())} of {want.numel()} bytes differ"
+
+
+def launched(op, function, *args, **options):
+    before = k.launch_count(op)
+    result = function(*map(on_gpu, args), **{name: on_gpu(v) for name, v in options.items()})
+    assert k.launch_count(op) > before, "the reference ran instead of the kernel"
+    return result
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("skew", ["uniform", "hot"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_dispatch(tokens, skew, dtype):
+    x, (indices, weights) = torch.randn(tokens, HIDDEN).to(dtype), routing(tokens, skew)
+    for options in (
+        dict(),
+        dict(alignment=128, quantize=True),
+        dict(alignment=16, quantize=True, power_of_two=True, scale_layout="column"),
+        dict(alignment=16, capacity=16 * (tokens // 3 + 2)),
+    ):
+        op = "moe_dispatch_quantize" if "quantize" in options else "moe_dispatch"
+        got = launched(op, k.moe_dispatch, x, indices, weights, num_experts=EXPERTS, **options)
+        want = k.moe_dispatch(x, indices, weights, num_experts=EXPERTS, **options)
+        for g, w in zip(got.handle, want.handle):
+            same(g, w)
+        real = want.handle.token_of_slot >= 0
+        same(got.data.cpu().view(torch.uint8).view(len(real), -1)[real], want.data[real])
+        if want.scales is not None:
+            assert got.scales.stride() == want.scales.stride()
+            same(got.scales.cpu()[real], want.scales[real])
+
+
+@pytest.mark.parametrize("tokens", [100, 1000])
+def test_padding_is_not_written(tokens):
+    indices, _ = routing(tokens)
+    capacity = 128 * (tokens * TOP_K // 128 + EXPERTS)
+    plan = [t.cuda() for t in moe._plan_fake(indices, EXPERTS, capacity)]
+    data = torch.full((capacity, HIDDEN), 7, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(tokens, HIDDEN).bfloat16().cuda()
+    moe._launch_dispatch("moe_dispatch", x, indices.cuda(), EXPERTS, 128, capacity, data, None, False, plan)
+    assert (data[plan[1] < 0] == 7).all() and (plan[1] < 0).sum() == capacity - tokens * TOP_K
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_combine_and_its_gradient(tokens, dtype):
+    handle = k.moe_dispatch(torch.zeros(tokens, 1), *routing(tokens, "hot"), num_experts=EXPERTS, alignment=4).handle
+    y = torch.randn(len(handle.token_of_slot), HIDDEN).to(dtype)
+    y[handle.token_of_slot < 0] = float("nan")
+    shared, residual = torch.randn(tokens, HIDDEN).bfloat16(), torch.randn(tokens, HIDDEN)
+    gpu_handle = moe.Handle(*map(on_gpu, handle))
+    for options in (dict(), dict(shared=shared), dict(shared=shared, residual=residual, out_dtype=torch.float32)):
+        got = launched("moe_combine", k.moe_combine, y, gpu_handle, **options)
+        same(got, k.moe_combine(y, handle, **options))
+
+    args = shared, y, *handle[:2], handle.weights
+    d_y, d_weights = launched("moe_combine_backward", moe._moe_combine_backward, *args)
+    same(d_y, moe._moe_combine_backward(shared, y.nan_to_num(), *args[2:])[0])
+    pairs = y.double()[handle.slot_of.long()] * shared.double()[:, None]
+    none = handle.slot_of < 0
+    # Each of H products and sums is off by half a unit of the sum of magnitudes at most, mostly far less.
+    budget = (pairs.abs().sum(-1) * 2**-24 * HIDDEN**0.5).masked_fill(none, 1e-30)
+    check_close(d_weights.cpu(), pairs.sum(-1).masked_fill(none, 0), budget=budget)
+    same(launched("moe_permute", moe._moe_permute, shared, *handle[:2]), moe._moe_permute(shared, *handle[:2]))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("experts, top_k, groups", [(384, 8, 1), (256, 8, 8), (64, 6, 1), (512, 10, 1), (1024, 32, 32)])
+@pytest.mark.parametrize("tokens", [1, 129, 4096])
+def test_route_and_its_gradient(tokens, experts, top_k, groups, score, dtype):
+    logits, bias = torch.randn(tokens, experts).to(dtype), torch.randn(experts) * 0.1
+    options = dict(top_k=top_k, n_group=groups, topk_group=-(-groups // 2), score=score, scale=2.827)
+    got = launched("moe_route", k.moe_route, logits, bias, **options)
+    index = got.indices.cpu().long()
+    exact = logits.double().sigmoid() if score == "sigmoid" else logits.double().softmax(-1)
+    # The same experts as in float64, but for a few that are as good.
+    want = k.moe_route(logits.double(), bias, **options).indices.long()
+    choice = exact + bias.double()
+    assert index.sort(-1).values.diff(dim=-1).gt(0).all()
+    torch.testing.assert_close(choice.gather(1, index), choice.gather(1, want), rtol=0, atol=1e-5)
+    assert torch.equal(got.counts.cpu(), torch.bincount(index.flatten(), minlength=experts))
+    weights = exact.gather(1, index)
+    weights = weights / weights.sum(-1, keepdim=True) * 2.827
+    check_close(got.weights.cpu(), weights, budget=weights * 2e-6)
+
+    grad, rest = torch.randn(tokens, top_k), (index.int(), score, True, 2.827)
+    d_logits = launched("moe_route_backward", moe._moe_route_backward, grad, logits, *rest)
+    want = reference.moe_route_backward(grad.double(), logits.double(), *rest)
+    check_close(d_logits.cpu(), want, same_precision=reference.moe_route_backward(grad, logits, *rest))
+
+
+def test_bad_logits_give_distinct_experts():
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[nan] * 8, [-inf] * 8, [inf] * 8, [nan, nan, 1, nan, 2, nan, nan, 0.5], [0.0] * 8])
+    for bias in (None, torch.linspace(3, -3, 8)):
+        got = launched("moe_route", k.moe_route, logits, bias, top_k=3)
+        assert torch.equal(got.indices.cpu(), k.moe_route(logits, bias, top_k=3).indices)
+        assert got.weights.isfinite().all()
+
+
+def layer(x, logits, bias):
+    routing = k.moe_route(logits, bias, top_k=TOP_K, scale=2.827)
+    d = k.moe_dispatch(x, routing.indices, routing.weights, num_experts=EXPERTS, alignment=16)
+    return k.moe_combine(d.data, d.handle, shared=x), routing.counts
+
+
+@pytest.mark.parametrize("tokens", [128, 1000])
+def test_graphs_with_changing_routing_and_repeated_runs(tokens):
+    x, logits = torch.randn(tokens, HIDDEN).bfloat16().cuda(), torch.randn(tokens, EXPERTS).cuda()
+    bias = torch.randn(EXPERTS).cuda() * 0.1
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layer(x, logits, bias)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, counts = layer(x, logits, bias)
+    for _ in range(20):
+        x.copy_(torch.randn(tokens, HIDDEN))
+        logits.copy_(torch.randn(tokens, EXPERTS))
+        graph.replay()
+        torch.cuda.synchronize()
+        for want in (layer(x, logits, bias) for _ in range(2)):
+            same(out, want[0])
+            same(counts, want[1])
+
+
+def test_a_token_does_not_depend_on_its_batch():
+    x, logits, bias = torch.randn(300, HIDDEN).bfloat16().cuda(), torch.randn(300, EXPERTS).cuda(), None
+    together, _ = layer(x, logits, bias)
+    for some in ([0], [299], list(range(17, 150))):
+        same(layer(x[some], logits[some], bias)[0], together[some])
+
+
+def test_compiled():
+    x, logits = torch.randn(64, HIDDEN).bfloat16().cuda(), torch.randn(64, EXPERTS).cuda()
+    got = torch.compile(layer, fullgraph=True)(x, logits, None)
+    for g, w in zip(got, layer(x, logits, None)):
+        same(g, w)
+
+
+def test_more_than_2_to_the_31_elements():
+    tokens = 40_000
+    indices, weights = (t.cuda() for t in routing(tokens))
+    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    got = k.moe_dispatch(x, indices, weights, num_experts=EXPERTS, quantize=True)
+    assert got.data.numel() > 2**31
+    codes, scales = k.quantize_1x128(x)
+    for token in (0, 20_001, tokens - 1):
+        slots = got.handle.slot_of[token].long()
+        same(got.data.view(torch.uint8)[slots], codes[token].view(torch.uint8).expand(TOP_K, -1))
+        same(got.scales[slots], scales[token].expand(TOP_K, -1))
+    del got
+    d = k.moe_dispatch(x, indices, weights, num_experts=EXPERTS)
+    out = k.moe_combine(d.data, d.handle)
+    want = x.float() * weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(out.float(), want, rtol=2**-7, atol=2**-7)
