@@ -217,6 +217,31 @@ EACH["newton_schulz_grouped"] = (
 )
 
 
+def factors(*groups):
+    """A and B of an FP8 product [384, 512] x [640, 512] and their scales; with `groups`, one B of each, and where its
+    128 rows begin."""
+    offsets = (torch.arange(0, 385, 128).int(), torch.full((3,), 128).int()) if groups else ()
+    return *k.quantize_1x128(torch.randn(384, 512)), *k.quantize_128x128(torch.randn(*groups, 640, 512)), *offsets
+
+
+def product(*args, into=False):
+    """The grouped product if there are offsets and counts."""
+    options = dict(out=args[0].new_empty(384, 640, dtype=torch.bfloat16)) if into else {}
+    if len(args) == 4:
+        return k.fp8_gemm(*args, **options)
+    return k.grouped_fp8_gemm(*args[:4], offsets=args[4], counts=args[5], **options)
+
+
+EACH["fp8_gemm"] = product, factors
+EACH["fp8_gemm_out"] = lambda *args: product(*args, into=True), factors
+EACH["grouped_fp8_gemm"] = product, lambda: factors(3)
+EACH["grouped_fp8_gemm_out"] = lambda *args: product(*args, into=True), lambda: factors(3)
+EACH["grouped_fp8_wgrad"] = (
+    lambda *args: k.grouped_fp8_wgrad(*args[:4], offsets=args[4], counts=args[5]),
+    lambda: (*(t for n in (512, 640) for t in k.quantize_1x128(torch.randn(n, 384))), *factors(3)[4:]),
+)
+
+
 def routed(*names):
     """Of what the ops of moe take, the tensors of these names; `rows` are in slots, without padding."""
     indices, weights = torch.rand(300, KIMI_K2.experts).topk(KIMI_K2.top_k).indices.int(), torch.rand(300, 8)
