@@ -157,6 +157,29 @@ long moe_combine_backward(Rows grad,
     return run(device, [&] { launch_moe_combine_backward(p, pointer<void>(stream)); });
 }
 
+long moe_gemm(int kind,
+              int type,
+              std::tuple<Address, Address, Address> matrices,
+              std::tuple<int64_t, int64_t, int64_t> sizes,
+              std::tuple<int64_t, int64_t, int64_t, int64_t> strides,
+              std::tuple<Address, Address, int> groups,
+              int multiprocessors,
+              int device,
+              Address stream) {
+    MoeGemmParams p;
+    p.kind = static_cast<MoeGemm>(kind);
+    p.type = static_cast<Type>(type);
+    p.a = pointer<const void>(std::get<0>(matrices));
+    p.b = pointer<const void>(std::get<1>(matrices));
+    p.d = pointer<void>(std::get<2>(matrices));
+    std::tie(p.rows, p.columns, p.depth) = sizes;
+    std::tie(p.a_row_stride, p.b_row_stride, p.b_matrix_stride, p.d_matrix_stride) = strides;
+    const auto [offsets, counts, number] = groups;
+    p.groups = {pointer<const int32_t>(offsets), pointer<const int32_t>(counts), number,
+                p.kind == MoeGemm::kWgrad ? tile::Groups::Axis::kK : tile::Groups::Axis::kRows};
+    return run(device, [&] { launch_moe_gemm(p, multiprocessors, pointer<void>(stream)); });
+}
+
 const char* const kSeeParams = "See csrc/moe/params.h; returns the number of kernels started.";
 
 }  // namespace
@@ -179,6 +202,9 @@ void bind_moe(py::module_& m) {
     m.def("moe_combine_backward", &moe_combine_backward, py::arg("grad"), py::arg("y"),
           py::arg("slot_of"), py::arg("token_of_slot"), py::arg("weights"), py::arg("d_y"),
           py::arg("d_weights"), py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
+    m.def("moe_gemm", &moe_gemm, py::arg("kind"), py::arg("type"), py::arg("matrices"),
+          py::arg("sizes"), py::arg("strides"), py::arg("groups"), py::arg("multiprocessors"),
+          py::arg("device"), py::arg("stream"), kSeeParams);
 }
 
 }  // namespace k2k::bind

@@ -3,6 +3,7 @@
 // What the kernels of this folder are told. Sizes and strides are in elements.
 
 #include "common/dtypes.h"
+#include "tile/groups.h"
 
 namespace k2k {
 
@@ -25,19 +26,7 @@ struct Addend {
     int64_t matrix_stride, row_stride;
 };
 
-// How the work is cut into groups, one for each matrix of B (wgrad: of D). What stands in offsets
-// and counts is read on the device.
-struct GemmGroups {
-    enum class Axis : int32_t {
-        kMatrices,  // group g is matrix g of A, the first counts[g] rows of it (all if null)
-        kRows,      // group g is the rows of A from offsets[g] on
-        kK,         // group g is the part of K from offsets[g] on (wgrad)
-    };
-    const int32_t* offsets;  // [number + 1]
-    const int32_t* counts;   // [number]; null: up to the next offset
-    int32_t number;
-    Axis axis;
-};
+using GemmGroups = tile::Groups;
 
 // D = A B^T (+ bias) (+ C), for each group.
 struct Fp8GemmParams {

@@ -1,111 +1,27 @@
 #pragma once
 
-// Which tile of D comes next: one numbering of all groups' tiles, for every kernel of this folder.
-//
-// Tiles are numbered group by group. Inside a group they go in bands of `band` tiles of rows: down
-// the band, then one column on, so that blocks that run at the same time share rows of A and of B
-// in L2. How many rows (or how much of K) a group has is read here, on the device, 32 groups at a
-// time: a warp walks all groups once, in ceil(groups / 32) steps, and empty groups have no tiles.
+// Which tile of D comes next, for every kernel of this folder: see tile/group_tiles.cuh.
 
-#include "arch/warp.cuh"
-#include "common/math.h"
 #include "fp8_gemm/params.h"
+#include "tile/group_tiles.cuh"
 
 namespace k2k {
 
-struct GemmTile {
-    int group;
-    int row, column;    // the first, in the group's D
-    int rows;           // of the group: D ends there
-    int64_t first_row;  // of the group, in A and D
-    int k_begin, k_end;
-
+struct GemmTile : tile::GroupTile {
     // Blocks of 128 of K; one, of zeros, where there is no K.
     K2K_DEVICE int blocks() const {
         return k_end > k_begin ? static_cast<int>(ceil_div(k_end - k_begin, 128)) : 1;
     }
 };
 
-class GemmTiles {
+class GemmTiles : public tile::GroupTiles {
   public:
-    // Tiles of tile_rows x tile_columns. All lanes of a warp make and use one.
     K2K_DEVICE GemmTiles(const Fp8GemmParams& p,
                          int tile_rows,
                          int tile_columns,
                          int band K2K_WHERE)
-        : p_(p), tile_rows_(tile_rows), tile_columns_(tile_columns), band_(band) {
-        look_at_groups(0, 0 K2K_PASS_WHERE);
-    }
-
-    // Tile number `index`; false if there are not so many. The numbers asked for must not fall.
-    K2K_DEVICE bool find(int index, GemmTile& tile K2K_WHERE) {
-        const uint32_t own_lane = arch::lane_id();
-        uint32_t lane;  // the first whose group ends behind the tile
-        while ((lane = arch::redux_min(index < end_ ? own_lane : 32u K2K_PASS_WHERE)) == 32) {
-            if (first_group_ + 32 >= p_.groups.number) return false;
-            look_at_groups(first_group_ + 32,
-                           arch::shuffle(end_, 31 K2K_PASS_WHERE) K2K_PASS_WHERE);
-        }
-        tile.group = first_group_ + static_cast<int>(lane);
-        const int start = arch::shuffle(start_, lane K2K_PASS_WHERE);
-        const int size = arch::shuffle(size_, lane K2K_PASS_WHERE);
-        const bool along_k = p_.groups.axis == GemmGroups::Axis::kK;
-        tile.first_row = along_k ? 0 : start;
-        tile.rows = along_k ? static_cast<int>(p_.a.rows) : size;
-        tile.k_begin = along_k ? start : 0;
-        tile.k_end = along_k ? start + size : static_cast<int>(p_.k);
-
-        const int row_tiles = static_cast<int>(ceil_div(tile.rows, tile_rows_));
-        const int column_tiles = static_cast<int>(ceil_div(p_.b.rows, tile_columns_));
-        const int end = arch::shuffle(end_, lane K2K_PASS_WHERE);
-        const int in_group = index - (end - row_tiles * column_tiles);
-        const int first = in_group / (band_ * column_tiles) * band_;  // row tile of the band
-        const int height = row_tiles - first < band_ ? row_tiles - first : band_;
-        const int in_band = in_group - first * column_tiles;
-        tile.row = (first + in_band % height) * tile_rows_;
-        tile.column = in_band / height * tile_columns_;
-        return true;
-    }
-
-  private:
-    // Each lane one of 32 groups, of which `tiles_before` tiles come before the first.
-    K2K_DEVICE void look_at_groups(int first, int tiles_before K2K_WHERE) {
-        const GemmGroups& groups = p_.groups;
-        const int group = first + static_cast<int>(arch::lane_id());
-        first_group_ = first;
-        start_ = size_ = 0;
-        int rows = 0;
-        if (group < groups.number) {
-            // What a GPU's caller wrote there is not known before: it is kept inside A.
-            const int64_t space = groups.axis == GemmGroups::Axis::kK ? p_.k : p_.a.rows;
-            if (groups.offsets != nullptr) start_ = clamp(groups.offsets[group], space);
-            int64_t end = space;
-            if (groups.counts != nullptr) {
-                end = start_ + clamp(groups.counts[group], space - start_);
-            } else if (groups.offsets != nullptr) {
-                end = clamp(groups.offsets[group + 1], space);
-            }
-            size_ = end > start_ ? static_cast<int>(end) - start_ : 0;
-            rows = groups.axis == GemmGroups::Axis::kK ? static_cast<int>(p_.a.rows) : size_;
-        }
-        end_ = static_cast<int>(ceil_div(rows, tile_rows_) * ceil_div(p_.b.rows, tile_columns_));
-        K2K_UNROLL
-        for (uint32_t delta = 1; delta < 32; delta *= 2) {
-            const int before = arch::shuffle_up(end_, delta K2K_PASS_WHERE);
-            if (arch::lane_id() >= delta) end_ += before;
-        }
-        end_ += tiles_before;
-    }
-
-    K2K_DEVICE static int clamp(int32_t value, int64_t most) {
-        return value < 0 ? 0 : value < most ? value : static_cast<int>(most);
-    }
-
-    const Fp8GemmParams& p_;
-    int tile_rows_, tile_columns_, band_;
-    int first_group_;
-    // Of this lane's group: where it begins, how long it is, the number behind its last tile.
-    int start_, size_, end_;
+        : GroupTiles(
+              {p.groups, p.a.rows, p.b.rows, p.k}, tile_rows, tile_columns, band K2K_PASS_WHERE) {}
 };
 
 }  // namespace k2k

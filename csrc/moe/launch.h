@@ -17,4 +17,7 @@ void launch_moe_dispatch(const MoeDispatchParams& params, void* stream);
 void launch_moe_combine(const MoeCombineParams& params, void* stream);
 void launch_moe_combine_backward(const MoeCombineBackwardParams& params, void* stream);
 
+// On a chip of so many multiprocessors. Nothing is started for empty results.
+void launch_moe_gemm(const MoeGemmParams& params, int multiprocessors, void* stream);
+
 }  // namespace k2k

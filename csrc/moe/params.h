@@ -4,6 +4,7 @@
 // slot", "no token", "no expert".
 
 #include "common/dtypes.h"
+#include "tile/groups.h"
 
 namespace k2k {
 
@@ -97,6 +98,23 @@ struct MoeCombineBackwardParams {
     int64_t tokens, hidden;
     int32_t slots;
     int top_k;
+};
+
+// Which product of unquantised experts.
+enum class MoeGemm : int32_t { kForward, kDgrad, kWgrad };
+
+// D = A B, as kernel_gemm.cuh says for each kind. Rows of A and B begin at multiples of 16 bytes.
+struct MoeGemmParams {
+    MoeGemm kind;
+    Type type;      // of all three
+    const void* a;  // [slots, summed axis], for wgrad [slots, rows]
+    const void*
+        b;    // [groups, columns, K] or, for dgrad, [groups, N, columns]; wgrad [slots, columns]
+    void* d;  // [slots, columns] or [groups, rows, columns], contiguous
+    int64_t rows, columns;  // of D: all slots, or a group's
+    int64_t depth;          // of the summed axis; for wgrad all slots
+    int64_t a_row_stride, b_row_stride, b_matrix_stride, d_matrix_stride;
+    tile::Groups groups;
 };
 
 }  // namespace k2k

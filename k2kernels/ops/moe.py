@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_groups
-from k2kernels.ops._launch import TYPES, address, launch, matrices
+from k2kernels.ops._launch import TYPES, address, chip, launch, matrices
 from k2kernels.ops._register import register
 from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu, swiglu_quantize
@@ -869,10 +869,78 @@ def _gemm_grad(ctx: Any, grad: Tensor) -> tuple:
     return d_a, d_b, None, None
 
 
+FORWARD, DGRAD, WGRAD = range(3)  # k2k::MoeGemm
+
+
+def _rows_on_16_bytes(x: Tensor) -> Tensor:
+    """x, copied only if rows do not begin at multiples of 16 bytes or columns lie apart."""
+    *rows, column = x.stride()
+    if column == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in rows):
+        return x
+    width = x.shape[-1]
+    return x.new_empty((*x.shape[:-1], -(-width // 8) * 8))[..., :width].copy_(x)
+
+
+def _launch_gemm(
+    op: str, kind: int, a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, d: Tensor, depth: int
+) -> None:
+    a, b, offsets, counts = _rows_on_16_bytes(a), _rows_on_16_bytes(b), offsets.contiguous(), counts.contiguous()
+    launch(
+        op,
+        "moe_gemm",
+        a.device,
+        kind,
+        TYPES[a.dtype],
+        (a.data_ptr(), b.data_ptr(), d.data_ptr()),
+        (*d.shape[-2:], depth),
+        (a.stride(0), b.stride(-2), 0 if kind == WGRAD else b.stride(0), d.stride(0) if kind == WGRAD else 0),
+        (offsets.data_ptr(), counts.data_ptr(), counts.shape[0]),
+        chip(a.device).multiprocessors,
+    )
+
+
+def _gemm_fake(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+def _gemm_kernel(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    d = _gemm_fake(a, b, offsets, counts)
+    _launch_gemm("grouped_gemm", FORWARD, a, b, offsets, counts, d, a.shape[1])
+    return d
+
+
+def _dgrad_fake(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[0], b.shape[2]))
+
+
+def _dgrad_kernel(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    d = _dgrad_fake(grad, b, offsets, counts)
+    _launch_gemm("grouped_gemm_dgrad", DGRAD, grad, b, offsets, counts, d, grad.shape[1])
+    return d
+
+
+def _wgrad_fake(grad: Tensor, a: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    return grad.new_empty((counts.shape[0], grad.shape[1], a.shape[1]))
+
+
+def _wgrad_kernel(grad: Tensor, a: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    d = _wgrad_fake(grad, a, offsets, counts)
+    _launch_gemm("grouped_gemm_wgrad", WGRAD, grad, a, offsets, counts, d, grad.shape[0])
+    return d
+
+
+def _gemm_unserved(a: Tensor, b: Tensor, *_: Tensor) -> str | None:
+    if a.dtype not in (torch.bfloat16, torch.float16) or b.dtype != a.dtype:
+        return f"the kernels multiply bfloat16 and float16, not {a.dtype} by {b.dtype}"
+    return None
+
+
 _grouped_gemm = register(
     "grouped_gemm(Tensor a, Tensor b, Tensor offsets, Tensor counts) -> Tensor",
     reference=reference.grouped_gemm,
-    fake=lambda a, b, offsets, counts: a.new_empty((a.shape[0], b.shape[1])),
+    fake=_gemm_fake,
+    kernel=_gemm_kernel,
+    unserved=_gemm_unserved,
     validate=_gemm_validate,
     setup_context=_gemm_setup,
     backward=_gemm_grad,
@@ -880,12 +948,16 @@ _grouped_gemm = register(
 _grouped_gemm_dgrad = register(
     "grouped_gemm_dgrad(Tensor grad, Tensor b, Tensor offsets, Tensor counts) -> Tensor",
     reference=reference.grouped_gemm_dgrad,
-    fake=lambda grad, b, offsets, counts: grad.new_empty((grad.shape[0], b.shape[2])),
+    fake=_dgrad_fake,
+    kernel=_dgrad_kernel,
+    unserved=_gemm_unserved,
 )
 _grouped_gemm_wgrad = register(
     "grouped_gemm_wgrad(Tensor grad, Tensor a, Tensor offsets, Tensor counts) -> Tensor",
     reference=reference.grouped_gemm_wgrad,
-    fake=lambda grad, a, offsets, counts: grad.new_empty((counts.shape[0], grad.shape[1], a.shape[1])),
+    fake=_wgrad_fake,
+    kernel=_wgrad_kernel,
+    unserved=_gemm_unserved,
 )
 
 
