@@ -24,7 +24,7 @@
 // Edges     chunks outside of an operand or of a group arrive as zeros and are not read; rows and
 //           columns outside of D are not stored.
 // Shared    64 KB for 128 x 128 (4 stages of 32), 72 KB for 16 x 128 (4 stages of 64).
-// Registers at most 128 of 256 threads, or 168 of 128: two or three blocks a multiprocessor.
+// Registers at most 128: two blocks a multiprocessor.
 // Limits    rows of A and B begin at multiples of 16 bytes; bfloat16 and float16.
 
 #include "arch/cp_async.cuh"
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         b_panel.begin(b + found.group * p.b_matrix_stride, p.b_row_stride, found.column,
                       p.columns - found.column, found.k_begin);
         left = found.k_end - found.k_begin;
-        K2K_UNROLL
+        K2K_NO_UNROLL
         for (int i = 0; i < Tile::kStages - 1; ++i) fill();
         return true;
     };

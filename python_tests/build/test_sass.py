@@ -153,6 +153,23 @@ for vectors in (1, 2, 3, 4, 8):
     registers, redux = 64 if vectors <= 3 else 128, {arch: {"REDUX": 2} for arch in ("sm_80", "sm_90a")}
     PLANS[f"moe_route_kernel<{vectors}>"] = (registers, 2 * vectors, 0, redux)  # logits and bias
     PLANS[f"moe_route_backward_kernel<{vectors}>"] = (registers, vectors, vectors, {})
+# Products of experts: a stage's copies stand in three places (before the first tile, before the next, in the loop); a
+# stage's 16 x 8 x 16 products of a warp; ldmatrix transposes what lies by columns, in A or B. 16-byte stores: 2 for 16
+# rows of a warp.
+for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
+    for tile, by_columns, registers, copies, stores, products, a_loads, b_loads in (
+        ("128, 128, 32, 64, 4, 2", ("false, false", "false, true", "true, true"), 128, 12, 8, 32, 8, 4),
+        ("16, 128, 64, 16, 4, 2", ("false, false", "false, true"), 96, 27, 2, 16, 4, 8),
+    ):
+        for columns in by_columns:
+            transposed = [flag == "true" for flag in columns.split(", ")]
+            loads = {f"LDSM.16.M{'T' if t else ''}88.4": 0 for t in transposed}
+            for t, number in zip(transposed, (a_loads, b_loads)):
+                loads[f"LDSM.16.M{'T' if t else ''}88.4"] += number
+            others = {f"HMMA.16816.F32{bf16}": products, "LDGSTS.E.BYPASS.128": copies, **loads}
+            PLANS[f"moe_gemm_kernel<{dtype}, MoeGemmTile<{tile}>, {columns}>"] = (
+                registers, copies, stores, dict.fromkeys(("sm_80", "sm_90a"), others),
+            )  # fmt: skip
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 
@@ -190,6 +207,13 @@ SHARED = {
     **{f"moe_move_kernel<{t}, {q}, true>": 36968 for t in BYTES for q in ("false", "true")},
     **{f"moe_combine_backward_kernel<{t}>": 2048 for t in BYTES},
     **{f"moe_route_kernel<{n}>": 4096 for n in (1, 2, 3, 4, 8)},
+    # Four stages of 32 of two panels of 128, of 64 of panels of 16 and 128.
+    **{
+        f"moe_gemm_kernel<{t}, MoeGemmTile<{tile}>, {columns}>": size
+        for t in ("bf16", "fp16")
+        for columns in ("false, false", "false, true", "true, true")
+        for tile, size in (("128, 128, 32, 64, 4, 2", 4 * 32 * 256 * 2), ("16, 128, 64, 16, 4, 2", 4 * 64 * 144 * 2))
+    },
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
     # Sums of eight warps; three stages of two panels of 128 x 32.
     "newton_schulz_norm_kernel": 64,
