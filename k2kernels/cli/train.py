@@ -26,6 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=600)
     add("--config", default="tiny", metavar="PRESET|DIR", help="preset, or directory with config.json (default: tiny)")
     add("--optimizer", default="muonclip", help="muonclip, muon (no clip) or adamw")
+    add("--fp8", action="store_true", help="FP8 products in linear layers and experts (weights stay as they are)")
     add("--resume", action="store_true", help="go on with the run in --out, where there is one")
     add("--batch-size", type=int, default=16, help="sequences per step")
     add("--length", type=int, default=128, help="tokens per sequence")
@@ -48,14 +49,15 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--out must name a directory, got an empty name")
     if options.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
-    names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed")
+    names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed", "fp8")
     chosen = TrainOptions(text=tuple(options.text), **{name: getattr(options, name) for name in names})
     trainer = Trainer(chosen, Path(options.out), resume=options.resume, save_every=options.save_every)
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
     corpus = trainer.corpus
     print(
-        f"{parameters / 1e6:.2f} M parameters, {chosen.optimizer}, {len(corpus.train)} tokens of text "
+        f"{parameters / 1e6:.2f} M parameters, {chosen.optimizer}{', FP8 products' if chosen.fp8 else ''}, "
+        f"{len(corpus.train)} tokens of text "
         f"({corpus.train_bytes_per_token:.2f} bytes each), {len(corpus.valid)} held out"
         + (f"; going on after step {trainer.step}" if trainer.step else "")
     )

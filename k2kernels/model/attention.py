@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from k2kernels.model.cache import LatentCache
 from k2kernels.model.config import K2Config
-from k2kernels.model.linear import Float32Buffers, Fp8Linear
+from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
 from k2kernels.model.rope import apply_rope
 from k2kernels.ops.mla_decode import mla_decode
 from k2kernels.ops.mla_prefill import mla_prefill
@@ -58,16 +58,16 @@ class LatentAttention(Float32Buffers):
         self.config, self.layer = config, layer
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, LATENT_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.latent_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.latent_dim)
         self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, LATENT_EPS)
         key_value = config.qk_nope_head_dim + config.v_head_dim
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * key_value, bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * key_value)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
         self.register_buffer("max_logit", torch.empty(heads, dtype=torch.float32), persistent=False)
         self.reset_buffers()
 

@@ -1,4 +1,4 @@
-"""Small modules of the model: the block-FP8 linear layer, and buffers that stay float32."""
+"""Small modules of the model: linear layers, with FP8 products or FP8 weights, and buffers that stay float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from k2kernels.ops.fp8_gemm import fp8_gemm
+from k2kernels.ops.fp8_gemm import fp8_gemm, fp8_linear
 from k2kernels.ops.quant import dequantize, quantize_1x128
 
 BLOCK = 128  # rows and columns that share one scale
@@ -32,6 +32,21 @@ class Float32Buffers(nn.Module):
         if any(buffer.is_meta and not self._buffers[name].is_meta for name, buffer in before.items()):
             self.reset_buffers()
         return self
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias; where `fp8` is set, by `K2Model.use_fp8`, its products are FP8, gradients included.
+
+    The weight stays as it is: it is the master that the optimizer moves and that checkpoints hold.
+    """
+
+    fp8 = False
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, self.weight) if self.fp8 else super().forward(x)
 
 
 class Fp8Linear(nn.Module):

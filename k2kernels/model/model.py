@@ -18,7 +18,8 @@ from k2kernels.model.attention import Decode, Prefill
 from k2kernels.model.config import K2Config
 from k2kernels.model.generate import generate
 from k2kernels.model.layer import DecoderLayer
-from k2kernels.model.moe import Moe
+from k2kernels.model.linear import Linear
+from k2kernels.model.moe import Experts, Moe
 from k2kernels.model.mtp import MtpLayer
 from k2kernels.model.rope import Rope
 from k2kernels.ops._check import FLOATS, Arguments
@@ -48,6 +49,7 @@ class K2Model(nn.Module):
     """A language model; weights are random (normal, standard deviation config.initializer_range) until loaded.
 
     Loading with keep_fp8 puts e4m3 codes and scales in the place of linear layers and experts; that is for inference.
+    To train with FP8 products on weights in high precision, see `use_fp8`.
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
     QK-Clip) and how many tokens each expert got (`expert_load`, for `update_router_bias`).
@@ -101,6 +103,31 @@ class K2Model(nn.Module):
         hidden = self.model(input_ids, self._prefill(*input_ids.shape))
         logits = self._logits(hidden)
         return (logits, hidden) if return_hidden else logits
+
+    def use_fp8(self, enabled: bool = True) -> K2Model:
+        """From now on the products of attention's and feed-forward's linear layers and of the experts are FP8.
+
+        Weights keep names and dtype: they are masters, quantised in each pass with one scale per 128x128 block;
+        activations and gradients get one per token and 128 features, or, in the weights' gradients, per feature and 128
+        tokens. Embedding, head, norms, router, MTP's projection and attention itself stay as they are. Saved
+        checkpoints hold nothing of it. See `k2kernels.fp8_linear` and `k2kernels.moe_mlp`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: it holds FP8 codes (keep_fp8) instead of masters, or is float64.
+
+        Source: DeepSeek-V3 (2024), section 3.3: which parts are FP8 and which are not.
+        """
+        modules = [module for module in self.modules() if isinstance(module, (Linear, Experts))]
+        dtypes = {p.dtype for module in self.modules() for p in module.parameters(recurse=False)}
+        if enabled and dtypes & {torch.float8_e4m3fn, torch.float64}:
+            got = "FP8 codes; load it without keep_fp8" if torch.float8_e4m3fn in dtypes else "float64"
+            raise ValueError(f"use_fp8: weights must be bfloat16, float16 or float32, got {got}")
+        for module in modules:
+            module.fp8 = enabled
+        return self
 
     @property
     def mtp_layers(self) -> Sequence[MtpLayer]:

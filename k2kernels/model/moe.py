@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2kernels.model.config import K2Config
-from k2kernels.model.linear import Float32Buffers
+from k2kernels.model.linear import Float32Buffers, Linear
 from k2kernels.ops.moe import moe_mlp, moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
 from k2kernels.reference._numeric import wide
@@ -23,8 +23,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: K2Config, intermediate: int):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * intermediate)
+        self.down_proj = Linear(intermediate, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
@@ -52,8 +52,11 @@ class Experts(nn.Module):
     """The stacked weights of the routed experts: gate_up_proj [E, 2I, hidden], down_proj [E, hidden, I].
 
     In a model kept in FP8 they are e4m3, with float32 scales [E, ceil(2I/128), ceil(hidden/128)] and so on in
-    `gate_up_proj_scale_inv` and `down_proj_scale_inv`.
+    `gate_up_proj_scale_inv` and `down_proj_scale_inv`. With `fp8`, which `K2Model.use_fp8` sets, their products are FP8
+    while they stay what they are.
     """
+
+    fp8 = False
 
     def __init__(self, config: K2Config):
         super().__init__()
@@ -105,7 +108,9 @@ class Moe(nn.Module):
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
-        return moe_mlp(flat, routing, *self.experts.weights(), shared=shared).view_as(x)
+        # Gradients of FP8 products sum over blocks of 128 tokens of one expert: dispatched so, they need no copies.
+        options = dict(fp8=True, power_of_two=True, alignment=128) if self.experts.fp8 else {}
+        return moe_mlp(flat, routing, *self.experts.weights(), shared=shared, **options).view_as(x)
 
     def sequence_loss(self, alpha: float) -> Tensor:
         """The balance loss of each sequence of the last pass in training mode; differentiable.

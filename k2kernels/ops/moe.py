@@ -14,7 +14,7 @@ from torch import Tensor
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_groups
 from k2kernels.ops._launch import TYPES, address, chip, launch, matrices
 from k2kernels.ops._register import register
-from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm
+from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm, grouped_fp8_linear
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu, swiglu_quantize
 from k2kernels.reference import moe as reference
 from k2kernels.reference._numeric import wide_dtype
@@ -306,6 +306,7 @@ def moe_mlp(
     alignment: int = 1,
     capacity: int | None = None,
     power_of_two: bool = False,
+    fp8: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The routed experts of a layer: sum over k of weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t).
@@ -321,6 +322,9 @@ def moe_mlp(
         shared, residual, out_dtype: as in `moe_combine`.
         alignment, capacity: as in `moe_dispatch`.
         power_of_two: how activations are quantised for FP8 weights: once in dispatch, once after SwiGLU.
+        fp8: multiply by `grouped_fp8_linear`: weights in high precision (x's dtype or not) are quantised on the fly,
+            like activations and gradients. Then power_of_two is of them all, and an alignment of 128 spares the
+            backward pass copies.
 
     Returns:
         [T, H] in out_dtype (x's by default). Differentiable in x, the routing weights, gate_up, down, shared and
@@ -332,40 +336,47 @@ def moe_mlp(
     Source: DeepSeek-V3 (2024), section 2.1.2.
     """
     args = Arguments("moe_mlp")
-    fp8 = isinstance(gate_up, (tuple, list))
+    codes = isinstance(gate_up, (tuple, list))
     args.require(
-        isinstance(down, (tuple, list)) == fp8,
+        isinstance(down, (tuple, list)) == codes,
         "down",
-        "a pair (fp8, scales) like gate_up" if fp8 else "a tensor like gate_up",
+        "a pair (fp8, scales) like gate_up" if codes else "a tensor like gate_up",
         type(down).__name__,
     )
+    args.boolean("fp8", fp8)
+    args.require(not (fp8 and codes), "gate_up", "a tensor in high precision with fp8=True", "a pair (fp8, scales)")
     if not isinstance(routing, tuple) or len(routing) < 2:
         raise TypeError(f"moe_mlp: routing must be what moe_route returned, got {type(routing).__name__}")
-    for name, pair in (("gate_up", gate_up), ("down", down)) if fp8 else ():
+    for name, pair in (("gate_up", gate_up), ("down", down)) if codes else ():
         args.require(len(pair) == 2, name, "a pair (fp8, scales)", f"a {type(pair).__name__} of {len(pair)}")
     indices, weights = routing[:2]
-    (gate_up, gate_up_scales), (down, down_scales) = (gate_up, down) if fp8 else ((gate_up, None), (down, None))
-    x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if fp8 else FLOATS)
-    gate_up = args.tensor("gate_up", gate_up, ("E", "2I", "H"), E4M3 if fp8 else x.dtype)
+    (gate_up, gate_up_scales), (down, down_scales) = (gate_up, down) if codes else ((gate_up, None), (down, None))
+    x = args.tensor("x", x, ("T", "H"), QUANTIZABLE if codes or fp8 else FLOATS)
+    weight_dtype = E4M3 if codes else QUANTIZABLE if fp8 else x.dtype
+    gate_up = args.tensor("gate_up", gate_up, ("E", "2I", "H"), weight_dtype)
     experts, double, hidden = gate_up.shape
     args.require(double % 2 == 0, "gate_up", "even in its middle axis", gate_up.shape)
     args.sizes["I"] = double // 2
-    down = args.tensor("down", down, ("E", "H", "I"), E4M3 if fp8 else x.dtype)
-    if fp8:
+    down = args.tensor("down", down, ("E", "H", "I"), weight_dtype)
+    if codes:
         blocks = [-(-size // 128) for size in (double, hidden, double // 2)]
         args.tensor("the scales of gate_up", gate_up_scales, (experts, *blocks[:2]), torch.float32)
         args.tensor("the scales of down", down_scales, (experts, *blocks[1:]), torch.float32)
 
     scaling = dict(power_of_two=power_of_two, scale_layout="column")
     dispatched = moe_dispatch(
-        x, indices, weights, num_experts=experts, alignment=alignment, capacity=capacity, quantize=fp8, **scaling
+        x, indices, weights, num_experts=experts, alignment=alignment, capacity=capacity, quantize=codes, **scaling
     )
     data, scales, offsets, counts, handle = dispatched
-    if fp8:
-        groups = dict(offsets=offsets, counts=counts)
+    groups = dict(offsets=offsets, counts=counts)
+    if codes:
         pre = grouped_fp8_gemm(data, scales, gate_up, gate_up_scales, out_dtype=x.dtype, **groups)
         inner, inner_scales = swiglu_quantize(pre, **scaling, **groups)
         y = grouped_fp8_gemm(inner, inner_scales, down, down_scales, out_dtype=x.dtype, **groups)
+    elif fp8:
+        groups |= dict(alignment=alignment, power_of_two=power_of_two)
+        inner = swiglu(grouped_fp8_linear(data, gate_up, **groups))
+        y = grouped_fp8_linear(inner, down, **groups)
     else:
         inner = swiglu(_grouped_gemm(data, gate_up, offsets, counts))
         y = _grouped_gemm(inner, down, offsets, counts)

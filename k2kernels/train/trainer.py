@@ -44,6 +44,7 @@ class TrainOptions:
     threshold: float = 30.0  # of QK-clip, on the scaled logits
     bias_rate: float = 1e-2  # of the router's loss-free balancing
     sequence_loss: float = 1e-4  # weight of the router's sequence-wise balance loss
+    fp8: bool = False  # products of linear layers and experts
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,7 +111,7 @@ class Trainer:
         self.xz = xz_bits_per_byte(text)
 
         torch.manual_seed(options.seed)
-        self.model = K2Model(config).train()
+        self.model = K2Model(config).train().use_fp8(options.fp8)
         self.optimizer = self._make_optimizer()
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[Row] = []
@@ -195,7 +196,8 @@ class Trainer:
         self.model.save_pretrained(self.out)
         _replace(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
         o, steps = self.options, [row.step for row in self.history]
-        title = f"{o.optimizer}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters"
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        title = f"{o.optimizer}{', FP8 products' if o.fp8 else ''}, {size:.2f} M parameters"
         valid = [(row.step, row.valid) for row in self.history if row.valid is not None]
         plot_loss(self.out / "loss.png", steps, [row.bits_per_byte for row in self.history], valid, self.xz, title)
         layers = {layer: [row.max_logits[layer] for row in self.history] for layer in self.history[0].max_logits}
