@@ -7,6 +7,8 @@ Source: DeepSeek-V3 (2024), sections 2.1.2 and 2.1.3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,6 +77,8 @@ class Moe(nn.Module):
 
     A forward pass in training mode adds to `gate.expert_counts` int64 [E] how many tokens each expert got, and keeps
     the logits for `sequence_loss`. Activation checkpointing runs it a second time; that is not counted.
+
+    Where some experts are elsewhere, `exchange` carries rows to them (see `moe_mlp`), and `experts` holds the others.
     """
 
     def __init__(self, config: K2Config):
@@ -84,6 +88,7 @@ class Moe(nn.Module):
         self.experts = Experts(config)
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = Mlp(config, shared) if shared else None
+        self.exchange: Any = None
         self._logits: Tensor | None = None  # [B, T, E] of the last pass in training mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +110,8 @@ class Moe(nn.Module):
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
-        return moe_mlp(flat, routing, *self.experts.weights(), shared=shared).view_as(x)
+        out = moe_mlp(flat, routing, *self.experts.weights(), shared=shared, exchange=self.exchange)
+        return out.view_as(x)
 
     def sequence_loss(self, alpha: float) -> Tensor:
         """The balance loss of each sequence of the last pass in training mode; differentiable.

@@ -3,7 +3,7 @@
 T tokens of this rank, K experts a token, R rows that arrive here, S slots of the experts here. A pair is (token, k).
 
 - scatter: each token's row goes once to every rank that has one of its experts. Rows arrive ordered by source rank,
-  then token; the local dispatch then orders them by expert, source rank, token and k, as one rank with all tokens would.
+  then token; the local dispatch orders them by expert, source rank, token and k, as one rank with all tokens would.
 - gather: every pair's row comes back by itself, and the token's own rank adds them up: one float32 sum, in the order
   of k, one rounding. Adding up on the expert's rank first would send less and round twice.
 
@@ -77,6 +77,7 @@ class Options(NamedTuple):
     capacity: int | None
 
 
+@torch.compiler.disable
 def dispatch(transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, options: Options) -> moe.Dispatched:
     """The rows of all ranks' tokens for the experts here."""
     data, scales, *plan = _Dispatch.apply(x, transport, indices, options)
@@ -97,6 +98,7 @@ def dispatch(transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, 
     return moe.Dispatched(data, scales, offsets, counts, handle)
 
 
+@torch.compiler.disable
 def combine(
     transport: Transport,
     y: Tensor,

@@ -109,6 +109,9 @@ class ExpertParallel:
             raise UnsupportedError("ExpertParallel: transport 'torch' needs a group; pass group=")
         return transport
 
+    def __deepcopy__(self, memo: dict) -> ExpertParallel:
+        return self  # a copied model talks to the same ranks
+
     @property
     def degraded(self) -> bool:
         """Whether a rank is masked, so that results lack its experts."""

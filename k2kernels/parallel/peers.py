@@ -210,7 +210,9 @@ class Peers:
     def mask(self, rank: int) -> None:
         """Goes on without `rank`. Every other live rank must call it too; they agree through the store."""
         if rank == self.rank or rank not in self.live:
-            raise ValueError(f"ExpertParallel.mask: rank must be another one that takes part, got {rank} of {self.live}")
+            raise ValueError(
+                f"ExpertParallel.mask: rank must be another one that takes part, got {rank} of {self.live}"
+            )
         self.live = [r for r in self.live if r != rank]
         self.masked |= {rank}
         name = f"mask/{len(self.masked)}"

@@ -50,7 +50,7 @@ class TorchTransport:
         self.epoch += 1
         indices, bad = in_range(indices, self.split.num_experts)
         rank, local = self.split.places(indices, self.peers.live)
-        (tokens, top_k), ones = indices.shape, torch.ones_like(rank)
+        tokens, ones = indices.shape[0], torch.ones_like(rank)
         wanted = torch.zeros(tokens, world + 1, dtype=torch.bool, device=device).scatter_(1, rank, True)[:, :world]
         pairs_to = ones.new_zeros(world + 1).scatter_add_(0, rank.flatten(), ones.flatten())[:world]
 
@@ -101,9 +101,7 @@ class TorchTransport:
         for segment, start in zip(segments, starts):
             packed[:, start : start + segment.shape[1] * segment.itemsize] = _bytes(segment)
         packed = self._all_to_all(packed, sent, arrived, phase)
-        return [
-            packed[:, start : start + s.shape[1] * s.itemsize].view(s.dtype) for s, start in zip(segments, starts)
-        ]
+        return [packed[:, start : start + s.shape[1] * s.itemsize].view(s.dtype) for s, start in zip(segments, starts)]
 
     def _all_to_all(self, rows: Tensor, sent: list[int], arrived: list[int], phase: str) -> Tensor:
         """Rows of bytes, so many to and from each rank that takes part."""
@@ -117,4 +115,7 @@ class TorchTransport:
 
 def _bytes(x: Tensor) -> Tensor:
     """Rows as bytes."""
-    return x.contiguous().view(torch.uint8)
+    x = x.contiguous()
+    if x.stride(-1) != 1:  # of a single column any stride counts as contiguous
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.uint8)
