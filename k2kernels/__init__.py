@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from k2kernels._backend import UnsupportedError, backend, emulated, launch_count
+from k2kernels._backend import PeerTimeout, UnsupportedError, backend, emulated, launch_count
 from k2kernels._info import info
 from k2kernels.ops.fp8_gemm import fp8_gemm, fp8_linear, grouped_fp8_gemm, grouped_fp8_linear, grouped_fp8_wgrad
 from k2kernels.ops.mla_cache import mla_append, mla_gather
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Dispatched",
     "MlaOutput",
+    "PeerTimeout",
     "Routing",
     "UnsupportedError",
     "backend",

@@ -20,6 +20,22 @@ class UnsupportedError(RuntimeError):
     """No kernel serves this device, this size or this request."""
 
 
+class PeerTimeout(RuntimeError):
+    """Another rank did not answer in time.
+
+    Attributes:
+        phase: what was waited for ("dispatch", "combine", "dispatch backward", ...).
+        ranks: who did not answer, as far as is known.
+        epoch: the number of the call that waited, counted by each transport from 1 on.
+    """
+
+    def __init__(self, message: str, *, phase: str = "", ranks: tuple[int, ...] = (), epoch: int = 0):
+        super().__init__(message)
+        self.phase = phase
+        self.ranks = ranks
+        self.epoch = epoch
+
+
 class Mode(NamedTuple):
     """What the innermost `with` block asked for."""
 

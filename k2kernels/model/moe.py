@@ -7,6 +7,8 @@ Source: DeepSeek-V3 (2024), sections 2.1.2 and 2.1.3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,6 +80,8 @@ class Moe(nn.Module):
 
     A forward pass in training mode adds to `gate.expert_counts` int64 [E] how many tokens each expert got, and keeps
     the logits for `sequence_loss`. Activation checkpointing runs it a second time; that is not counted.
+
+    Where some experts are elsewhere, `exchange` carries rows to them (see `moe_mlp`), and `experts` holds the others.
     """
 
     def __init__(self, config: K2Config):
@@ -87,6 +91,7 @@ class Moe(nn.Module):
         self.experts = Experts(config)
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = Mlp(config, shared) if shared else None
+        self.exchange: Any = None
         self._logits: Tensor | None = None  # [B, T, E] of the last pass in training mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +115,8 @@ class Moe(nn.Module):
         shared = None if self.shared_experts is None else self.shared_experts(flat)
         # Gradients of FP8 products sum over blocks of 128 tokens of one expert: dispatched so, they need no copies.
         options = dict(fp8=True, power_of_two=True, alignment=128) if self.experts.fp8 else {}
-        return moe_mlp(flat, routing, *self.experts.weights(), shared=shared, **options).view_as(x)
+        out = moe_mlp(flat, routing, *self.experts.weights(), shared=shared, exchange=self.exchange, **options)
+        return out.view_as(x)
 
     def sequence_loss(self, alpha: float) -> Tensor:
         """The balance loss of each sequence of the last pass in training mode; differentiable.

@@ -308,6 +308,7 @@ def moe_mlp(
     power_of_two: bool = False,
     fp8: bool = False,
     out_dtype: torch.dtype | None = None,
+    exchange: Any = None,
 ) -> Tensor:
     """The routed experts of a layer: sum over k of weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t).
 
@@ -325,6 +326,8 @@ def moe_mlp(
         fp8: multiply by `grouped_fp8_linear`: weights in high precision (x's dtype or not) are quantised on the fly,
             like activations and gradients. Then power_of_two is of them all, and an alignment of 128 spares the
             backward pass copies.
+        exchange: what carries rows to experts that are elsewhere, and back: an object with `dispatch` and `combine`, as
+            `k2kernels.parallel.ExpertParallel`. E of gate_up and down are then the experts that are here.
 
     Returns:
         [T, H] in out_dtype (x's by default). Differentiable in x, the routing weights, gate_up, down, shared and
@@ -364,9 +367,11 @@ def moe_mlp(
         args.tensor("the scales of down", down_scales, (experts, *blocks[1:]), torch.float32)
 
     scaling = dict(power_of_two=power_of_two, scale_layout="column")
-    dispatched = moe_dispatch(
-        x, indices, weights, num_experts=experts, alignment=alignment, capacity=capacity, quantize=codes, **scaling
-    )
+    place = dict(alignment=alignment, capacity=capacity, quantize=codes, **scaling)
+    if exchange is None:
+        dispatched = moe_dispatch(x, indices, weights, num_experts=experts, **place)
+    else:
+        dispatched = exchange.dispatch(x, indices, weights, **place)
     data, scales, offsets, counts, handle = dispatched
     groups = dict(offsets=offsets, counts=counts)
     if codes:
@@ -380,7 +385,8 @@ def moe_mlp(
     else:
         inner = swiglu(_grouped_gemm(data, gate_up, offsets, counts))
         y = _grouped_gemm(inner, down, offsets, counts)
-    return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
+    combine = moe_combine if exchange is None else exchange.combine
+    return combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
 
 
 Rows = tuple[int, int, int]  # what the kernels are told of a matrix: address, type, stride of its rows

@@ -1,5 +1,7 @@
 """Who computes what: the experts of a layer over the ranks of a process group."""
 
+from k2kernels._backend import PeerTimeout
 from k2kernels.parallel.expert import ExpertParallel
+from k2kernels.parallel.model import expert_parallel
 
-__all__ = ["ExpertParallel"]
+__all__ = ["ExpertParallel", "PeerTimeout", "expert_parallel"]

@@ -8,33 +8,47 @@ import torch
 from torch import Tensor
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.ops._check import Arguments
-from k2kernels.ops.moe import Dispatched, Handle, moe_combine, moe_dispatch
+from k2kernels.ops import moe
+from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops.moe import Dispatched, moe_combine, moe_dispatch
+from k2kernels.ops.quant import QUANTIZABLE
+from k2kernels.parallel import exchange
+from k2kernels.parallel.exchange import Options
+from k2kernels.parallel.split import Split
 
 if TYPE_CHECKING:  # a torch built without distributed serves the local transport too
     from torch.distributed import ProcessGroup
 
 TRANSPORTS = ("auto", "local", "torch", "symmetric", "virtual")
-SERVED = "served is 'local': all experts on this rank (group=None, or a group of one rank)"
 
 
 class ExpertParallel:
     """The experts of a layer and how tokens reach them; `dispatch` and `combine` mean what the ops mean.
 
+    With several ranks each brings its own tokens; what comes out has, bit for bit, what one rank with all tokens (those
+    of rank 0, then of rank 1, ...) and all experts would compute, forward and backward. A rank has the experts from
+    `first_expert` on; where the ranks do not divide the experts, the first ranks have one more.
+
     Args:
         group: the ranks that share the experts; None is this process alone, whatever torch.distributed knows.
-        num_experts: E, over all ranks.
+        num_experts: E, over all ranks; at least one a rank.
         hidden: H.
         top_k: K.
         max_tokens: the largest T of any call; what a transport sizes its buffers by.
-        transport: how rows travel between ranks. "local": they do not, every expert is here. "auto" picks the best
-            transport that is served.
+        transport: how rows travel between ranks. "local": they do not, every expert is here. "torch": by
+            `all_to_all_single` of the group. "auto" picks the best transport that is served.
+        init_timeout, step_timeout: seconds to wait for the other ranks when this is made, and in each call; by default
+            K2K_PARALLEL_INIT_TIMEOUT (30) and K2K_PARALLEL_STEP_TIMEOUT (10) of the environment.
+
+    Every rank of the group makes its objects, and calls `dispatch`, `combine` and their backward, in the same order.
 
     Raises:
-        UnsupportedError: for a transport that is not served, or for a group of several ranks.
+        UnsupportedError: for a transport that is not served.
+        ValueError: on every rank, when ranks differ in the arguments.
+        PeerTimeout: when a rank does not come.
 
     Attributes: transport, rank, world_size, num_experts, and the experts of this rank: num_local_experts, from
-    first_expert on.
+    first_expert on; degraded: whether a rank is masked.
     """
 
     def __init__(
@@ -46,6 +60,8 @@ class ExpertParallel:
         top_k: int,
         max_tokens: int,
         transport: str = "auto",
+        init_timeout: float | None = None,
+        step_timeout: float | None = None,
     ):
         args = Arguments("ExpertParallel")
         args.choice("transport", transport, TRANSPORTS)
@@ -53,19 +69,63 @@ class ExpertParallel:
         args.require(hidden >= 1, "hidden", "at least 1", hidden)
         args.require(top_k >= 1, "top_k", "at least 1", top_k)
         args.require(max_tokens >= 0, "max_tokens", "at least 0", max_tokens)
-        if transport not in ("auto", "local"):
-            raise UnsupportedError(f"ExpertParallel: transport {transport!r} is not served; {SERVED}")
-        self.world_size = 1 if group is None else group.size()
-        if self.world_size > 1:
-            raise UnsupportedError(f"ExpertParallel: a group of {self.world_size} ranks is not served; {SERVED}")
         self.group = group
-        self.rank = 0
-        self.transport = "local"
-        self.num_experts = self.num_local_experts = num_experts
-        self.first_expert = 0
+        self.rank, self.world_size = (0, 1) if group is None else (group.rank(), group.size())
+        self.num_experts = num_experts
         self.hidden = hidden
         self.top_k = top_k
         self.max_tokens = max_tokens
+        args.require(
+            num_experts >= self.world_size, "num_experts", f"at least the {self.world_size} ranks", num_experts
+        )
+        self._split = Split(num_experts, self.world_size, self.rank)
+        self.first_expert, self.num_local_experts = self._split.first_expert, self._split.num_local_experts
+        self.transport = self._choose(transport)
+        self._rows: exchange.Transport | None = None
+        if self.transport != "local":
+            from k2kernels.parallel.peers import Peers, timeouts
+            from k2kernels.parallel.torch_transport import TorchTransport
+
+            config = dict(num_experts=num_experts, hidden=hidden, top_k=top_k, max_tokens=max_tokens)
+            config.update(transport=transport)
+            self._peers = Peers(group, config, *timeouts(init_timeout, step_timeout))
+            self._rows = TorchTransport(self._split, self._peers)
+
+    def _choose(self, transport: str) -> str:
+        if transport == "virtual":
+            raise UnsupportedError(
+                "ExpertParallel: transport 'virtual' is several ranks in one process, which no single object serves"
+            )
+        if transport == "symmetric":
+            raise UnsupportedError("ExpertParallel: transport 'symmetric' is not served; 'torch' is")
+        if transport == "auto":
+            return "local" if self.world_size == 1 else "torch"
+        if transport == "local" and self.world_size > 1:
+            raise UnsupportedError(
+                f"ExpertParallel: transport 'local' has no way to the experts of a group of {self.world_size} ranks; "
+                "use 'torch'"
+            )
+        if transport == "torch" and self.group is None:
+            raise UnsupportedError("ExpertParallel: transport 'torch' needs a group; pass group=")
+        return transport
+
+    def __deepcopy__(self, memo: dict) -> ExpertParallel:
+        return self  # a copied model talks to the same ranks
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a rank is masked, so that results lack its experts."""
+        return self._rows is not None and self._rows.degraded
+
+    def mask(self, rank: int) -> None:
+        """Goes on without `rank`, which died or hangs: nobody waits for it, and what its experts would add is missing.
+
+        Every other rank calls it too; they agree through the group's store, and start over with the same call. What was
+        dispatched before cannot be combined. `degraded`, also in the handle, says it from then on.
+        """
+        if self._rows is None:
+            raise ValueError("ExpertParallel.mask: there is no other rank")
+        self._peers.mask(rank)
 
     def dispatch(
         self,
@@ -82,12 +142,19 @@ class ExpertParallel:
         """Sends each token of this rank to its experts, as `moe_dispatch`.
 
         Args:
-            x: [T, hidden], T up to max_tokens.
+            x: [T, hidden], T up to max_tokens, and from rank to rank its own.
             indices: [T, top_k], of all num_experts experts.
-            weights, alignment, quantize, power_of_two, scale_layout, capacity: as in `moe_dispatch`.
+            weights, alignment, quantize, power_of_two, scale_layout: as in `moe_dispatch`. The same on all ranks, but
+                for the weights.
+            capacity: slots for the rows that arrive here; as in `moe_dispatch`. None: as many as arrive.
 
         Returns:
             Dispatched: the rows that arrived for the experts of this rank; offsets and counts are over those experts.
+            The handle is for `combine` of this object. Differentiable in x unless quantised, once.
+
+        Raises:
+            PeerTimeout: see `k2kernels.PeerTimeout`.
+            ValueError: for indices that are out of range, on every rank.
         """
         args = Arguments("ExpertParallel.dispatch")
         x = args.tensor("x", x, ("T", self.hidden))
@@ -95,26 +162,53 @@ class ExpertParallel:
         args.require(
             x.shape[0] <= self.max_tokens, "x", lambda: f"at most max_tokens={self.max_tokens} rows", x.shape[0]
         )
-        return moe_dispatch(
-            x,
-            indices,
-            weights,
-            num_experts=self.num_experts,
-            alignment=alignment,
-            quantize=quantize,
-            power_of_two=power_of_two,
-            scale_layout=scale_layout,
-            capacity=capacity,
-        )
+        if self._rows is None:
+            return moe_dispatch(
+                x,
+                indices,
+                weights,
+                num_experts=self.num_experts,
+                alignment=alignment,
+                quantize=quantize,
+                power_of_two=power_of_two,
+                scale_layout=scale_layout,
+                capacity=capacity,
+            )
+        args.boolean("quantize", quantize)
+        args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if quantize else FLOATS)
+        args.tensor("indices", indices, ("T", self.top_k), moe.INDICES)
+        weights = args.tensor("weights", weights, ("T", self.top_k), FLOATS)
+        args.integer("alignment", alignment, 1)
+        args.boolean("power_of_two", power_of_two)
+        args.choice("scale_layout", scale_layout, ("row", "column"))
+        if capacity is not None:
+            args.integer("capacity", capacity, 0)
+            args.require(capacity % alignment == 0, "capacity", f"a multiple of alignment={alignment}", capacity)
+        options = Options(self.num_local_experts, alignment, quantize, power_of_two, scale_layout, capacity)
+        return exchange.dispatch(self._rows, x, indices, weights, options)
 
     def combine(
         self,
         y: Tensor,
-        handle: Handle,
+        handle: moe.Handle | exchange.Handle,
         *,
         shared: Tensor | None = None,
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Brings the experts' rows y back to their tokens and adds them up, as `moe_combine`."""
-        return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
+        if self._rows is None:
+            return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
+        args = Arguments("ExpertParallel.combine")
+        if not isinstance(handle, exchange.Handle):
+            raise TypeError(
+                f"ExpertParallel.combine: handle must be the handle of this object's dispatch, got "
+                f"{type(handle).__module__}.{type(handle).__name__}"
+            )
+        args.tensor("handle.token_of_slot", handle.token_of_slot, ("S",), torch.int32)
+        args.tensor("handle.weights", handle.weights, ("T", self.top_k), FLOATS)
+        y = args.tensor("y", y, ("S", self.hidden), FLOATS)
+        shared = args.optional("shared", shared, ("T", self.hidden), FLOATS)
+        residual = args.optional("residual", residual, ("T", self.hidden), FLOATS)
+        out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
+        return exchange.combine(self._rows, y, handle, shared, residual, out_dtype)

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from k2kernels import UnsupportedError
 from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_route
 from k2kernels.parallel import ExpertParallel
+from k2kernels.parallel.split import Split
 
 SIZES = dict(num_experts=8, hidden=128, top_k=2, max_tokens=16)
 
@@ -55,20 +56,39 @@ def test_a_group_of_one_rank_is_local(tmp_path):
         dist.destroy_process_group()
 
 
+class SomeRanks:
+    def __init__(self, ranks):
+        self.ranks = ranks
+
+    def size(self):
+        return self.ranks
+
+    def rank(self):
+        return 0
+
+
 def test_what_is_not_served_says_so():
-    for transport in ("torch", "symmetric", "virtual"):
-        with pytest.raises(UnsupportedError, match=rf"transport '{transport}' is not served; served is 'local'"):
-            ExpertParallel(**SIZES, transport=transport)
+    with pytest.raises(UnsupportedError, match=r"transport 'torch' needs a group"):
+        ExpertParallel(**SIZES, transport="torch")
+    with pytest.raises(UnsupportedError, match=r"transport 'virtual' is several ranks in one process"):
+        ExpertParallel(**SIZES, transport="virtual")
+    with pytest.raises(UnsupportedError, match=r"'local' has no way to the experts of a group of 2 ranks; use 'torch'"):
+        ExpertParallel(SomeRanks(2), **SIZES, transport="local")
 
-    class TwoRanks:
-        def size(self):
-            return 2
 
-    for transport in ("auto", "local"):
-        with pytest.raises(
-            UnsupportedError, match=r"ExpertParallel: a group of 2 ranks is not served; served is 'local'"
-        ):
-            ExpertParallel(TwoRanks(), **SIZES, transport=transport)
+@pytest.mark.parametrize("experts, ranks", [(384, 5), (384, 8), (7, 3), (4, 4), (5, 1)])
+def test_experts_are_split_in_order(experts, ranks):
+    splits = [Split(experts, ranks, rank) for rank in range(ranks)]
+    sizes = [split.num_local_experts for split in splits]
+    assert sum(sizes) == experts and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    assert [split.first_expert for split in splits] == [sum(sizes[:rank]) for rank in range(ranks)]
+    for live in (list(range(ranks)), list(range(1, ranks))):
+        rank, number = splits[0].places(torch.arange(-1, experts), live)
+        assert rank[0] == len(live)
+        for position, r in enumerate(live):
+            here = torch.nonzero(rank[1:] == position)[:, 0]
+            assert here.tolist() == list(range(splits[r].first_expert, splits[r].first_expert + sizes[r]))
+            assert number[1:][here].tolist() == list(range(sizes[r]))
 
 
 def test_bad_arguments():
@@ -76,6 +96,10 @@ def test_bad_arguments():
         ExpertParallel(**SIZES, transport="nccl")
     with pytest.raises(ValueError, match=r"ExpertParallel: num_experts must be at least 1, got 0"):
         ExpertParallel(num_experts=0, hidden=128, top_k=2, max_tokens=16)
+    with pytest.raises(ValueError, match=r"ExpertParallel: num_experts must be at least the 9 ranks, got 8"):
+        ExpertParallel(SomeRanks(9), **SIZES)
+    with pytest.raises(ValueError, match=r"ExpertParallel.mask: there is no other rank"):
+        ExpertParallel(**SIZES).mask(0)
     layer = ExpertParallel(**SIZES)
     with pytest.raises(ValueError, match=r"ExpertParallel.dispatch: x must be at most max_tokens=16 rows, got 17"):
         layer.dispatch(torch.zeros(17, 128), torch.zeros(17, 2, dtype=torch.int32), torch.zeros(17, 2))

@@ -1,0 +1,264 @@
+"""The other ranks of a group: agreement at the start, and who is missing when a call does not end.
+
+Each rank's thread leaves a sign of life in the group's store a few times per timeout: a count, and how far its calls
+have come. A rank that waits in vain, or whose connection breaks, looks at the others' signs: a count that stands still
+is a process that is gone, an earlier call a rank that is late. What it finds goes into the store, so that all ranks
+name the same culprit, and not one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
+
+from k2kernels._backend import PeerTimeout
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store, Work
+
+INIT_TIMEOUT, STEP_TIMEOUT = 30.0, 10.0  # seconds
+_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # how many of a group
+
+
+def timeouts(init: float | None, step: float | None) -> tuple[float, float]:
+    """Seconds, from the arguments, the environment, or the defaults."""
+    init = float(os.environ.get("K2K_PARALLEL_INIT_TIMEOUT", INIT_TIMEOUT)) if init is None else init
+    step = float(os.environ.get("K2K_PARALLEL_STEP_TIMEOUT", STEP_TIMEOUT)) if step is None else step
+    if not (init > 0 and step > 0):
+        raise ValueError(f"ExpertParallel: timeouts must be more than 0 seconds, got {init} and {step}")
+    return init, step
+
+
+class Peers:
+    """The ranks of `group` and the calls that this rank makes with them.
+
+    Args:
+        config: what must be the same on all ranks, by name.
+        init_timeout, step_timeout: seconds.
+
+    Raises:
+        PeerTimeout: when a rank does not come.
+        ValueError: on all ranks, when configs differ.
+
+    Attributes:
+        group: of the ranks that take part: `live`.
+        masked: the others.
+    """
+
+    def __init__(self, group: ProcessGroup, config: dict[str, Any], init_timeout: float, step_timeout: float):
+        self.group = group
+        self.rank, self.world_size = group.rank(), group.size()
+        self.live = list(range(self.world_size))
+        self.masked: frozenset[int] = frozenset()
+        self.init_timeout, self.step_timeout = init_timeout, step_timeout
+        self._global_ranks = dist.get_process_group_ranks(group)
+        number = _made[group] = _made.get(group, 0) + 1
+        self._store = dist.PrefixStore(f"k2kernels/experts/{number}", _get_process_group_store(group))
+        self._failure: PeerTimeout | None = None
+        self._phase, self._epoch = "", 0
+        self._agree(config)
+        self._sign = _SignOfLife(self._store, self.rank, min(1.0, step_timeout / 8))
+        weakref.finalize(self, self._sign.stop)
+
+    # ---- agreement
+
+    def _agree(self, config: dict[str, Any]) -> None:
+        configs = {rank: json.loads(text) for rank, text in self._tell_all("config", json.dumps(config)).items()}
+        for name in config:
+            ranks_with: dict[Any, list[int]] = {}
+            for rank, theirs in configs.items():
+                ranks_with.setdefault(theirs.get(name), []).append(rank)
+            if len(ranks_with) > 1:
+                values = "; ".join(f"{value!r} on {_ranks(ranks)}" for value, ranks in ranks_with.items())
+                raise ValueError(f"ExpertParallel: the ranks must agree on {name}, got {values}")
+
+    def _tell_all(self, name: str, text: str) -> dict[int, str]:
+        """Every live rank's text; the store waits for each."""
+        self._store.set(f"{name}/{self.rank}", text)
+        deadline = time.monotonic() + self.init_timeout
+        for rank in self.live:
+            left = max(deadline - time.monotonic(), 0.001)
+            with contextlib.suppress(RuntimeError):
+                self._store.wait([f"{name}/{rank}"], timedelta(seconds=left))
+        missing = tuple(rank for rank in self.live if not self._store.check([f"{name}/{rank}"]))
+        if missing:
+            raise PeerTimeout(
+                f"ExpertParallel: {_ranks(missing)} did not come within {self.init_timeout:g} s (phase {name!r}); "
+                "every rank of the group must make its ExpertParallel, in the same order; init_timeout= waits longer",
+                phase=name,
+                ranks=missing,
+            )
+        return {rank: self._store.get(f"{name}/{rank}").decode() for rank in self.live}
+
+    def compare(self, lines: dict[int, list[int]]) -> None:
+        """Raises ValueError, on all ranks, unless all make the same call with experts that exist.
+
+        Args:
+            lines: of each rank: epoch, kind, whether an index is bad, the token and the index.
+        """
+        mine = lines[self.rank]
+        for i, what in enumerate(("number of the call", "dtype, quantisation, capacity or grad mode")):
+            if other := [rank for rank, line in lines.items() if line[i] != mine[i]]:
+                raise ValueError(
+                    f"ExpertParallel.dispatch: the ranks must make the same calls; {_ranks(other)} differ from "
+                    f"{_ranks([self.rank])} in the {what}"
+                )
+        for rank, (_, _, is_bad, token, index) in lines.items():
+            if is_bad:
+                raise ValueError(
+                    f"ExpertParallel.dispatch: indices must be from -1 (none) to E-1, got {index} for token {token} of "
+                    f"rank {rank}; every rank raises this, and nothing was sent"
+                )
+
+    # ---- calls
+
+    @contextlib.contextmanager
+    def step(self, phase: str, epoch: int) -> Iterator[None]:
+        """Around a call: its errors become PeerTimeout."""
+        if self._failure is not None:
+            raise PeerTimeout(
+                f"{self._failure}; this ExpertParallel cannot go on: mask the rank, or make a new group",
+                phase=self._failure.phase,
+                ranks=self._failure.ranks,
+                epoch=self._failure.epoch,
+            )
+        self._phase, self._epoch = phase, epoch
+        self._sign.text = f"{epoch} {phase}"
+        self._sign.calls += 1
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, PeerTimeout):
+                raise
+            raise self._fail(error) from error
+
+    def wait(self, work: Work, device: torch.device) -> None:
+        """For a call to end: at most `step_timeout`. On a GPU the stream waits, and the group's own timeout holds."""
+        if device.type != "cpu":
+            work.wait()
+            return
+        deadline = time.monotonic() + self.step_timeout
+        while True:
+            try:
+                work.wait(timedelta(seconds=max(min(self._sign.interval, deadline - time.monotonic()), 0.001)))
+                return
+            except RuntimeError as error:
+                if work.is_completed():
+                    raise
+                if self._store.check(["culprit"]) or time.monotonic() >= deadline:
+                    raise self._fail(error) from error
+
+    def _fail(self, error: Exception) -> PeerTimeout:
+        try:
+            ranks, why = self._culprit()
+        except RuntimeError:
+            ranks, why = (), "the group's store does not answer either: the process that keeps it may be gone"
+        where = f"in {self._phase!r}, epoch {self._epoch}"
+        self._failure = PeerTimeout(
+            f"ExpertParallel: rank {self.rank} waited in vain {where}: {why} "
+            f"(step_timeout {self.step_timeout:g} s; {str(error).strip().splitlines()[0][:160]})",
+            phase=self._phase,
+            ranks=ranks,
+            epoch=self._epoch,
+        )
+        return self._failure
+
+    def _culprit(self) -> tuple[tuple[int, ...], str]:
+        """Who is missing, and why one thinks so: what another rank found, or else the signs of life."""
+        others = [rank for rank in self.live if rank != self.rank]
+        before = self._signs(others)
+        until = time.monotonic() + 3 * self._sign.interval
+        while time.monotonic() < until and not self._store.check(["culprit"]):
+            time.sleep(self._sign.interval / 4)
+        if not self._store.check(["culprit"]):
+            after = self._signs(others)
+            gone = [rank for rank in others if after[rank][0] == before[rank][0]]
+            late = [rank for rank in others if after[rank][1] < self._sign.calls]
+            if gone:
+                found = gone, f"{_ranks(gone)} gave no sign of life, the process is gone or stopped"
+            elif late:
+                at = "; ".join(f"rank {rank} at {after[rank][2] or 'no call yet'}" for rank in late)
+                found = late, f"{_ranks(late)} alive but late ({at})"
+            else:
+                found = [], "all ranks are alive and at this call: their connections may be broken"
+            self._store.compare_set("culprit", "", json.dumps(found))
+        ranks, why = json.loads(self._store.get("culprit"))
+        return tuple(ranks), why
+
+    def _signs(self, ranks: list[int]) -> dict[int, tuple[int, int, str]]:
+        """Of each: how often it gave a sign, how many calls it began, and the last one."""
+        signs = {}
+        for rank in ranks:
+            key = f"alive/{rank}"
+            count, calls, text = self._store.get(key).decode().split("|") if self._store.check([key]) else (0, 0, "")
+            signs[rank] = int(count), int(calls), text
+        return signs
+
+    # ---- masks
+
+    def mask(self, rank: int) -> None:
+        """Goes on without `rank`. Every other live rank must call it too; they agree through the store."""
+        if rank == self.rank or rank not in self.live:
+            raise ValueError(
+                f"ExpertParallel.mask: rank must be another one that takes part, got {rank} of {self.live}"
+            )
+        self.live = [r for r in self.live if r != rank]
+        self.masked |= {rank}
+        name = f"mask/{len(self.masked)}"
+        told = self._tell_all(name, str(rank))
+        if len(set(told.values())) > 1:
+            raise ValueError(f"ExpertParallel.mask: the ranks must mask the same rank, got {told}")
+        self.group = dist.new_group(
+            [self._global_ranks[r] for r in self.live],
+            timeout=timedelta(seconds=self.init_timeout),
+            backend=dist.get_backend(self.group),
+            use_local_synchronization=True,  # without the masked ranks
+        )
+        self._failure = None
+        self._sign.calls = 0
+        if self.rank == self.live[0]:
+            self._store.delete_key("culprit")
+        self._tell_all(f"{name}/done", "")
+
+
+class _SignOfLife:
+    """A thread that counts in the store."""
+
+    def __init__(self, store: Store, rank: int, interval: float):
+        self.interval = interval
+        self.text, self.calls = "", 0
+        self._store, self._key, self._count = store.clone(), f"alive/{rank}", 0
+        self._end = threading.Event()
+        self._give()
+        self._thread = threading.Thread(target=self._run, name="k2kernels sign of life", daemon=True)
+        self._thread.start()
+
+    def _give(self) -> None:
+        self._count += 1
+        self._store.set(self._key, f"{self._count}|{self.calls}|{self.text}")
+
+    def _run(self) -> None:
+        while not self._end.wait(self.interval):
+            try:
+                self._give()
+            except RuntimeError:  # the store is gone: whoever waits will say so
+                return
+
+    def stop(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=1)
+
+
+def _ranks(ranks: list[int] | tuple[int, ...]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
