@@ -99,7 +99,8 @@ def register(
                 return reference(*args)
             results = kernel(*args)
             if written:  # PyTorch saw no write, and autograd must know: it may have saved the tensor for a backward
-                torch.autograd.graph.increment_version([args[i] for i in written])
+                for i in written:
+                    torch.autograd.graph.increment_version(args[i])
             return results
 
         return run

@@ -77,6 +77,69 @@ def newton_schulz_grouped(
     return _newton_schulz_grouped(xs, *options) if xs else []
 
 
+def muon_update(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    rms_scale: float = 0.2,
+    copies: Sequence[Tensor] = (),
+    row_scales: Sequence[Tensor] = (),
+    grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    steps: int = 5,
+    schedule: str | Sequence[Sequence[float]] = "quintic",
+    algorithm: str = "auto",
+    iterate_dtype: torch.dtype = torch.float16,
+) -> None:
+    """One step of Muon for lists of stacked matrices [B, m, n], in place and without waiting for a GPU:
+
+        G = grads / grad_scale;  M <- M + (1 - momentum) (G - M);  U = M, or G + momentum (M - G) with Nesterov
+        W <- row_scales * ((1 - lr weight_decay) W - lr rms_scale sqrt(max(m, n)) NewtonSchulz(U))
+
+    Args:
+        weights: floats [B, m, n] each, of any shapes, on one device. They are computed in float32 (float64 for
+            float64) and rounded once.
+        grads: like the weights in shape, of any float dtype; they are not changed.
+        momenta: M, in the same shapes, of any float dtype; U takes M as it is stored.
+        lr: a number, or a tensor of one float32 on the device, which a captured graph reads at each replay.
+        copies: none, or one [B, m, n] for each weight, which gets the new weight rounded to its dtype.
+        row_scales: none, or a float32 or float64 [B, m] for each weight (empty: none for that one), by which its rows
+            are multiplied last: QK-Clip.
+        grad_scale: a tensor of one float32: the factor that the gradients carry.
+        skip: a tensor of one element: where it is not zero (a step with overflow), nothing at all is changed.
+        steps, schedule, algorithm, iterate_dtype: as in `newton_schulz`.
+
+    Raises:
+        TypeError, ValueError: for lists of different lengths, tensors of other shapes, dtypes or devices, and options
+            out of range.
+    """
+    args = Arguments("muon_update")
+    options = _options(args, steps, schedule, algorithm, iterate_dtype)
+    for name, xs in (("grads", grads), ("momenta", momenta), ("copies", copies), ("row_scales", row_scales)):
+        wanted = f"a list of {len(weights)}, as many as weights"
+        args.require(len(xs) == len(weights) or (not len(xs) and name[0] in "cr"), name, wanted, f"{len(xs)}")
+    for i, w in enumerate(weights):
+        shape = (f"B{i}", f"m{i}", f"n{i}")
+        args.writable(f"weights[{i}]", args.tensor(f"weights[{i}]", w, shape, FLOATS))
+        args.tensor(f"grads[{i}]", grads[i], shape, FLOATS)
+        args.writable(f"momenta[{i}]", args.tensor(f"momenta[{i}]", momenta[i], shape, FLOATS))
+        if copies:
+            args.writable(f"copies[{i}]", args.tensor(f"copies[{i}]", copies[i], shape, FLOATS))
+        if row_scales and row_scales[i].numel():
+            args.tensor(f"row_scales[{i}]", row_scales[i], shape[:2], (torch.float32, torch.float64))
+    if weights:
+        rate, tensor = (1.0, lr) if isinstance(lr, Tensor) else (float(lr), None)
+        _muon_update(
+            list(weights), list(grads), list(momenta), list(copies), list(row_scales), tensor, grad_scale, skip,
+            rate, weight_decay, momentum, nesterov, rms_scale, *options,
+        )  # fmt: skip
+
+
 @torch.compiler.assume_constant_result  # a few numbers: torch.compile shall take them, not trace how they come about
 def _polar_express(steps: int) -> tuple[tuple[float, float, float], ...]:
     return reference.polar_express(steps)
@@ -225,4 +288,12 @@ _newton_schulz_grouped = register(
     fake=lambda xs, coefficients, algorithm, iterate_dtype: [x.new_empty(x.shape) for x in xs],
     kernel=_grouped_kernel,
     unserved=_unserved,
+)
+_muon_update = register(
+    "muon_update(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] copies, Tensor[] row_scales, "
+    "Tensor? lr_tensor, Tensor? grad_scale, Tensor? skip, float lr, float weight_decay, float momentum, bool nesterov, "
+    "float rms_scale, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> ()",
+    reference=reference.muon_update,
+    fake=lambda *args: None,
+    mutates=True,
 )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,15 +20,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from k2kernels.ops._check import FLOATS
-from k2kernels.ops.newton_schulz import newton_schulz_grouped
+from k2kernels.ops.newton_schulz import muon_update, newton_schulz_grouped
 
 
 class Blocks(NamedTuple):
     """Matrices of one shape that are orthogonalised one by one: views [k, m, n] into what the optimizer updates."""
 
-    parameter: Tensor
+    weight: Tensor
     grad: Tensor
     momentum: Tensor
+    copy: Tensor | None  # of the weight, in the parameter's dtype
+    row_scale: Tensor | None  # [k, m]
 
 
 class Muon(Optimizer):
@@ -47,14 +48,21 @@ class Muon(Optimizer):
         momentum_dtype: how the momentum is stored, float32 or bfloat16; float64 parameters always have a float64 one.
         iterate_dtype: as in `k2kernels.newton_schulz`; None takes float16 on a GPU, float32 on a CPU, and float64 for
             float64 parameters.
-        max_elements: matrices are stacked and orthogonalised together up to this many elements, which bounds the
-            memory a step needs. Results do not depend on it (to the bit on a CPU with one thread).
+        max_elements: matrices are updated together up to this many elements (or one matrix), which bounds the memory
+            a step needs: at most 14 bytes an element on a GPU whose kernels serve (the default: 1.9 GB), 24 elsewhere.
+            Results do not depend on it (to the bit; on a CPU with one thread).
+        master_weights: half-precision parameters are copies of float32 weights that the state keeps.
+        skip_non_finite: a step in which any gradient has a NaN or an infinity changes nothing.
+        capturable: decide everything on the device, so that a step can be captured in a CUDA graph and never makes
+            the host wait; None: on a GPU, not on a CPU. Take one step before the capture: it makes the state. Options
+            are constants of the graph, but for `lr` where it is a tensor on the device.
 
-    A step computes in float32 (float64 for float64) and rounds half-precision parameters once; there are no master
-    weights, so small updates of bfloat16 parameters get lost: keep the parameters in float32. Gradients are not
-    changed. A parameter whose gradient is None is left alone with its state: no decay, no momentum. A gradient with
-    NaN or an infinity makes that matrix NaN, as in torch's optimizers; others are unaffected. With a
-    torch.amp.GradScaler, a step with overflow changes nothing.
+    A step computes in float32 (float64 for float64) and rounds half-precision parameters once; without master weights
+    small updates of bfloat16 parameters get lost. Gradients are not changed. A parameter whose gradient is None is
+    left alone with its state: no decay, no momentum. A gradient with NaN or an infinity makes that matrix NaN, as in
+    torch's optimizers, unless `skip_non_finite`; others are unaffected. With a torch.amp.GradScaler, a step with
+    overflow changes nothing: no parameter, no state, no count. `last_skipped` tells whether that happened: a bool, or
+    a bool tensor with `capturable`.
 
     Raises:
         ValueError: for an option out of range or a parameter that is no matrix or stack of matrices.
@@ -78,6 +86,9 @@ class Muon(Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         iterate_dtype: torch.dtype | None = None,
         max_elements: int = 2**27,
+        master_weights: bool = False,
+        skip_non_finite: bool = False,
+        capturable: bool | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -88,7 +99,7 @@ class Muon(Optimizer):
             schedule=schedule,
             steps=steps,
         )
-        self._configure(momentum_dtype, iterate_dtype, max_elements)
+        self._configure(momentum_dtype, iterate_dtype, max_elements, master_weights, skip_non_finite, capturable)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -103,14 +114,20 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = getattr(self, "grad_scale", None)
-        if float(getattr(self, "found_inf", 0)) > 0:
-            self._skipped()
-            return loss
-        self._prepare()
+        self._check_grads()
+        skip = self._overflow()
+        if not self._captures():
+            self.last_skipped = skip is not None and bool(skip)
+            if self.last_skipped:
+                self._skipped()
+                return loss
+            skip = None
+        elif skip is not None:
+            self.last_skipped = skip
+        self._prepare(skip)
         for group in self.param_groups:
-            self._update(group, 1.0 if scale is None else float(scale))
-        self._updated()
+            self._update(group, getattr(self, "grad_scale", None), skip)
+        self._updated(skip)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,10 +146,18 @@ class Muon(Optimizer):
         # torch casts state to the parameter's dtype, which would round the float32 momentum of bfloat16 parameters.
         for saved_id, p in self._saved_parameters(state_dict):
             for key, value in state_dict["state"].get(saved_id, {}).items():
-                device = "cpu" if key == "step" else p.device
+                device = "cpu" if key == "step" and not self._captures() else p.device
                 self.state[p][key] = value.detach().clone().to(device)
 
-    def _configure(self, momentum_dtype: Any, iterate_dtype: Any, max_elements: int) -> None:
+    def _configure(
+        self,
+        momentum_dtype: Any,
+        iterate_dtype: Any,
+        max_elements: int,
+        master_weights: bool,
+        skip_non_finite: bool,
+        capturable: bool | None,
+    ) -> None:
         """Checks and keeps the options that concern how, not what, is computed."""
         self._name = type(self).__name__
         if momentum_dtype not in (torch.float32, torch.bfloat16):
@@ -142,7 +167,15 @@ class Muon(Optimizer):
         if not isinstance(max_elements, int) or max_elements < 1:
             raise ValueError(f"{self._name}: max_elements must be an int of at least 1, got {max_elements!r}")
         self._momentum_dtype, self._iterate_dtype, self._max_elements = momentum_dtype, iterate_dtype, max_elements
+        for option, value in (("master_weights", master_weights), ("skip_non_finite", skip_non_finite)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{self._name}: {option} must be True or False, got {value!r}")
+        if not isinstance(capturable, (bool, type(None))):
+            raise TypeError(f"{self._name}: capturable must be True, False or None, got {capturable!r}")
+        self._master_weights, self._skip_non_finite, self._capturable = master_weights, skip_non_finite, capturable
+        self.last_skipped: bool | Tensor = False
         self._row_splits: dict[Tensor, tuple[int, ...]] = {}
+        self._row_scales: dict[Tensor, Tensor] = {}  # of the step that is being made
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for key in ("lr", "weight_decay", "momentum", "rms_scale"):
@@ -161,14 +194,37 @@ class Muon(Optimizer):
                     f"got {list(p.shape)}; MuonClip sends such parameters to AdamW"
                 )
 
-    def _prepare(self) -> None:
+    def _check_grads(self) -> None:
         """Refuses what cannot be served, before anything has changed."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise TypeError(f"{self._name}: gradients must be dense, got {p.grad.layout} for {list(p.shape)}")
 
-    def _update(self, group: dict[str, Any], grad_scale: float) -> None:
+    def _captures(self) -> bool:
+        """Whether the host leaves all decisions to the device."""
+        if self._capturable is not None:
+            return self._capturable
+        return any(p.is_cuda for group in self.param_groups for p in group["params"][:1])
+
+    def _overflow(self) -> Tensor | None:
+        """A bool: the gradients hold something that is not finite, as a scaler or they themselves say; None: no."""
+        found = getattr(self, "found_inf", None)
+        skip = None if found is None else found > 0
+        if self._skip_non_finite:
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            grads = [g for g in grads if g.numel()]
+            if grads:
+                # Largest magnitudes: unlike sums of squares they do not overflow where the gradients have not.
+                largest = torch._foreach_norm(grads, torch.inf)
+                here = ~torch.stack([x.to(grads[0].device) for x in largest]).isfinite().all()
+                skip = here if skip is None else skip.to(here.device) | here
+        return skip if skip is None else skip.reshape(())
+
+    def _prepare(self, skip: Tensor | None) -> None:
+        """Called before the updates of a step, which change nothing where `skip` says so."""
+
+    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, skip: Tensor | None) -> None:
         """One step of a parameter group."""
         blocks = []
         for p in group["params"]:
@@ -177,26 +233,58 @@ class Muon(Optimizer):
             state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p, dtype=self._stored(p))
-            views = (_cut(t, self._row_splits.get(p)) for t in (p, p.grad, state["momentum_buffer"]))
-            blocks += [Blocks(*view) for view in zip(*views)]
-        muon_update(
-            blocks,
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            rms_scale=group["rms_scale"],
-            schedule=group["schedule"],
-            steps=group["steps"],
-            iterate_dtype=self._iterate_dtype,
-            max_elements=self._max_elements,
-            grad_scale=grad_scale,
-        )
+            master = self._master(p)
+            scale = self._row_scales.pop(p, None) if p.ndim == 2 else None
+            whole = Blocks(
+                _stacked(p if master is None else master),
+                _stacked(p.grad),
+                _stacked(state["momentum_buffer"]),
+                None if master is None else _stacked(p),
+                None if scale is None else scale.unsqueeze(0),
+            )
+            blocks += _cut(whole, self._row_splits.get(p))
+        for chunk in _chunks(blocks, self._max_elements):
+            first = chunk[0].weight
+            wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+            here = [None if x is None else x.to(first.device, non_blocking=True) for x in (grad_scale, skip)]
+            nothing = first.new_empty(0)
+            copies, scales = [b.copy for b in chunk], [b.row_scale for b in chunk]
+            muon_update(
+                [b.weight for b in chunk],
+                [b.grad for b in chunk],
+                [b.momentum for b in chunk],
+                lr=self._lr(group, first.device),
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                rms_scale=group["rms_scale"],
+                copies=[] if copies[0] is None else copies,
+                row_scales=[nothing if s is None else s for s in scales] if any(s is not None for s in scales) else [],
+                grad_scale=here[0],
+                skip=here[1],
+                schedule=group["schedule"],
+                steps=group["steps"],
+                iterate_dtype=self._iterate_dtype or (torch.float16 if first.is_cuda else wide),
+            )
+
+    def _lr(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
+        """The learning rate; a tensor on `device` stays one if the host may not look into it."""
+        lr = group["lr"]
+        return lr.to(device, non_blocking=True) if isinstance(lr, Tensor) and self._captures() else float(lr)
+
+    def _master(self, p: Tensor) -> Tensor | None:
+        """The weight behind a half-precision parameter, if there is to be one."""
+        if not self._master_weights or p.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        state = self.state[p]
+        if "master" not in state:
+            state["master"] = p.detach().float()
+        return state["master"]
 
     def _skipped(self) -> None:
         """Called instead of the updates when the gradients overflowed."""
 
-    def _updated(self) -> None:
+    def _updated(self, skip: Tensor | None) -> None:
         """Called after the updates of a step."""
 
     def _stored(self, p: Tensor) -> torch.dtype:
@@ -204,7 +292,11 @@ class Muon(Optimizer):
 
     def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the state that a parameter has after its first step."""
-        return {"momentum_buffer": (tuple(p.shape), self._stored(p))}
+        return {"momentum_buffer": (tuple(p.shape), self._stored(p)), **self._master_state_of(p)}
+
+    def _master_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        half = p.dtype in (torch.bfloat16, torch.float16)
+        return {"master": (tuple(p.shape), torch.float32)} if self._master_weights and half else {}
 
     def _optional_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The same for state that depends on other things than the parameter's own updates."""
@@ -256,76 +348,41 @@ def check_number(what: str, value: Any, *, below: float = math.inf) -> None:
         raise ValueError(f"{what} must be {limit}, got {value}")
 
 
-def muon_update(
-    blocks: Sequence[Blocks],
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    rms_scale: float,
-    schedule: str | Sequence[Sequence[float]],
-    steps: int,
-    iterate_dtype: torch.dtype | None,
-    max_elements: int,
-    grad_scale: float = 1.0,
-) -> None:
-    """One Muon step of every block, in place; matrices of one shape are stacked and orthogonalised together."""
-    for chunk in _chunks(blocks, max_elements):
-        wide = torch.float64 if chunk[0].parameter.dtype == torch.float64 else torch.float32
-        buckets: dict[tuple[torch.dtype, torch.Size], list[Blocks]] = defaultdict(list)
-        for block in chunk:
-            buckets[block.parameter.dtype, block.parameter.shape[1:]].append(block)
-        directions = newton_schulz_grouped(
-            [_direction(bucket, wide, momentum, nesterov, grad_scale) for bucket in buckets.values()],
-            schedule=schedule,
-            steps=steps,
-            iterate_dtype=iterate_dtype or (torch.float16 if chunk[0].parameter.is_cuda else wide),
-        )
-        for ((dtype, shape), bucket), direction in zip(buckets.items(), directions):
-            parameters = [block.parameter for block in bucket]
-            updated = parameters if dtype == wide else [p.to(wide) for p in parameters]
-            torch._foreach_mul_(updated, 1 - lr * weight_decay)
-            scale = lr * rms_scale * math.sqrt(max(shape))
-            torch._foreach_add_(updated, direction.split([len(p) for p in parameters]), alpha=-scale)
-            if updated is not parameters:
-                torch._foreach_copy_(parameters, updated)
+def _stacked(t: Tensor) -> Tensor:
+    return t if t.ndim == 3 else t.unsqueeze(0)
 
 
-def _direction(bucket: list[Blocks], dtype: torch.dtype, momentum: float, nesterov: bool, grad_scale: float) -> Tensor:
-    """Updates the momentum of matrices of one shape and stacks what is to be orthogonalised [B, m, n]."""
-    sizes = [len(block.grad) for block in bucket]
-    grad = torch.cat([block.grad for block in bucket]).to(dtype)
-    if grad_scale != 1:
-        grad /= grad_scale
-    average = torch.cat([block.momentum for block in bucket]).to(dtype)
-    average.lerp_(grad, 1 - momentum)
-    torch._foreach_copy_([block.momentum for block in bucket], average.split(sizes))
-    return grad.lerp_(average, momentum) if nesterov else average
-
-
-def _cut(t: Tensor, rows: tuple[int, ...] | None) -> Sequence[Tensor]:
-    """Views [k, m, n] of a matrix or a stack of matrices, cut into blocks of `rows`."""
-    t = t if t.ndim == 3 else t.unsqueeze(0)
-    return (t,) if rows is None else t.split(rows, dim=1)
+def _cut(whole: Blocks, rows: tuple[int, ...] | None) -> list[Blocks]:
+    """Views of matrices [k, m, n] cut into blocks of `rows`; equal ones are one view, where strides allow it."""
+    if rows is None:
+        return [whole]
+    if len(set(rows)) == 1:
+        try:
+            return [Blocks(*(None if t is None else t.view(-1, rows[0], *t.shape[2:]) for t in whole))]
+        except RuntimeError:  # stacked matrices that do not follow one another
+            pass
+    count = len(rows)
+    return [Blocks(*b) for b in zip(*([None] * count if t is None else t.split(rows, dim=1) for t in whole))]
 
 
 def _chunks(blocks: Sequence[Blocks], max_elements: int) -> Iterator[list[Blocks]]:
     """Runs of blocks of one device and precision, equal shapes together, of at most `max_elements` (or one matrix)."""
 
     def kind(block: Blocks) -> tuple[Any, ...]:
-        p = block.parameter
-        return str(p.device), p.dtype == torch.float64, tuple(p.shape[1:])
+        w = block.weight
+        return str(w.device), w.dtype == torch.float64, block.copy is not None, tuple(w.shape[1:])
 
     chunk: list[Blocks] = []
     room = max_elements
-    for block in sorted((b for b in blocks if b.parameter.numel()), key=kind):
-        _, m, n = block.parameter.shape
-        for part in map(Blocks._make, zip(*(t.split(max(1, max_elements // (m * n))) for t in block))):
-            if chunk and (part.parameter.numel() > room or kind(part)[:2] != kind(chunk[0])[:2]):
+    for block in sorted((b for b in blocks if b.weight.numel()), key=kind):
+        count, m, n = block.weight.shape
+        most = max(1, max_elements // (m * n))
+        for first in range(0, count, most):
+            part = block if most >= count else Blocks(*(None if t is None else t[first : first + most] for t in block))
+            if chunk and (part.weight.numel() > room or kind(part)[:-1] != kind(chunk[0])[:-1]):
                 yield chunk
                 chunk, room = [], max_elements
             chunk.append(part)
-            room -= part.parameter.numel()
+            room -= part.weight.numel()
     if chunk:
         yield chunk

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from k2kernels._backend import UnsupportedError
 from k2kernels.optim.adamw import adamw_update
 from k2kernels.optim.muon import Muon, check_number
-from k2kernels.optim.qk_clip import ClipReport, ClipTarget, QKClip, find_targets, resolve_targets, scale_rows
+from k2kernels.optim.qk_clip import ClipReport, ClipTarget, QKClip, find_targets, resolve_targets, row_factors
 from k2kernels.optim.routing import METHODS, Route, route, row_splits
 
 _WHERE_POSSIBLE = QKClip()  # the default: clip if the model can tell its logits
@@ -39,17 +39,18 @@ class MuonClip(Muon):
             kv_a_proj_with_mqa into latent and rope rows.
         rules: glob pattern of names -> "muon" or "adamw", over the default routing (see `routing_table`).
         router: the method of the expert router's matrix.
-        schedule, steps, momentum_dtype, iterate_dtype, max_elements: as in `Muon`.
+        schedule, steps, momentum_dtype, iterate_dtype, max_elements, master_weights, skip_non_finite, capturable: as in
+            `Muon`; AdamW's parameters are treated alike.
         process_group: must be None.
 
     The order of a step: Muon and AdamW updates with weight decay; QK-Clip with the largest logits since the last
     step; `model.reset_max_logits()`. Layers whose query or key weights do not require a gradient are not clipped.
-    When a step is skipped by a torch.amp.GradScaler, the maxima are reset and nothing else happens; a loop that skips
-    steps by itself calls `reset_max_logits()`.
+    When a step is skipped (overflow seen by a torch.amp.GradScaler, or `skip_non_finite`), the maxima are reset and
+    nothing else happens; a loop that skips steps by itself calls `reset_max_logits()`.
 
-    `last_clip` is {layer: ClipReport(max_logit [H], gamma [H])} of the last step. A head whose maximum is NaN or +inf
-    is not scaled; on a CPU there is a warning, on a GPU (where the host would have to wait) only
-    `last_clip[layer].non_finite`.
+    `last_clip` is {layer: ClipReport(max_logit [H], gamma [H])} of the last step that was not skipped. A head whose
+    maximum is NaN or +inf is not scaled; there is a warning, but with `capturable` (where the host would have to wait)
+    only `last_clip[layer].non_finite`, in tensors that each step overwrites.
 
     Raises:
         ValueError: for options out of range, patterns that match nothing, sizes that do not fit.
@@ -76,11 +77,14 @@ class MuonClip(Muon):
         momentum_dtype: torch.dtype = torch.float32,
         iterate_dtype: torch.dtype | None = None,
         max_elements: int = 2**27,
+        master_weights: bool = False,
+        skip_non_finite: bool = False,
+        capturable: bool | None = None,
         process_group: None = None,
     ):
         if process_group is not None:
             raise UnsupportedError("MuonClip: process_group must be None; updates are not distributed yet")
-        self._configure(momentum_dtype, iterate_dtype, max_elements)
+        self._configure(momentum_dtype, iterate_dtype, max_elements, master_weights, skip_non_finite, capturable)
         model = model_or_named_parameters if isinstance(model_or_named_parameters, nn.Module) else None
         named = _named(model_or_named_parameters)
         self._table = route(named, model=model, rules=rules, router=router)
@@ -188,12 +192,11 @@ class MuonClip(Muon):
             if p.is_complex():
                 raise TypeError(f"MuonClip: complex parameters are not supported, got {name} {p.dtype}")
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._pending = []
+    def _prepare(self, skip: Tensor | None) -> None:
+        self._pending, self._row_scales = [], {}
         if self._clip is None:
             return
-        maxima, step = self._read_source(), self.param_groups[0]["step"]
+        maxima, step, captured = self._read_source(), self._count(), self._captures()
         for target in self._targets:
             if not all(p.requires_grad for p in target.query + target.key):
                 continue
@@ -212,42 +215,92 @@ class MuonClip(Muon):
                     average = torch.ones(target.num_heads, dtype=torch.float64, device=s.device)
             gamma, average = self._clip.gamma(s, average, step)
             self._pending.append((target, ClipReport(s, gamma), average))
+            # Multiplying by 1 changes nothing: it is skipped where looking does not make the host wait.
+            if captured or bool((gamma != 1).any()):
+                applied = gamma if skip is None else torch.where(skip.to(gamma.device), 1.0, gamma)
+                for p, factors in row_factors(target, applied, self._clip.alpha):
+                    factors = factors.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32)
+                    self._row_scales[p] = factors * self._row_scales[p] if p in self._row_scales else factors
 
-    def _update(self, group: dict[str, Any], grad_scale: float) -> None:
+    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, skip: Tensor | None) -> None:
         if group["method"] == "muon":
-            return super()._update(group, grad_scale)
-        parameters = [p for p in group["params"] if p.grad is not None]
-        adamw_update(
-            parameters,
-            [p.grad for p in parameters],
-            [self.state[p] for p in parameters],
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            grad_scale=grad_scale,
-        )
+            return super()._update(group, grad_scale, skip)
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                self._master(p)
+                by_device.setdefault(p.device, []).append(p)
+        for device, parameters in by_device.items():
+            adamw_update(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p] for p in parameters],
+                lr=self._lr(group, device),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                grad_scale=None if grad_scale is None else grad_scale.to(device, non_blocking=True),
+                skip=None if skip is None else skip.to(device, non_blocking=True),
+                capturable=self._captures(),
+            )
 
-    def _updated(self) -> None:
+    def _updated(self, skip: Tensor | None) -> None:
+        for p, factors in self._row_scales.items():  # what no update of a matrix has scaled: biases, no gradient
+            weight = self.state.get(p, {}).get("master", p)
+            weight.mul_(factors.reshape(-1, *[1] * (p.ndim - 1)))
+            if weight is not p:
+                p.copy_(weight)
+        self._row_scales = {}
+        if self._captures():
+            self._keep_reports(skip)
+            count = self._count()
+            count += 1.0 if skip is None else (~skip).to(count.device, count.dtype)
+        else:
+            self._report()
+            self.param_groups[0]["step"] = self._count() + 1
+        self._pending = []
+        self.reset_max_logits()
+
+    def _report(self) -> None:
+        """Publishes what was clipped."""
         if self._clip is not None:
             self.last_clip = {target.layer: report for target, report, _ in self._pending}
         for target, report, average in self._pending:
             if average is not None:
                 self.state[target.query[0]]["clip_average"] = average
-            on_cpu = report.gamma.device.type == "cpu"
-            # Multiplying by 1 changes nothing: it is skipped where looking does not make the host wait.
-            if not on_cpu or bool((report.gamma != 1).any()):
-                scale_rows(target, report.gamma, self._clip.alpha)
-            if on_cpu and bool(report.non_finite.any()):
+            if bool(report.non_finite.any()):
                 heads = report.non_finite.nonzero().flatten().tolist()
                 warnings.warn(
                     f"MuonClip: the largest logit of layer {target.layer}, heads {heads}, is not finite; "
                     "they were not scaled",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
-        self._pending = []
-        self.param_groups[0]["step"] += 1
-        self.reset_max_logits()
+
+    def _keep_reports(self, skip: Tensor | None) -> None:
+        """The same in tensors that stay where they are, for the graph that a step may be part of."""
+
+        def keep(old: Tensor, new: Tensor) -> None:
+            old.copy_(new if skip is None else torch.where(skip.to(old.device), old, new))
+
+        for target, report, average in self._pending:
+            if target.layer not in self.last_clip:
+                nothing = ClipReport(torch.full_like(report.max_logit, -torch.inf), torch.ones_like(report.gamma))
+                self.last_clip[target.layer] = nothing
+            for old, new in zip(self.last_clip[target.layer], report):
+                keep(old, new)
+            if average is not None:
+                state = self.state[target.query[0]]
+                keep(state.setdefault("clip_average", torch.ones_like(average)), average)
+
+    def _count(self) -> int | Tensor:
+        """Steps done so far; with `capturable` a tensor, in the group, so that it is saved."""
+        group = self.param_groups[0]
+        if not self._captures():
+            return int(group["step"])
+        if not isinstance(group["step"], Tensor):
+            device = next((p.device for g in self.param_groups for p in g["params"]), "cpu")
+            group["step"] = torch.full((), group["step"], dtype=torch.float64, device=device)
+        return group["step"]
 
     def _skipped(self) -> None:
         self.reset_max_logits()
@@ -259,7 +312,8 @@ class MuonClip(Muon):
         if group["method"] == "muon":
             return super()._state_of(group, p)
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-        return {"step": ((), torch.float32), "exp_avg": (tuple(p.shape), wide), "exp_avg_sq": (tuple(p.shape), wide)}
+        moments = {"exp_avg": (tuple(p.shape), wide), "exp_avg_sq": (tuple(p.shape), wide)}
+        return {"step": ((), torch.float32), **moments, **self._master_state_of(p)}
 
     def _optional_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         if self._clip is None or self._clip.mode == "exact":

@@ -57,7 +57,8 @@ class QKClip:
 
     Args:
         threshold: tau, or a function of the number of steps done so far. Lower it gradually: a jump from 100 to 30
-            scales every hot head by 0.3 in one step.
+            scales every hot head by 0.3 in one step. An optimizer that is `capturable` counts on the device: the
+            function gets a float64 tensor and, in a captured graph, must compute with it.
         alpha: how gamma is shared: queries get gamma^alpha, keys gamma^(1 - alpha); their product is exact for any.
         smoothing: decay of a running average e of gamma, for the two smooth modes; None there means 0.9.
         mode: "exact" (the paper's, default without smoothing): gamma = tau / S where S > tau, else 1.
@@ -98,14 +99,16 @@ class QKClip:
         if not callable(self.threshold):
             self.threshold_at(0)
 
-    def threshold_at(self, step: int) -> float:
+    def threshold_at(self, step: int | Tensor) -> float | Tensor:
         """tau for the step after `step` steps."""
         tau = self.threshold(step) if callable(self.threshold) else self.threshold
+        if isinstance(step, Tensor) and isinstance(tau, Tensor):
+            return tau  # nobody may look into it
         if not (_is_number(tau) and 0 < tau < math.inf):
             raise ValueError(f"QKClip: threshold must be positive and finite, got {tau!r} at step {step}")
         return float(tau)
 
-    def gamma(self, max_logit: Tensor, average: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
+    def gamma(self, max_logit: Tensor, average: Tensor | None, step: int | Tensor) -> tuple[Tensor, Tensor | None]:
         """Factors float64 [H] for the largest logits [H], and the new running average (None in mode "exact").
 
         NaN and +inf give 1 and leave the average alone, and so does -inf, which means that no logit was seen.
@@ -171,16 +174,13 @@ def resolve_targets(
     return resolved
 
 
-def scale_rows(target: ClipTarget, gamma: Tensor, alpha: float) -> None:
-    """Multiplies the logits of each head by gamma [H] through the rows of its query and key weights."""
+def row_factors(target: ClipTarget, gamma: Tensor, alpha: float) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, factor of each row) that multiply the logits of each head by gamma [H]."""
     nope, rope, value = target.nope_dim, target.rope_dim, target.value_dim
     share = gamma**alpha if target.key else gamma
-    query = torch.cat([_rows(share, nope), _rows(gamma, rope)], dim=1)
-    key = torch.cat([_rows(gamma ** (1 - alpha), nope), gamma.new_ones(len(gamma), value)], dim=1)
-    for parameters, factors in ((target.query, query), (target.key, key)):
-        for p in parameters:
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            p.mul_(factors.to(p.device, wide).reshape(-1, *[1] * (p.ndim - 1)))
+    query = torch.cat([_rows(share, nope), _rows(gamma, rope)], dim=1).flatten()
+    key = torch.cat([_rows(gamma ** (1 - alpha), nope), gamma.new_ones(len(gamma), value)], dim=1).flatten()
+    return [(p, query) for p in target.query] + [(p, key) for p in target.key]
 
 
 def _is_number(value: Any) -> bool:

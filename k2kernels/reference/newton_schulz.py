@@ -9,6 +9,7 @@ is held in the iteration's dtype as a tensor-core kernel holds it: operands roun
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from math import sqrt
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from k2kernels.reference._numeric import wide
+from k2kernels.reference._numeric import wide, wide_dtype
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon; also torch.optim.Muon
 GRAM_ASPECT = 1.5  # long / short side from which iterating on the Gram matrix is used: below, it gains little
@@ -40,6 +41,88 @@ def newton_schulz_grouped(
 ) -> list[Tensor]:
     """`newton_schulz` of each tensor of a list; shapes may differ."""
     return [newton_schulz(x, coefficients, algorithm, iterate_dtype) for x in xs]
+
+
+def muon_update(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    skip: Tensor | None,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    rms_scale: float,
+    coefficients: Sequence[float],
+    algorithm: str,
+    iterate_dtype: torch.dtype,
+) -> None:
+    """One step of Muon for lists of [B, m, n], in place; nothing at all where `skip` is not zero.
+
+        G = grads / grad_scale;  M <- M + (1 - momentum) (G - M);  U = M, or G + momentum (M - G) with Nesterov
+        W <- row_scales * ((1 - rate weight_decay) W - rate rms_scale sqrt(max(m, n)) NewtonSchulz(U))
+
+    rate = lr * lr_tensor. M enters U as it is stored. `copies` (none, or one for each weight) get W too, rounded.
+    `row_scales` are [B, m] each, or none. Whatever the host would have to ask a GPU for stays a tensor.
+    """
+    buckets: dict[tuple[torch.dtype, torch.dtype, torch.Size], list[int]] = defaultdict(list)
+    for i, (w, m) in enumerate(zip(weights, momenta)):
+        if w.numel():
+            buckets[w.dtype, m.dtype, w.shape[1:]].append(i)
+    directions = newton_schulz_grouped(
+        [_direction([(grads[i], momenta[i]) for i in bucket], wide_dtype(dtype), grad_scale, skip, momentum, nesterov)
+         for (dtype, *_), bucket in buckets.items()],
+        coefficients, algorithm, iterate_dtype,
+    )  # fmt: skip
+    rate = lr if lr_tensor is None else lr * lr_tensor
+    for ((dtype, _, shape), bucket), direction in zip(buckets.items(), directions):
+        members = [weights[i] for i in bucket]
+        updated = members if dtype == wide_dtype(dtype) else [w.to(wide_dtype(dtype)) for w in members]
+        decay, scale = 1 - rate * weight_decay, rate * rms_scale * sqrt(max(shape))
+        if skip is not None:
+            one = direction.new_ones(())
+            direction = torch.where(skip != 0, 0, direction)
+            decay = torch.where(skip != 0, one, decay * one)
+        torch._foreach_mul_(updated, decay)
+        if isinstance(scale, Tensor):
+            direction, scale = direction * scale, 1.0
+        torch._foreach_add_(updated, direction.split([len(w) for w in members]), alpha=-scale)
+        for i, w in zip(bucket, updated):
+            if row_scales and row_scales[i].numel():
+                factors = row_scales[i].to(w.dtype).unsqueeze(-1)
+                w.mul_(factors if skip is None else torch.where(skip != 0, 1, factors))
+        if updated is not members:
+            torch._foreach_copy_(members, updated)
+        if copies:
+            torch._foreach_copy_([copies[i] for i in bucket], updated)
+
+
+def _direction(
+    bucket: list[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+    grad_scale: Tensor | None,
+    skip: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+) -> Tensor:
+    """Updates the momentum of (grad, momentum) of one shape and stacks what is to be orthogonalised [B, m, n]."""
+    momenta = [m for _, m in bucket]
+    grad = torch.cat([g for g, _ in bucket]).to(dtype)
+    if grad_scale is not None:
+        grad /= grad_scale
+    average = torch.cat(momenta).to(dtype)
+    if skip is None:
+        average.lerp_(grad, 1 - momentum)
+    else:
+        average = torch.where(skip != 0, average, torch.lerp(average, grad, 1 - momentum))
+    average = average.to(momenta[0].dtype)
+    torch._foreach_copy_(momenta, average.split([len(m) for m in momenta]))
+    average = average.to(dtype)
+    return grad.lerp_(average, momentum) if nesterov else average
 
 
 def on_gram_matrix(algorithm: str, m: int, n: int) -> bool:
