@@ -45,11 +45,12 @@ CALLS = {
     "swiglu_quantize": dict(gate_up=X, weights=torch.rand(6), power_of_two=False, scale_layout="row", **ROWS),
     "fp8_gemm": dict(
         a=A, a_scales=A_SCALES, b=B[0], b_scales=B_SCALES[0], out_dtype=torch.float32, bias=torch.randn(200),
-        accumulate=torch.randn(6, 200), b_row_offset=3, batch_invariant=True, out=torch.empty(6, 200),
+        accumulate=torch.randn(6, 200), b_row_offset=3, batch_invariant=True, row_weights=torch.randn(6),
+        out=torch.empty(6, 200),
     ),
     "grouped_fp8_gemm": dict(
         a=A, a_scales=A_SCALES, b=B, b_scales=B_SCALES, expected_m=3, b_row_offset=3, batch_invariant=False,
-        out_dtype=torch.float32, out=torch.empty(6, 200), **ROWS,
+        row_weights=torch.randn(6), out_dtype=torch.float32, out=torch.empty(6, 200), **ROWS,
     ),
     "grouped_fp8_wgrad": dict(
         a=TOKENS, a_scales=TOKEN_SCALES, b=TOKENS, b_scales=TOKEN_SCALES, offsets=ints(0, 128, 256),
@@ -97,7 +98,7 @@ def test_what_is_written_has_memory_for_each_element(op, name):
 @pytest.mark.parametrize("op", ["fp8_gemm", "grouped_fp8_gemm"])
 def test_writing_into_out_refuses_scales_that_want_a_gradient(op):
     """Else `out` would silently join the scales' graph and be refused by every later call."""
-    for name in ("a_scales", "b_scales"):
+    for name in ("a_scales", "b_scales", "row_weights"):
         scales = CALLS[op][name].clone().requires_grad_()
         with pytest.raises(ValueError, match=rf"^{op}: {name} must be a tensor that needs no gradient"):
             getattr(k, op)(**{**CALLS[op], name: scales})

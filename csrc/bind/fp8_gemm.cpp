@@ -17,6 +17,7 @@ using Pair = std::tuple<int64_t, int64_t>;
 using Matrix =
     std::tuple<Address, Address, Pair, Pair, std::tuple<int64_t, int64_t, int64_t>, int, int>;
 using Values = std::tuple<Address, int, Pair>;          // address, type, matrix and row strides
+using Weights = std::tuple<Address, int64_t>;           // address, matrix stride
 using Groups = std::tuple<Address, Address, int, int>;  // offsets, counts, number, axis
 using PlanNumbers = std::tuple<int, int, int>;          // kernel, share, split
 using SizeNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, bool>;  // as GemmSizes
@@ -55,6 +56,7 @@ long fp8_gemm(const Matrix& a,
               const Matrix& b,
               int64_t k,
               const Values& d,
+              const Weights& row_weights,
               const Values& bias,
               const Values& c,
               const Groups& groups,
@@ -71,6 +73,8 @@ long fp8_gemm(const Matrix& a,
     p.d = pointer<void>(std::get<0>(d));
     p.d_type = static_cast<Type>(std::get<1>(d));
     std::tie(p.d_matrix_stride, p.d_row_stride) = std::get<2>(d);
+    p.row_weights = pointer<const float>(std::get<0>(row_weights));
+    p.row_weights_matrix_stride = std::get<1>(row_weights);
     p.bias = addend(bias);
     p.c = addend(c);
     const auto& [offsets, counts, number, axis] = groups;
@@ -124,9 +128,10 @@ std::vector<std::string> kernels() {
 
 void bind_fp8_gemm(py::module_& m) {
     m.def("fp8_gemm", &fp8_gemm, py::arg("a"), py::arg("b"), py::arg("k"), py::arg("d"),
-          py::arg("bias"), py::arg("c"), py::arg("groups"), py::arg("expected_rows"),
-          py::arg("whole_k"), py::arg("plan"), py::arg("chip"), py::arg("device"),
-          py::arg("stream"), "See csrc/fp8_gemm/params.h; returns the number of kernels started.");
+          py::arg("row_weights"), py::arg("bias"), py::arg("c"), py::arg("groups"),
+          py::arg("expected_rows"), py::arg("whole_k"), py::arg("plan"), py::arg("chip"),
+          py::arg("device"), py::arg("stream"),
+          "See csrc/fp8_gemm/params.h; returns the number of kernels started.");
     m.def("fp8_gemm_plan", &plan, py::arg("sizes"), py::arg("chip"),
           "Kernel, k2k::Share and split for k2k::GemmSizes on a chip.");
     m.def("fp8_gemm_costs", &costs, py::arg("sizes"), py::arg("chip"),

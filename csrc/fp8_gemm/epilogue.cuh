@@ -1,7 +1,7 @@
 #pragma once
 
-// From accumulators to D: + bias, + C, one rounding, stores. Accumulators lie as tile/store_row.cuh
-// says.
+// From accumulators to D: * row weight, + bias, + C, one rounding, stores. Accumulators lie as
+// tile/store_row.cuh says.
 
 #include "fp8_gemm/schedule.cuh"
 #include "tile/store_row.cuh"
@@ -72,13 +72,29 @@ K2K_DEVICE void add(float (&values)[kValues],
     });
 }
 
-// Adds bias and C to a warp's 16 rows from `row` on and its columns from `column` on, both in the
-// group's D.
+// The factor of row `row` of the group's D. Rounded products, so that all kernels agree on bits.
+K2K_DEVICE float row_weight(const Fp8GemmParams& p, const GemmTile& tile, int row) {
+    return p.row_weights[tile.group * p.row_weights_matrix_stride + tile.first_row + row];
+}
+
+// Multiplies a warp's 16 rows from `row` on, both in the group's D, with their weights and adds
+// bias and C to them, from `column` on.
 template <int kValues>
-K2K_DEVICE void add_addends(
+K2K_DEVICE void weigh_and_add(
     float (&values)[kValues], const Fp8GemmParams& p, const GemmTile& tile, int row, int column) {
     row += arch::lane_id() / 4;
     column += arch::lane_id() % 4 * 2;
+    if (p.row_weights != nullptr) {
+        K2K_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            if (row + 8 * h >= tile.rows) continue;
+            const float weight = row_weight(p, tile, row + 8 * h);
+            K2K_UNROLL
+            for (int i = 0; i < kValues; ++i) {
+                if (i / 2 % 2 == h) values[i] = rounded_product(values[i], weight);
+            }
+        }
+    }
     if (p.bias.values != nullptr) add(values, p.bias, tile, row, column, p.b.rows);
     if (p.c.values != nullptr) add(values, p.c, tile, row, column, p.b.rows);
 }

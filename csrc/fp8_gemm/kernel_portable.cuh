@@ -1,7 +1,9 @@
 #pragma once
 
-// D[m, n] = sum over blocks of 128 of K of (sum of A[m, k] B[n, k]) a_scale[m, block] b_scale[n,
-// block] (+ bias[n]) (+ C[m, n]), for each group, on every GPU from sm_80 on.
+// D[m, n] = w[m] (sum over blocks of 128 of K of
+//                 (sum of A[m, k] B[n, k]) a_scale[m, block] b_scale[n, block]) + bias[n] + C[m, n]
+//
+// for each group, w, bias and C as there are, on every GPU from sm_80 on.
 //
 // Grid      as many blocks of 8 warps as fit at once; block i takes tiles i, i + grid, ... of
 //           schedule.cuh. The stages go on from tile to tile: while one tile's result is stored,
@@ -292,7 +294,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
             K2K_UNROLL
             for (int v = 0; v < 4 * kColumnTiles; ++v) values[v] = result[i][v / 4][v % 4];
             const int row = tile.row + warp_row + 16 * i, column = tile.column + warp_column;
-            add_addends(values, p, tile, row, column);
+            weigh_and_add(values, p, tile, row, column);
             store_rows(values, p, tile, row, column);
         }
     }

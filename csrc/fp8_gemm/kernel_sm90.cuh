@@ -1,7 +1,9 @@
 #pragma once
 
-// D[m, n] = sum over blocks of 128 of K of (sum of A[m, k] B[n, k]) a_scale[m, block] b_scale[n,
-// block] (+ bias[n]) (+ C[m, n]), for each group, on sm_90a.
+// D[m, n] = w[m] (sum over blocks of 128 of K of
+//                 (sum of A[m, k] B[n, k]) a_scale[m, block] b_scale[n, block]) + bias[n] + C[m, n]
+//
+// for each group, w, bias and C as there are, on sm_90a.
 //
 // Grid      one block on each multiprocessor, alone or in clusters of two; cluster i takes tiles i,
 //           i + clusters, ... of schedule.cuh. Two blocks of a cluster have neighbouring tiles of a
@@ -224,7 +226,7 @@ K2K_DEVICE void finish_wave(HopperStorage<Tile>& smem,
     const int warp_row = row + static_cast<int>(threadIdx.x % 128) / 32 * 16;
     const int matrix = p.groups.axis == GemmGroups::Axis::kRows ? 0 : tile.group;
     const int d_row = static_cast<int>(tile.first_row) + row;
-    add_addends(values, p, tile, warp_row, column);
+    weigh_and_add(values, p, tile, warp_row, column);
     if (!maps.stores_by_tma || row + 64 > tile.rows) {
         store_rows(values, p, tile, warp_row, column);
     } else if (p.d_type == Type::kBf16) {

@@ -1,22 +1,22 @@
 #pragma once
 
-// D[m, n] = sum over blocks of 128 of K of (sum of A[m, k] B[n, k]) a_scale[m, block] b_scale[n,
-// block] (+ bias[n]) (+ C[m, n]), for each group, on sm_90a, for few rows m (tokens).
+// D[m, n] = w[m] (sum over blocks of 128 of K of
+//                 (sum of A[m, k] B[n, k]) a_scale[m, block] b_scale[n, block]) + bias[n] + C[m, n]
+//
+// for each group, w, bias and C as there are, on sm_90a, for few rows m (tokens).
 //
 // What takes time is reading B (the weights). It lies on the side of 64 rows of wgmma, the tokens
 // on the side that may be as narrow as 8, so that a stage is hardly more than weights and two
 // blocks, with some 90 KB each on its way, fit on a multiprocessor.
 //
 // Grid      clusters of `split` blocks, as many as fit at once; cluster i takes tiles (64 rows of B
-// x
-//           kTokens of A) i, i + clusters, ... of schedule.cuh, and each block of it a part of K:
+//           x kTokens of A) i, i + clusters, ... of schedule.cuh, and each block of it a part of K:
 //           33 tiles of N = 2112 by 4 are 132 blocks.
 // Roles     warps 0 to 3    products of a block of K, sum * (b_scale * a_scale) added to the result
 //           warp 4          finds tiles; copies A and B by TMA
 //           warp 5          copies the scales, one for each row of A and B, by cp.async
 // Split     each block leaves its part in its shared memory; block r adds all parts, in the order
-// of
-//           the ranks, for tokens r * kTokens / split and on, reading the others' memory.
+//           of the ranks, for tokens r * kTokens / split and on, reading the others' memory.
 //
 //   barrier      arrivals                                        bytes      waiters
 //   full[s]      warp 4 once, each lane of warp 5 by its copies  A and B    warps 0 to 3
@@ -27,9 +27,8 @@
 //   parts_read   a thread of each block of the cluster           -          warps 0 to 3
 //   named 1      warps 0 to 3: the part is written; the parts are read
 //
-// Order     of the blocks of K is their own in each part, and the parts follow one another: the
-// same
-//           from call to call, but with split > 1 not that of the other kernels.
+// Order     of the blocks of K is their own in each part, and the parts follow one another: from
+//           call to call the same, but with split > 1 not that of the other kernels.
 // Registers 168 a thread, so that two blocks fit; sum and result take kTokens / 2 each.
 // Limits    rows of A and B begin at multiples of 16 bytes; K > 0; groups are not cut along K.
 
@@ -147,8 +146,8 @@ K2K_DEVICE void load_small_scales(SmallStorage<Tile>& smem, const Fp8GemmParams&
 
 // ---- warps 0 to 3
 
-// Adds the parts of D for token `token` of the tile and columns 2 lane, 2 lane + 1, then bias and
-// C, and stores them.
+// Adds the parts of D for token `token` of the tile and columns 2 lane, 2 lane + 1, multiplies with
+// the row's weight, adds bias and C, and stores them.
 template <class Tile>
 K2K_DEVICE void finish_token(
     SmallStorage<Tile>& smem, const Fp8GemmParams& p, const GemmTile& tile, int token, int split) {
@@ -164,6 +163,11 @@ K2K_DEVICE void finish_token(
         values[1] = rank == 0 ? pair.y : values[1] + pair.y;
     }
     if (tile.row + token >= tile.rows || column >= p.b.rows) return;
+    if (p.row_weights != nullptr) {
+        const float weight = row_weight(p, tile, tile.row + token);
+        values[0] = rounded_product(values[0], weight);
+        values[1] = rounded_product(values[1], weight);
+    }
     const bool second = column + 1 < p.b.rows;
     const auto add = [&](const Addend& addend) {
         if (addend.values == nullptr) return;

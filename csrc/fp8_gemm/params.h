@@ -28,13 +28,15 @@ struct Addend {
 
 using GemmGroups = tile::Groups;
 
-// D = A B^T (+ bias) (+ C), for each group.
+// D = (row_weights *) A B^T (+ bias) (+ C), for each group.
 struct Fp8GemmParams {
     Fp8Matrix a, b;
     int64_t k;
     void* d;  // [matrices, rows of A, rows of B]
     Type d_type;
     int64_t d_matrix_stride, d_row_stride;
+    const float* row_weights;  // [matrices, rows of A], a factor for each row of D; or null
+    int64_t row_weights_matrix_stride;
     Addend bias, c;
     GemmGroups groups;
 };

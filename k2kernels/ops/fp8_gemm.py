@@ -34,12 +34,14 @@ def fp8_gemm(
     accumulate: Tensor | None = None,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
+    row_weights: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """D = A · Bᵀ (+ bias) (+ C) of block-scaled e4m3 matrices.
+    """D = (w ·) A · Bᵀ (+ bias) (+ C) of block-scaled e4m3 matrices.
 
     Per 128 of K, the exact products are summed in float32, multiplied by (a_scale * b_scale) and added to the float32
-    result in the order of K; then bias, then C; then one rounding to out_dtype.
+    result in the order of K; then each row is multiplied by its weight; then bias, then C; then one rounding to
+    out_dtype.
 
     Args:
         a: [M, K] float8_e4m3fn.
@@ -54,6 +56,7 @@ def fp8_gemm(
             starts inside a block, 0 .. 127.
         batch_invariant: whether the bits of a row must not depend on how many rows there are. Few rows are otherwise
             served by summing parts of K apart, in a fixed order: the same from call to call, but not the order above.
+        row_weights: [M] float32, a factor for each row of A · Bᵀ, not of bias and C.
         out: [M, N] in out_dtype: written in place and returned. It may be `accumulate`.
 
     Returns:
@@ -74,11 +77,13 @@ def fp8_gemm(
     accumulate = args.optional("accumulate", accumulate, ("M", "N"), RESULTS)
     args.choice("out_dtype", out_dtype, RESULTS)
     args.boolean("batch_invariant", batch_invariant)
+    row_weights = args.optional("row_weights", row_weights, ("M",), torch.float32)
+    options = b_row_offset, batch_invariant, row_weights
     if out is None:
-        return _fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset, batch_invariant)
-    inputs = dict(a_scales=a_scales, b_scales=b_scales, bias=bias, accumulate=accumulate)
+        return _fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out_dtype, *options)
+    inputs = dict(a_scales=a_scales, b_scales=b_scales, bias=bias, accumulate=accumulate, row_weights=row_weights)
     out = _out(args, out, ("M", "N"), out_dtype, **inputs)
-    _fp8_gemm_out(a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset, batch_invariant)
+    _fp8_gemm_out(a, a_scales, b, b_scales, bias, accumulate, out, *options)
     return out
 
 
@@ -94,6 +99,7 @@ def grouped_fp8_gemm(
     expected_m: int | None = None,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
+    row_weights: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -117,6 +123,7 @@ def grouped_fp8_gemm(
         expected_m: about how many rows a group has: a hint for the choice of a kernel, without effect on the result.
         b_row_offset: how many rows of each matrix's first 128x128 block lie before row 0 of b, 0 .. 127.
         batch_invariant: as for `fp8_gemm`.
+        row_weights: [cap] or [G, maxM] float32, a factor for each row of D, such as a routing weight.
         out_dtype: bfloat16, float16 or float32.
         out: [cap, N] or [G, maxM, N] in out_dtype: written in place and returned.
 
@@ -153,10 +160,11 @@ def grouped_fp8_gemm(
         args.integer("expected_m", expected_m, 0)
     args.choice("out_dtype", out_dtype, RESULTS)
     args.boolean("batch_invariant", batch_invariant)
-    options = b_row_offset, batch_invariant
+    row_weights = args.optional("row_weights", row_weights, rows, torch.float32)
+    options = b_row_offset, batch_invariant, row_weights
     if out is None:
         return _grouped_fp8_gemm(a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype, *options)
-    out = _out(args, out, (*rows, "N"), out_dtype, a_scales=a_scales, b_scales=b_scales)
+    out = _out(args, out, (*rows, "N"), out_dtype, a_scales=a_scales, b_scales=b_scales, row_weights=row_weights)
     _grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out, *options)
     return out
 
@@ -564,11 +572,13 @@ def _launch_gemm(
     accumulate: Tensor | None = None,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
+    row_weights: Tensor | None = None,
     expected_m: int | None = None,
 ) -> None:
     """Fills `out`; `groups`: offsets, counts, their number, and which axis they cut."""
     offsets, counts, number, axis = groups
-    offsets, counts, bias = (None if x is None else x.contiguous() for x in (offsets, counts, bias))
+    tensors = (offsets, counts, bias, row_weights)
+    offsets, counts, bias, row_weights = (None if x is None else x.contiguous() for x in tensors)
     target = _with_rows(out)
     accumulate = None if accumulate is None else _with_rows(accumulate)
     fine = b_scales.shape[-2] == b.shape[-2]
@@ -581,6 +591,7 @@ def _launch_gemm(
         (*_matrix(b, b_scales), 1 if fine else 128, 0 if fine else b_row_offset),
         a.shape[-1],
         (target.data_ptr(), TYPES[target.dtype], _strides(target)),
+        (0, 0) if row_weights is None else (row_weights.data_ptr(), _matrix_stride(row_weights, a)),
         (0, 0, (0, 0)) if bias is None else (bias.data_ptr(), TYPES[bias.dtype], (0, 0)),
         (0, 0, (0, 0))
         if accumulate is None
@@ -616,6 +627,11 @@ def _strides(x: Tensor) -> tuple[int, int]:
     return (x.stride(0) if x.ndim == 3 else 0, x.stride(-2))
 
 
+def _matrix_stride(of_rows: Tensor, a: Tensor) -> int:
+    """Of a contiguous tensor that holds a number for each row of a."""
+    return a.shape[-2] if a.ndim == 3 else 0
+
+
 def _matrix(codes: Tensor, scales: Tensor) -> tuple:
     """k2k::Fp8Matrix, but for the rows of a block."""
     matrices, row = _strides(codes)
@@ -631,37 +647,39 @@ def _matrix(codes: Tensor, scales: Tensor) -> tuple:
 
 
 def _fp8_gemm_fake(
-    a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset=0, batch_invariant=False
+    a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset=0, batch_invariant=False, row_weights=None
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
 def _fp8_gemm_out_kernel(
-    a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset=0, batch_invariant=False
+    a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset=0, batch_invariant=False, row_weights=None
 ) -> None:
     groups = None, None, 1, _MATRICES
-    added = dict(bias=bias, accumulate=accumulate, b_row_offset=b_row_offset, batch_invariant=batch_invariant)
-    _launch_gemm("fp8_gemm", a, a_scales, b, b_scales, out, groups, **added)
+    options = dict(b_row_offset=b_row_offset, batch_invariant=batch_invariant, row_weights=row_weights)
+    _launch_gemm("fp8_gemm", a, a_scales, b, b_scales, out, groups, bias=bias, accumulate=accumulate, **options)
 
 
 def _fp8_gemm_kernel(
-    a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset=0, batch_invariant=False
+    a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset=0, batch_invariant=False, row_weights=None
 ) -> Tensor:
     out = _fp8_gemm_fake(a, a_scales, b, b_scales, bias, accumulate, out_dtype)
-    _fp8_gemm_out_kernel(a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset, batch_invariant)
+    _fp8_gemm_out_kernel(a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset, batch_invariant, row_weights)
     return out
 
 
 _fp8_gemm = register(
     "fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias, Tensor? accumulate,"
-    " ScalarType out_dtype, int b_row_offset=0, bool batch_invariant=False) -> Tensor",
+    " ScalarType out_dtype, int b_row_offset=0, bool batch_invariant=False,"
+    " Tensor? row_weights=None) -> Tensor",
     reference=reference.fp8_gemm,
     fake=_fp8_gemm_fake,
     kernel=_fp8_gemm_kernel,
 )
 _fp8_gemm_out = register(
     "fp8_gemm_out(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias, Tensor? accumulate,"
-    " Tensor(a!) out, int b_row_offset=0, bool batch_invariant=False) -> ()",
+    " Tensor(a!) out, int b_row_offset=0, bool batch_invariant=False,"
+    " Tensor? row_weights=None) -> ()",
     reference=reference.fp8_gemm_out,
     fake=lambda *args: None,
     kernel=_fp8_gemm_out_kernel,
@@ -677,31 +695,52 @@ def _validate_rows(a: Tensor, a_scales, b, b_scales, offsets: Tensor | None, cou
 
 
 def _grouped_fp8_gemm_fake(
-    a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype, b_row_offset=0, batch_invariant=False
+    a,
+    a_scales,
+    b,
+    b_scales,
+    offsets,
+    counts,
+    expected_m,
+    out_dtype,
+    b_row_offset=0,
+    batch_invariant=False,
+    row_weights=None,
 ) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype)
 
 
 def _grouped_fp8_gemm_out_kernel(
-    a, a_scales, b, b_scales, offsets, counts, expected_m, out, b_row_offset=0, batch_invariant=False
+    a, a_scales, b, b_scales, offsets, counts, expected_m, out, b_row_offset=0, batch_invariant=False, row_weights=None
 ) -> None:
     groups = offsets, counts, b.shape[0], _MATRICES if offsets is None else _ROWS
-    hints = dict(b_row_offset=b_row_offset, batch_invariant=batch_invariant, expected_m=expected_m)
-    _launch_gemm("grouped_fp8_gemm", a, a_scales, b, b_scales, out, groups, **hints)
+    options = dict(b_row_offset=b_row_offset, batch_invariant=batch_invariant, row_weights=row_weights)
+    _launch_gemm("grouped_fp8_gemm", a, a_scales, b, b_scales, out, groups, expected_m=expected_m, **options)
 
 
 def _grouped_fp8_gemm_kernel(
-    a, a_scales, b, b_scales, offsets, counts, expected_m, out_dtype, b_row_offset=0, batch_invariant=False
+    a,
+    a_scales,
+    b,
+    b_scales,
+    offsets,
+    counts,
+    expected_m,
+    out_dtype,
+    b_row_offset=0,
+    batch_invariant=False,
+    row_weights=None,
 ) -> Tensor:
     args = a, a_scales, b, b_scales, offsets, counts, expected_m
     out = _grouped_fp8_gemm_fake(*args, out_dtype)
-    _grouped_fp8_gemm_out_kernel(*args, out, b_row_offset, batch_invariant)
+    _grouped_fp8_gemm_out_kernel(*args, out, b_row_offset, batch_invariant, row_weights)
     return out
 
 
 _grouped_fp8_gemm = register(
     "grouped_fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? offsets, Tensor? counts,"
-    " int? expected_m, ScalarType out_dtype, int b_row_offset=0, bool batch_invariant=False) -> Tensor",
+    " int? expected_m, ScalarType out_dtype, int b_row_offset=0, bool batch_invariant=False,"
+    " Tensor? row_weights=None) -> Tensor",
     reference=reference.grouped_fp8_gemm,
     fake=_grouped_fp8_gemm_fake,
     kernel=_grouped_fp8_gemm_kernel,
@@ -709,7 +748,8 @@ _grouped_fp8_gemm = register(
 )
 _grouped_fp8_gemm_out = register(
     "grouped_fp8_gemm_out(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? offsets, Tensor? counts,"
-    " int? expected_m, Tensor(a!) out, int b_row_offset=0, bool batch_invariant=False) -> ()",
+    " int? expected_m, Tensor(a!) out, int b_row_offset=0, bool batch_invariant=False,"
+    " Tensor? row_weights=None) -> ()",
     reference=reference.grouped_fp8_gemm_out,
     fake=lambda *args: None,
     kernel=_grouped_fp8_gemm_out_kernel,

@@ -3,8 +3,8 @@
     D[m,n] = sum over blocks of (sum over the block's k of A[m,k] * B[n,k]) * (a_scale[m,block] * b_scale[n,block])
 
 A block is 128 of K (the last may be shorter). The inner sum is of exact products, in float32, in any order; it is
-multiplied by the product of the two scales and added to the float32 result, block after block ("promotion"). Bias and C
-are added last, in float32, and the one rounding to the result's dtype follows.
+multiplied by the product of the two scales and added to the float32 result, block after block ("promotion"). Then, in
+float32, a row is multiplied by its weight and bias and C are added, and the one rounding to the result's dtype follows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ def fp8_gemm(
     out_dtype: torch.dtype,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """A [M, K] times the transpose of B [N, K]; b_scales [blocks of rows, k-blocks] or [N, k-blocks]."""
     result = _promoted(a, a_scales, b, b_scales, b_row_offset)
+    if row_weights is not None:
+        result *= row_weights[:, None]
     if bias is not None:
         result += bias.float()
     if accumulate is not None:
@@ -45,9 +48,11 @@ def fp8_gemm_out(
     out: Tensor,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
+    row_weights: Tensor | None = None,
 ) -> None:
     """`fp8_gemm` into `out`, which may be `accumulate`."""
-    out.copy_(fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out.dtype, b_row_offset))
+    options = b_row_offset, batch_invariant, row_weights
+    out.copy_(fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out.dtype, *options))
 
 
 def grouped_fp8_gemm(
@@ -61,10 +66,12 @@ def grouped_fp8_gemm(
     out_dtype: torch.dtype,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """`fp8_gemm` of each group's rows with the group's B; the rows of no group come out as zeros."""
     out = a.new_zeros((*a.shape[:-1], b.shape[1]), dtype=out_dtype)
-    grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out, b_row_offset)
+    options = b_row_offset, batch_invariant, row_weights
+    grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out, *options)
     return out
 
 
@@ -79,12 +86,15 @@ def grouped_fp8_gemm_out(
     out: Tensor,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
+    row_weights: Tensor | None = None,
 ) -> None:
     """`grouped_fp8_gemm` into `out`, whose rows of no group stay as they are."""
     for group, (start, count) in enumerate(_extents(offsets, counts)):
         rows = slice(start, start + count) if offsets is not None else (group, slice(count))
         if count:
             result = _promoted(a[rows], a_scales[rows], b[group], b_scales[group], b_row_offset)
+            if row_weights is not None:
+                result *= row_weights[rows][:, None]
             out[rows] = result.to(out.dtype)
 
 

@@ -214,6 +214,36 @@ def test_bias_and_accumulate_come_before_the_one_rounding():
 
 
 @with_kernels
+def test_row_weights_come_before_bias_and_c():
+    args = operands(5, 72, 192)
+    weights, bias, c = torch.tensor([1.0, -0.3, 0.0, 3.7, 2.0**-20]), torch.randn(72), torch.randn(5, 72)
+    weighted = fp8_gemm(*args, out_dtype=torch.float32) * weights[:, None]
+    strided = torch.stack([weights, weights + 1], dim=1)[:, 0]
+    assert torch.equal(fp8_gemm(*args, row_weights=strided, out_dtype=torch.float32), weighted)
+    assert torch.equal(fp8_gemm(*args, row_weights=weights), weighted.bfloat16())
+    kwargs = dict(row_weights=weights, bias=bias, accumulate=c, out_dtype=torch.float32)
+    assert torch.equal(fp8_gemm(*args, **kwargs), weighted + bias + c)
+    assert torch.equal(fp8_gemm(*args, **kwargs, out=torch.empty(5, 72)), weighted + bias + c)
+
+
+@with_kernels
+@pytest.mark.parametrize("masked", [False, True], ids=["contiguous", "masked"])
+def test_row_weights_of_groups(masked):
+    counts = [5, 0, 70, 1]
+    offsets, real = aligned(counts, 8)
+    if masked:
+        real = torch.arange(72) < ints(*counts)[:, None]
+    groups = dict(masked_m=ints(*counts)) if masked else dict(offsets=offsets, counts=ints(*counts))
+    b, b_scales = grouped_weights(4, 72, 192, fine=False)
+    a, a_scales = quantize_1x128(torch.randn(*real.shape, 192))
+    weights = torch.where(real, torch.randn(real.shape), math.nan)
+    out = torch.full((*real.shape, 72), 7.0)
+    grouped_fp8_gemm(a, a_scales, b, b_scales, **groups, row_weights=weights, out_dtype=torch.float32, out=out)
+    plain = grouped_fp8_gemm(a, a_scales, b, b_scales, **groups, out_dtype=torch.float32)
+    assert torch.equal(out[real], (plain * weights[..., None])[real]) and out[~real].eq(7).all()
+
+
+@with_kernels
 @pytest.mark.parametrize("dtype", RESULTS)
 def test_out_is_written_in_place_and_nothing_around_it(dtype):
     args = operands(5, 72, 192)
@@ -393,11 +423,14 @@ def guarded_case():
     a, a_scales = quantize_1x128(torch.randn(len(real), k), scale_layout="column")
     b, b_scales = quantize_128x128(torch.randn(4, 264, k))
     poison(a, a_scales, ~real)
+    weights = torch.where(real, torch.randn(len(real)), math.nan)
     want = torch.zeros(len(real), 264)
-    reference.grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, ints(*counts), None, want)
+    groups = dict(offsets=offsets, counts=ints(*counts))
+    reference.grouped_fp8_gemm_out(a, a_scales, b, b_scales, **groups, expected_m=None, out=want, row_weights=weights)
     column = guarded(a_scales.mT.contiguous()).mT
     args = guarded(a), column, guarded(b), guarded(b_scales)
-    return args, dict(offsets=guarded(offsets), counts=guarded(ints(*counts))), want, real
+    groups["row_weights"] = weights
+    return args, {name: guarded(t) for name, t in groups.items()}, want, real
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -591,11 +624,11 @@ TOKENS = (torch.ones(8, 256).to(E4M3), torch.ones(8, 2), torch.ones(16, 256).to(
 BIAS, C, OUT = torch.ones(136), torch.ones(3, 136), torch.zeros(3, 136)
 REGISTERED = {
     "fp8_gemm": (ops._fp8_gemm, (*DENSE, None, None, torch.float16)),
-    "fp8_gemm full": (ops._fp8_gemm, (*DENSE, BIAS, C, torch.float32)),
+    "fp8_gemm full": (ops._fp8_gemm, (*DENSE, BIAS, C, torch.float32, 0, True, C[:, 0])),
     "fp8_gemm out": (ops._fp8_gemm_out, (*DENSE, BIAS, C, OUT)),
     "contiguous": (ops._grouped_fp8_gemm, (*ROWS, ints(0, 4, 8), ints(3, 0), None, torch.bfloat16)),
     "contiguous out": (ops._grouped_fp8_gemm_out, (*ROWS, ints(0, 4, 8), None, 4, torch.zeros(9, 136))),
-    "masked": (ops._grouped_fp8_gemm, (*MASKED, None, ints(3, 0), 2, torch.float32)),
+    "masked": (ops._grouped_fp8_gemm, (*MASKED, None, ints(3, 0), 2, torch.float32, 0, False, torch.ones(2, 4))),
     "masked out": (ops._grouped_fp8_gemm_out, (*MASKED, None, ints(3, 0), None, torch.zeros(2, 4, 136))),
     "wgrad": (ops._grouped_fp8_wgrad, (*TOKENS, ints(0, 128, 256), ints(3, 9), torch.float32, torch.ones(2, 8, 16))),
 }
@@ -671,6 +704,12 @@ BAD = {
     "bias": (dense(bias=BIAS[:3]), ValueError, r"bias must be \[N=136\] .*, got \[3\]"),
     "accumulate": (dense(accumulate=C.T), ValueError, r"accumulate must be \[M=3, N=136\] .*, got \[136, 3\]"),
     "accumulate dtype": (dense(accumulate=C.double()), TypeError, "accumulate must be .*, got .* float64"),
+    "row_weights": (dense(row_weights=BIAS), ValueError, r"row_weights must be \[M=3\] float32, got \[136\]"),
+    "row_weights dtype": (
+        dense(row_weights=C[:, 0].half()),
+        TypeError,
+        "row_weights must be .* float32, got .* float16",
+    ),
     "out_dtype": (dense(out_dtype=torch.float64), ValueError, "out_dtype must be one of torch.bfloat16, .*float64"),
     "out dtype": (dense(out=OUT), TypeError, "out must be .* bfloat16, got .* float32; out_dtype= must name"),
     "out shape": (dense(out=OUT.T, out_dtype=torch.float32), ValueError, r"out must be \[M=3, N=136\] float32, got"),
@@ -717,6 +756,16 @@ BAD = {
         r"must be \[2, 2, 2\] float32, got \[2, 3, 2\]",
     ),
     "grouped out": (rows(offsets=ints(0, 4, 8), out=OUT.bfloat16()), ValueError, r"out must be \[cap=9, N=136\]"),
+    "contiguous row_weights": (
+        rows(offsets=ints(0, 4, 8), row_weights=torch.ones(8)),
+        ValueError,
+        r"row_weights must be \[cap=9\] float32, got \[8\]",
+    ),
+    "masked row_weights": (
+        rows(*MASKED, masked_m=ints(1, 1), row_weights=torch.ones(8)),
+        ValueError,
+        r"row_weights must be \[G=2, maxM=4\] float32, got \[8\]",
+    ),
     "wgrad rows": (
         tokens(TOKENS[0].T, *TOKENS[1:]),
         ValueError,
