@@ -52,6 +52,14 @@ CALLS = {
         a=A, a_scales=A_SCALES, b=B, b_scales=B_SCALES, expected_m=3, b_row_offset=3, batch_invariant=False,
         row_weights=torch.randn(6), out_dtype=torch.float32, out=torch.empty(6, 200), **ROWS,
     ),
+    "fp8_gemm_swiglu": dict(
+        a=A, a_scales=A_SCALES, b=B[0], b_scales=B_SCALES[0], weights=torch.rand(6), power_of_two=True,
+        scale_layout="row",
+    ),
+    "grouped_fp8_gemm_swiglu": dict(
+        a=A, a_scales=A_SCALES, b=B, b_scales=B_SCALES, expected_m=3, weights=torch.rand(6), power_of_two=False,
+        scale_layout="column", **ROWS,
+    ),
     "grouped_fp8_wgrad": dict(
         a=TOKENS, a_scales=TOKEN_SCALES, b=TOKENS, b_scales=TOKEN_SCALES, offsets=ints(0, 128, 256),
         counts=ints(100, 128), out_dtype=torch.float32, accumulate=torch.zeros(2, 5, 5),

@@ -34,6 +34,7 @@ CASES = {
     "swiglu": (k.swiglu, lambda n: (torch.randn(n, 8),)),
     "swiglu_quantize": (k.swiglu_quantize, lambda n: (torch.randn(n, 256),)),
     "fp8_gemm": (lambda a, s: k.fp8_gemm(a, s, *WEIGHT), lambda n: k.quantize_1x128(torch.randn(n, 256))),
+    "fp8_gemm_swiglu": (lambda a, s: k.fp8_gemm_swiglu(a, s, *WEIGHT), lambda n: k.quantize_1x128(torch.randn(n, 256))),
     "grouped_fp8_gemm": (_grouped, lambda n: (*k.quantize_1x128(torch.randn(n, 256)), _ends(n))),
     "mla_append": (
         lambda kv, table, positions: k.mla_append(kv, CACHE.clone(), table, positions),

@@ -19,9 +19,11 @@ using Matrix =
 using Values = std::tuple<Address, int, Pair>;          // address, type, matrix and row strides
 using Weights = std::tuple<Address, int64_t>;           // address, matrix stride
 using Groups = std::tuple<Address, Address, int, int>;  // offsets, counts, number, axis
-using PlanNumbers = std::tuple<int, int, int>;          // kernel, share, split
-using SizeNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, bool>;  // as GemmSizes
-using ChipNumbers = std::tuple<int, int, int>;                                   // as Chip
+using Scales =  // address, strides of matrices, rows and columns, powers of two
+    std::tuple<Address, std::tuple<int64_t, int64_t, int64_t>, bool>;
+using PlanNumbers = std::tuple<int, int, int>;  // kernel, share, split
+using SizeNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, bool, bool>;  // GemmSizes
+using ChipNumbers = std::tuple<int, int, int>;                                         // as Chip
 
 Fp8Matrix matrix(const Matrix& from) {
     Fp8Matrix m;
@@ -56,6 +58,7 @@ long fp8_gemm(const Matrix& a,
               const Matrix& b,
               int64_t k,
               const Values& d,
+              const Scales& d_scales,
               const Weights& row_weights,
               const Values& bias,
               const Values& c,
@@ -73,6 +76,10 @@ long fp8_gemm(const Matrix& a,
     p.d = pointer<void>(std::get<0>(d));
     p.d_type = static_cast<Type>(std::get<1>(d));
     std::tie(p.d_matrix_stride, p.d_row_stride) = std::get<2>(d);
+    p.d_scales.values = pointer<float>(std::get<0>(d_scales));
+    std::tie(p.d_scales.matrix_stride, p.d_scales.row_stride, p.d_scales.column_stride) =
+        std::get<1>(d_scales);
+    p.d_scales.power_of_two = std::get<2>(d_scales);
     p.row_weights = pointer<const float>(std::get<0>(row_weights));
     p.row_weights_matrix_stride = std::get<1>(row_weights);
     p.bias = addend(bias);
@@ -91,15 +98,16 @@ long fp8_gemm(const Matrix& a,
         const bool along_k = p.groups.axis == GemmGroups::Axis::kK;
         const int64_t group_k = along_k ? ceil_div(k, std::max(number, 1)) : k;
         plan = plan_gemm(
-            {number, expected_rows.value_or(rows), p.b.rows, group_k, fine, whole_k || along_k},
+            {number, expected_rows.value_or(rows), p.b.rows, group_k, fine, whole_k || along_k,
+             /*swiglu=*/false},
             chip);
     }
     return run(device, [&] { launch_fp8_gemm(p, plan, chip, pointer<void>(stream)); });
 }
 
 GemmSizes sizes_of(const SizeNumbers& numbers) {
-    const auto& [groups, rows, columns, k, fine, whole_k] = numbers;
-    return {groups, rows, columns, k, fine, whole_k};
+    const auto& [groups, rows, columns, k, fine, whole_k, swiglu] = numbers;
+    return {groups, rows, columns, k, fine, whole_k, swiglu};
 }
 
 PlanNumbers plan(const SizeNumbers& sizes, const ChipNumbers& chip) {
@@ -128,9 +136,9 @@ std::vector<std::string> kernels() {
 
 void bind_fp8_gemm(py::module_& m) {
     m.def("fp8_gemm", &fp8_gemm, py::arg("a"), py::arg("b"), py::arg("k"), py::arg("d"),
-          py::arg("row_weights"), py::arg("bias"), py::arg("c"), py::arg("groups"),
-          py::arg("expected_rows"), py::arg("whole_k"), py::arg("plan"), py::arg("chip"),
-          py::arg("device"), py::arg("stream"),
+          py::arg("d_scales"), py::arg("row_weights"), py::arg("bias"), py::arg("c"),
+          py::arg("groups"), py::arg("expected_rows"), py::arg("whole_k"), py::arg("plan"),
+          py::arg("chip"), py::arg("device"), py::arg("stream"),
           "See csrc/fp8_gemm/params.h; returns the number of kernels started.");
     m.def("fp8_gemm_plan", &plan, py::arg("sizes"), py::arg("chip"),
           "Kernel, k2k::Share and split for k2k::GemmSizes on a chip.");

@@ -48,8 +48,10 @@ struct HopperTile {
     static constexpr int kPanels = kPanels_;  // of D, 64 rows x 64 columns, of a warpgroup
     static constexpr bool kFine = kFine_;     // a scale for each column, not for 128
     static constexpr int kThreads = 384;
+    static constexpr int kPipelines = 1;                 // each with stages of its own
     static constexpr int kAcross = kRows < 128 ? 2 : 1;  // warpgroups side by side
     static constexpr int kWaves = kRows * kAcross / 128;
+    static constexpr bool kSwiglu = false;
     // Scales of B that a tile needs; a tile begins at a multiple of 128 or 64.
     static constexpr int kColumnScales = kFine                  ? kColumns
                                          : kColumns % 128 == 64 ? 2
@@ -65,6 +67,39 @@ using HopperTile256x128 = HopperTile<256, 128, 4, 1, false>;
 using HopperTile64x256 = HopperTile<64, 256, 4, 2, false>;
 // 1x128 scales of B (wgrad), and shards that begin inside a block.
 using HopperTileFine = HopperTile<128, 128, 5, 2, true>;
+
+// Each warpgroup has a tile, stages and two waves of its own, so that while one finishes its tile
+// or begins another the tensor cores work for the other: for short K, where that is much of the
+// time.
+template <int kRows_, int kColumns_, int kStages_, int kPanels_>
+struct PingPongTile {
+    static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_;
+    static constexpr int kPanels = kPanels_;
+    static constexpr bool kFine = false;
+    static constexpr int kThreads = 384;
+    static constexpr int kPipelines = 2;
+    static constexpr int kAcross = 1;
+    static constexpr int kWaves = kRows / 64;
+    static constexpr int kColumnScales = kColumns / 128;
+    static constexpr bool kSwiglu = false;
+    static_assert(kRows == 128 && kColumns == 128);
+};
+using HopperTilePingPong = PingPongTile<128, 128, 3, 1>;
+
+// 128 columns of gate and the same of up, which make 128 of codes: a warpgroup has those, the other
+// these, both all rows in two waves.
+template <int kStages_>
+struct SwigluTile {
+    static constexpr int kRows = 128, kColumns = 256, kStages = kStages_;
+    static constexpr bool kFine = false;
+    static constexpr int kThreads = 384;
+    static constexpr int kPipelines = 1;
+    static constexpr int kAcross = 2;
+    static constexpr int kWaves = 2;
+    static constexpr int kColumnScales = 2;
+    static constexpr bool kSwiglu = true;
+};
+using HopperTileSwiglu = SwigluTile<4>;
 
 // Which factor the two blocks of a cluster share: each loads half of it into both.
 enum class Share : int32_t { kNone, kA, kB };
@@ -93,6 +128,8 @@ enum class GemmKernel : int32_t {
     kHopper256x128,
     kHopper64x256,
     kHopperFine,
+    kHopperPingPong,
+    kHopperSwiglu,
     kSmall8,
     kSmall16,
     kSmall32,
@@ -115,6 +152,8 @@ constexpr GemmKernelFacts kGemmKernels[] = {
     {GemmKernel::kHopper256x128, "sm90_256x128", 256, 128, 227 * 1024, 90},
     {GemmKernel::kHopper64x256, "sm90_64x256", 64, 256, 227 * 1024, 90},
     {GemmKernel::kHopperFine, "sm90_128x128_fine", 128, 128, 227 * 1024, 90},
+    {GemmKernel::kHopperPingPong, "sm90_pingpong_128x128", 128, 128, 227 * 1024, 90},
+    {GemmKernel::kHopperSwiglu, "sm90_swiglu_128x256", 128, 256, 227 * 1024, 90},
     {GemmKernel::kSmall8, "sm90_small_8x64", 8, 64, 113 * 1024, 90},
     {GemmKernel::kSmall16, "sm90_small_16x64", 16, 64, 113 * 1024, 90},
     {GemmKernel::kSmall32, "sm90_small_32x64", 32, 64, 113 * 1024, 90},
@@ -127,6 +166,7 @@ struct GemmSizes {
     int64_t columns, k;
     bool fine;     // a scale of B for each column, or a first block that begins before row 0
     bool whole_k;  // K is not to be split, so that a row's bits do not depend on the other rows
+    bool swiglu;   // of the two halves of the columns are wanted, quantised, not the product itself
 };
 
 struct GemmPlan {
@@ -136,6 +176,7 @@ struct GemmPlan {
 };
 
 constexpr bool is_small(GemmKernel kernel) { return kernel >= GemmKernel::kSmall8; }
+constexpr bool is_ping_pong(GemmKernel kernel) { return kernel == GemmKernel::kHopperPingPong; }
 constexpr bool is_large_hopper(GemmKernel kernel) {
     return kernel >= GemmKernel::kHopper128x128 && !is_small(kernel);
 }
@@ -151,6 +192,10 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
                                 : 1024 * 0.65;  // fp16 products, with decoding beside them
     // The result's way out and the next tile's way in; a cluster's blocks meet twice.
     constexpr double kTileClocks = 1500, kMeetingClocks = 1000;
+    // Of the tensor cores' time a warpgroup alone uses so much, adding its sums in between; and two
+    // warpgroups with tiles of their own, against the 0.85 above, as they often meet at the end.
+    constexpr double kAlone = 0.65, kPingPong = 0.75;
+    constexpr double kSecondKernel = 4000;  // to start it and to fill the GPU once more
 
     const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];
     const bool small = is_small(plan.kernel);
@@ -172,14 +217,28 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     const double block = copy > multiply ? copy : multiply;
     const double blocks = static_cast<double>(ceil_div(ceil_div(sizes.k, 128), plan.split));
     const double result = 2.0 * facts.rows * facts.columns / kCacheBytes;
-    const double tile = blocks * block + result + kTileClocks + (cluster > 1 ? kMeetingClocks : 0);
+    const double ends = result + kTileClocks + (cluster > 1 ? kMeetingClocks : 0);
+    double work = static_cast<double>(rounds) * (blocks * block + ends);
+    if (is_ping_pong(plan.kernel)) {
+        // One warpgroup's products, or half of what both need for a tile of each and its ends.
+        const double product = 128.0 * facts.rows * facts.columns / 4096;
+        const double alone = copy > product / kAlone ? copy : product / kAlone;
+        const double both = copy > product / kPingPong ? copy : product / kPingPong;
+        const double first = blocks * alone + ends;
+        const double next = blocks * both > first / 2 ? blocks * both : first / 2;
+        work = first + static_cast<double>(rounds - 1) * next;
+    }
 
     const double rows = static_cast<double>(sizes.rows),
                  columns = static_cast<double>(sizes.columns);
     const double k = static_cast<double>(sizes.k);
-    const double bytes = sizes.groups * (columns * k + rows * (k + 2 * columns));
+    // Of bfloat16; of codes for half the columns, before which another kernel may have to store and
+    // load floats.
+    const bool second = sizes.swiglu && plan.kernel != GemmKernel::kHopperSwiglu;
+    const double result_bytes = second ? 8.5 : sizes.swiglu ? 0.5 : 2;
+    const double bytes = sizes.groups * (columns * k + rows * (k + result_bytes * columns));
     const double memory = bytes / (kMemoryBytes * chip.multiprocessors);
-    const double work = static_cast<double>(rounds) * tile;
+    if (second) work += kSecondKernel;
     // They overlap, but not at the ends.
     return work > memory ? work + 0.1 * memory : memory + 0.1 * work;
 }
@@ -194,6 +253,8 @@ constexpr bool may_serve(const GemmPlan& plan, const GemmSizes& sizes, const Chi
         return false;  // it has kernels of its own
     }
     if (is_large_hopper(plan.kernel)) {
+        if (plan.kernel == GemmKernel::kHopperSwiglu && !(sizes.swiglu && sizes.columns % 256 == 0))
+            return false;
         return plan.split == 1 && sizes.fine == (plan.kernel == GemmKernel::kHopperFine);
     }
     if (plan.share != Share::kNone) return false;
@@ -227,10 +288,15 @@ constexpr GemmPlan plan_gemm(const GemmSizes& sizes, const Chip& chip) {
 }
 
 // q_a and kv_a of Kimi-K2 for one token: 33 tiles of 64 columns would leave 99 of 132 idle.
-static_assert(plan_gemm({1, 1, 2112, 7168, false, false}, {90, 132, 227 * 1024}).split >= 4);
-static_assert(plan_gemm({1, 1, 2112, 7168, false, true}, {90, 132, 227 * 1024}).split == 1);
-static_assert(plan_gemm({1, 4096, 7168, 2048, false, false}, {80, 108, 163 * 1024}).kernel ==
+constexpr Chip kH100{90, 132, 227 * 1024};
+static_assert(plan_gemm({1, 1, 2112, 7168, false, false, false}, kH100).split >= 4);
+static_assert(plan_gemm({1, 1, 2112, 7168, false, true, false}, kH100).split == 1);
+static_assert(plan_gemm({1, 4096, 7168, 2048, false, false, false}, {80, 108, 163 * 1024}).kernel ==
               GemmKernel::kPortable128x128);
+// q_b: K of 12 blocks.
+static_assert(is_ping_pong(plan_gemm({1, 4096, 12288, 1536, false, false, false}, kH100).kernel));
+static_assert(plan_gemm({1, 4096, 4096, 7168, false, false, true}, kH100).kernel ==
+              GemmKernel::kHopperSwiglu);
 
 // What serves these arguments where `plan` was asked for: scales for each column have one large
 // tile on sm_90a, groups along K too, and where there is no K there is nothing for TMA to copy.

@@ -10,24 +10,34 @@
 //           row (or of a column): each loads half of the A (or B) that they share into both.
 // Roles     warp 0          finds tiles; copies A and B by TMA, 128 of K at a time
 //           warp 1          copies scales by cp.async: any strides, no scale beyond the group
-//           warps 4 to 11   two warpgroups, each with rows of its own: products of a block of K
-//           into
-//                           `sum`, then sum * (a_scale * b_scale) is added to `result`. While one
-//                           warpgroup adds, the tensor cores work for the other.
+//           warps 4 to 11   two warpgroups, with rows (or columns) of a tile each: products of a
+//                           block of K into `sum`, then sum * (a_scale * b_scale) is added to
+//                           `result`. While one adds, the tensor cores work for the other.
+// Ping-pong (for short K) two pipelines: warps 0, 1, 4 to 7 take tiles i, i + 2 clusters, ...,
+// warps
+//           2, 3, 8 to 11 the others, each with stages of its own. A warpgroup begins a tile when
+//           the other is halfway through its own, so that the ends of one's tile, which the tensor
+//           cores have nothing of, lie in the middle of the other's.
+// SwiGLU    128 columns of gate are a warpgroup's, the same of up the other's: swiglu_sm90.cuh.
 //
-//   barrier      arrivals                                        bytes      waiters
+//   barrier      arrivals (of a pipeline)                        bytes      waiters
 //   full[s]      warp 0 once, each lane of warp 1 by its copies  A and B    warps 4 to 11
 //   empty[s]     warps 4 to 11 of each block of the cluster      -          warps 0 and 1
 //   found[t]     warp 0 once                                     -          warps 1, 4 to 11
 //   used[t]      warps 1, 4 to 11                                -          warp 0
+//   halfway      the pipeline's warps 4 to 7, once a tile        -          the other pipeline's
 //   named 1, 2   the 4 warps of a warpgroup: the panel of D is free; it is written
+//   named 3 - 6  a warp of each warpgroup: sums are there to be fetched; they are fetched (SwiGLU)
 //
 // Stage     tile_rows + tile_columns rows of 128 bytes with the 128-byte swizzle, and their scales.
 // Result    leaves a warpgroup 64 columns at a time through shared memory by TMA; straight from
 //           registers where a group's rows end inside, for float32, and where rows of D do not
 //           begin at multiples of 16 bytes.
 // Registers 56 a thread for warps 0 to 3, 224 for the others, of which sum and result take
-//           columns / 2 x (1 + waves).
+//           columns / 2 x (1 + waves): 128 to 192.
+// Shared    of 227 KB: stages x (rows + columns) x 132 bytes or less, panels of 8 KB.
+//           128x128 5 x 32 + 4 x 8 KB; 128x192 4 x 40 + 6 x 8; 256x128 4 x 48 + 2 x 8;
+//           64x256 4 x 40 + 4 x 8; ping-pong 2 x (3 x 32 + 8); SwiGLU 4 x 48 + 32 for the exchange.
 // Limits    rows of A and B begin at multiples of 16 bytes; K > 0.
 
 #include "arch/cluster.cuh"
@@ -36,22 +46,37 @@
 #include "arch/matrix.cuh"
 #include "arch/wgmma.cuh"
 #include "fp8_gemm/pipeline_sm90.cuh"
+#include "fp8_gemm/swiglu_sm90.cuh"
 
 namespace k2k {
 
 template <class Tile>
-struct alignas(1024) HopperStorage {
+struct Panels {
+    uint8_t panels[2 / Tile::kPipelines][Tile::kPanels][64 * 128];  // 64 rows of 128 bytes of D
+};
+
+// What one pipeline has: two warpgroups', or in ping-pong one's.
+template <class Tile>
+struct alignas(1024) HopperPipeline {
+    static constexpr int kWarps = 8 / Tile::kPipelines;  // that multiply
+
     uint8_t a[Tile::kStages][Tile::kRows * kBlockK];
     uint8_t b[Tile::kStages][Tile::kColumns * kBlockK];
-    uint8_t panels[2][Tile::kPanels][64 * 128];  // of D: 64 rows of 128 bytes, by warpgroup
+    std::conditional_t<Tile::kSwiglu, SwigluExchange, Panels<Tile>> result;
     float a_scales[Tile::kStages][Tile::kRows];
     float b_scales[Tile::kStages][Tile::kColumnScales];
     GemmTile tiles[kTilesAhead];  // group: -1 behind the last
     arch::Mbarrier full[Tile::kStages], empty[Tile::kStages];
     arch::Mbarrier found[kTilesAhead], used[kTilesAhead];
+    arch::Mbarrier halfway;
 };
 
-// ---- warp 0
+template <class Tile>
+struct HopperStorage {
+    HopperPipeline<Tile> pipelines[Tile::kPipelines];
+};
+
+// ---- warp 0 (and 2)
 
 // Loads `rows` rows of a factor from `row` on; shared: its half of them, into both blocks.
 K2K_DEVICE void load_factor(uint8_t* target,
@@ -72,10 +97,11 @@ K2K_DEVICE void load_factor(uint8_t* target,
 }
 
 template <class Tile>
-K2K_DEVICE void load_factors(HopperStorage<Tile>& smem,
+K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem,
                              const Fp8GemmParams& p,
                              const HopperMaps& maps,
-                             Share share) {
+                             Share share,
+                             int pipeline) {
     // A cluster that shares a factor takes two neighbouring tiles at a time.
     const bool shares = share != Share::kNone;
     const int rank = shares ? static_cast<int>(arch::cluster_rank()) : 0;
@@ -85,10 +111,12 @@ K2K_DEVICE void load_factors(HopperStorage<Tile>& smem,
     SlotCounter<Tile::kStages> stage;
     SlotCounter<kTilesAhead> ahead;
     bool more = true;
-    for (int index = shares ? blockIdx.x / 2 : blockIdx.x; more; index += clusters) {
+    int index = (shares ? blockIdx.x / 2 : blockIdx.x) + pipeline * clusters;
+    for (; more; index += Tile::kPipelines * clusters) {
         GemmTile tile;
         more = tiles.find(index, tile);
         if (share == Share::kA) tile.column += rank * Tile::kColumns;
+        if (Tile::kSwiglu) tile.column /= 2;  // of gate, and of up
         if (share == Share::kB) tile.row += rank * Tile::kRows;
         if (!more) tile.group = -1;
         if (arch::lane_id() == 0) {
@@ -108,18 +136,27 @@ K2K_DEVICE void load_factors(HopperStorage<Tile>& smem,
             arch::mbarrier_arrive_expect_tx(full, (Tile::kRows + Tile::kColumns) * kBlockK);
             load_factor(smem.a[stage.slot], maps.a, full, Tile::kRows, share == Share::kA, k,
                         static_cast<int>(tile.first_row) + tile.row, a_matrix);
-            load_factor(smem.b[stage.slot], maps.b, full, Tile::kColumns, share == Share::kB, k,
-                        tile.column, b_matrix);
+            if constexpr (Tile::kSwiglu) {
+                const int up = static_cast<int>(p.b.rows) / 2 + tile.column;
+                load_factor(smem.b[stage.slot], maps.b, full, 128, share == Share::kB, k,
+                            tile.column, b_matrix);
+                load_factor(smem.b[stage.slot] + 128 * kBlockK, maps.b, full, 128,
+                            share == Share::kB, k, up, b_matrix);
+            } else {
+                load_factor(smem.b[stage.slot], maps.b, full, Tile::kColumns, share == Share::kB, k,
+                            tile.column, b_matrix);
+            }
         }
         arch::sync_warp();
     }
 }
 
-// ---- warp 1
+// ---- warp 1 (and 3)
 
 template <class Tile>
-K2K_DEVICE void load_scales(HopperStorage<Tile>& smem, const Fp8GemmParams& p) {
+K2K_DEVICE void load_scales(HopperPipeline<Tile>& smem, const Fp8GemmParams& p) {
     constexpr int kStep = Tile::kFine ? 1 : 128;  // columns for which a scale is loaded
+    const int lane_step = Tile::kSwiglu ? static_cast<int>(p.b.rows) / 2 : kStep;
     SlotCounter<Tile::kStages> stage;
     SlotCounter<kTilesAhead> at;
     const int lane = arch::lane_id();
@@ -127,7 +164,7 @@ K2K_DEVICE void load_scales(HopperStorage<Tile>& smem, const Fp8GemmParams& p) {
         const GemmTile& tile = smem.tiles[at.slot];
         const int k_end = tile.k_end;
         const int a_left = tile.rows - tile.row - lane;  // from this lane's first row on
-        const int column = tile.column / kStep * kStep + lane * kStep;
+        const int column = tile.column / kStep * kStep + lane * lane_step;
         const int b_left = static_cast<int>(p.b.rows) - column;
         const float* a = p.a.scales + tile.group * p.a.scale_matrix_stride +
                          (tile.first_row + tile.row + lane) * p.a.scale_row_stride;
@@ -178,7 +215,7 @@ K2K_DEVICE void promote(
 
 // Stores 64 rows of two-byte results by TMA, in panels of 64 columns (128 bytes).
 template <class Tile, class T, int kValues>
-K2K_DEVICE void store_panels(HopperStorage<Tile>& smem,
+K2K_DEVICE void store_panels(HopperPipeline<Tile>& smem,
                              const HopperMaps& maps,
                              const float (&values)[kValues],
                              int warpgroup,
@@ -189,7 +226,8 @@ K2K_DEVICE void store_panels(HopperStorage<Tile>& smem,
     const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
     K2K_UNROLL
     for (int first = 0; first < kValues / 32; ++first) {
-        uint8_t* panel = smem.panels[warpgroup][first % Tile::kPanels];
+        uint8_t* panel =
+            smem.result.panels[Tile::kPipelines == 1 ? warpgroup : 0][first % Tile::kPanels];
         if (thread == 0) arch::bulk_wait_read<Tile::kPanels - 1>();
         arch::barrier_sync(1 + warpgroup, 128);
         K2K_UNROLL
@@ -215,7 +253,7 @@ K2K_DEVICE void store_panels(HopperStorage<Tile>& smem,
 
 // Bias, C and stores of a warpgroup's 64 rows from `row` on, from `column` on.
 template <class Tile, int kValues>
-K2K_DEVICE void finish_wave(HopperStorage<Tile>& smem,
+K2K_DEVICE void finish_wave(HopperPipeline<Tile>& smem,
                             const Fp8GemmParams& p,
                             const HopperMaps& maps,
                             float (&values)[kValues],
@@ -237,7 +275,7 @@ K2K_DEVICE void finish_wave(HopperStorage<Tile>& smem,
 }
 
 template <class Tile>
-K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& smem,
+K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
                                const Fp8GemmParams& p,
                                const HopperMaps& maps,
                                Share share,
@@ -245,12 +283,16 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& smem,
     constexpr int kColumns = Tile::kColumns / Tile::kAcross;  // of a warpgroup
     constexpr int kValues = kColumns / 2;
     constexpr int kWaves = Tile::kWaves;
+    constexpr bool kPingPong = Tile::kPipelines == 2;
+    HopperPipeline<Tile>& smem = storage.pipelines[kPingPong ? warpgroup : 0];
     const int lane = arch::lane_id();
-    const int first_row = Tile::kAcross == 1 ? warpgroup * 64 * kWaves : 0;
-    const int first_column = Tile::kAcross == 1 ? 0 : warpgroup * kColumns;
+    const int part = kPingPong ? 0 : warpgroup;  // of the tile
+    const int first_row = Tile::kAcross == 1 ? part * 64 * kWaves : 0;
+    const int first_column = Tile::kAcross == 1 ? 0 : part * kColumns;
     const int lane_row = first_row + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
     SlotCounter<Tile::kStages> stage;
     SlotCounter<kTilesAhead> at;
+    SlotCounter<1> turn;  // in ping-pong: the warpgroup's tiles, counted
 
     for (; has_tile(smem, at); leave_tile(smem, at)) {
         const GemmTile& tile = smem.tiles[at.slot];
@@ -261,6 +303,14 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& smem,
             for (int i = 0; i < kValues; ++i) result[wave][i] = 0;
         }
         const int boundary = 128 - (tile.column + first_column) % 128;
+        const int middle = tile.k_begin + (tile.blocks() - 1) / 2 * kBlockK;
+        if constexpr (kPingPong) {
+            // Tile n of warpgroup 1 comes after half of tile n of warpgroup 0, whose tile n + 1
+            // comes after half of that. Warpgroup 0 has as many tiles as 1, or one more.
+            arch::mbarrier_wait(storage.pipelines[1 - warpgroup].halfway,
+                                turn.parity ^ (warpgroup == 0));
+            turn.advance();
+        }
 
         for (int k = tile.k_begin; k < tile.k_end; k += kBlockK, stage.advance()) {
             arch::mbarrier_wait(smem.full[stage.slot], stage.parity);
@@ -305,6 +355,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& smem,
             }
             // The scales too have been read.
             arch::sync_warp();
+            if (kPingPong && k == middle && lane == 0) arch::mbarrier_arrive(smem.halfway);
             if (share == Share::kNone) {
                 if (lane == 0) arch::mbarrier_arrive(smem.empty[stage.slot]);
             } else if (lane < 2) {
@@ -312,11 +363,15 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& smem,
             }
         }
 
-        finish_wave(smem, p, maps, result[0], tile, warpgroup, tile.row + first_row,
-                    tile.column + first_column);
-        if constexpr (kWaves == 2) {
-            finish_wave(smem, p, maps, result[1], tile, warpgroup, tile.row + first_row + 64,
+        if constexpr (Tile::kSwiglu) {
+            finish_swiglu(smem.result, p, result[0], result[1], tile, warpgroup);
+        } else {
+            finish_wave(smem, p, maps, result[0], tile, warpgroup, tile.row + first_row,
                         tile.column + first_column);
+            if constexpr (kWaves == 2) {
+                finish_wave(smem, p, maps, result[1], tile, warpgroup, tile.row + first_row + 64,
+                            tile.column + first_column);
+            }
         }
     }
     if (threadIdx.x % 128 == 0) arch::bulk_wait<0>();
@@ -335,13 +390,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const bool shares = share != Share::kNone;
 
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < Tile::kStages; ++stage) {
-            arch::mbarrier_init(smem.full[stage], 1 + 32);
-            arch::mbarrier_init(smem.empty[stage], shares ? 16 : 8);
-        }
-        for (int tile = 0; tile < kTilesAhead; ++tile) {
-            arch::mbarrier_init(smem.found[tile], 1);
-            arch::mbarrier_init(smem.used[tile], 1 + 8);
+        for (HopperPipeline<Tile>& pipeline : smem.pipelines) {
+            for (int stage = 0; stage < Tile::kStages; ++stage) {
+                arch::mbarrier_init(pipeline.full[stage], 1 + 32);
+                arch::mbarrier_init(pipeline.empty[stage], (shares ? 2 : 1) * pipeline.kWarps);
+            }
+            for (int tile = 0; tile < kTilesAhead; ++tile) {
+                arch::mbarrier_init(pipeline.found[tile], 1);
+                arch::mbarrier_init(pipeline.used[tile], 1 + pipeline.kWarps);
+            }
+            arch::mbarrier_init(pipeline.halfway, pipeline.kWarps);
         }
         arch::fence_mbarrier_init();
         arch::tma_prefetch(maps.a);
@@ -353,8 +411,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
     if (warp < 4) {
         arch::registers_decrease<56>();
-        if (warp == 0) load_factors(smem, p, maps, share);
-        if (warp == 1) load_scales(smem, p);
+        const int pipeline = warp / 2;
+        if (pipeline < Tile::kPipelines) {
+            HopperPipeline<Tile>& of = smem.pipelines[pipeline];
+            if (warp % 2 == 0) load_factors(of, p, maps, share, pipeline);
+            if (warp % 2 == 1) load_scales(of, p);
+        }
     } else {
         arch::registers_increase<224>();
         multiply_tiles(smem, p, maps, share, warp / 4 - 1);

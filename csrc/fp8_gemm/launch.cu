@@ -34,7 +34,14 @@ void launch_fp8_gemm(const Fp8GemmParams& p,
                      void* stream) {
     if (p.groups.number == 0 || p.a.rows == 0 || p.b.rows == 0) return;
     check_sizes(p);
+    const bool quantizes = asked.kernel == GemmKernel::kHopperSwiglu;
     const GemmPlan plan = serving(asked, p);
+    if (quantizes != (p.d_scales.values != nullptr) ||
+        (quantizes && (plan.kernel != asked.kernel || p.b.rows % 256 != 0))) {
+        throw Error(quantizes ? "fp8_gemm: sm90_swiglu_128x256 takes SwiGLU of a multiple of 128 "
+                                "columns, K > 0, and a scale of B for each 128x128"
+                              : "fp8_gemm: sm90_swiglu_128x256 alone quantises its result");
+    }
     const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];
     if (chip.capability < facts.capability || chip.shared_memory < facts.shared_memory) {
         throw Error(std::string("fp8_gemm: ") + facts.name + " does not run on this GPU, sm_" +

@@ -11,7 +11,7 @@ namespace {
 
 // Boxes of 64 rows of 64 columns; if D is such that TMA can store it.
 bool result_map(const Fp8GemmParams& p, arch::TensorMap& map) {
-    if (p.d_type == Type::kF32) return false;
+    if (p.d_type != Type::kBf16 && p.d_type != Type::kFp16) return false;
     const int64_t matrices = p.groups.axis == GemmGroups::Axis::kRows ? 1 : p.groups.number;
     const int64_t row_bytes = p.d_row_stride * 2;
     const int64_t matrix_bytes = matrices > 1 ? p.d_matrix_stride * 2 : p.a.rows * row_bytes;
@@ -29,7 +29,8 @@ void launch_tile(const Fp8GemmParams& p, Share share, const Chip& chip, void* st
     const bool shares = share != Share::kNone;
     HopperMaps maps = {};
     maps.a = codes_map(p.a, p.k, share == Share::kA ? Tile::kRows / 2 : Tile::kRows);
-    maps.b = codes_map(p.b, p.k, share == Share::kB ? Tile::kColumns / 2 : Tile::kColumns);
+    const int columns = Tile::kSwiglu ? 128 : Tile::kColumns;  // of a copy
+    maps.b = codes_map(p.b, p.k, share == Share::kB ? columns / 2 : columns);
     maps.stores_by_tma = result_map(p, maps.d);
     const int64_t tiles = tiles_at_most(p, Tile::kRows * (share == Share::kB ? 2 : 1),
                                         Tile::kColumns * (share == Share::kA ? 2 : 1));
@@ -56,6 +57,10 @@ void launch_fp8_gemm_sm90(const Fp8GemmParams& p,
             return launch_tile<HopperTile256x128>(p, plan.share, chip, stream);
         case GemmKernel::kHopper64x256:
             return launch_tile<HopperTile64x256>(p, plan.share, chip, stream);
+        case GemmKernel::kHopperPingPong:
+            return launch_tile<HopperTilePingPong>(p, plan.share, chip, stream);
+        case GemmKernel::kHopperSwiglu:
+            return launch_tile<HopperTileSwiglu>(p, plan.share, chip, stream);
         default:
             return launch_tile<HopperTileFine>(p, plan.share, chip, stream);
     }

@@ -28,12 +28,20 @@ struct Addend {
 
 using GemmGroups = tile::Groups;
 
+// Scales of D where it is quantised: codes of silu(gate) * up, which are the halves of the columns.
+struct ResultScales {
+    float* values;  // [matrices, rows of A, columns / 128]; null: D is the product itself
+    int64_t matrix_stride, row_stride, column_stride;
+    bool power_of_two;
+};
+
 // D = (row_weights *) A B^T (+ bias) (+ C), for each group.
 struct Fp8GemmParams {
     Fp8Matrix a, b;
     int64_t k;
-    void* d;  // [matrices, rows of A, rows of B]
+    void* d;  // [matrices, rows of A, rows of B, or half of them if it is quantised]
     Type d_type;
+    ResultScales d_scales;
     int64_t d_matrix_stride, d_row_stride;
     const float* row_weights;  // [matrices, rows of A], a factor for each row of D; or null
     int64_t row_weights_matrix_stride;

@@ -16,7 +16,7 @@ from torch import Tensor
 from k2kernels.ops._check import Arguments, check_counts, check_groups
 from k2kernels.ops._launch import TYPES, address, chip, launch
 from k2kernels.ops._register import register
-from k2kernels.ops.quant import QUANTIZABLE
+from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu_quantize
 from k2kernels.reference import fp8_gemm as reference
 
 RESULTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -137,27 +137,12 @@ def grouped_fp8_gemm(
     Source: DeepGEMM, m_grouped_fp8_gemm_nt_contiguous and _masked.
     """
     args = Arguments("grouped_fp8_gemm")
-    args.require(
-        (offsets is None) != (masked_m is None),
-        "the layout",
-        "given by offsets (contiguous) or by masked_m (masked)",
-        "neither" if offsets is None else "both",
-    )
-    args.require(
-        masked_m is None or counts is None, "counts", "None with masked_m", "both", "masked_m holds the counts"
-    )
-    rows = ("G", "maxM") if offsets is None else ("cap",)
+    rows = _layout(args, offsets, counts, masked_m)
     a = args.tensor("a", a, (*rows, "K"), E4M3)
     b = args.tensor("b", b, ("G", "N", "K"), E4M3)
     a_scales = args.tensor("a_scales", a_scales, (*rows, -(-args.sizes["K"] // 128)), torch.float32)
     b_scales = _b_scales(args, b, b_scales, b_row_offset)
-    offsets = args.optional("offsets", offsets, (args.sizes["G"] + 1,), torch.int32)
-    if offsets is None:
-        counts = args.tensor("masked_m", masked_m, ("G",), torch.int32)
-    else:
-        counts = args.optional("counts", counts, ("G",), torch.int32)
-    if expected_m is not None:
-        args.integer("expected_m", expected_m, 0)
+    offsets, counts = _groups(args, offsets, counts, masked_m, expected_m)
     args.choice("out_dtype", out_dtype, RESULTS)
     args.boolean("batch_invariant", batch_invariant)
     row_weights = args.optional("row_weights", row_weights, rows, torch.float32)
@@ -167,6 +152,90 @@ def grouped_fp8_gemm(
     out = _out(args, out, (*rows, "N"), out_dtype, a_scales=a_scales, b_scales=b_scales, row_weights=row_weights)
     _grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out, *options)
     return out
+
+
+def fp8_gemm_swiglu(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    *,
+    weights: Tensor | None = None,
+    power_of_two: bool = False,
+    scale_layout: str = "row",
+) -> tuple[Tensor, Tensor]:
+    """`swiglu_quantize` of `fp8_gemm`: the first product of an expert or MLP, ready for the second.
+
+    The product stays in float32; nothing is rounded before the quantisation. On sm_90a one kernel does both, and the
+    product is never stored, where I is a multiple of 128 and b_scales are 128x128; for few rows and elsewhere a GEMM
+    leaves the product [M, 2I] in float32 to the kernel of `swiglu_quantize`. `fp8_gemm_plan(..., swiglu=True)` tells.
+
+    Args:
+        a, a_scales, b_scales: as for `fp8_gemm`.
+        b: [2I, K] float8_e4m3fn: the rows of gate, then those of up.
+        weights: [M] float32, one factor per row, applied before the quantisation as `swiglu_quantize` does.
+        power_of_two, scale_layout: as `quantize_1x128` takes them.
+
+    Returns:
+        data float8_e4m3fn [M, I] and scales float32 [M, ceil(I/128)]. Not differentiable. As kernels may sum the inner
+        products in another order than the reference, a scale may differ from the reference's by rounding errors and a
+        code by one step.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes and options.
+
+    Source: DeepSeek-V3 (2024), section 3.3; DeepGEMM's fused expert kernel.
+    """
+    args = Arguments("fp8_gemm_swiglu")
+    a = args.tensor("a", a, ("M", "K"), E4M3)
+    b = args.tensor("b", b, ("2I", "K"), E4M3)
+    a_scales = args.tensor("a_scales", a_scales, ("M", -(-args.sizes["K"] // 128)), torch.float32)
+    b_scales = _b_scales(args, b, b_scales, 0)
+    options = _swiglu_options(args, b, weights, ("M",), power_of_two, scale_layout)
+    return _fp8_gemm_swiglu(a, a_scales, b, b_scales, *options)
+
+
+def grouped_fp8_gemm_swiglu(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    counts: Tensor | None = None,
+    masked_m: Tensor | None = None,
+    expected_m: int | None = None,
+    weights: Tensor | None = None,
+    power_of_two: bool = False,
+    scale_layout: str = "row",
+) -> tuple[Tensor, Tensor]:
+    """`fp8_gemm_swiglu` of each group's rows with the group's own B, in the layouts of `grouped_fp8_gemm`.
+
+    All rows of no group are padding: neither read nor written; what they hold is nothing to rely on.
+
+    Args:
+        a, a_scales, b_scales, offsets, counts, masked_m, expected_m: as for `grouped_fp8_gemm`.
+        b: [G, 2I, K] float8_e4m3fn: of each group the rows of gate, then those of up.
+        weights: [cap] or [G, maxM] float32, one factor per row, such as a routing weight.
+        power_of_two, scale_layout: as `quantize_1x128` takes them.
+
+    Returns:
+        data float8_e4m3fn [cap, I] or [G, maxM, I] and scales float32 [..., ceil(I/128)]. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: as `grouped_fp8_gemm` and `fp8_gemm_swiglu`.
+
+    Source: DeepSeek-V3 (2024), section 3.3; DeepGEMM's fused expert kernel.
+    """
+    args = Arguments("grouped_fp8_gemm_swiglu")
+    rows = _layout(args, offsets, counts, masked_m)
+    a = args.tensor("a", a, (*rows, "K"), E4M3)
+    b = args.tensor("b", b, ("G", "2I", "K"), E4M3)
+    a_scales = args.tensor("a_scales", a_scales, (*rows, -(-args.sizes["K"] // 128)), torch.float32)
+    b_scales = _b_scales(args, b, b_scales, 0)
+    offsets, counts = _groups(args, offsets, counts, masked_m, expected_m)
+    options = _swiglu_options(args, b, weights, rows, power_of_two, scale_layout)
+    return _grouped_fp8_gemm_swiglu(a, a_scales, b, b_scales, offsets, counts, expected_m, *options)
 
 
 def grouped_fp8_wgrad(
@@ -455,6 +524,7 @@ def fp8_gemm_plan(
     groups: int = 1,
     fine: bool = False,
     batch_invariant: bool = False,
+    swiglu: bool = False,
     device: torch.device | str = "cuda",
 ) -> GemmPlan:
     """What serves a GEMM of these sizes, unless `fp8_gemm_kernel` forces something else.
@@ -465,9 +535,12 @@ def fp8_gemm_plan(
         groups: matrices of B.
         fine: scales of B are 1x128, or b_row_offset is not 0.
         batch_invariant: as for `fp8_gemm`.
+        swiglu: it is `fp8_gemm_swiglu`, with n = 2I, that is to be served: by sm90_swiglu_128x256, or by another kernel
+            and that of `swiglu_quantize`.
         device: a CUDA device; within `emulated()`, that chip is asked about instead.
     """
-    return fp8_gemm_costs(m, n, k, groups=groups, fine=fine, batch_invariant=batch_invariant, device=device)[0][0]
+    options = dict(groups=groups, fine=fine, batch_invariant=batch_invariant, swiglu=swiglu, device=device)
+    return fp8_gemm_costs(m, n, k, **options)[0][0]
 
 
 def fp8_gemm_costs(
@@ -478,13 +551,14 @@ def fp8_gemm_costs(
     groups: int = 1,
     fine: bool = False,
     batch_invariant: bool = False,
+    swiglu: bool = False,
     device: torch.device | str = "cuda",
 ) -> list[tuple[GemmPlan, float]]:
     """All plans that can serve a GEMM, the one that does first, and the clocks they are guessed to take.
 
     Arguments as for `fp8_gemm_plan`.
     """
-    sizes, on = (groups, m, n, k, fine, batch_invariant), chip(torch.device(device))
+    sizes, on = (groups, m, n, k, fine, batch_invariant, swiglu), chip(torch.device(device))
     best = _extension().fp8_gemm_plan(sizes, on)
     costs = sorted(_extension().fp8_gemm_costs(sizes, on), key=lambda cost: (cost[0] != best, cost[1]))
     names = fp8_gemm_kernels()
@@ -496,12 +570,12 @@ def fp8_gemm_kernel(kernel: str, share: str | None = None, split: int = 1) -> It
     """Serves the GEMMs in a `with` block by this `GemmPlan`, whatever their sizes.
 
     sm90_128x128_fine serves scales for each column instead of the other large kernels of sm90, and groups along K
-    instead of the small ones.
+    instead of the small ones. sm90_swiglu_128x256 is for `fp8_gemm_swiglu` alone; another kernel leaves it the product.
 
     Raises:
         ValueError: for a name that is none of `fp8_gemm_kernels()`, a `share` that is not "a", "b" or None, a `split`
             that is not 1, 2, 4 or 8, or what the kernel does not do. A GEMM raises RuntimeError where the GPU does not
-            run the kernel.
+            run the kernel, or what is asked is none of its business.
     """
     args = Arguments("fp8_gemm_kernel")
     args.choice("kernel", kernel, fp8_gemm_kernels())
@@ -546,6 +620,48 @@ def _b_scales(args: Arguments, b: Tensor, b_scales: Tensor, b_row_offset: int) -
     )
 
 
+def _layout(args: Arguments, offsets: Tensor | None, counts: Tensor | None, masked_m: Tensor | None) -> tuple[str, ...]:
+    """The sizes that stand for rows: of a grouped call, contiguous or masked."""
+    args.require(
+        (offsets is None) != (masked_m is None),
+        "the layout",
+        "given by offsets (contiguous) or by masked_m (masked)",
+        "neither" if offsets is None else "both",
+    )
+    args.require(
+        masked_m is None or counts is None, "counts", "None with masked_m", "both", "masked_m holds the counts"
+    )
+    return ("G", "maxM") if offsets is None else ("cap",)
+
+
+def _groups(
+    args: Arguments,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    masked_m: Tensor | None,
+    expected_m: int | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks what says where groups lie; masked_m becomes the counts."""
+    offsets = args.optional("offsets", offsets, (args.sizes["G"] + 1,), torch.int32)
+    if offsets is None:
+        counts = args.tensor("masked_m", masked_m, ("G",), torch.int32)
+    else:
+        counts = args.optional("counts", counts, ("G",), torch.int32)
+    if expected_m is not None:
+        args.integer("expected_m", expected_m, 0)
+    return offsets, counts
+
+
+def _swiglu_options(
+    args: Arguments, b: Tensor, weights: Tensor | None, rows: tuple[str, ...], power_of_two: bool, scale_layout: str
+) -> tuple[Tensor | None, bool, str]:
+    args.require(b.shape[-2] % 2 == 0, "b", "even in its rows, gate and up", b.shape)
+    weights = args.optional("weights", weights, rows, torch.float32)
+    args.boolean("power_of_two", power_of_two)
+    args.choice("scale_layout", scale_layout, ("row", "column"))
+    return weights, power_of_two, scale_layout
+
+
 def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, **inputs: Tensor | None) -> Tensor:
     """Checks `out`; the `inputs` are those that might want a gradient, which an op that writes in place cannot give."""
     out = args.tensor("out", out, shape, out_dtype, remedy="out_dtype= must name the dtype of out")
@@ -574,8 +690,14 @@ def _launch_gemm(
     batch_invariant: bool = False,
     row_weights: Tensor | None = None,
     expected_m: int | None = None,
+    plan: tuple[int, int, int] | None = None,
+    scales: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> None:
-    """Fills `out`; `groups`: offsets, counts, their number, and which axis they cut."""
+    """Fills `out`; `groups`: offsets, counts, their number, and which axis they cut.
+
+    With `scales`, those and the codes of the result's SwiGLU.
+    """
     offsets, counts, number, axis = groups
     tensors = (offsets, counts, bias, row_weights)
     offsets, counts, bias, row_weights = (None if x is None else x.contiguous() for x in tensors)
@@ -591,6 +713,7 @@ def _launch_gemm(
         (*_matrix(b, b_scales), 1 if fine else 128, 0 if fine else b_row_offset),
         a.shape[-1],
         (target.data_ptr(), TYPES[target.dtype], _strides(target)),
+        (0, (0, 0, 0), False) if scales is None else (scales.data_ptr(), _scale_strides(scales), power_of_two),
         (0, 0) if row_weights is None else (row_weights.data_ptr(), _matrix_stride(row_weights, a)),
         (0, 0, (0, 0)) if bias is None else (bias.data_ptr(), TYPES[bias.dtype], (0, 0)),
         (0, 0, (0, 0))
@@ -599,7 +722,7 @@ def _launch_gemm(
         (address(offsets), address(counts), number, axis),
         expected_m,
         batch_invariant,
-        _forced.get(),
+        plan or _forced.get(),
         chip(a.device),
     )
     if target is not out:
@@ -642,8 +765,13 @@ def _matrix(codes: Tensor, scales: Tensor) -> tuple:
         scales.data_ptr(),
         (codes.shape[0] if codes.ndim == 3 else 1, codes.shape[-2]),
         (matrices, row),
-        (scales.stride(0) if scales.ndim == 3 else 0, *scales.stride()[-2:]),
+        _scale_strides(scales),
     )
+
+
+def _scale_strides(scales: Tensor) -> tuple[int, int, int]:
+    """Of matrices, rows and columns."""
+    return (scales.stride(0) if scales.ndim == 3 else 0, *scales.stride()[-2:])
 
 
 def _fp8_gemm_fake(
@@ -687,11 +815,13 @@ _fp8_gemm_out = register(
 )
 
 
-def _validate_rows(a: Tensor, a_scales, b, b_scales, offsets: Tensor | None, counts: Tensor | None, *_) -> None:
+def _validate_rows(
+    a: Tensor, a_scales, b, b_scales, offsets: Tensor | None, counts: Tensor | None, *_, op: str = "grouped_fp8_gemm"
+) -> None:
     if offsets is None:
-        check_counts("grouped_fp8_gemm", "masked_m", counts, a.shape[1])
+        check_counts(op, "masked_m", counts, a.shape[1])
     else:
-        check_groups("grouped_fp8_gemm", offsets, counts, a.shape[0])
+        check_groups(op, offsets, counts, a.shape[0])
 
 
 def _grouped_fp8_gemm_fake(
@@ -755,6 +885,64 @@ _grouped_fp8_gemm_out = register(
     kernel=_grouped_fp8_gemm_out_kernel,
     validate=_validate_rows,
     mutates=True,
+)
+
+
+def _fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, weights, power_of_two, scale_layout) -> tuple[Tensor, Tensor]:
+    shape = (*a.shape[:-1], b.shape[-2] // 2)
+    scales = empty_scales(a, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
+    return a.new_empty(shape), scales
+
+
+def _grouped_fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, offsets, counts, expected_m, *options):
+    return _fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, *options)
+
+
+def _launch_gemm_swiglu(
+    op: str, groups: tuple, expected_m: int | None, a, a_scales, b, b_scales, weights, power_of_two, scale_layout
+) -> tuple[Tensor, Tensor]:
+    """By one kernel that does it all, or by a GEMM and `swiglu_quantize`."""
+    offsets, counts, number, _ = groups
+    rows = a.shape[-2] if offsets is None else -(-a.shape[0] // max(number, 1))
+    fine = b_scales.shape[-2] == b.shape[-2]
+    sizes = number, rows if expected_m is None else expected_m, b.shape[-2], a.shape[-1], fine, False, True
+    plan = _forced.get() or _extension().fp8_gemm_plan(sizes, chip(a.device))
+    if fp8_gemm_kernels()[plan[0]].startswith("sm90_swiglu"):
+        data, scales = _fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, weights, power_of_two, scale_layout)
+        quantised = dict(row_weights=weights, scales=scales, power_of_two=power_of_two)
+        _launch_gemm(op, a, a_scales, b, b_scales, data, groups, plan=plan, **quantised)
+        return data, scales
+    product = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=torch.float32)
+    _launch_gemm(op, a, a_scales, b, b_scales, product, groups, plan=plan)
+    options = dict(weights=weights, power_of_two=power_of_two, scale_layout=scale_layout)
+    return swiglu_quantize(product, offsets=offsets, counts=counts, **options)
+
+
+def _fp8_gemm_swiglu_kernel(*args) -> tuple[Tensor, Tensor]:
+    return _launch_gemm_swiglu("fp8_gemm_swiglu", (None, None, 1, _MATRICES), None, *args)
+
+
+def _grouped_fp8_gemm_swiglu_kernel(
+    a, a_scales, b, b_scales, offsets, counts, expected_m, *options
+) -> tuple[Tensor, Tensor]:
+    groups = offsets, counts, b.shape[0], _MATRICES if offsets is None else _ROWS
+    return _launch_gemm_swiglu("grouped_fp8_gemm_swiglu", groups, expected_m, a, a_scales, b, b_scales, *options)
+
+
+_fp8_gemm_swiglu = register(
+    "fp8_gemm_swiglu(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? weights, bool power_of_two,"
+    " str scale_layout) -> (Tensor, Tensor)",
+    reference=reference.fp8_gemm_swiglu,
+    fake=_fp8_gemm_swiglu_fake,
+    kernel=_fp8_gemm_swiglu_kernel,
+)
+_grouped_fp8_gemm_swiglu = register(
+    "grouped_fp8_gemm_swiglu(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? offsets, Tensor? counts,"
+    " int? expected_m, Tensor? weights, bool power_of_two, str scale_layout) -> (Tensor, Tensor)",
+    reference=reference.grouped_fp8_gemm_swiglu,
+    fake=_grouped_fp8_gemm_swiglu_fake,
+    kernel=_grouped_fp8_gemm_swiglu_kernel,
+    validate=functools.partial(_validate_rows, op="grouped_fp8_gemm_swiglu"),
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from k2kernels.reference.quant import from_e4m3
+from k2kernels.reference.quant import from_e4m3, swiglu_quantize
 
 
 def fp8_gemm(
@@ -96,6 +96,37 @@ def grouped_fp8_gemm_out(
             if row_weights is not None:
                 result *= row_weights[rows][:, None]
             out[rows] = result.to(out.dtype)
+
+
+def fp8_gemm_swiglu(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    weights: Tensor | None,
+    power_of_two: bool,
+    scale_layout: str,
+) -> tuple[Tensor, Tensor]:
+    """`swiglu_quantize` of the product in float32; B [2I, K] has the rows of gate, then those of up."""
+    product = _promoted(a, a_scales, b, b_scales)
+    return swiglu_quantize(product, weights, power_of_two, scale_layout, None, None)
+
+
+def grouped_fp8_gemm_swiglu(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    expected_m: int | None,
+    weights: Tensor | None,
+    power_of_two: bool,
+    scale_layout: str,
+) -> tuple[Tensor, Tensor]:
+    """`fp8_gemm_swiglu` of each group's rows with the group's B; the rows of no group come out as zeros."""
+    product = grouped_fp8_gemm(a, a_scales, b, b_scales, offsets, counts, expected_m, torch.float32)
+    return swiglu_quantize(product, weights, power_of_two, scale_layout, offsets, counts)
 
 
 def grouped_fp8_wgrad(

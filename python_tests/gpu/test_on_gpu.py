@@ -236,6 +236,11 @@ EACH["fp8_gemm"] = product, factors
 EACH["fp8_gemm_out"] = lambda *args: product(*args, into=True), factors
 EACH["grouped_fp8_gemm"] = product, lambda: factors(3)
 EACH["grouped_fp8_gemm_out"] = lambda *args: product(*args, into=True), lambda: factors(3)
+EACH["fp8_gemm_swiglu"] = k.fp8_gemm_swiglu, factors
+EACH["grouped_fp8_gemm_swiglu"] = (
+    lambda *args: k.grouped_fp8_gemm_swiglu(*args[:4], offsets=args[4], counts=args[5]),
+    lambda: factors(3),
+)
 EACH["grouped_fp8_wgrad"] = (
     lambda *args: k.grouped_fp8_wgrad(*args[:4], offsets=args[4], counts=args[5]),
     lambda: (*(t for n in (512, 640) for t in k.quantize_1x128(torch.randn(n, 384))), *factors(3)[4:]),

@@ -31,6 +31,7 @@ BODIES = {
     "sm90_128x192-a-1": ("sm90_128x192", "sm_90a", 1, "a"),
     "sm90_256x128-b-2": ("sm90_256x128", "sm_90a", 2, "b"),
     "sm90_64x256-3": ("sm90_64x256", "sm_90a", 3),
+    "sm90_pingpong_128x128-a-2": ("sm90_pingpong_128x128", "sm_90a", 2, "a"),
     "sm90_small_8x64-1": ("sm90_small_8x64", "sm_90a", 1),
     "sm90_small_32x64-4-2": ("sm90_small_32x64", "sm_90a", 2, None, 4),
 }
@@ -392,6 +393,7 @@ def test_a_shard_may_begin_inside_a_block(start, stop):
     assert torch.equal(fp8_gemm(a, a_scales, shard[0][1], shard[1][1], **kwargs)[2:], whole[2:, start:stop])
 
 
+OTHER_LARGE = "sm90_128x128_fine", "sm90_pingpong_128x128"
 SCHEDULED = {  # every kernel, its chip, which factor the blocks of a cluster share, parts of K
     "portable_128x128": ("portable_128x128", "sm_80"),
     "portable_64x128": ("portable_64x128", "sm_80"),
@@ -401,7 +403,7 @@ SCHEDULED = {  # every kernel, its chip, which factor the blocks of a cluster sh
     "portable_16x128 e4m3": ("portable_16x128", "sm_89"),
     **{
         f"{kernel} {share}": (kernel, "sm_90a", share)
-        for kernel in ("sm90_128x128", "sm90_128x192", "sm90_256x128", "sm90_64x256", "sm90_128x128_fine")
+        for kernel in (*(f"sm90_{x}" for x in ("128x128", "128x192", "256x128", "64x256")), *OTHER_LARGE)
         for share in (None, "a", "b")
     },
     "sm90_small_8x64": ("sm90_small_8x64", "sm_90a"),
@@ -413,7 +415,8 @@ SCHEDULED = {  # every kernel, its chip, which factor the blocks of a cluster sh
 
 
 def test_every_kernel_is_scheduled():
-    assert {kernel for kernel, *_ in SCHEDULED.values()} == set(ops.fp8_gemm_kernels())
+    swiglu = "sm90_swiglu_128x256"  # see test_fp8_gemm_swiglu.py
+    assert {kernel for kernel, *_ in SCHEDULED.values()} == set(ops.fp8_gemm_kernels()) - {swiglu}
 
 
 def guarded_case():
@@ -512,7 +515,9 @@ def test_plans(h100):
         plan = ops.fp8_gemm_plan(1, n, k)
         assert plan.kernel.startswith("sm90_small") and -(-n // 64) * plan.split >= 112
     assert ops.fp8_gemm_plan(1, 2112, 7168).split >= 4
-    assert {ops.fp8_gemm_plan(4096, n, k).kernel for n, k in K2_LINEARS} <= {"sm90_128x192", "sm90_256x128"}
+    for n, k in K2_LINEARS:
+        kernel = ops.fp8_gemm_plan(4096, n, k).kernel
+        assert kernel == "sm90_pingpong_128x128" if k <= 2048 else kernel in ("sm90_128x192", "sm90_256x128")
     assert ops.fp8_gemm_plan(5, 7, 0).kernel.startswith("portable")
 
 

@@ -1,0 +1,107 @@
+#pragma once
+
+// What SwiGLU adds to the large kernel for sm_90a: codes[m, i], scales[m, i / 128] <-
+// silu(gate[m, i]) * up[m, i] * w[m], where gate and up are sums in the registers of two
+// warpgroups, 128 rows by 128 columns each. Nothing is rounded in between.
+//
+// Exchange  warpgroup 0 gets up for the first 64 rows and gives gate for the last 64 away. Both
+//           hold their sums in the same places, so that a thread deals with its like alone, and
+//           warp w with warp w: half of the sums at a time, 16 KB each way.
+// Rows      then lie in four lanes each: two shuffles give amax, and the codes change places within
+//           the four so that each stores 16 bytes, side by side.
+
+#include "fp8_gemm/epilogue.cuh"
+#include "tile/e4m3_block.cuh"
+
+namespace k2k {
+
+struct SwigluExchange {
+    float4 given[2][8][128];  // by warpgroup, by thread
+};
+
+// Quantises a row's 128 columns of silu(gate) * up, of which this lane has hidden[2 j + e] at
+// columns 8 j + 2 t + e. All lanes of the warp call it; rows that are not `real` are not stored.
+K2K_DEVICE void store_codes(
+    const float (&hidden)[32], const Fp8GemmParams& p, const GemmTile& tile, int row, bool real) {
+    const float amax = tile::block_amax<4>(hidden);
+    const float scale = tile::scale_of(amax, p.d_scales.power_of_two);
+    const tile::Divisor divisor = tile::divisor_of(scale);
+    const int t = arch::lane_id() % 4;
+    auto* codes = static_cast<uint8_t*>(p.d) + tile.group * p.d_matrix_stride +
+                  (tile.first_row + row) * p.d_row_stride + tile.column;
+    K2K_UNROLL
+    for (int first = 0; first < 32; first += 16) {
+        uint32_t words[4];  // two pairs of neighbours each
+        K2K_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const float* four = hidden + first + 4 * i;
+            words[i] = tile::encode4(four[0], four[1], four[2], four[3], divisor);
+        }
+        tile::transpose_quad(words);  // now of groups 2 t and 2 t + 1, from each lane of the quad
+        const uint4 sixteen = make_uint4(
+            (words[0] & 0xffff) | words[1] << 16, (words[2] & 0xffff) | words[3] << 16,
+            words[0] >> 16 | (words[1] & 0xffff0000), words[2] >> 16 | (words[3] & 0xffff0000));
+        if (real) arch::store(reinterpret_cast<uint4*>(codes + 4 * first + 16 * t), sixteen);
+    }
+    if (real && t == 0) {
+        p.d_scales.values[tile.group * p.d_scales.matrix_stride +
+                          (tile.first_row + row) * p.d_scales.row_stride +
+                          tile.column / 128 * p.d_scales.column_stride] = scale;
+    }
+}
+
+// Finishes a tile, of whose first and last 64 rows a warpgroup has `first` and `last`: 0 those of
+// gate, 1 those of up.
+K2K_DEVICE void finish_swiglu(SwigluExchange& exchange,
+                              const Fp8GemmParams& p,
+                              float (&first)[64],
+                              float (&last)[64],
+                              const GemmTile& tile,
+                              int warpgroup) {
+    const int thread = threadIdx.x % 128, warp = thread / 32;
+    K2K_UNROLL
+    for (int i = 0; i < 64; ++i) {  // now `first` is kept, `last` given away
+        const float kept = warpgroup == 0 ? first[i] : last[i];
+        last[i] = warpgroup == 0 ? last[i] : first[i];
+        first[i] = kept;
+    }
+    K2K_UNROLL
+    for (int half = 0; half < 64; half += 32) {
+        K2K_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const float* four = last + half + 4 * i;
+            exchange.given[warpgroup][i][thread] = make_float4(four[0], four[1], four[2], four[3]);
+        }
+        arch::barrier_sync(3 + warp, 64);
+        K2K_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const float4 four = exchange.given[1 - warpgroup][i][thread];
+            float* to = last + half + 4 * i;
+            to[0] = four.x;
+            to[1] = four.y;
+            to[2] = four.z;
+            to[3] = four.w;
+        }
+        arch::barrier_sync(3 + warp, 64);
+    }
+
+    const int row = tile.row + 64 * warpgroup + 16 * warp + arch::lane_id() / 4;
+    const bool column_is_real = tile.column < p.b.rows / 2;
+    K2K_UNROLL
+    for (int h = 0; h < 2; ++h) {
+        const bool real = column_is_real && row + 8 * h < tile.rows;
+        const float weight =
+            p.row_weights != nullptr && real ? row_weight(p, tile, row + 8 * h) : 1;
+        float hidden[32];
+        K2K_UNROLL
+        for (int i = 0; i < 32; ++i) {
+            const int at = i / 2 * 4 + 2 * h + i % 2;
+            const float gate = warpgroup == 0 ? first[at] : last[at];
+            const float up = warpgroup == 0 ? last[at] : first[at];
+            hidden[i] = gate / (1.0f + expf(-gate)) * up * weight;
+        }
+        store_codes(hidden, p, tile, row + 8 * h, real);
+    }
+}
+
+}  // namespace k2k
