@@ -194,7 +194,7 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     constexpr double kTileClocks = 1500, kMeetingClocks = 1000;
     // Of the tensor cores' time a warpgroup alone uses so much, adding its sums in between; and two
     // warpgroups with tiles of their own, against the 0.85 above, as they often meet at the end.
-    constexpr double kAlone = 0.65, kPingPong = 0.75;
+    constexpr double kAlone = 0.65, kPingPong = 0.78;
     constexpr double kSecondKernel = 4000;  // to start it and to fill the GPU once more
 
     const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];

@@ -122,6 +122,13 @@ for tile, (stores, products, added) in {
         "USETMAXREG": 2,
     }
     PLANS[f"fp8_gemm_sm90_kernel<HopperTile<{tile}> >"] = (168, 0, stores, {"sm_90a": others})
+# Two pipelines: barriers of both, and those by which they take turns. SwiGLU: copies of A, gate and up; exps and
+# reciprocals of 64 elements; the sums given and fetched, two rows of codes.
+turns = {"QGMMA.64x128x32.F32.E4M3.E4M3": 8, "FFMA": 128, "UTMALDG.3D.MULTICAST": 2, "UTMASTG.3D": 8, "SYNCS": 51}
+PLANS["fp8_gemm_sm90_kernel<PingPongTile<128, 128, 3, 1> >"] = (168, 0, 32, {"sm_90a": {**turns, "STSM.16.M88.4": 32}})
+swiglu = {"QGMMA.64x128x32.F32.E4M3.E4M3": 8, "FFMA": 128, "UTMALDG.3D.MULTICAST": 3, "MUFU.EX2": 64, "MUFU.RCP": 64}
+swiglu |= {"STS.128": 16, "LDS.128": 16, "F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C": 32, "USETMAXREG": 2}
+PLANS["fp8_gemm_sm90_kernel<SwigluTile<4> >"] = (168, 0, 4, {"sm_90a": swiglu})
 # Few rows: two blocks of 192 threads a multiprocessor. The least of its products, and both ways to store a pair.
 for tokens, stages in ((8, 10), (16, 10), (32, 8), (64, 5)):
     others = {f"QGMMA.64x{tokens}x32.F32.E4M3.E4M3": 4, "FFMA": tokens // 2, "UTMALDG.3D": 2, "LDGSTS": 3}
@@ -197,6 +204,8 @@ SHARED = {
     "fp8_gemm_sm90_kernel<HopperTile<128, 192, 4, 3, false> >": 216064,
     "fp8_gemm_sm90_kernel<HopperTile<256, 128, 4, 1, false> >": 218112,
     "fp8_gemm_sm90_kernel<HopperTile<64, 256, 4, 2, false> >": 198656,
+    "fp8_gemm_sm90_kernel<PingPongTile<128, 128, 3, 1> >": 217088,
+    "fp8_gemm_sm90_kernel<SwigluTile<4> >": 232448,
     "fp8_gemm_sm90_small_kernel<SmallTile<8, 10> >": 98304,
     "fp8_gemm_sm90_small_kernel<SmallTile<16, 10> >": 110592,
     "fp8_gemm_sm90_small_kernel<SmallTile<32, 8> >": 110592,
