@@ -23,6 +23,12 @@ PEER_COLORS = {
     "torch sdpa": "#656d76",
     "split 512": "#5ba3f0",
 }
+GEMM_COLORS = {  # and ours in blue
+    "DeepGEMM": "#c2410c",
+    "torch scaled_mm": "#15803d",
+    "torch bf16": "#656d76",
+    "quantize + k2kernels": "#5ba3f0",
+}
 CACHES = {"bf16": "bfloat16 cache", "656": "656-byte cache"}
 
 
@@ -40,10 +46,13 @@ class Point(NamedTuple):
 def draw(results: Path, out: Path) -> list[Path]:
     """Draws the pictures for which `results` holds lines; returns their paths."""
     lines = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
-    points = _points(lines)
+    out.mkdir(parents=True, exist_ok=True)
+    points, layers = _points(lines), _layers(lines)
     drawn = []
+    if layers:
+        drawn.append(out / "fp8_gemm.png")
+        plot_fp8_gemm(drawn[-1], layers)
     for heads in sorted({point.heads for point in points}):
-        out.mkdir(parents=True, exist_ok=True)
         drawn.append(out / f"mla_decode_{heads}_heads.png")
         plot_mla_decode(drawn[-1], [point for point in points if point.heads == heads])
     return drawn
@@ -107,6 +116,54 @@ def _panel(axes, points: Sequence[Point], s_q: int, cache: str) -> None:
             )  # fmt: skip
 
 
+Layers = dict[str, dict[str, dict[int, dict[str, Any]]]]  # name -> who -> rows -> line
+
+
+def plot_fp8_gemm(path: Path, layers: Layers) -> None:
+    """The share of the FP8 product's floor over rows, a panel for each layer; others are held against the same floor.
+
+    That is the time for its bytes or its FLOPs, whichever is longer, at the rates of the machine's own large copy and
+    large FP8 product.
+    """
+    columns = 2
+    figure, panels = new_figure(-(-len(layers) // columns), columns)
+    flat = [axes for row in panels for axes in row]
+    for axes, (name, whos) in zip(flat, layers.items()):
+        ours = whos[OURS]
+        line = list(ours.values())[-1]
+        style(axes, name, "fp8_gemm; {device}, {date}, commit {commit}".format(**line), "rows", "share of the roofline")
+        floors = {rows: line["us"] * line["roofline"] for rows, line in ours.items()}
+        for who, lines in sorted(whos.items(), key=lambda item: (item[0] != OURS, item[0])):
+            rows = sorted(set(lines) & set(floors))
+            axes.plot(
+                rows, [floors[m] / lines[m]["us"] for m in rows], marker="o", markersize=4, label=who,
+                color=BLUE if who == OURS else GEMM_COLORS.get(who, MUTED), linewidth=2.2 if who == OURS else 1.2,
+                zorder=3 if who == OURS else 2,
+            )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(floors), [str(m) for m in sorted(floors)])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.05)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    for axes in flat[len(layers) :]:
+        axes.set_axis_off()
+    pairs = [pair for axes in flat for pair in zip(*axes.get_legend_handles_labels())]
+    handles = {label: handle for handle, label in pairs}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=8, frameon=False, labelcolor=INK)
+    save(figure, path)
+
+
+def _layers(lines: Sequence[dict[str, Any]]) -> Layers:
+    """The latest lines of fp8_gemm, of the device that was measured last, for the layers that we were measured on."""
+    lines = [line for line in lines if line["op"] == "fp8_gemm"]
+    layers: Layers = {}
+    for line in lines:
+        match = re.fullmatch(r"(.+) M=(\d+)", line["shape"])
+        if match and line["device"] == lines[-1]["device"]:
+            layers.setdefault(match[1], {}).setdefault(line["who"], {})[int(match[2])] = line
+    return {name: whos for name, whos in layers.items() if OURS in whos}
+
+
 def _roof(line: dict[str, Any]) -> float:
     """GB/s at the floor of the case."""
     return line["gb_per_s"] / line["roofline"]
@@ -130,7 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
     options = parser.parse_args()
     drawn = draw(options.results, options.out)
-    print("\n".join(map(str, drawn)) or f"no lines of mla_decode in {options.results}")
+    print("\n".join(map(str, drawn)) or f"no lines to draw in {options.results}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,27 @@ from typing import Any
 
 import torch
 
-from k2kernels.ops._launch import serves
+from k2kernels.ops import fp8_gemm
+from k2kernels.ops._launch import Chip, chip, serves
 from k2kernels.ops._register import OPS, Op
 
 _PACKAGES = ("numpy", "safetensors", "tqdm", "tokenizers", "matplotlib", "transformers", "cupy", "triton", "pytest")
+
+# The chips that plans are shown for where no GPU is at hand: of an architecture that CMake compiles for, the data
+# center's.
+_CHIPS = {"80": ("A100", Chip(80, 108, 163 * 1024)), "90a": ("H100 SXM", Chip(90, 132, 227 * 1024))}
+# Linear layers of Kimi-K2: groups, N, K. Rows are those of a group.
+_LINEARS = {
+    "q_a + kv_a": (1, 2112, 7168),
+    "q_b": (1, 12288, 1536),
+    "kv_b": (1, 16384, 512),
+    "o_proj": (1, 7168, 8192),
+    "gate_up": (1, 4096, 7168),
+    "down": (1, 7168, 2048),
+    "48 experts, gate_up": (48, 4096, 7168),
+    "48 experts, down": (48, 7168, 2048),
+}
+_ROWS = (1, 64, 512, 4096)
 
 
 def info() -> dict[str, Any]:
@@ -26,8 +43,9 @@ def info() -> dict[str, Any]:
         `devices` (name, capability, compute_capability, memory in bytes), `ops` (name -> `cpu`, `cuda` bodies and
         `why`), `kernels` (what each compiled kernel takes: `kernel`, `arch`, `registers`, `stack_bytes`,
         `spill_bytes`, `shared_bytes` fixed by the compiler, `dynamic_shared_bytes` asked for by a launch, None where
-        that is not known), `conformance` (GPUs whose instructions the emulator is compared with; None away from the
-        source tree).
+        that is not known), `fp8_gemm` (`pinned`: the plan of K2KERNELS_FP8_GEMM, or None, or `error`; `plans` of
+        Kimi-K2's linear layers, for each GPU here, or for one of each architecture compiled for), `conformance` (GPUs
+        whose instructions the emulator is compared with; None away from the source tree).
     """
     from k2kernels import __version__
 
@@ -45,6 +63,7 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "ops": {name: _serves(op, extension, devices) for name, op in sorted(OPS.items())},
         "kernels": _kernels(),
+        "fp8_gemm": _fp8_gemm(extension, devices),
         "conformance": _conformance(),
     }
 
@@ -70,6 +89,29 @@ def _kernels() -> list[dict[str, Any]]:
     kernels = [kernel for kernel in json.loads(facts.read_text()) if "conformance::" not in kernel["kernel"]]
     asked = _shared_memory()
     return [{**kernel, "dynamic_shared_bytes": asked.get(kernel["kernel"].replace("k2k::", ""))} for kernel in kernels]
+
+
+def _fp8_gemm(extension: dict[str, Any], devices: list[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        fp8_gemm.fp8_gemm_kernels()
+    except ImportError:
+        return {"pinned": None, "plans": []}
+    if devices:
+        chips = [(device["name"], chip(torch.device("cuda", i))) for i, device in enumerate(devices)]
+    else:
+        archs = {arch.partition("-")[0] for arch in extension.get("cuda_archs", ())}
+        chips = [_CHIPS[arch] for arch in _CHIPS if arch in archs or not archs]
+    plans = []
+    for name, facts in chips:
+        for linear, (groups, n, k) in _LINEARS.items():
+            best = {m: fp8_gemm.plans_on(facts, groups, m, n, k)[:1] for m in _ROWS}
+            of_rows = {m: plan[0][0]._asdict() for m, plan in best.items() if plan}
+            plans.append({"device": name, "linear": linear, "groups": groups, "n": n, "k": k, "of_rows": of_rows})
+    try:
+        pinned = fp8_gemm.pinned_plan()
+    except ValueError as error:
+        return {"pinned": None, "error": str(error), "plans": plans}
+    return {"pinned": None if pinned is None else pinned._asdict(), "plans": plans}
 
 
 def _shared_memory() -> dict[str, int]:

@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     for name, served in facts["ops"].items():
         print(f"{name:<33} {served['cpu']:<10} {served['cuda']:<10} {served['why']}")
     _print_kernels(facts["kernels"])
+    _print_plans(facts["fp8_gemm"], here=bool(facts["devices"]))
     return _code(facts)
 
 
@@ -55,6 +56,30 @@ def _print_kernels(kernels: list[dict]) -> None:
         shared = "?" if asked is None else kernel["shared_bytes"] + asked
         columns = "{arch:<7} {registers:>9}  {shared:>6}  {stack_bytes:>5}  {spill_bytes:>7}"
         print(f"{name:<{width}} {columns.format(shared=shared, **kernel)}")
+
+
+def _print_plans(facts: dict, here: bool) -> None:
+    """What serves Kimi-K2's linear layers, a table for each device."""
+    pinned = facts["pinned"]
+    if "error" in facts:
+        print(f"\nfp8_gemm   no GEMM will start: {facts['error']}")
+    elif pinned is not None:
+        print(f"\nfp8_gemm   {_plan(pinned)} serves every size: K2KERNELS_FP8_GEMM pins it")
+    for device in dict.fromkeys(row["device"] for row in facts["plans"]):
+        rows = [row for row in facts["plans"] if row["device"] == device]
+        where = device if here else f"{device}, of which none is here"
+        print(f"\nfp8_gemm on {where}: tile, /a or /b which two blocks share, x2 .. parts of K")
+        columns = list(rows[0]["of_rows"])
+        print(f"{'linear layer (N, K)':<36}" + "".join(f"{f'M={m}':<20}" for m in columns).rstrip())
+        for row in rows:
+            plans = "".join(f"{_plan(plan):<20}" for plan in row["of_rows"].values())
+            print(f"{'{linear} ({n}, {k})'.format(**row):<36}{plans}".rstrip())
+
+
+def _plan(plan: dict) -> str:
+    share = f" /{plan['share']}" if plan["share"] else ""
+    split = f" x{plan['split']}" if plan["split"] > 1 else ""
+    return plan["kernel"] + share + split
 
 
 def _code(facts: dict) -> int:

@@ -65,9 +65,12 @@ class Fp8Linear(nn.Module):
         self.weight_scale_inv = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        data, scales = quantize_1x128(x.flatten(0, -2))
-        out = fp8_gemm(data, scales, self.weight, self.weight_scale_inv, out_dtype=x.dtype)
-        return out.view(*x.shape[:-1], self.out_features)
+        return self.product(*quantize_1x128(x.flatten(0, -2), scale_layout="column"), x)
+
+    def product(self, data: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+        """`forward` of codes and scales; the result has `like`'s leading axes and dtype."""
+        out = fp8_gemm(data, scales, self.weight, self.weight_scale_inv, out_dtype=like.dtype)
+        return out.view(*like.shape[:-1], self.out_features)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_counts, check_groups
-from k2kernels.ops._launch import TYPES, address, chip, launch
+from k2kernels.ops._launch import TYPES, Chip, address, chip, launch
 from k2kernels.ops._register import register
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu_quantize
 from k2kernels.reference import fp8_gemm as reference
@@ -558,9 +559,25 @@ def fp8_gemm_costs(
 
     Arguments as for `fp8_gemm_plan`.
     """
-    sizes, on = (groups, m, n, k, fine, batch_invariant, swiglu), chip(torch.device(device))
-    best = _extension().fp8_gemm_plan(sizes, on)
-    costs = sorted(_extension().fp8_gemm_costs(sizes, on), key=lambda cost: (cost[0] != best, cost[1]))
+    sizes = groups, m, n, k
+    return plans_on(chip(torch.device(device)), *sizes, fine=fine, batch_invariant=batch_invariant, swiglu=swiglu)
+
+
+def plans_on(
+    chip: Chip,
+    groups: int,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    fine: bool = False,
+    batch_invariant: bool = False,
+    swiglu: bool = False,
+) -> list[tuple[GemmPlan, float]]:
+    """`fp8_gemm_costs` on a chip that need not be here."""
+    sizes = groups, m, n, k, fine, batch_invariant, swiglu
+    best = _extension().fp8_gemm_plan(sizes, chip)
+    costs = sorted(_extension().fp8_gemm_costs(sizes, chip), key=lambda cost: (cost[0] != best, cost[1]))
     names = fp8_gemm_kernels()
     return [(GemmPlan(names[kernel], _SHARES[share], split), clocks) for (kernel, share, split), clocks in costs]
 
@@ -572,21 +589,73 @@ def fp8_gemm_kernel(kernel: str, share: str | None = None, split: int = 1) -> It
     sm90_128x128_fine serves scales for each column instead of the other large kernels of sm90, and groups along K
     instead of the small ones. sm90_swiglu_128x256 is for `fp8_gemm_swiglu` alone; another kernel leaves it the product.
 
+    The environment variable K2KERNELS_FP8_GEMM does the same to a whole process, but for such blocks:
+    "sm90_128x192,share=a", "sm90_small_8x64,split=4". It is read when the first GEMM starts (`pinned_plan`).
+
     Raises:
         ValueError: for a name that is none of `fp8_gemm_kernels()`, a `share` that is not "a", "b" or None, a `split`
             that is not 1, 2, 4 or 8, or what the kernel does not do. A GEMM raises RuntimeError where the GPU does not
             run the kernel, or what is asked is none of its business.
     """
-    args = Arguments("fp8_gemm_kernel")
-    args.choice("kernel", kernel, fp8_gemm_kernels())
-    small = kernel.startswith("sm90_small")
-    args.choice("share", share, _SHARES if kernel.startswith("sm90") and not small else (None,))
-    args.choice("split", split, (1, 2, 4, 8) if small else (1,))
-    token = _forced.set((fp8_gemm_kernels().index(kernel), _SHARES.index(share), split))
+    token = _forced.set(_numbers("fp8_gemm_kernel", kernel, share, split))
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+PIN = "K2KERNELS_FP8_GEMM"
+
+
+@functools.cache
+def pinned_plan() -> GemmPlan | None:
+    """The plan that the environment variable K2KERNELS_FP8_GEMM names; None where it is not set or empty.
+
+    Raises:
+        ValueError: it is not KERNEL[,share=a|b][,split=N], or names what `fp8_gemm_kernel` refuses.
+    """
+    text = os.environ.get(PIN, "")
+    kernel, *rest = text.split(",")
+    options: dict[str, str] = {}
+    for part in rest:
+        name, equals, value = part.partition("=")
+        if (
+            name not in ("share", "split")
+            or not equals
+            or name in options
+            or (name == "split" and not value.isdecimal())
+        ):
+            raise ValueError(
+                f"{PIN}: must be KERNEL[,share=a|b][,split=1|2|4|8], such as sm90_128x192,share=a, got {text!r}; unset "
+                "it to let sizes choose"
+            )
+        options[name] = value
+    if not text:
+        return None
+    plan = GemmPlan(kernel, options.get("share"), int(options.get("split", 1)))
+    _numbers(PIN, *plan)
+    return plan
+
+
+@functools.cache
+def _pinned() -> tuple[int, int, int] | None:
+    plan = pinned_plan()
+    return None if plan is None else _numbers(PIN, *plan)
+
+
+def _asked() -> tuple[int, int, int] | None:
+    """The plan that a `with` block or else the environment asks for."""
+    return _forced.get() or _pinned()
+
+
+def _numbers(caller: str, kernel: str, share: str | None, split: int) -> tuple[int, int, int]:
+    """A plan as the extension takes it, if there is such a one."""
+    args = Arguments(caller)
+    args.choice("kernel", kernel, fp8_gemm_kernels())
+    small = kernel.startswith("sm90_small")
+    args.choice("share", share, _SHARES if kernel.startswith("sm90") and not small else (None,))
+    args.choice("split", split, (1, 2, 4, 8) if small else (1,))
+    return fp8_gemm_kernels().index(kernel), _SHARES.index(share), split
 
 
 _SHARES = (None, "a", "b")  # k2k::Share
@@ -722,7 +791,7 @@ def _launch_gemm(
         (address(offsets), address(counts), number, axis),
         expected_m,
         batch_invariant,
-        plan or _forced.get(),
+        plan or _asked(),
         chip(a.device),
     )
     if target is not out:
@@ -906,7 +975,7 @@ def _launch_gemm_swiglu(
     rows = a.shape[-2] if offsets is None else -(-a.shape[0] // max(number, 1))
     fine = b_scales.shape[-2] == b.shape[-2]
     sizes = number, rows if expected_m is None else expected_m, b.shape[-2], a.shape[-1], fine, False, True
-    plan = _forced.get() or _extension().fp8_gemm_plan(sizes, chip(a.device))
+    plan = _asked() or _extension().fp8_gemm_plan(sizes, chip(a.device))
     if fp8_gemm_kernels()[plan[0]].startswith("sm90_swiglu"):
         data, scales = _fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, weights, power_of_two, scale_layout)
         quantised = dict(row_weights=weights, scales=scales, power_of_two=power_of_two)

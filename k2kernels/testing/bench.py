@@ -48,8 +48,11 @@ class Ceilings:
     matmul: dict[str, float] = field(default_factory=dict)
 
     def floor_us(self, case: Case) -> float:
-        """The larger of the time for the bytes and the time for the FLOPs, in microseconds."""
-        compute = case.flops / self.matmul[case.dtype] if case.flops else 0.0
+        """The larger of the time for the bytes and the time for the FLOPs, in microseconds.
+
+        A GPU without FP8 cores does those products in 16 bits.
+        """
+        compute = case.flops / self.matmul.get(case.dtype, self.matmul["bf16"]) if case.flops else 0.0
         return 1e6 * max(case.bytes / self.copy, compute)
 
 

@@ -96,6 +96,108 @@ def test_newton_schulz_bodies_agree():
     assert len(set(shapes)) == len(shapes) and len(newton_schulz.GPU_LISTS["126 small"]) == 126
 
 
+gemm = load("bench_fp8_gemm")
+
+
+def sizes(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def small_linears(monkeypatch):
+    monkeypatch.setitem(gemm.LINEARS, "gate_up", (256, 384))
+    monkeypatch.setitem(gemm.LINEARS, "down", (384, 128))
+    monkeypatch.setattr(gemm, "EXPERT_ROWS", 8)
+
+
+def test_fp8_gemm_cases(monkeypatch):
+    """Bytes are those of the operands and the result; bodies compute the same."""
+    small_linears(monkeypatch)
+    product, both, plain = gemm.linear_cases("gate_up", 5)
+    for case, who in ((product, "k2kernels"), (both, "quantize + k2kernels"), (plain, "torch bf16")):
+        torch.manual_seed(0)
+        inputs = case.make(torch.device("cpu"))
+        out = case.bodies[who](*inputs)
+        assert case.bytes == sizes(*inputs, out) and case.flops == 2 * 5 * 256 * 384 and out.shape == (5, 256)
+    torch.manual_seed(0)
+    x, *w = both.make(torch.device("cpu"))
+    torch.manual_seed(0)
+    codes = product.make(torch.device("cpu"))
+    assert torch.equal(both.bodies["quantize + k2kernels"](x, *w), product.bodies["k2kernels"](*codes))
+    case = gemm.quantize_case(5, 384)
+    inputs = case.make(torch.device("cpu"))
+    assert case.bytes == sizes(*inputs, *case.bodies["k2kernels"](*inputs))
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_grouped_fp8_gemm_cases(name, monkeypatch):
+    small_linears(monkeypatch)
+    monkeypatch.setattr(gemm, "expert_rows", lambda ranks, tokens: [3, 0, 9])
+    n, k = gemm.LINEARS[name]
+    contiguous, masked = gemm.expert_cases(8, 128, name)
+    torch.manual_seed(0)
+    a, a_scales, b, b_scales, offsets, counts, group_of = inputs = contiguous.make(torch.device("cpu"))
+    assert offsets.tolist() == [0, 8, 8, 24] and group_of.tolist() == [0] * 3 + [-1] * 5 + [2] * 9 + [-1] * 7
+    out = contiguous.bodies["k2kernels"](*inputs)
+    used = 12 * (k + 4 * (k // 128) + 2 * n) + 2 * sizes(b[0], b_scales[0])
+    assert contiguous.bytes == masked.bytes == used and contiguous.flops == 2 * 12 * n * k
+    a3, scales3 = torch.zeros(3, 9, k).to(a.dtype), torch.zeros(3, 9, k // 128)
+    for group, (start, count) in enumerate(zip(offsets, counts)):
+        a3[group, :count], scales3[group, :count] = (t[start : start + count] for t in (a, a_scales))
+    got = masked.bodies["k2kernels"](a3, scales3, b, b_scales, counts)
+    assert torch.equal(got[2], out[8:17]) and torch.equal(got[0, :3], out[:3])
+    assert [t.shape for t in masked.make(torch.device("cpu"))] == [t.shape for t in (a3, scales3, b, b_scales, counts)]
+
+
+def test_wgrad_cases(monkeypatch):
+    small_linears(monkeypatch)
+    product, plain = gemm.wgrad_cases("gate_up", groups=2, rows=256)
+    inputs = product.make(torch.device("cpu"))
+    out = product.bodies["k2kernels"](*inputs)
+    assert product.bytes == sizes(*inputs[:4], out) and out.shape == (2, 256, 384)
+    inputs = plain.make(torch.device("cpu"))
+    out = plain.bodies["torch bf16"](*inputs)
+    assert plain.bytes == sizes(*inputs, out) and plain.flops == product.flops == 2 * 512 * 256 * 384
+
+
+def test_fp8_gemm_shapes():
+    cases = gemm.gpu_cases()
+    keys = [(case.op, case.shape, who) for case in cases for who in case.bodies]
+    assert len(set(keys)) == len(keys)
+    bytes_of = {(case.shape, who): case.bytes for case in cases for who in case.bodies}
+    # 15.1 MB of weight; 29.4 and 14.7 MB for an expert; at 8192 tokens every expert is hit, at 128 nearly.
+    assert round(bytes_of["q_a + kv_a M=1", "k2kernels"] / 1e5) == 152
+    assert bytes_of["EP32 gate_up T=8192", "k2kernels"] > 12 * 29.3e6
+    assert sum(gemm.expert_rows(1, 128)) == 128 * 8 and len(gemm.expert_rows(32, 128)) == 12
+    assert {case.dtype for case in cases if case.flops} == {"fp8", "bf16"}
+    assert {(2112, 7168), (12288, 1536), (16384, 512), (7168, 8192), (4096, 7168), (7168, 2048)} <= {
+        *gemm.LINEARS.values()
+    }
+
+
+def test_a_wrong_peer_is_found():
+    def right(x):
+        return x
+
+    assert gemm.checked(right, right)(torch.ones(3)).eq(1).all()
+    with pytest.raises(RuntimeError, match="its result differs from ours by"):
+        gemm.checked(lambda x: x * torch.tensor([1, 1, 1.1]), right)(torch.ones(3))
+    padded = gemm.checked(lambda x: x * torch.tensor([1, 1, torch.nan]), right, lambda d: d[:2])
+    assert padded(torch.ones(3))[2].isnan()
+
+
+@pytest.mark.parametrize("k", [200, 512])
+def test_scales_for_cublas(k):
+    scales = gemm.quantize_128x128(torch.randn(300, k))[1]
+    got = gemm.by_columns(scales).T
+    assert got.stride() == (1, 4) and torch.equal(got[: scales.shape[1]].T, scales)
+
+
+def test_a_gpu_without_fp8_cores_is_held_against_its_bf16():
+    case = bench.Case("op", "shape", 0, lambda device: (), {}, flops=10**9, dtype="fp8")
+    assert bench.Ceilings(copy=1e12, matmul={"bf16": 1e12}).floor_us(case) == 1000
+    assert bench.Ceilings(copy=1e12, matmul={"bf16": 1e12, "fp8": 2e12}).floor_us(case) == 500
+
+
 def test_a_failing_peer_is_left_out(monkeypatch):
     def broken(*inputs):
         raise RuntimeError("no such kernel")
@@ -147,3 +249,37 @@ def test_pictures(tmp_path):
     roofs = {p[:5]: pictures._roof(p.line) for p in points}
     assert roofs[128, 32, 1, 64, "bf16"] == pytest.approx(3000)  # bound by memory: the copy's rate
     assert roofs[128, 32, 2, 64, "656"] < 2000  # bound by arithmetic
+
+
+def test_picture_of_fp8_gemm(tmp_path):
+    pytest.importorskip("matplotlib")
+    pictures = load("pictures")
+    ceilings = bench.Ceilings(copy=3e12, matmul={"bf16": 660e12, "fp8": 1300e12})
+    lines = []
+    for case in gemm.gpu_cases():
+        for who in case.bodies:
+            floor = ceilings.floor_us(case)
+            us = 3 + floor * (1.3 if who == "k2kernels" else 1.6)
+            lines.append(
+                dict(
+                    op=case.op,
+                    shape=case.shape,
+                    who=who,
+                    us=us,
+                    gb_per_s=1,
+                    tflop_per_s=1,
+                    roofline=floor / us,
+                    graph=True,
+                    device="Made-up GPU",
+                    clock_mhz=None,
+                    date="2000-01-01",
+                    commit="0000000",
+                    torch="0",
+                )
+            )
+    layers = pictures._layers(lines)
+    assert list(layers) == list(gemm.LINEARS) and set(layers["q_b"]["torch bf16"]) == set(gemm.ROWS)
+    results = tmp_path / "gpu.jsonl"
+    results.write_text("\n".join(map(json.dumps, lines)))
+    assert [path.name for path in pictures.draw(results, tmp_path / "docs")] == ["fp8_gemm.png"]
+    assert (tmp_path / "docs" / "fp8_gemm.png").stat().st_size > 50_000

@@ -12,6 +12,7 @@ import k2kernels
 from k2kernels import _C, _emu
 from k2kernels._backend import choose
 from k2kernels.cli import main
+from k2kernels.ops import fp8_gemm
 from k2kernels.ops._launch import serves
 
 
@@ -72,6 +73,23 @@ def test_doctor_tells_what_kernels_take(capsys):
         taken = kernel["registers"], kernel["shared_bytes"] + kernel["dynamic_shared_bytes"]
         name = re.escape(kernel["kernel"].replace("k2k::", ""))
         assert re.search(rf"^{name} +{kernel['arch']} +{taken[0]} +{taken[1]} ", text, re.M)
+
+
+def test_doctor_shows_the_plans_of_fp8_gemm(capsys, monkeypatch):
+    facts = k2kernels.info()["fp8_gemm"]
+    assert facts["pinned"] is None and len(facts["plans"]) % 8 == 0
+    o_proj = next(row for row in facts["plans"] if row["linear"] == "o_proj")
+    assert (o_proj["n"], o_proj["k"], list(o_proj["of_rows"])) == (7168, 8192, [1, 64, 512, 4096])
+    for text, said in (
+        ("", r"o_proj \(7168, 8192\) +portable_16x128 "),
+        ("sm90_small_8x64,split=4", r"\nfp8_gemm   sm90_small_8x64 x4 serves every size: K2KERNELS_FP8_GEMM pins it"),
+        ("best", r"\nfp8_gemm   no GEMM will start: K2KERNELS_FP8_GEMM: kernel must be one of .*, got 'best'"),
+    ):
+        monkeypatch.setenv("K2KERNELS_FP8_GEMM", text)
+        fp8_gemm.pinned_plan.cache_clear()
+        assert main(["doctor"]) == 0
+        assert re.search(said, capsys.readouterr().out)
+    fp8_gemm.pinned_plan.cache_clear()
 
 
 def test_import_needs_neither_optional_packages_nor_the_extension():
