@@ -296,6 +296,18 @@ def moe_combine(
     return _moe_combine(y, slot_of, token_of_slot, weights, shared, residual, out_dtype)
 
 
+def expert_alignment(fp8: bool) -> int:
+    """Rows at whose multiples each expert's slots should begin, for `moe_mlp(fp8=fp8)`.
+
+    1 where weights are unquantised or FP8 codes: the grouped GEMMs take groups from any row on and read and write none
+    of the padding, and an expert has as many tiles wherever it begins. At 128 Kimi-K2's 1,024 rows of a decoding step
+    (128 tokens) would lie among 46,000. 128 where the gradient of the weights is an FP8 product: it sums over tokens in
+    blocks of 128 that share a scale, and a block across two experts would have to be copied. It does not depend on
+    whether gradients are wanted, so that a recomputed pass has the bits of the first.
+    """
+    return 128 if fp8 else 1
+
+
 def moe_mlp(
     x: Tensor,
     routing: Routing,
@@ -304,7 +316,7 @@ def moe_mlp(
     *,
     shared: Tensor | None = None,
     residual: Tensor | None = None,
-    alignment: int = 1,
+    alignment: int | None = None,
     capacity: int | None = None,
     power_of_two: bool = False,
     fp8: bool = False,
@@ -322,11 +334,10 @@ def moe_mlp(
             [E, 2I, H], float32 scales [E, ceil(2I/128), ceil(H/128)]), as `quantize_128x128` makes it.
         down: [E, H, I], or (float8_e4m3fn [E, H, I], float32 [E, ceil(H/128), ceil(I/128)]), like gate_up.
         shared, residual, out_dtype: as in `moe_combine`.
-        alignment, capacity: as in `moe_dispatch`.
+        alignment, capacity: as in `moe_dispatch`; an alignment of None is `expert_alignment(fp8)`.
         power_of_two: how activations are quantised for FP8 weights: once in dispatch, once after SwiGLU.
         fp8: multiply by `grouped_fp8_linear`: weights in high precision (x's dtype or not) are quantised on the fly,
-            like activations and gradients. Then power_of_two is of them all, and an alignment of 128 spares the
-            backward pass copies.
+            like activations and gradients. Then power_of_two is of them all.
         exchange: what carries rows to experts that are elsewhere, and back: an object with `dispatch` and `combine`, as
             `k2kernels.parallel.ExpertParallel`. E of gate_up and down are then the experts that are here.
 
@@ -367,6 +378,7 @@ def moe_mlp(
         args.tensor("the scales of gate_up", gate_up_scales, (experts, *blocks[:2]), torch.float32)
         args.tensor("the scales of down", down_scales, (experts, *blocks[1:]), torch.float32)
 
+    alignment = expert_alignment(fp8) if alignment is None else alignment
     scaling = dict(power_of_two=power_of_two, scale_layout="column")
     place = dict(alignment=alignment, capacity=capacity, quantize=codes, **scaling)
     if exchange is None:
