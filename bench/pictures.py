@@ -42,6 +42,10 @@ def draw(results: Path, out: Path) -> list[Path]:
     lines = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
     points = _points(lines)
     drawn = []
+    if stages := _stages(lines):
+        out.mkdir(parents=True, exist_ok=True)
+        drawn.append(out / "moe_layer.png")
+        plot_moe_layer(drawn[-1], stages)
     for heads in sorted({point.heads for point in points}):
         out.mkdir(parents=True, exist_ok=True)
         drawn.append(out / f"mla_decode_{heads}_heads.png")
@@ -107,6 +111,57 @@ def _panel(axes, points: Sequence[Point], s_q: int, cache: str) -> None:
             )  # fmt: skip
 
 
+STAGE_COLORS = {
+    "route": "#656d76",
+    "dispatch": "#15803d",
+    "gate_up": BLUE,
+    "swiglu": "#c2410c",
+    "down": "#5ba3f0",
+    "combine": "#7c3aed",
+}
+
+
+def plot_moe_layer(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Where the time of a layer of experts goes, over tokens, for bfloat16 and FP8 experts: shares of the steps' sum.
+
+    Above each bar stand the microseconds of the steps together; in each part, its share of the roof.
+    """
+    figure, (panels,) = new_figure(1, 2)
+    for axes, kind in zip(panels, ("bf16", "fp8")):
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for line in lines:
+            tokens, _, of, stage = line["shape"].split()
+            if of == kind:
+                found.setdefault(int(tokens), {})[stage] = line
+        where = "{device}, {date}, commit {commit}".format(**lines[-1]) if found else "not measured"
+        style(axes, f"{kind} experts, one of eight ranks of Kimi-K2", where, "tokens", "share of the time")
+        axes.set_xticks(range(len(found)), [f"{tokens:,}" for tokens in sorted(found)])
+        axes.set_ylim(0, 1.08)
+        for place, tokens in enumerate(sorted(found)):
+            stages = found[tokens]
+            total, bottom = sum(line["us"] for line in stages.values()), 0.0
+            axes.text(place, 1.02, f"{total:,.0f} µs", ha="center", color=INK, fontsize=9)
+            for stage, color in STAGE_COLORS.items():
+                if stage not in stages:
+                    continue
+                share = stages[stage]["us"] / total
+                axes.bar(place, share, 0.7, bottom, color=color, label=stage if place == 0 else None)
+                if share > 0.04:
+                    roof = f"{stages[stage]['roofline']:.0%}"
+                    axes.text(place, bottom + share / 2, roof, ha="center", va="center", color="white", fontsize=8)
+                bottom += share
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, frameon=False, labelcolor=INK)
+    save(figure, path)
+
+
+def _stages(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our latest line of each step of a layer, of the device that was measured last."""
+    lines = [line for line in lines if line["op"] == "moe_stage" and line["who"] == OURS]
+    latest = {line["shape"]: line for line in lines if line["device"] == lines[-1]["device"]}
+    return list(latest.values())
+
+
 def _roof(line: dict[str, Any]) -> float:
     """GB/s at the floor of the case."""
     return line["gb_per_s"] / line["roofline"]
@@ -130,7 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
     options = parser.parse_args()
     drawn = draw(options.results, options.out)
-    print("\n".join(map(str, drawn)) or f"no lines of mla_decode in {options.results}")
+    print("\n".join(map(str, drawn)) or f"no lines of mla_decode and moe_stage in {options.results}")
 
 
 if __name__ == "__main__":
