@@ -134,7 +134,7 @@ def plot_moe_layer(path: Path, lines: Sequence[dict[str, Any]]) -> None:
             if of == kind:
                 found.setdefault(int(tokens), {})[stage] = line
         where = "{device}, {date}, commit {commit}".format(**lines[-1]) if found else "not measured"
-        style(axes, f"{kind} experts, one of eight ranks of Kimi-K2", where, "tokens", "share of the time")
+        style(axes, f"{kind} experts, one of eight ranks of Kimi-K2", where, "tokens", "share of the time; in it, of the roof")
         axes.set_xticks(range(len(found)), [f"{tokens:,}" for tokens in sorted(found)])
         axes.set_ylim(0, 1.08)
         for place, tokens in enumerate(sorted(found)):
