@@ -3,11 +3,17 @@
 Shapes: "tiny" is the model that trains on a laptop; "k2" has Kimi-K2's 384 experts, top-8, with narrow rows.
 """
 
+import functools
+import types
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from k2kernels.ops.fp8_gemm import grouped_fp8_gemm
 from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_mlp, moe_route
+from k2kernels.ops.quant import quantize_128x128, swiglu, swiglu_quantize
 from k2kernels.testing.bench import Case
 from k2kernels.testing.inputs import KIMI_K2
 
@@ -224,6 +230,189 @@ def combine_case(tokens):
     )
 
 
+class Rank(NamedTuple):
+    """The experts of one rank of eight that share Kimi-K2's out; its tokens take `top_k` of them."""
+
+    experts: int = KIMI_K2.experts // 8
+    top_k: int = KIMI_K2.top_k
+    hidden: int = KIMI_K2.hidden
+    intermediate: int = KIMI_K2.expert_intermediate
+
+    def hit(self, tokens: int) -> int:
+        """Experts that uniform routing gives work, on average."""
+        return round(self.experts * (1 - (1 - self.top_k / self.experts) ** tokens))
+
+
+RANK = Rank()
+LAYER_TOKENS = (1, 16, 128, 1024, 8192)
+INPUTS = "x logits gate_up down routing dispatched data pre inner inner_scales y".split()  # of the stages
+STAGES = ("route", "dispatch", "gate_up", "swiglu", "down", "combine")
+
+
+@functools.cache
+def expert_weights(rank: Rank, kind: str, device: torch.device) -> tuple:
+    """gate_up and down, pairs where `kind` is "fp8"; one copy for all cases, larger than any cache."""
+    gate_up = torch.empty(rank.experts, 2 * rank.intermediate, rank.hidden, device=device, dtype=torch.bfloat16)
+    down = torch.empty(rank.experts, rank.hidden, rank.intermediate, device=device, dtype=torch.bfloat16)
+    weights = gate_up.normal_(std=rank.hidden**-0.5), down.normal_(std=rank.intermediate**-0.5)
+    return tuple(map(quantize_128x128, weights)) if kind == "fp8" else weights
+
+
+def grouped_mm(rows, weights, ends):
+    """PyTorch's: CUTLASS on Hopper."""
+    function = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    return function(rows, weights.mT, offs=ends)
+
+
+def torch_layer(top_k: int):
+    """Index operations and `grouped_mm`."""
+
+    def run(x, logits, gate_up, down):
+        indices, weights = torch_route(logits, 0, top_k)
+        expert, order = indices.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(len(gate_up), device=x.device), right=True).int()
+        gate, up = grouped_mm(x[order // top_k], gate_up, ends).chunk(2, dim=-1)
+        y = grouped_mm(F.silu(gate) * up, down, ends)
+        return torch_unpermute(y, order, weights).to(x.dtype)
+
+    return run
+
+
+def transformers_layer(top_k: int):
+    """The experts of Hugging Face transformers after PyTorch's router; None without the package."""
+    try:
+        from transformers.integrations.moe import grouped_mm_experts_forward
+    except ImportError:
+        return None
+
+    def gated(rows):
+        gate, up = rows.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def run(x, logits, gate_up, down):
+        module = types.SimpleNamespace(
+            num_experts=len(gate_up), gate_up_proj=gate_up, down_proj=down, _apply_gate=gated, has_gate=True,
+            has_bias=False, is_transposed=False, has_post_expert_norm=False, _is_expert_parallel=False,
+        )  # fmt: skip
+        return grouped_mm_experts_forward(module, x, *torch_route(logits, 0, top_k))
+
+    return run
+
+
+def layer_case(tokens: int, kind: str, rank: Rank = RANK) -> Case:
+    """Router to combine, without the router's product."""
+
+    def make(device):
+        x = torch.randn(tokens, rank.hidden, device=device).bfloat16()
+        return x, torch.randn(tokens, rank.experts, device=device), *expert_weights(rank, kind, device)
+
+    def ours(x, logits, gate_up, down):
+        return moe_mlp(x, moe_route(logits, top_k=rank.top_k, scale=SCALE), gate_up, down)
+
+    bodies = {"k2kernels": ours}
+    if kind == "bf16":
+        bodies["torch"] = torch_layer(rank.top_k)
+        if (peer := transformers_layer(rank.top_k)) is not None:
+            bodies["transformers"] = peer
+    weights = 3 * rank.hidden * rank.intermediate
+    return Case(
+        "moe_layer",
+        f"{tokens} tokens {kind}",
+        rank.hit(tokens) * _bytes(weights, kind) + 4 * tokens * rank.hidden + 4 * tokens * rank.experts,
+        make,
+        bodies,
+        flops=2 * tokens * rank.top_k * weights,
+        dtype=kind,
+    )
+
+
+def _bytes(weights: int, kind: str) -> int:
+    return 2 * weights if kind == "bf16" else weights + 4 * weights // 128**2
+
+
+def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
+    """What the layer's time is made of: the same steps, one by one."""
+    slots, hidden, wide = tokens * rank.top_k, rank.hidden, rank.intermediate
+    fp8 = kind == "fp8"
+    activation = 1 + 4 / 128 if fp8 else 2  # bytes
+    product = 2 * slots * hidden * wide
+    weights, hit = hidden * wide, rank.hit(tokens)
+
+    def make(device):
+        x, logits = (
+            torch.randn(tokens, hidden, device=device).bfloat16(),
+            torch.randn(tokens, rank.experts, device=device),
+        )
+        gate_up, down = expert_weights(rank, kind, device)
+        routing = moe_route(logits, top_k=rank.top_k, scale=SCALE)
+        dispatched = dispatch(x, routing)
+        pre = multiply(dispatched.data, dispatched.scales, gate_up, dispatched)
+        inner = activate(pre, dispatched)
+        y = multiply(*inner, down, dispatched)
+        return x, logits, gate_up, down, routing, dispatched, dispatched.data, pre, *inner, y
+
+    def dispatch(x, routing):
+        options = dict(quantize=True, scale_layout="column") if fp8 else {}
+        return moe_dispatch(x, routing.indices, routing.weights, num_experts=rank.experts, **options)
+
+    def multiply(rows, scales, weights, d):
+        if fp8:
+            options = dict(offsets=d.offsets, counts=d.counts, out_dtype=torch.bfloat16)
+            return grouped_fp8_gemm(rows, scales, *weights, **options)
+        return torch.ops.k2kernels.grouped_gemm(rows, weights, d.offsets, d.counts)
+
+    def activate(pre, d):
+        if fp8:
+            return swiglu_quantize(pre, scale_layout="column", offsets=d.offsets, counts=d.counts)
+        return swiglu(pre), None
+
+    def of(function, *names):
+        """A body that is given the whole set of inputs."""
+
+        def run(*args):
+            return function(*(args[INPUTS.index(name)] for name in names))
+
+        return run
+
+    bodies = {
+        "route": of(lambda logits: moe_route(logits, top_k=rank.top_k, scale=SCALE), "logits"),
+        "dispatch": of(dispatch, "x", "routing"),
+        "gate_up": of(lambda d, w: multiply(d.data, d.scales, w, d), "dispatched", "gate_up"),
+        "swiglu": of(activate, "pre", "dispatched"),
+        "down": of(multiply, "inner", "inner_scales", "down", "dispatched"),
+        "combine": of(lambda y, d: moe_combine(y, d.handle), "y", "dispatched"),
+    }
+    sizes = {  # bytes, FLOPs
+        "route": (tokens * (4 * rank.experts + 8 * rank.top_k), 0),
+        "dispatch": (2 * tokens * hidden + slots * hidden * activation, 0),
+        "gate_up": (hit * _bytes(2 * weights, kind) + slots * (hidden * activation + 4 * wide), 2 * product),
+        "swiglu": (slots * wide * (4 + activation), 0),
+        "down": (hit * _bytes(weights, kind) + slots * (wide * activation + 2 * hidden), product),
+        "combine": (2 * tokens * hidden * (rank.top_k + 1), 0),
+    }
+    peers = {stage: {} for stage in STAGES}
+    if not fp8:
+        for stage, rows in (("gate_up", "data"), ("down", "inner")):
+            peers[stage]["torch"] = of(lambda rows, w, d: grouped_mm(rows, w, d.offsets[1:]), rows, stage, "dispatched")
+    return [
+        Case(
+            "moe_stage",
+            f"{tokens} tokens {kind} {stage}",
+            int(sizes[stage][0]),
+            make,
+            {"k2kernels": bodies[stage], **peers[stage]},
+            flops=sizes[stage][1],
+            dtype=kind,
+        )
+        for stage in STAGES
+    ]
+
+
 def gpu_cases() -> list[Case]:
-    """Kimi-K2's router, dispatch and combine: one token, a decoding step, two prefills; routing is uniform."""
-    return [case for tokens in TOKENS for case in (route_case(tokens), *dispatch_cases(tokens), combine_case(tokens))]
+    """Kimi-K2's router, dispatch and combine: one token, a decoding step, two prefills; routing is uniform. Then one of
+    eight ranks' whole layer, and its stages."""
+    cases = [case for tokens in TOKENS for case in (route_case(tokens), *dispatch_cases(tokens), combine_case(tokens))]
+    for kind in ("bf16", "fp8"):
+        for tokens in LAYER_TOKENS:
+            cases += [layer_case(tokens, kind), *stage_cases(tokens, kind)]
+    return cases

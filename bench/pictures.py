@@ -52,6 +52,9 @@ def draw(results: Path, out: Path) -> list[Path]:
     if layers:
         drawn.append(out / "fp8_gemm.png")
         plot_fp8_gemm(drawn[-1], layers)
+    if stages := _stages(lines):
+        drawn.append(out / "moe_layer.png")
+        plot_moe_layer(drawn[-1], stages)
     for heads in sorted({point.heads for point in points}):
         drawn.append(out / f"mla_decode_{heads}_heads.png")
         plot_mla_decode(drawn[-1], [point for point in points if point.heads == heads])
@@ -162,6 +165,63 @@ def _layers(lines: Sequence[dict[str, Any]]) -> Layers:
         if match and line["device"] == lines[-1]["device"]:
             layers.setdefault(match[1], {}).setdefault(line["who"], {})[int(match[2])] = line
     return {name: whos for name, whos in layers.items() if OURS in whos}
+
+
+STAGE_COLORS = {
+    "route": "#656d76",
+    "dispatch": "#15803d",
+    "gate_up": BLUE,
+    "swiglu": "#c2410c",
+    "down": "#5ba3f0",
+    "combine": "#7c3aed",
+}
+
+
+def plot_moe_layer(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Where the time of a layer of experts goes, over tokens, for bfloat16 and FP8 experts: shares of the steps' sum.
+
+    Above each bar stand the microseconds of the steps together; in each part, its share of the roof.
+    """
+    figure, (panels,) = new_figure(1, 2)
+    for axes, kind in zip(panels, ("bf16", "fp8")):
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for line in lines:
+            tokens, _, of, stage = line["shape"].split()
+            if of == kind:
+                found.setdefault(int(tokens), {})[stage] = line
+        where = "{device}, {date}, commit {commit}".format(**lines[-1]) if found else "not measured"
+        style(
+            axes,
+            f"{kind} experts, one of eight ranks of Kimi-K2",
+            where,
+            "tokens",
+            "share of the time; in it, of the roof",
+        )
+        axes.set_xticks(range(len(found)), [f"{tokens:,}" for tokens in sorted(found)])
+        axes.set_ylim(0, 1.08)
+        for place, tokens in enumerate(sorted(found)):
+            stages = found[tokens]
+            total, bottom = sum(line["us"] for line in stages.values()), 0.0
+            axes.text(place, 1.02, f"{total:,.0f} µs", ha="center", color=INK, fontsize=9)
+            for stage, color in STAGE_COLORS.items():
+                if stage not in stages:
+                    continue
+                share = stages[stage]["us"] / total
+                axes.bar(place, share, 0.7, bottom, color=color, label=stage if place == 0 else None)
+                if share > 0.04:
+                    roof = f"{stages[stage]['roofline']:.0%}"
+                    axes.text(place, bottom + share / 2, roof, ha="center", va="center", color="white", fontsize=8)
+                bottom += share
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, frameon=False, labelcolor=INK)
+    save(figure, path)
+
+
+def _stages(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our latest line of each step of a layer, of the device that was measured last."""
+    lines = [line for line in lines if line["op"] == "moe_stage" and line["who"] == OURS]
+    latest = {line["shape"]: line for line in lines if line["device"] == lines[-1]["device"]}
+    return list(latest.values())
 
 
 def _roof(line: dict[str, Any]) -> float:

@@ -157,6 +157,55 @@ long moe_combine_backward(Rows grad,
     return run(device, [&] { launch_moe_combine_backward(p, pointer<void>(stream)); });
 }
 
+long moe_sequence_loss(Rows logits,
+                       std::tuple<Address, bool> indices,
+                       std::tuple<Address, bool> cu_seqlens,
+                       std::tuple<int64_t, int64_t, int, int> sizes,
+                       float alpha,
+                       bool softmax,
+                       std::tuple<Address, Address> workspace,
+                       Address loss,
+                       std::tuple<Address, Address> gradients,
+                       int device,
+                       Address stream) {
+    MoeLossParams p;
+    const FloatRows rows = float_rows(logits);
+    p.logits = rows.values;
+    p.type = rows.type;
+    p.row_stride = rows.row_stride;
+    p.indices = pointer<const void>(std::get<0>(indices));
+    p.wide_indices = std::get<1>(indices);
+    p.cu_seqlens = pointer<const void>(std::get<0>(cu_seqlens));
+    p.wide_seqlens = std::get<1>(cu_seqlens);
+    std::tie(p.tokens, p.sequences, p.experts, p.top_k) = sizes;
+    p.alpha = alpha;
+    p.softmax = softmax;
+    p.hits = pointer<uint32_t>(std::get<0>(workspace));
+    p.sums = pointer<float>(std::get<1>(workspace));
+    p.loss = pointer<float>(loss);
+    p.grad = pointer<const float>(std::get<0>(gradients));
+    p.d_logits = pointer<void>(std::get<1>(gradients));
+    return run(device, [&] { launch_moe_sequence_loss(p, pointer<void>(stream)); });
+}
+
+long moe_update_bias(Address bias,
+                     std::tuple<Address, bool> counts,
+                     int experts,
+                     float rate,
+                     bool quantile,
+                     Address result,
+                     int device,
+                     Address stream) {
+    const MoeBiasParams p{pointer<const float>(bias),
+                          pointer<const void>(std::get<0>(counts)),
+                          std::get<1>(counts),
+                          experts,
+                          rate,
+                          quantile,
+                          pointer<float>(result)};
+    return run(device, [&] { launch_moe_update_bias(p, pointer<void>(stream)); });
+}
+
 long moe_gemm(int kind,
               int type,
               std::tuple<Address, Address, Address> matrices,
@@ -202,6 +251,13 @@ void bind_moe(py::module_& m) {
     m.def("moe_combine_backward", &moe_combine_backward, py::arg("grad"), py::arg("y"),
           py::arg("slot_of"), py::arg("token_of_slot"), py::arg("weights"), py::arg("d_y"),
           py::arg("d_weights"), py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
+    m.def("moe_sequence_loss", &moe_sequence_loss, py::arg("logits"), py::arg("indices"),
+          py::arg("cu_seqlens"), py::arg("sizes"), py::arg("alpha"), py::arg("softmax"),
+          py::arg("workspace"), py::arg("loss"), py::arg("gradients"), py::arg("device"),
+          py::arg("stream"), kSeeParams);
+    m.def("moe_update_bias", &moe_update_bias, py::arg("bias"), py::arg("counts"),
+          py::arg("experts"), py::arg("rate"), py::arg("quantile"), py::arg("result"),
+          py::arg("device"), py::arg("stream"), kSeeParams);
     m.def("moe_gemm", &moe_gemm, py::arg("kind"), py::arg("type"), py::arg("matrices"),
           py::arg("sizes"), py::arg("strides"), py::arg("groups"), py::arg("multiprocessors"),
           py::arg("device"), py::arg("stream"), kSeeParams);

@@ -1,5 +1,6 @@
 #include "common/dispatch.h"
 #include "common/launch.h"
+#include "moe/kernel_balance.cuh"
 #include "moe/kernel_combine.cuh"
 #include "moe/kernel_dispatch.cuh"
 #include "moe/kernel_gemm.cuh"
@@ -150,6 +151,33 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream
         launch<moe_combine_backward_kernel<Element<decltype(type)>>, sizeof(WeightGradients)>(shape,
                                                                                               p);
     });
+}
+
+void launch_moe_sequence_loss(const MoeLossParams& p, void* stream) {
+    check(p.tokens == 0 || p.sequences > 0, "a sequence for each token");
+    LaunchShape pairs{static_cast<unsigned>(
+                          std::min(ceil_div(p.tokens * p.top_k, kMoeThreads), kMostRouteBlocks)),
+                      kMoeThreads};
+    LaunchShape tokens{route_blocks(p.tokens), kMoeThreads};
+    LaunchShape one{1, kMoeThreads};
+    pairs.stream = tokens.stream = one.stream = stream;
+    if (p.tokens > 0) launch<moe_hits_kernel>(pairs, p);
+    if (p.loss == nullptr) {
+        if (p.tokens == 0) return;
+        launch<moe_sequence_loss_backward_kernel, sizeof(CountOfSequences)>(tokens, p);
+        return;
+    }
+    if (p.tokens > 0) launch<moe_sequence_loss_kernel, sizeof(LossSums)>(tokens, p);
+    launch<moe_loss_total_kernel, sizeof(LossTotal)>(
+        one, p, p.tokens > 0 ? static_cast<int>(tokens.grid.x) : 0);
+}
+
+void launch_moe_update_bias(const MoeBiasParams& p, void* stream) {
+    if (p.experts == 0) return;
+    check_experts(p.experts);
+    LaunchShape shape{1, kScanThreads};
+    shape.stream = stream;
+    launch<moe_update_bias_kernel, sizeof(BiasCounts)>(shape, p);
 }
 
 void launch_moe_gemm(const MoeGemmParams& p, int multiprocessors, void* stream) {

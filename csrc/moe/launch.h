@@ -17,6 +17,11 @@ void launch_moe_dispatch(const MoeDispatchParams& params, void* stream);
 void launch_moe_combine(const MoeCombineParams& params, void* stream);
 void launch_moe_combine_backward(const MoeCombineBackwardParams& params, void* stream);
 
+// Three kernels; two for the gradient, which is wanted where `loss` is null. `hits` must hold
+// zeros.
+void launch_moe_sequence_loss(const MoeLossParams& params, void* stream);
+void launch_moe_update_bias(const MoeBiasParams& params, void* stream);
+
 // On a chip of so many multiprocessors. Nothing is started for empty results.
 void launch_moe_gemm(const MoeGemmParams& params, int multiprocessors, void* stream);
 

@@ -100,6 +100,36 @@ struct MoeCombineBackwardParams {
     int top_k;
 };
 
+// The sequence-wise balance loss, or its gradient.
+struct MoeLossParams {
+    const void* logits;  // [tokens, experts], neighbouring experts side by side
+    Type type;           // of logits and d_logits
+    int64_t row_stride;
+    const void* indices;  // [tokens, top_k], contiguous: int32, or int64
+    bool wide_indices;
+    const void* cu_seqlens;  // [sequences + 1]: int32, or int64; null: one sequence
+    bool wide_seqlens;
+    int64_t tokens, sequences;
+    int experts, top_k;
+    float alpha;
+    bool softmax;       // else sigmoid
+    uint32_t* hits;     // [sequences, experts]: zeros, in which the indices are counted
+    float* sums;        // [kMostRouteBlocks]: workspace of the loss
+    float* loss;        // one number; null: the gradient is wanted
+    const float* grad;  // one number
+    void* d_logits;     // [tokens, experts], contiguous
+};
+
+struct MoeBiasParams {
+    const float* bias;   // [experts]
+    const void* counts;  // [experts]: int32, or int64
+    bool wide_counts;
+    int experts;
+    float rate;
+    bool quantile;  // else sign
+    float* result;  // [experts]
+};
+
 // Which product of unquantised experts.
 enum class MoeGemm : int32_t { kForward, kDgrad, kWgrad };
 

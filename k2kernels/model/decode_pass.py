@@ -24,9 +24,9 @@ class DecodePass:
     the host looks at none of them. A slot without a sequence is idle: its sequence has length 0, it neither reads nor
     writes the cache, and what comes out of it means nothing.
 
-    On a GPU all but the parts that wait for the device is replayed from CUDA graphs. Those parts are the experts, as
-    long as their grouped GEMM is PyTorch's, which asks for the sizes of the groups, and whatever else the reference
-    serves for want of a kernel. Sampling and drafting come after the pass and are launched one by one.
+    On a GPU it is replayed from one CUDA graph. Parts that wait for the device stay outside: experts that no kernel
+    multiplies (in float32), because PyTorch asks for the sizes of the groups, and whatever else the reference serves
+    for want of a kernel. Sampling and drafting come after the pass and are launched one by one.
 
     Attributes, with what the last call gave:
         tokens: int64 [slots, width], what it was called with.

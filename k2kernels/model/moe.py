@@ -116,8 +116,7 @@ class Moe(nn.Module):
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
-        # Gradients of FP8 products sum over blocks of 128 tokens of one expert: dispatched so, they need no copies.
-        options = dict(fp8=True, power_of_two=True, alignment=128) if self.experts.fp8 else {}
+        options = dict(fp8=True, power_of_two=True) if self.experts.fp8 else {}
         out = moe_mlp(flat, routing, *self.experts.weights(), shared=shared, exchange=self.exchange, **options)
         return out.view_as(x)
 

@@ -27,6 +27,7 @@ MOST_TOP_K = 32
 MOST_GROUPS = 32
 PLAN_TILE = 2048  # pairs (token, k) that one block ranks; up to so many are dispatched in one launch
 ROUTE_WARPS = 8  # tokens of a block that routes
+LOSS_BLOCKS = 528  # at most so many blocks add up the sequence loss
 
 
 class Routing(NamedTuple):
@@ -295,6 +296,18 @@ def moe_combine(
     return _moe_combine(y, slot_of, token_of_slot, weights, shared, residual, out_dtype)
 
 
+def expert_alignment(fp8: bool) -> int:
+    """Rows at whose multiples each expert's slots should begin, for `moe_mlp(fp8=fp8)`.
+
+    1 where weights are unquantised or FP8 codes: the grouped GEMMs take groups from any row on and read and write none
+    of the padding, and an expert has as many tiles wherever it begins. At 128 Kimi-K2's 1,024 rows of a decoding step
+    (128 tokens) would lie among 46,000. 128 where the gradient of the weights is an FP8 product: it sums over tokens in
+    blocks of 128 that share a scale, and a block across two experts would have to be copied. It does not depend on
+    whether gradients are wanted, so that a recomputed pass has the bits of the first.
+    """
+    return 128 if fp8 else 1
+
+
 def moe_mlp(
     x: Tensor,
     routing: Routing,
@@ -303,7 +316,7 @@ def moe_mlp(
     *,
     shared: Tensor | None = None,
     residual: Tensor | None = None,
-    alignment: int = 1,
+    alignment: int | None = None,
     capacity: int | None = None,
     power_of_two: bool = False,
     fp8: bool = False,
@@ -321,11 +334,10 @@ def moe_mlp(
             [E, 2I, H], float32 scales [E, ceil(2I/128), ceil(H/128)]), as `quantize_128x128` makes it.
         down: [E, H, I], or (float8_e4m3fn [E, H, I], float32 [E, ceil(H/128), ceil(I/128)]), like gate_up.
         shared, residual, out_dtype: as in `moe_combine`.
-        alignment, capacity: as in `moe_dispatch`.
+        alignment, capacity: as in `moe_dispatch`; an alignment of None is `expert_alignment(fp8)`.
         power_of_two: how activations are quantised for FP8 weights: once in dispatch, once after SwiGLU.
         fp8: multiply by `grouped_fp8_linear`: weights in high precision (x's dtype or not) are quantised on the fly,
-            like activations and gradients. Then power_of_two is of them all, and an alignment of 128 spares the
-            backward pass copies.
+            like activations and gradients. Then power_of_two is of them all.
         exchange: what carries rows to experts that are elsewhere, and back: an object with `dispatch` and `combine`, as
             `k2kernels.parallel.ExpertParallel`. E of gate_up and down are then the experts that are here.
 
@@ -366,6 +378,7 @@ def moe_mlp(
         args.tensor("the scales of gate_up", gate_up_scales, (experts, *blocks[:2]), torch.float32)
         args.tensor("the scales of down", down_scales, (experts, *blocks[1:]), torch.float32)
 
+    alignment = expert_alignment(fp8) if alignment is None else alignment
     scaling = dict(power_of_two=power_of_two, scale_layout="column")
     place = dict(alignment=alignment, capacity=capacity, quantize=codes, **scaling)
     if exchange is None:
@@ -541,10 +554,70 @@ def _loss_grad(ctx: Any, grad: Tensor) -> tuple:
     return (_moe_sequence_loss_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 4)
 
 
+def _loss_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((), dtype=wide_dtype(logits.dtype))
+
+
+def _launch_loss(
+    op: str,
+    logits: Tensor,
+    indices: Tensor,
+    cu_seqlens: Tensor | None,
+    alpha: float,
+    score: str,
+    *,
+    loss: Tensor | None = None,
+    grad: Tensor | None = None,
+    d_logits: Tensor | None = None,
+) -> None:
+    (tokens, experts), top_k = logits.shape, indices.shape[1]
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    hits = logits.new_zeros((sequences, experts), dtype=torch.int32)
+    sums = None if loss is None else logits.new_empty(LOSS_BLOCKS, dtype=torch.float32)
+    (logits, rows), indices = _rows(logits), indices.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    launch(
+        op,
+        "moe_sequence_loss",
+        logits.device,
+        rows,
+        (indices.data_ptr(), indices.dtype == torch.int64),
+        (address(cu_seqlens), cu_seqlens is not None and cu_seqlens.dtype == torch.int64),
+        (tokens, sequences, experts, top_k),
+        alpha,
+        score == "softmax",
+        (hits.data_ptr(), address(sums)),
+        address(loss),
+        (address(grad), address(d_logits)),
+    )
+
+
+def _loss_kernel(logits: Tensor, *args: Any) -> Tensor:
+    loss = _loss_fake(logits)
+    _launch_loss("moe_sequence_loss", logits, *args, loss=loss)
+    return loss
+
+
+def _loss_unserved(logits: Tensor, indices: Tensor, cu_seqlens: Tensor | None, *_: Any) -> str | None:
+    if indices.numel() >= 2**31:
+        return "the kernels count fewer than 2**31 pairs (token, k)"
+    if logits.shape[0] > 0 and cu_seqlens is not None and cu_seqlens.shape[0] < 2:
+        return "there are tokens, but no sequence"
+    return "no kernel computes in float64" if logits.dtype == torch.float64 else None
+
+
+def _loss_backward_kernel(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    d_logits = logits.new_empty(logits.shape)
+    _launch_loss("moe_sequence_loss_backward", logits, *args, grad=_float32(grad), d_logits=d_logits)
+    return d_logits
+
+
 _moe_sequence_loss = register(
     "moe_sequence_loss(Tensor logits, Tensor indices, Tensor? cu_seqlens, float alpha, str score) -> Tensor",
     reference=reference.moe_sequence_loss,
-    fake=lambda logits, *_: logits.new_empty((), dtype=wide_dtype(logits.dtype)),
+    fake=_loss_fake,
+    kernel=_loss_kernel,
+    unserved=_loss_unserved,
     validate=_loss_validate,
     setup_context=_loss_setup,
     backward=_loss_grad,
@@ -554,15 +627,37 @@ _moe_sequence_loss_backward = register(
     " -> Tensor",
     reference=reference.moe_sequence_loss_backward,
     fake=lambda grad, logits, *_: logits.new_empty(logits.shape),
+    kernel=_loss_backward_kernel,
+    unserved=lambda grad, *args: _loss_unserved(*args),
 )
 
 
 # moe_update_bias
 
+
+def _update_bias_kernel(bias: Tensor, counts: Tensor, rate: float, mode: str) -> Tensor:
+    result = bias.new_empty(bias.shape)
+    bias, counts = bias.contiguous(), counts.contiguous()
+    launch(
+        "moe_update_bias",
+        "moe_update_bias",
+        bias.device,
+        bias.data_ptr(),
+        (counts.data_ptr(), counts.dtype == torch.int64),
+        bias.shape[0],
+        rate,
+        mode == "quantile",
+        result.data_ptr(),
+    )
+    return result
+
+
 _moe_update_bias = register(
     "moe_update_bias(Tensor bias, Tensor counts, float rate, str mode) -> Tensor",
     reference=reference.moe_update_bias,
     fake=lambda bias, *_: bias.new_empty(bias.shape),
+    kernel=_update_bias_kernel,
+    unserved=lambda bias, *_: _too_much(0, experts=bias.shape[0], float64=False),
 )
 
 

@@ -198,6 +198,47 @@ def test_a_gpu_without_fp8_cores_is_held_against_its_bf16():
     assert bench.Ceilings(copy=1e12, matmul={"bf16": 1e12, "fp8": 2e12}).floor_us(case) == 500
 
 
+SMALL = dict(experts=6, top_k=2, hidden=256, intermediate=128)
+
+
+def test_moe_bytes_and_flops():
+    moe = load("bench_moe")
+    rank, weights = moe.Rank(), 3 * 7168 * 2048
+    assert (rank.experts, rank.hit(1), rank.hit(8192)) == (48, 8, 48)
+    assert rank.hit(4) == round(48 * (1 - (5 / 6) ** 4))
+    case = moe.layer_case(1, "bf16")
+    assert case.bytes == 8 * 2 * weights + 2 * 2 * 7168 + 4 * 48 and case.flops == 2 * 8 * weights
+    stages = {stage.shape.split()[-1]: stage for stage in moe.stage_cases(128, "fp8")}
+    assert tuple(stages) == moe.STAGES
+    whole = moe.layer_case(128, "fp8")
+    assert sum(stage.flops for stage in stages.values()) == whole.flops and whole.dtype == "fp8"
+    # Weights are read once, here as there; what else the steps move goes from one to the next.
+    rows = 128 * 8 * (7168 * 4 + 2048 * 4 + 2048 * 3 + 7168 * 3)
+    assert whole.bytes < sum(stage.bytes for stage in stages.values()) < whole.bytes + 2 * rows
+    shapes = [(case.op, case.shape) for case in moe.gpu_cases()]
+    assert len(set(shapes)) == len(shapes) and ("moe_layer", "8192 tokens fp8") in shapes
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_moe_bodies_agree(kind):
+    moe = load("bench_moe")
+    rank, device = moe.Rank(**SMALL), torch.device("cpu")
+    case = moe.layer_case(20, kind, rank)
+    inputs = case.make(device)
+    want = case.bodies["k2kernels"](*inputs).float()
+    for name, body in case.bodies.items():
+        torch.testing.assert_close(
+            body(*inputs).float(), want, atol=0.1, rtol=0.05, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    stages = moe.stage_cases(20, kind, rank)
+    for stage in stages:
+        inputs = stage.make(device)
+        results = {name: body(*inputs) for name, body in stage.bodies.items()}
+        if "torch" in results:
+            torch.testing.assert_close(results["torch"], results["k2kernels"], atol=0.03, rtol=0.02)
+    assert kind == "fp8" or sum("torch" in stage.bodies for stage in stages) == 2
+
+
 def test_a_failing_peer_is_left_out(monkeypatch):
     def broken(*inputs):
         raise RuntimeError("no such kernel")
@@ -283,3 +324,23 @@ def test_picture_of_fp8_gemm(tmp_path):
     results.write_text("\n".join(map(json.dumps, lines)))
     assert [path.name for path in pictures.draw(results, tmp_path / "docs")] == ["fp8_gemm.png"]
     assert (tmp_path / "docs" / "fp8_gemm.png").stat().st_size > 50_000
+
+
+def test_picture_of_a_moe_layer(tmp_path):
+    pytest.importorskip("matplotlib")
+    pictures, moe = load("pictures"), load("bench_moe")
+    ceilings = bench.Ceilings(copy=3e12, matmul={"bf16": 660e12, "fp8": 1300e12})
+    lines = [
+        dict(
+            op=case.op, shape=case.shape, who=who, us=3 + 1.5 * ceilings.floor_us(case), gb_per_s=0, tflop_per_s=0,
+            roofline=ceilings.floor_us(case) / (3 + 1.5 * ceilings.floor_us(case)), device="Made-up GPU",
+            date="2000-01-01", commit="0000000",
+        )
+        for kind in ("bf16", "fp8") for tokens in moe.LAYER_TOKENS for case in moe.stage_cases(tokens, kind)
+        for who in case.bodies
+    ]  # fmt: skip
+    results = tmp_path / "gpu.jsonl"
+    results.write_text("\n".join(map(json.dumps, lines)))
+    (drawn,) = pictures.draw(results, tmp_path / "docs")
+    assert drawn.name == "moe_layer.png" and drawn.stat().st_size > 20_000
+    assert len(pictures._stages(lines)) == 2 * len(moe.LAYER_TOKENS) * len(moe.STAGES)

@@ -179,6 +179,11 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
             )  # fmt: skip
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
+# Balance: a row alone for its largest logit; a row and hits, two rounds in flight and one left over; both once more.
+PLANS["moe_hits_kernel"] = (32, 0, 0, {})
+PLANS["moe_sequence_loss_kernel"] = (64, 1 + 3 * 2, 0, {})
+PLANS["moe_sequence_loss_backward_kernel"] = (64, 1 + 3 * 2 + 2, 1, {})
+PLANS["moe_loss_total_kernel"] = PLANS["moe_update_bias_kernel"] = (32, 0, 0, {})
 
 
 # The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
@@ -216,6 +221,11 @@ SHARED = {
     **{f"moe_move_kernel<{t}, {q}, true>": 36968 for t in BYTES for q in ("false", "true")},
     **{f"moe_combine_backward_kernel<{t}>": 2048 for t in BYTES},
     **{f"moe_route_kernel<{n}>": 4096 for n in (1, 2, 3, 4, 8)},
+    # Sums of eight warps, numbers of sequences of eight warps; a counter for each of 1,024 experts, sums of 32 warps.
+    "moe_sequence_loss_kernel": 8 * 4,
+    "moe_sequence_loss_backward_kernel": 8 * 8,
+    "moe_loss_total_kernel": 8 * (4 + 8),
+    "moe_update_bias_kernel": (1024 + 32) * 8,
     # Four stages of 32 of two panels of 128, of 64 of panels of 16 and 128.
     **{
         f"moe_gemm_kernel<{t}, MoeGemmTile<{tile}>, {columns}>": size

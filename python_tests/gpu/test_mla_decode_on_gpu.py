@@ -215,14 +215,25 @@ def test_generation_replays_one_graph(cache_dtype, drafts, recordings):
     assert recordings and set(recordings) == {10}  # embedding, two halves of four layers, head
 
 
-def test_generation_with_experts_says_what_it_launches(recordings):
-    made = model(first_k_dense_replace=1)
+def generate_both_ways(made):
+    """Tokens without and with CUDA graphs, and what warnings said."""
     prompt = torch.randint(0, 512, (3, 70), device=DEVICE)
     want = made.generate(prompt, max_new_tokens=40, eos_token_ids=[], cuda_graphs=False)
     replay._warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         got = made.generate(prompt, max_new_tokens=40, eos_token_ids=[])
-    assert torch.equal(got, want) and sum(recordings) >= 7  # all but three layers of experts at the least
-    if sum(recordings) < 10:
-        assert any("wait for the device" in str(warning.message) for warning in caught)
+    assert torch.equal(got, want)
+    return [str(warning.message) for warning in caught]
+
+
+def test_generation_with_experts_replays_one_graph(recordings):
+    said = generate_both_ways(model(first_k_dense_replace=1))
+    assert recordings and set(recordings) == {10}
+    assert not any("wait for the device" in message for message in said)
+
+
+def test_generation_with_experts_in_float32_says_what_it_launches(recordings):
+    said = generate_both_ways(model(first_k_dense_replace=1).float())
+    assert sum(recordings) >= 7  # all but three layers of experts
+    assert any("wait for the device" in message for message in said)

@@ -132,6 +132,126 @@ def test_bad_logits_give_distinct_experts():
         assert got.weights.isfinite().all()
 
 
+def products(kind, a, b, offsets, counts):
+    """Group by group, in a's dtype."""
+    groups = [slice(start, start + count) for start, count in zip(offsets.tolist(), counts.tolist())]
+    if kind == "wgrad":
+        return torch.stack([a[g].T @ b[g] for g in groups])
+    return torch.cat([a[g] @ (w.T if kind == "forward" else w) for g, w in zip(groups, b)])
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+@pytest.mark.parametrize("kind", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize("counts", [[1, 0, 16, 3, 0, 40], [300, 0, 129, 7]], ids=["few rows", "many rows"])
+def test_products_of_experts(counts, kind, dtype):
+    aligned = [-(-n // 16) * 16 for n in counts]
+    offsets = torch.tensor([0, *aligned]).cumsum(0).int()
+    real = torch.cat([torch.arange(start, start + n) for start, n in zip(offsets.tolist(), counts)])
+    n, width = 2 * KIMI_K2.expert_intermediate, HIDDEN
+    if kind == "dgrad":
+        n, width = width, n
+
+    def rows(columns):
+        x = torch.full((int(offsets[-1]), columns), float("nan"), dtype=dtype, device="cuda")
+        x[real.cuda()] = torch.randn(len(real), columns, device="cuda").to(dtype)
+        return x
+
+    a = rows(n if kind == "wgrad" else width)
+    weight = (len(counts), n, width) if kind == "forward" else (len(counts), width, n)
+    b = rows(width) if kind == "wgrad" else torch.randn(weight, device="cuda").to(dtype)
+    op, body = {
+        "forward": ("grouped_gemm", moe._grouped_gemm),
+        "dgrad": ("grouped_gemm_dgrad", moe._grouped_gemm_dgrad),
+        "wgrad": ("grouped_gemm_wgrad", moe._grouped_gemm_wgrad),
+    }[kind]
+    places = offsets, torch.tensor(counts, dtype=torch.int32)
+    written = slice(None) if kind == "wgrad" else real.cuda()
+    got = launched(op, body, a, b, *places)[written]
+    same(got, launched(op, body, a, b, *places)[written])
+    check_close(got, products(kind, a.double(), b.double(), *places), same_precision=products(kind, a, b, *places))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("ends", [None, [0, 1, 1, 4000, 4096]])
+def test_sequence_loss_and_its_gradient(ends, score):
+    logits, (indices, _) = torch.randn(4096, EXPERTS), routing(4096)
+    ends = None if ends is None else torch.tensor(ends)
+    rest = 0.1, score
+    want = reference.moe_sequence_loss(logits.double(), indices, ends, *rest)
+    losses = [launched("moe_sequence_loss", moe._moe_sequence_loss, logits, indices, ends, *rest) for _ in range(3)]
+    assert len(set(map(float, losses))) == 1
+    check_close(losses[0].cpu(), want, budget=float(want) * 4e-6)
+    grad = torch.tensor(1.0)
+    got = launched("moe_sequence_loss_backward", moe._moe_sequence_loss_backward, grad, logits, indices, ends, *rest)
+    want = reference.moe_sequence_loss_backward(grad.double(), logits.double(), indices, ends, *rest)
+    plain = reference.moe_sequence_loss_backward(grad, logits, indices, ends, *rest)
+    check_close(got.cpu(), want, same_precision=plain)
+
+
+@pytest.mark.parametrize("mode", ["sign", "quantile"])
+def test_update_bias(mode):
+    bias, counts = torch.randn(EXPERTS), (1 << 24) + torch.randint(0, 3, (EXPERTS,))
+    got = launched("moe_update_bias", k.moe_update_bias, bias, counts, rate=1e-3, mode=mode)
+    same(got, reference.moe_update_bias(bias, counts, 1e-3, mode))
+
+
+def experts(dtype):
+    """Weights of 16 experts as wide as Kimi-K2's; float8_e4m3fn: pairs."""
+    intermediate = KIMI_K2.expert_intermediate
+    gate_up = torch.randn(16, 2 * intermediate, HIDDEN, device="cuda") * HIDDEN**-0.5
+    down = torch.randn(16, HIDDEN, intermediate, device="cuda") * intermediate**-0.5
+    if dtype == moe.E4M3:
+        return k.quantize_128x128(gate_up), k.quantize_128x128(down)
+    return gate_up.to(dtype), down.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, moe.E4M3], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 64, 700])
+def test_whole_layer_in_a_graph_without_waiting(tokens, dtype):
+    """The host never waits for the device; a graph serves any routing of so many tokens."""
+    weights = experts(dtype)
+    x, logits = torch.randn(tokens, HIDDEN).bfloat16().cuda(), torch.randn(tokens, 16).cuda()
+
+    def whole(x, logits):
+        return k.moe_mlp(x, k.moe_route(logits, top_k=4, scale=2.5), *weights, shared=x)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        whole(x, logits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = whole(x, logits)
+    for skew in (0, 10, 1):
+        x.copy_(torch.randn(tokens, HIDDEN))
+        logits.copy_(torch.randn(tokens, 16))
+        logits[:, 3] += skew
+        graph.replay()
+        torch.cuda.synchronize()
+        same(out, whole(x, logits))
+
+
+def test_whole_layer_is_the_reference_and_differentiable():
+    weights = experts(torch.bfloat16)
+    inputs = [torch.randn(300, HIDDEN).bfloat16().cuda(), torch.randn(300, 16).cuda(), *weights]
+    leaves = [t.requires_grad_() for t in inputs]
+
+    def run():
+        routing = k.moe_route(leaves[1], top_k=4, scale=2.5)
+        out = k.moe_mlp(leaves[0], routing, *leaves[2:])
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    before = k.launch_count("grouped_gemm_wgrad")
+    got = run()
+    assert k.launch_count("grouped_gemm_wgrad") > before
+    with k.backend("reference"):
+        want = run()
+    for g, w in zip(got, want):
+        error = (g.double() - w.double()).norm() / w.double().norm()
+        assert error < 2e-2, error  # a few roundings to bfloat16, 2**-9 each
+
+
 def layer(x, logits, bias):
     routing = k.moe_route(logits, bias, top_k=TOP_K, scale=2.827)
     d = k.moe_dispatch(x, routing.indices, routing.weights, num_experts=EXPERTS, alignment=16)

@@ -253,8 +253,10 @@ def routed(*names):
     x, logits = torch.randn(300, KIMI_K2.hidden).bfloat16(), torch.randn(300, KIMI_K2.experts)
     d = k.moe_dispatch(x, indices, weights, num_experts=KIMI_K2.experts)
     slot_of, token_of_slot = d.handle[:2]
-    values = dict(x=x, logits=logits, indices=indices, weights=weights)
-    values.update(slot_of=slot_of, token_of_slot=token_of_slot, rows=d.data)
+    values = dict(x=x, logits=logits, indices=indices, weights=weights, offsets=d.offsets, counts=d.counts)
+    values.update(slot_of=slot_of, token_of_slot=token_of_slot, rows=d.data, one=torch.ones(()))
+    values.update(narrow=d.data[:, :200].contiguous(), experts=torch.randn(KIMI_K2.experts, 264, 200).bfloat16())
+    values.update(grad=torch.randn(len(d.data), 264).bfloat16(), ends=torch.tensor([0, 7, 7, 300]))
     return tuple(values[name] for name in names)
 
 
@@ -280,6 +282,24 @@ for op, function, names in (
         ("rows", "slot_of", "token_of_slot", "weights", "x"),
     ),
     ("moe_combine_backward", OPS.moe_combine_backward, ("x", "rows", "slot_of", "token_of_slot", "weights")),
+    ("grouped_gemm", OPS.grouped_gemm, ("narrow", "experts", "offsets", "counts")),
+    ("grouped_gemm_dgrad", OPS.grouped_gemm_dgrad, ("grad", "experts", "offsets", "counts")),
+    ("grouped_gemm_wgrad", OPS.grouped_gemm_wgrad, ("grad", "narrow", "offsets", "counts")),
+    (
+        "moe_sequence_loss",
+        lambda *args: OPS.moe_sequence_loss(*args, 0.1, "sigmoid"),
+        ("logits", "indices", "ends"),
+    ),
+    (
+        "moe_sequence_loss_backward",
+        lambda *args: OPS.moe_sequence_loss_backward(*args, 0.1, "softmax"),
+        ("one", "logits", "indices", "ends"),
+    ),
+    (
+        "moe_update_bias",
+        lambda logits, counts: OPS.moe_update_bias(logits[0], counts, 0.1, "quantile"),
+        ("logits", "counts"),
+    ),
 ):
     EACH[op] = function, lambda names=names: routed(*names)
 each = pytest.mark.parametrize("op", EACH)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import tiny
@@ -13,12 +14,14 @@ from torch.utils._pytree import tree_leaves
 import k2kernels
 from k2kernels.model import attention, replay
 from k2kernels.model.generate import Session
+from k2kernels.model.moe import Experts
 from k2kernels.model.mtp import draft
 from k2kernels.model.replay import Replay
+from k2kernels.ops import moe
 from k2kernels.testing.compare import check_close
 
 PROMPT = torch.arange(3 * 20).view(3, 20) * 11 % 256
-GROUPED_GEMM = "k2kernels::grouped_gemm"  # its reference asks for the sizes of the groups
+GROUPED_GEMM = "k2kernels::grouped_gemm"  # its reference asks for the sizes of the groups, its kernel does not
 
 
 class Log(TorchDispatchMode):
@@ -50,7 +53,10 @@ class Recorder:
     def waits(self, run):
         with Log() as log:
             run()
-        return any(function.name() == GROUPED_GEMM for function, *_ in log.calls)
+        return any(
+            function.name() == GROUPED_GEMM and moe._gemm_unserved(*args) is not None
+            for function, args, *_ in log.calls
+        )
 
     def record(self, runs):
         self.recordings += 1
@@ -180,6 +186,29 @@ def test_what_cannot_be_recorded_is_said_once():
         "launched between CUDA graphs of the others"
     ]
     assert [r.recordings for r in recorders] == [4, 4]  # what stands before, between and after three layers of experts
+
+
+def keep_experts_in_fp8(model):
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        for name in ("gate_up_proj", "down_proj"):
+            codes, scales = k2kernels.quantize_128x128(getattr(experts, name).detach())
+            setattr(experts, name, torch.nn.Parameter(codes, requires_grad=False))
+            setattr(experts, f"{name}_scale_inv", torch.nn.Parameter(scales, requires_grad=False))
+
+
+@pytest.mark.parametrize("experts", ["bfloat16", "fp8"])
+def test_a_pass_with_experts_is_one_recording(experts):
+    """Where kernels multiply: what they must know of the routing stays on the device."""
+    model = tiny.model("deepseek").bfloat16()
+    if experts == "fp8":
+        keep_experts_in_fp8(model)
+    options = dict(max_new_tokens=30, eos_token_ids=[])
+    want = model.generate(PROMPT, **options)
+    with recorded() as recorders, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = model.generate(PROMPT, **options)
+    assert torch.equal(got, want)
+    assert recorders[0].recordings == 1 and recorders[0].plays > 20
 
 
 class Refusing(Recorder):
