@@ -44,6 +44,7 @@ void bind_runtime(py::module_& m) {
     bind_fp8_gemm(m);
     bind_newton_schulz(m);
     bind_moe(m);
+    bind_moe_exchange(m);
     bind_conformance(m);
 }
 

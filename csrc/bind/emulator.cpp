@@ -1,6 +1,8 @@
 // What only the emulator's module has: its options, guarded memory, counters.
 #include "emulator/emulator.h"
 
+#include <memory>
+
 #include "bind/run.h"
 
 namespace k2k::bind {
@@ -11,6 +13,21 @@ void configure(int arch, std::uint64_t seed) {
     emulator::options().arch = arch;
     emulator::set_seed(emulator::options(), seed);
 }
+
+// Launches made after begin() and before run() run at once, those of a stream in their order.
+class Together {
+  public:
+    void begin() { together_ = std::make_unique<emulator::Together>(); }
+    void run() {
+        const auto ended = std::move(together_);
+        const py::gil_scoped_release release;
+        if (ended) ended->run();
+    }
+    void forget() { together_.reset(); }
+
+  private:
+    std::unique_ptr<emulator::Together> together_;
+};
 
 py::dict counters() {
     const emulator::Counters& counters = emulator::counters();
@@ -28,6 +45,13 @@ void bind_runtime(py::module_& m) {
     py::register_local_exception<emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
     m.def("configure", &configure, py::arg("arch"), py::arg("seed"),
           "Chip (compute capability x 10) and schedule of this thread's launches from now on.");
+    py::class_<Together>(m, "Together",
+                         "Launches made after begin() and before run(), run at once by run(); those "
+                         "of the same stream one after the other. forget() drops them.")
+        .def(py::init<>())
+        .def("begin", &Together::begin)
+        .def("run", &Together::run)
+        .def("forget", &Together::forget);
     m.def("counters", &counters, "Of this thread's launches so far.");
     m.def(
         "allocate",
@@ -44,6 +68,7 @@ void bind_runtime(py::module_& m) {
     bind_fp8_gemm(m);
     bind_newton_schulz(m);
     bind_moe(m);
+    bind_moe_exchange(m);
     bind_conformance(m);
 }
 

@@ -53,13 +53,14 @@ struct Grid {
     std::size_t smem_bytes;
     unsigned cluster;
     bool cooperative;
+    const void* stream = nullptr;  // matters in Together
 };
 
 // Runs `kernel` once per CUDA thread; returns when all have ended, throws Error.
 void launch(const Grid& grid, std::function<void()> kernel);
 
 // Collects launches and runs them at once, all blocks resident: the ranks of a node, whose kernels
-// wait for one another.
+// wait for one another. Launches on the same stream, unless it is null, run one after the other.
 class Together {
   public:
     Together();

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <map>
 
 #include "emulator/machine.h"
 
@@ -88,6 +89,18 @@ class FaultHandlers {
 
 // ---- the life of a thread
 
+// The launch of thread's stream that comes after its own, which has ended.
+void start_next_grid(const Thread& thread) {
+    const GridRun& ended = *thread.block->grid;
+    if (ended.next < 0) return;
+    deliver_all();
+    const GridRun* next = &(*g_machine->grids)[ended.next];
+    for (std::size_t i = 0; i < g_machine->resident_threads; ++i) {
+        Thread* other = g_machine->threads[i].get();
+        if (other->block->grid == next) make_ready(other);
+    }
+}
+
 void thread_exit() {
     Thread& thread = *self();
     Block& block = *thread.block;
@@ -104,11 +117,13 @@ void thread_exit() {
     --block.live;
     --block.cluster->live;
     --g_machine->live;
+    --block.grid->live;
     const NamedBarrier& barrier = block.barriers[0];
     if (barrier.arrived && barrier.whole_block) {
         fail(barrier.where, "a thread ends although others wait for it in sync_block");
     }
     cluster_recheck(*block.cluster);
+    if (block.grid->live == 0) start_next_grid(thread);
     if (block.live > 0) return;
     if (shared_memory_overrun(block.smem)) {
         fail(thread.where, "the block wrote outside its %zu bytes of shared memory; it ended",
@@ -122,9 +137,12 @@ void run_kernel() {
     fiber_started(self()->fiber);
     std::string error;
     try {
+        const GridRun& grid = *self()->block->grid;
         race::acquire(&g_machine->main);
-        self()->block->grid->kernel();
+        if (grid.waits) race::acquire(&grid);
+        grid.kernel();
         race::release(&g_machine->live);
+        if (grid.next >= 0) race::release(&(*g_machine->grids)[grid.next]);
         race::Quiet quiet;
         thread_exit();
         self()->fiber.ended = true;
@@ -172,6 +190,7 @@ void add_block(Machine& machine, const GridRun& grid, Cluster& cluster, std::siz
     block.index = unflatten(index, grid.shape.blocks);
     block.cluster_rank = static_cast<unsigned>(cluster.blocks.size());
     block.live = static_cast<unsigned>(num_threads);
+    grid.live += num_threads;
     map_shared_memory(block.smem, grid.shape.smem_bytes);
     block.warps.assign(num_warps, Warp());
     const std::size_t num_warpgroups = (num_threads + kWarpgroupSize - 1) / kWarpgroupSize;
@@ -224,7 +243,8 @@ void run_resident(Machine& machine) {
     machine.warps_per_block = machine.blocks[0]->warps.size();
     machine.scheduler = make_scheduler(machine, num_warps);
     for (std::size_t i = 0; i < machine.resident_threads; ++i) {
-        make_ready(machine.threads[i].get());
+        Thread* thread = machine.threads[i].get();
+        if (!thread->block->grid->waits) make_ready(thread);
     }
     race::release(&machine.main);
     Thread* first = next_thread();
@@ -266,9 +286,25 @@ void check(const Grid& grid) {
     if (grid.blocks.count() == 0) throw Error("launch: an empty grid");
 }
 
+// The launches of a stream run in their order.
+void chain(std::vector<GridRun>& grids) {
+    std::map<const void*, std::size_t> last;
+    for (std::size_t i = 0; i < grids.size(); ++i) {
+        const void* stream = grids[i].shape.stream;
+        if (stream == nullptr) continue;
+        const auto before = last.find(stream);
+        if (before != last.end()) {
+            grids[before->second].next = static_cast<int>(i);
+            grids[i].waits = true;
+        }
+        last[stream] = i;
+    }
+}
+
 void run(const std::vector<GridRun>& grids) {
     Machine& machine = t_machine;
     if (g_current) throw Error("launch: called from within a kernel");
+    machine.grids = &grids;
     g_machine = &machine;
     machine.options = t_options;
     machine.random_state = (machine.options.seed + 1) * 0x9e3779b97f4a7c15ull;
@@ -332,7 +368,7 @@ const Counters& counters() { return t_machine.counters; }
 void launch(const Grid& grid, std::function<void()> kernel) {
     if (t_together) {
         const auto number = static_cast<unsigned>(t_together->size());
-        t_together->push_back({grid, std::move(kernel), number});
+        t_together->push_back(GridRun{grid, std::move(kernel), number});
         return;
     }
     run({GridRun{grid, std::move(kernel), 0}});
@@ -350,6 +386,7 @@ Together::~Together() { t_together = nullptr; }
 
 void Together::run() {
     t_together = nullptr;
+    chain(t_queue);
     emulator::run(t_queue);
 }
 

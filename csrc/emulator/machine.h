@@ -124,6 +124,9 @@ struct GridRun {
     Grid shape;
     std::function<void()> kernel;
     unsigned number;
+    int next = -1;                // the launch that starts when this one has ended
+    bool waits = false;           // for one that comes before it
+    mutable std::size_t live = 0;  // threads
 };
 
 struct Block {
@@ -169,6 +172,7 @@ struct Machine {
     std::vector<std::unique_ptr<Cluster>> clusters;
     std::size_t resident_threads = 0, resident_blocks = 0, live = 0;
     unsigned num_grids = 1;
+    const std::vector<GridRun>* grids = nullptr;
     std::size_t warps_per_block = 1;  // of the first block that is resident
     std::vector<Copy> in_flight;
     const Where* delivering = nullptr;  // for reports: whose copy faults

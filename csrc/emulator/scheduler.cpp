@@ -19,6 +19,8 @@ uint32_t Machine::random() {  // xorshift64
 namespace {
 
 constexpr unsigned kMaxIdleRounds = 1000;  // of threads that only look at memory
+// Time passes while nobody does anything else, so that a wait that ends by the clock does.
+constexpr uint64_t kIdleNanoseconds = 1000000;
 
 class RoundRobin : public Scheduler {
   public:
@@ -200,6 +202,7 @@ Thread* next_thread() {
             report_deadlock("no thread can run and no copy is in flight");
         }
         machine.idle_rounds = machine.progress ? 0 : machine.idle_rounds + 1;
+        if (!machine.progress) machine.time += kIdleNanoseconds;
         machine.progress = false;
         if (machine.idle_rounds > kMaxIdleRounds) {
             report_deadlock("the threads that still run only poll, and nothing changes");

@@ -6,9 +6,12 @@ kernels they started.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +21,9 @@ from torch import Tensor
 from k2kernels import _backend
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.uint8: 4}  # k2k::Type
+
+
+_emulated_stream: contextvars.ContextVar[int] = contextvars.ContextVar("k2kernels_emulated_stream", default=0)
 
 
 class Chip(NamedTuple):
@@ -57,12 +63,35 @@ def launch(op: str, function: str, device: torch.device, *args: Any) -> None:
     """Calls `function` of the module that the mode asks for, on `device` and PyTorch's current stream there."""
     mode = _backend.mode()
     if mode.backend == "emulated":
-        module, index, stream = _module("_emu"), -1, 0
+        module, index, stream = _module("_emu"), -1, _emulated_stream.get()
         module.configure(int(mode.arch.removeprefix("sm_").removesuffix("a")), mode.seed)
     else:
         module, index = _module("_C"), device.index
         stream = torch._C._cuda_getCurrentRawStream(index)
     _backend.count_launch(op, getattr(module, function)(*args, index, stream))
+
+
+@contextlib.contextmanager
+def emulated_together() -> Iterator[None]:
+    """Launches made in the `with` block, in the emulator, run at once at its end, each on `emulated_stream`."""
+    together = _module("_emu").Together()
+    together.begin()
+    try:
+        yield
+    except BaseException:
+        together.forget()
+        raise
+    together.run()
+
+
+@contextlib.contextmanager
+def emulated_stream(number: int) -> Iterator[None]:
+    """Launches made in the `with` block run one after the other, at once with those of other streams."""
+    token = _emulated_stream.set(number)
+    try:
+        yield
+    finally:
+        _emulated_stream.reset(token)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -29,7 +29,7 @@ from k2kernels.reference.quant import store_scales
 class Handle(NamedTuple):
     """Where dispatch put the rows, for combine; what `k2kernels.ops.moe.Handle` is on one rank.
 
-    All but `weights` and `home_*` describe the rows that arrived here.
+    All but `weights` and `route` describe the rows that arrived here.
     """
 
     slot_of: Tensor  # int32 [R, K]: the slot of each arrived row's pairs, -1: another rank's, or no room
@@ -38,8 +38,6 @@ class Handle(NamedTuple):
     counts: Tensor  # int32 [experts here]
     weights: Tensor  # [T, K], of this rank's tokens
     overflow: Tensor  # int64 []: pairs dropped here for want of capacity
-    home_slot_of: Tensor  # int32 [T, K]: which row that comes back is a pair's, -1: none
-    home_token_of_slot: Tensor  # int32 [rows that come back]: the token of each
     route: Any  # the transport's own
     degraded: bool  # a rank is masked: tokens lack its experts
 
@@ -63,7 +61,10 @@ class Transport(Protocol):
         """
 
     def home(self, route: Any) -> tuple[Tensor, Tensor]:
-        """`home_slot_of` and `home_token_of_slot`."""
+        """Which row that returns is each pair's, int32 [T, K], -1: none; and the token of each that returns, int32."""
+
+    def without(self, route: Any, home_slot_of: Tensor) -> Any:
+        """The route with another `home`: pairs without room have lost their rows."""
 
 
 class Options(NamedTuple):
@@ -80,21 +81,9 @@ class Options(NamedTuple):
 @torch.compiler.disable
 def dispatch(transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, options: Options) -> moe.Dispatched:
     """The rows of all ranks' tokens for the experts here."""
-    data, scales, *plan = _Dispatch.apply(x, transport, indices, options)
-    *plan, route = plan
-    slot_of, token_of_slot, offsets, counts, overflow, home_slot_of, home_token_of_slot = plan
-    handle = Handle(
-        slot_of,
-        token_of_slot,
-        offsets,
-        counts,
-        weights,
-        overflow,
-        home_slot_of,
-        home_token_of_slot,
-        route,
-        transport.degraded,
-    )
+    data, scales, plan, route = _Dispatch.apply(x, transport, indices, options)
+    slot_of, token_of_slot, offsets, counts, overflow = plan
+    handle = Handle(slot_of, token_of_slot, offsets, counts, weights, overflow, route, transport.degraded)
     return moe.Dispatched(data, scales, offsets, counts, handle)
 
 
@@ -126,27 +115,23 @@ class _Dispatch(torch.autograd.Function):
         else:
             (rows,) = transport.scatter(route, [x], "dispatch")
             scales, (data, plan) = None, _to_slots(rows, experts, pairs, options)
-        slot_of, token_of_slot, *_, overflow = plan
-        home_slot_of, home_token_of_slot = transport.home(route)
+        slot_of, home_slot_of = plan[0], transport.home(route)[0]
         if options.capacity is not None:  # home is told what had no room
-            kept = torch.ones(len(token_of_slot), 4, dtype=torch.uint8, device=x.device)
+            kept = torch.ones(len(plan[1]), 4, dtype=torch.uint8, device=x.device)
             kept = transport.gather(route, kept, slot_of, "dispatch, what had room")[:, 0]
-            found = kept[home_slot_of.clamp(min=0)] if len(kept) else home_slot_of
-            home_slot_of = torch.where((home_slot_of >= 0) & (found > 0), home_slot_of, -1)
-        ctx.transport, ctx.route, ctx.quantize = transport, route, options.quantize
-        ctx.save_for_backward(slot_of, home_slot_of, home_token_of_slot)
-        kept_plan = (slot_of, token_of_slot, *plan[2:4], overflow, home_slot_of, home_token_of_slot)
-        ctx.mark_non_differentiable(*kept_plan)
-        return data, scales, *kept_plan, route
+            if len(kept):
+                home_slot_of = torch.where(kept[home_slot_of.clamp(min=0)] > 0, home_slot_of, -1)
+            route = transport.without(route, home_slot_of)
+        ctx.transport, ctx.route, ctx.slot_of, ctx.quantize = transport, route, slot_of, options.quantize
+        return data, scales, plan, route
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         if ctx.quantize:
             raise RuntimeError("ExpertParallel.dispatch: with quantize=True there is no gradient of x; detach x")
-        slot_of, home_slot_of, home_token_of_slot = ctx.saved_tensors
-        rows = ctx.transport.gather(ctx.route, grad, slot_of, "dispatch backward")
-        d_x = moe._moe_combine(rows, home_slot_of, home_token_of_slot, None, None, None, grad.dtype)
+        rows = ctx.transport.gather(ctx.route, grad, ctx.slot_of, "dispatch backward")
+        d_x = moe._moe_combine(rows, *ctx.transport.home(ctx.route), None, None, None, grad.dtype)
         return d_x, None, None, None
 
 
@@ -165,15 +150,14 @@ class _Combine(torch.autograd.Function):
         rows = transport.gather(handle.route, y, handle.slot_of, "combine")
         ctx.transport, ctx.route = transport, handle.route
         ctx.dtypes = [None if t is None else t.dtype for t in (shared, residual)]
-        ctx.save_for_backward(y, handle.slot_of, handle.token_of_slot, weights, handle.home_slot_of)
-        return moe._moe_combine(
-            rows, handle.home_slot_of, handle.home_token_of_slot, weights, shared, residual, out_dtype
-        )
+        ctx.save_for_backward(y, handle.slot_of, handle.token_of_slot, weights)
+        return moe._moe_combine(rows, *transport.home(handle.route), weights, shared, residual, out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        y, slot_of, token_of_slot, weights, home_slot_of = ctx.saved_tensors
+        y, slot_of, token_of_slot, weights = ctx.saved_tensors
+        home_slot_of, _ = ctx.transport.home(ctx.route)
         rows, factors = ctx.transport.scatter(ctx.route, [grad, weights], "combine backward")
         d_y, d_factors = moe._moe_combine_backward(rows, y, slot_of, token_of_slot, factors)
         # A pair's number returns like a row of its own: row * K + k is the slot, in which it lies.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 import weakref
@@ -134,7 +135,7 @@ class Peers:
                 epoch=self._failure.epoch,
             )
         self._phase, self._epoch = phase, epoch
-        self._sign.text = f"{epoch} {phase}"
+        self._sign.text = f"{phase!r}, epoch {epoch}"
         self._sign.calls += 1
         try:
             yield
@@ -164,10 +165,12 @@ class Peers:
             ranks, why = self._culprit()
         except RuntimeError:
             ranks, why = (), "the group's store does not answer either: the process that keeps it may be gone"
-        where = f"in {self._phase!r}, epoch {self._epoch}"
+        if self.rank in ranks:
+            why = f"the others gave this rank up: {why}"
+        cause = re.sub(r"^\[\S*\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]  # without a place in gloo
         self._failure = PeerTimeout(
-            f"ExpertParallel: rank {self.rank} waited in vain {where}: {why} "
-            f"(step_timeout {self.step_timeout:g} s; {str(error).strip().splitlines()[0][:160]})",
+            f"ExpertParallel: rank {self.rank} waited in vain in {self._phase!r}, epoch {self._epoch}: {why} "
+            f"(step_timeout {self.step_timeout:g} s; {cause})",
             phase=self._phase,
             ranks=ranks,
             epoch=self._epoch,
@@ -186,10 +189,10 @@ class Peers:
             gone = [rank for rank in others if after[rank][0] == before[rank][0]]
             late = [rank for rank in others if after[rank][1] < self._sign.calls]
             if gone:
-                found = gone, f"{_ranks(gone)} gave no sign of life, the process is gone or stopped"
+                found = gone, f"{_ranks(gone)} gave no sign of life: gone, or stopped"
             elif late:
                 at = "; ".join(f"rank {rank} at {after[rank][2] or 'no call yet'}" for rank in late)
-                found = late, f"{_ranks(late)} alive but late ({at})"
+                found = late, f"{_ranks(late)} late, though alive ({at})"
             else:
                 found = [], "all ranks are alive and at this call: their connections may be broken"
             self._store.compare_set("culprit", "", json.dumps(found))

@@ -26,11 +26,11 @@ class Route(NamedTuple):
     sent_tokens: Tensor  # int64: the token of each row that is sent, by rank, then token
     sent_rows: list[int]
     arrived_rows: list[int]
-    home_pairs: Tensor  # int64: t * K + k of each pair whose row comes back, by rank, then token, then k
+    home_slot_of: Tensor  # int32 [T, K]: which row that comes back is a pair's, -1: none
+    home_token_of_slot: Tensor  # int32: the token of each; they come back by rank, then token, then k
     home_counts: list[int]
     arrived_pairs: Tensor  # int64: row * K + k of each pair that arrived here, by row, then k
     arrived_counts: list[int]
-    shape: torch.Size  # [T, K]
 
 
 class TorchTransport:
@@ -66,11 +66,20 @@ class TorchTransport:
 
         sent_rank, sent_tokens = wanted.t().nonzero(as_tuple=True)
         home_pairs = rank.flatten().argsort(stable=True)[: sum(home_counts)]
+        home_slot_of = torch.full((rank.numel(),), -1, dtype=torch.int32, device=device)
+        home_slot_of[home_pairs] = torch.arange(len(home_pairs), dtype=torch.int32, device=device)
         experts = torch.where(rank[sent_tokens] == sent_rank[:, None], local[sent_tokens], -1).int()
         (experts,) = self._carry([experts], sent_rows, arrived_rows, "dispatch")
         arrived_pairs = (experts >= 0).flatten().nonzero()[:, 0]
         route = Route(
-            sent_tokens, sent_rows, arrived_rows, home_pairs, home_counts, arrived_pairs, arrived_counts, rank.shape
+            sent_tokens,
+            sent_rows,
+            arrived_rows,
+            home_slot_of.view(rank.shape),
+            (home_pairs // rank.shape[1]).int(),
+            home_counts,
+            arrived_pairs,
+            arrived_counts,
         )
         return route, experts, sum(arrived_counts)
 
@@ -86,10 +95,10 @@ class TorchTransport:
         return self._all_to_all(sent, route.arrived_counts, route.home_counts, phase).view(rows.dtype)
 
     def home(self, route: Route) -> tuple[Tensor, Tensor]:
-        count, (tokens, top_k) = len(route.home_pairs), route.shape
-        slot_of = torch.full((tokens * top_k,), -1, dtype=torch.int32, device=route.home_pairs.device)
-        slot_of[route.home_pairs] = torch.arange(count, dtype=torch.int32, device=slot_of.device)
-        return slot_of.view(route.shape), (route.home_pairs // max(top_k, 1)).int()
+        return route.home_slot_of, route.home_token_of_slot
+
+    def without(self, route: Route, home_slot_of: Tensor) -> Route:
+        return route._replace(home_slot_of=home_slot_of)
 
     def _carry(self, segments: list[Tensor], sent: list[int], arrived: list[int], phase: str) -> list[Tensor]:
         """Matrices of the same rows, packed into one, each at a multiple of 16 bytes."""

@@ -38,9 +38,9 @@ def checks(rank, world, folder):
 # ---- faults: what each rank saw, as text, and after how many seconds
 
 
-def layer_calls(ep, rank, calls, start=0):
+def layer_calls(ep, rank, calls):
     torch.manual_seed(rank)
-    for _ in range(start, calls):
+    for _ in range(calls):
         x = torch.randn(4, 40, requires_grad=True)
         sent = ep.dispatch(x, torch.randint(0, EXPERTS, (4, TOP_K)), torch.randn(4, TOP_K))
         out = ep.combine(sent.data, sent.handle)
@@ -48,7 +48,7 @@ def layer_calls(ep, rank, calls, start=0):
     return out
 
 
-def fault(rank, call):
+def fault(call):
     """Calls; what it raised and how long that took."""
     begin = time.monotonic()
     try:
@@ -68,7 +68,7 @@ def killed(rank, world, folder):
     layer_calls(ep, rank, 2)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    seen = [fault(rank, lambda: layer_calls(ep, rank, 1)), fault(rank, lambda: layer_calls(ep, rank, 1))]
+    seen = [fault(lambda: layer_calls(ep, rank, 1)), fault(lambda: layer_calls(ep, rank, 1))]
     begin = time.monotonic()
     ep.mask(1)
     batch, starts = make_batch("uniform", world, seed=11)
@@ -92,8 +92,8 @@ def silent(rank, world, folder):
     layer_calls(ep, rank, 2)
     if rank == 2:
         time.sleep(5)
-        return fault(rank, lambda: layer_calls(ep, rank, 1))
-    return fault(rank, lambda: layer_calls(ep, rank, 1))
+        return fault(lambda: layer_calls(ep, rank, 1))
+    return fault(lambda: layer_calls(ep, rank, 1))
 
 
 def stopped_in_backward(rank, world, folder):
@@ -105,9 +105,8 @@ def stopped_in_backward(rank, world, folder):
     out = ep.combine(sent.data, sent.handle)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    seen = fault(rank, lambda: out.sum().backward())
+    seen = fault(lambda: out.sum().backward())
     if rank == 1:
-        Path(folder, "seen").touch()
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(Path(folder, "pid0").read_text()), signal.SIGKILL)
     return seen
@@ -119,4 +118,4 @@ def absent(rank, world, folder):
     if rank == 1:
         time.sleep(2.5)
         return None
-    return fault(rank, lambda: make(init_timeout=1.0))
+    return fault(lambda: make(init_timeout=1.0))

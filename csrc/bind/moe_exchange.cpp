@@ -1,0 +1,118 @@
+#include "bind/run.h"
+#include "moe/exchange.h"
+
+namespace k2k::bind {
+
+namespace {
+
+using Peers = std::tuple<Address, Address, Address>;                    // buffers, state, error
+using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // as ExchangePlace
+// world, rank, live, half, experts, top_k, most_tokens, timeout
+using Ranks = std::tuple<int, int, uint64_t, int, int, int, int64_t, uint64_t>;
+using Rows = std::tuple<Address, int64_t, int64_t>;  // as ByteRows
+using Indices = std::tuple<Address, bool, int64_t>;  // address, int64, tokens
+
+Exchange exchange(const Peers& peers, const Place& place, const Ranks& ranks) {
+    Exchange x;
+    x.peers = pointer<uint8_t* const>(std::get<0>(peers));
+    x.state = pointer<ExchangeState>(std::get<1>(peers));
+    x.error = pointer<ExchangeError>(std::get<2>(peers));
+    std::tie(x.at.flags, x.at.abort, x.at.numbers, x.at.rows, x.at.pitch) = place;
+    std::tie(x.world, x.rank, x.live, x.half, x.experts, x.top_k, x.most_tokens, x.timeout) = ranks;
+    return x;
+}
+
+ByteRows byte_rows(const Rows& rows) {
+    const auto [values, row_stride, bytes] = rows;
+    return {pointer<const uint8_t>(values), row_stride, bytes};
+}
+
+long moe_scatter(const Peers& peers,
+                 const Place& place,
+                 const Ranks& ranks,
+                 const Rows& first,
+                 const Rows& second,
+                 int64_t second_at,
+                 const Indices& indices,
+                 unsigned blocks,
+                 int device,
+                 Address stream) {
+    MoeScatterParams p;
+    p.exchange = exchange(peers, place, ranks);
+    p.parts[0] = byte_rows(first);
+    p.parts[1] = byte_rows(second);
+    p.second = second_at;
+    p.indices = pointer<const void>(std::get<0>(indices));
+    p.wide_indices = std::get<1>(indices);
+    p.tokens = std::get<2>(indices);
+    return run(device, [&] { launch_moe_scatter(p, blocks, pointer<void>(stream)); });
+}
+
+long moe_scatter_wait(const Peers& peers,
+                      const Place& place,
+                      const Ranks& ranks,
+                      Address experts,
+                      int device,
+                      Address stream) {
+    MoeScatterWaitParams p;
+    p.exchange = exchange(peers, place, ranks);
+    p.experts = pointer<int32_t>(experts);
+    return run(device, [&] { launch_moe_scatter_wait(p, pointer<void>(stream)); });
+}
+
+long moe_gather(const Peers& peers,
+                const Place& place,
+                const Ranks& ranks,
+                const Rows& rows,
+                Address experts,
+                Address slot_of,
+                unsigned blocks,
+                int device,
+                Address stream) {
+    MoeGatherParams p;
+    p.exchange = exchange(peers, place, ranks);
+    p.rows = byte_rows(rows);
+    p.experts = pointer<const int32_t>(experts);
+    p.slot_of = pointer<const int32_t>(slot_of);
+    return run(device, [&] { launch_moe_gather(p, blocks, pointer<void>(stream)); });
+}
+
+long moe_gather_wait(const Peers& peers,
+                     const Place& place,
+                     const Ranks& ranks,
+                     const Indices& indices,
+                     Address weights,
+                     Address slot_of,
+                     Address poison_weights,
+                     int device,
+                     Address stream) {
+    MoeGatherWaitParams p;
+    p.exchange = exchange(peers, place, ranks);
+    p.indices = pointer<const void>(std::get<0>(indices));
+    p.wide_indices = std::get<1>(indices);
+    p.tokens = std::get<2>(indices);
+    p.weights = pointer<const float>(weights);
+    p.slot_of = pointer<int32_t>(slot_of);
+    p.poison_weights = pointer<float>(poison_weights);
+    return run(device, [&] { launch_moe_gather_wait(p, pointer<void>(stream)); });
+}
+
+const char* const kSeeExchange = "See csrc/moe/exchange.h; returns the number of kernels started.";
+
+}  // namespace
+
+void bind_moe_exchange(py::module_& m) {
+    m.def("moe_scatter", &moe_scatter, py::arg("peers"), py::arg("place"), py::arg("ranks"),
+          py::arg("first"), py::arg("second"), py::arg("second_at"), py::arg("indices"),
+          py::arg("blocks"), py::arg("device"), py::arg("stream"), kSeeExchange);
+    m.def("moe_scatter_wait", &moe_scatter_wait, py::arg("peers"), py::arg("place"),
+          py::arg("ranks"), py::arg("experts"), py::arg("device"), py::arg("stream"), kSeeExchange);
+    m.def("moe_gather", &moe_gather, py::arg("peers"), py::arg("place"), py::arg("ranks"),
+          py::arg("rows"), py::arg("experts"), py::arg("slot_of"), py::arg("blocks"),
+          py::arg("device"), py::arg("stream"), kSeeExchange);
+    m.def("moe_gather_wait", &moe_gather_wait, py::arg("peers"), py::arg("place"), py::arg("ranks"),
+          py::arg("indices"), py::arg("weights"), py::arg("slot_of"), py::arg("poison_weights"),
+          py::arg("device"), py::arg("stream"), kSeeExchange);
+}
+
+}  // namespace k2k::bind

@@ -1,0 +1,107 @@
+#pragma once
+
+// What the kernels are told that carry rows between ranks. Every rank has a buffer of the same
+// layout, which all ranks can write: over NVLink, or of one process. -1 stands for "none".
+
+#include "common/dtypes.h"
+
+namespace k2k {
+
+constexpr int kMostRanks = 64;  // a bit for each
+constexpr int kExchangeThreads = 256;
+constexpr int kExchangeWarps = kExchangeThreads / 32;
+// A warp moves 2 KiB of a row: 64 bytes a thread, of four loads that are on their way at once.
+constexpr int kExchangeVectors = 4;
+constexpr int kExchangeBytes = kExchangeVectors * 512;
+constexpr int kFlagBytes = 128;  // flags lie in lines of their own
+
+// Kinds of exchange; each counts its epochs.
+enum ExchangeKind : int { kScatter = 0, kGather = 1 };
+
+// This rank's own: epochs that were sent, and blocks that have sent their part.
+struct ExchangeState {
+    uint32_t epoch[2];
+    uint32_t done[2];
+};
+
+enum ExchangeFault : uint32_t {
+    kNoFault = 0,
+    kPeerSilent = 1,   // who: the rank that did not come
+    kPeerAborted = 2,  // who: the rank that another one missed
+    kBadIndex = 3,     // who: the token; number: the index
+    kBadHalf = 4,      // a graph was recorded with an odd number of exchanges
+};
+
+// The first thing that went wrong here; the host reads it.
+struct ExchangeError {
+    uint32_t claimed, kind, who, number;
+    uint32_t fault;  // written last
+};
+
+// Where things lie in each rank's buffer, in bytes, for this kind and half.
+struct ExchangePlace {
+    int64_t flags;    // uint64 {epoch : 32, rows : 32} of each rank, kFlagBytes apart
+    int64_t abort;    // uint64 {epoch : 32, missed rank + 1 : 32}
+    int64_t numbers;  // scatter: int32 [world, most_tokens, top_k], local experts
+                      // gather: int32 [most_tokens, top_k], the row that returned for a pair
+    int64_t rows;     // scatter: [world, most_tokens] rows; gather: [most_tokens, top_k] rows
+    int64_t pitch;    // bytes from row to row, a multiple of 16
+};
+
+struct Exchange {
+    uint8_t* const* peers;  // [world]: where each rank's buffer begins, as seen from this rank
+    ExchangeState* state;
+    ExchangeError* error;
+    ExchangePlace at;
+    int world, rank;
+    uint64_t live;  // a bit for each rank that takes part
+    int half;       // epoch % 2, as the host counts
+    int experts, top_k;
+    int64_t most_tokens;
+    uint64_t timeout;  // nanoseconds
+};
+
+// A matrix of bytes whose rows are carried.
+struct ByteRows {
+    const uint8_t* values;
+    int64_t row_stride, bytes;
+};
+
+struct MoeScatterParams {
+    Exchange exchange;
+    ByteRows parts[2];  // [tokens, bytes]; the second begins in a row at `second`, or is empty
+    int64_t second;
+    const void* indices;  // [tokens, top_k], contiguous: int32, or int64
+    bool wide_indices;
+    int64_t tokens;
+};
+
+struct MoeScatterWaitParams {
+    Exchange exchange;
+    int32_t* experts;  // [world, most_tokens, top_k]: the local expert of each pair, or -1
+};
+
+struct MoeGatherParams {
+    Exchange exchange;
+    ByteRows rows;           // [slots, bytes]
+    const int32_t* experts;  // [world, most_tokens, top_k]
+    const int32_t* slot_of;  // the same; -1: no room
+};
+
+struct MoeGatherWaitParams {
+    Exchange exchange;
+    const void* indices;
+    bool wide_indices;
+    int64_t tokens;
+    const float* weights;   // [tokens, top_k], or null: ones
+    int32_t* slot_of;       // [tokens, top_k]: the returned row of each pair, or -1
+    float* poison_weights;  // the weights, NaN for pairs whose rank did not answer
+};
+
+// Each starts one kernel on `stream`, of the current device. `blocks`: at most so many send.
+void launch_moe_scatter(const MoeScatterParams& params, unsigned blocks, void* stream);
+void launch_moe_scatter_wait(const MoeScatterWaitParams& params, void* stream);
+void launch_moe_gather(const MoeGatherParams& params, unsigned blocks, void* stream);
+void launch_moe_gather_wait(const MoeGatherWaitParams& params, void* stream);
+
+}  // namespace k2k

@@ -1,0 +1,303 @@
+#pragma once
+
+// Rows between ranks, written by their sender into buffers of their receivers.
+//
+// Scatter   token t of rank s goes once to every rank that has one of its experts: row
+//           (s, t) there. Every rank is told of every token, for each k, the local expert or -1.
+// Gather    slot s of pair (t, k) of rank r goes back to row (t, k) there. A row that no token is
+//           in says for each k whether there is one (a pair may have had no room).
+//
+// Row places are the token's own: nothing is counted or drawn before rows are written, and what
+// arrives is in the order of ranks and tokens, whoever was first.
+//
+// Send      blocks walk over tasks: 2 KiB of a row for a warp, loaded once, stored to each of its
+//           ranks. A block that has done its part counts itself; the last one sets the flag
+//           {epoch, rows} on every rank, release at system scope.
+// Wait      a kernel of its own, so that work may lie between: a block for each rank. One thread
+//           polls (acquire at system scope) until the flag has this epoch, or the time is over, or
+//           another rank gave up; then the block copies what it was told out of the buffer. Rows
+//           stay, for the kernels that follow on the stream.
+// Epochs    count up in device memory; a flag is compared for equality and never cleared. Flags
+//           and rows have two halves, used in turns: a rank sends epoch e + 2 after it has seen
+//           everybody's flag e + 1, which everybody sends, on its stream, after having used what
+//           epoch e brought. So nobody waits before sending.
+// Faults    a wait that ends without its flag says so in the error record, tells all ranks, and
+//           hands on "no rows" (scatter) or weights that are NaN (gather). Nothing traps.
+//
+// Order     data | sync_block | thread 0: fence, count (acq_rel)        of each block
+//           last count (acq_rel) | flag (release)                       of the last block
+//           flag (acquire) by thread 0 | sync_block | told numbers      of a waiting block
+// Limits    64 ranks, top-32. Rows that do not begin on 16 bytes are read byte by byte.
+
+#include "arch/control.cuh"
+#include "arch/fence.cuh"
+#include "arch/ldst.cuh"
+#include "arch/smem.cuh"
+#include "arch/warp.cuh"
+#include "common/math.h"
+#include "moe/exchange.h"
+#include "tile/sixteen.cuh"
+
+namespace k2k {
+
+// Rank and number there of an expert: as many for each rank, one more for the first ones.
+struct ExpertPlace {
+    int rank, number;
+};
+
+K2K_DEVICE ExpertPlace place_of(const Exchange& x, int64_t index) {
+    if (index < 0 || index >= x.experts) return {-1, -1};
+    const int expert = static_cast<int>(index);
+    const int each = x.experts / x.world, more = x.experts % x.world;
+    const int in_larger = more * (each + 1);
+    ExpertPlace place;
+    if (expert < in_larger) {
+        place = {expert / (each + 1), expert % (each + 1)};
+    } else {
+        place = {more + (expert - in_larger) / each, (expert - in_larger) % each};
+    }
+    return x.live >> place.rank & 1 ? place : ExpertPlace{-1, -1};
+}
+
+K2K_DEVICE int64_t index_at(const void* indices, bool wide, int64_t pair) {
+    return wide ? static_cast<const int64_t*>(indices)[pair]
+                : static_cast<const int32_t*>(indices)[pair];
+}
+
+template <class T>
+K2K_DEVICE T* in_buffer(const Exchange& x, int rank, int64_t offset) {
+    return reinterpret_cast<T*>(x.peers[rank] + offset);
+}
+
+K2K_DEVICE uint64_t* flag_of(const Exchange& x, int there, int source) {
+    return in_buffer<uint64_t>(x, there, x.at.flags + int64_t(source) * kFlagBytes);
+}
+
+// Only the first thing that goes wrong is kept.
+K2K_DEVICE void record(const Exchange& x,
+                       ExchangeKind kind,
+                       ExchangeFault fault,
+                       uint32_t who,
+                       uint32_t number K2K_WHERE) {
+    if (arch::atomic_cas<arch::Scope::kSystem>(&x.error->claimed, 0, 1 K2K_PASS_WHERE) != 0) return;
+    x.error->kind = kind;
+    x.error->who = who;
+    x.error->number = number;
+    arch::store_release<arch::Scope::kSystem>(&x.error->fault, uint32_t(fault) K2K_PASS_WHERE);
+}
+
+// The number of this exchange; 0 if the host, or the graph it recorded, has lost count.
+K2K_DEVICE uint32_t next_epoch(const Exchange& x, ExchangeKind kind) {
+    const uint32_t epoch = x.state->epoch[kind] + 1;
+    return int(epoch % 2) == x.half ? epoch : 0;
+}
+
+// This warp's 2 KiB of a row, from `column` on.
+struct RowPiece {
+    tile::Sixteen<uint8_t> vectors[kExchangeVectors];
+};
+
+K2K_DEVICE RowPiece load_piece(const uint8_t* row, int64_t column, int64_t bytes K2K_WHERE) {
+    RowPiece piece;
+    K2K_UNROLL
+    for (int i = 0; i < kExchangeVectors; ++i) {
+        const int64_t first = column + i * 512 + arch::lane_id() * 16;
+        if (first < bytes) piece.vectors[i] = tile::load_sixteen(row, first, bytes K2K_PASS_WHERE);
+    }
+    return piece;
+}
+
+K2K_DEVICE void store_piece(uint8_t* row,
+                            int64_t column,
+                            int64_t bytes,
+                            const RowPiece& piece K2K_WHERE) {
+    K2K_UNROLL
+    for (int i = 0; i < kExchangeVectors; ++i) {
+        const int64_t first = column + i * 512 + arch::lane_id() * 16;
+        if (first < bytes) tile::store_sixteen(row, first, bytes, piece.vectors[i] K2K_PASS_WHERE);
+    }
+}
+
+// The last block to come here sets this rank's flag everywhere.
+K2K_DEVICE void finish_sending(const Exchange& x,
+                               ExchangeKind kind,
+                               uint32_t epoch,
+                               int64_t rows K2K_WHERE) {
+    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    if (threadIdx.x != 0) return;
+    arch::fence_acq_rel<arch::Scope::kSystem>(K2K_PASS_WHERE_ONLY);
+    const uint32_t before =
+        arch::atomic_add_acq_rel<arch::Scope::kGpu>(&x.state->done[kind], 1 K2K_PASS_WHERE);
+    if (before != gridDim.x - 1) return;
+    x.state->done[kind] = 0;
+    x.state->epoch[kind] = epoch;
+    const uint64_t flag = uint64_t(epoch) << 32 | static_cast<uint32_t>(rows);
+    for (int rank = 0; rank < x.world; ++rank) {
+        if (!(x.live >> rank & 1)) continue;
+        arch::store_release<arch::Scope::kSystem>(flag_of(x, rank, x.rank), flag K2K_PASS_WHERE);
+    }
+}
+
+// How many rows `source` announces for this epoch; -1 if it does not. One thread calls it.
+K2K_DEVICE int64_t await_flag(const Exchange& x, ExchangeKind kind, int source K2K_WHERE) {
+    const uint32_t epoch = x.state->epoch[kind];  // the send before this has counted
+    const uint64_t* flag = flag_of(x, x.rank, source);
+    const uint64_t* abort = in_buffer<uint64_t>(x, x.rank, x.at.abort);
+    const uint64_t begin = arch::globaltimer();
+    for (;;) {
+        const uint64_t word = arch::load_acquire<arch::Scope::kSystem>(flag K2K_PASS_WHERE);
+        if (word >> 32 == epoch) return static_cast<uint32_t>(word);
+        const uint64_t missed = arch::load_acquire<arch::Scope::kSystem>(abort K2K_PASS_WHERE);
+        if (missed != 0) {
+            record(x, kind, kPeerAborted, static_cast<uint32_t>(missed) - 1, epoch K2K_PASS_WHERE);
+            return -1;
+        }
+        if (arch::globaltimer() - begin > x.timeout) break;
+        arch::nanosleep(100 K2K_PASS_WHERE);
+    }
+    record(x, kind, kPeerSilent, source, epoch K2K_PASS_WHERE);
+    for (int rank = 0; rank < x.world; ++rank) {
+        if (rank == source || !(x.live >> rank & 1)) continue;
+        arch::store_release<arch::Scope::kSystem>(in_buffer<uint64_t>(x, rank, x.at.abort),
+                                                  uint64_t(epoch) << 32 | (source + 1)
+                                                      K2K_PASS_WHERE);
+    }
+    return -1;
+}
+
+K2K_DEVICE int64_t pieces_of(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeBytes); }
+
+__global__ void __launch_bounds__(kExchangeThreads)
+    moe_scatter_kernel(const __grid_constant__ MoeScatterParams p) {
+    const Exchange& x = p.exchange;
+    const int lane = arch::lane_id();
+    const uint32_t epoch = next_epoch(x, kScatter);
+    if (epoch == 0) {
+        if (threadIdx.x == 0) record(x, kScatter, kBadHalf, x.rank, x.state->epoch[kScatter] + 1);
+        return;
+    }
+    const int64_t first_pieces = pieces_of(p.parts[0]);
+    const int64_t pieces = first_pieces + pieces_of(p.parts[1]);
+
+    for (int64_t task = int64_t(blockIdx.x) * kExchangeWarps + arch::warp_id();
+         task < p.tokens * pieces; task += int64_t(gridDim.x) * kExchangeWarps) {
+        const int64_t token = task / pieces, piece = task - token * pieces;
+        const bool second = piece >= first_pieces;
+        const ByteRows& part = p.parts[second];
+        const int64_t column = (second ? piece - first_pieces : piece) * kExchangeBytes;
+        const RowPiece values = load_piece(part.values + token * part.row_stride, column, part.bytes);
+
+        ExpertPlace place = {-1, -1};
+        if (lane < x.top_k) {
+            const int64_t index = index_at(p.indices, p.wide_indices, token * x.top_k + lane);
+            place = place_of(x, index);
+            if ((index < -1 || index >= x.experts) && piece == 0) {
+                record(x, kScatter, kBadIndex, static_cast<uint32_t>(token),
+                       static_cast<uint32_t>(index));
+            }
+        }
+        const int64_t row = x.rank * x.most_tokens + token;
+        if (piece == 0) {
+            for (int rank = 0; rank < x.world; ++rank) {
+                if (!(x.live >> rank & 1) || lane >= x.top_k) continue;
+                int32_t* numbers = in_buffer<int32_t>(x, rank, x.at.numbers);
+                numbers[row * x.top_k + lane] = place.rank == rank ? place.number : -1;
+            }
+        }
+        // The first of the lanes whose experts are on one rank stands for all of them.
+        const uint32_t mates = arch::match_any(static_cast<uint32_t>(place.rank));
+        const bool leads = place.rank >= 0 && (mates & ((1u << lane) - 1)) == 0;
+        const uint32_t leaders = arch::ballot(leads);
+        for (int k = 0; k < x.top_k; ++k) {
+            const int rank = arch::shuffle(place.rank, k);
+            if (!(leaders >> k & 1)) continue;
+            uint8_t* target = in_buffer<uint8_t>(x, rank, x.at.rows + row * x.at.pitch);
+            store_piece(target + (second ? p.second : 0), column, part.bytes, values);
+        }
+    }
+    finish_sending(x, kScatter, epoch, p.tokens);
+}
+
+struct Announced {
+    int64_t rows;
+};
+
+// A block for each rank.
+__global__ void __launch_bounds__(kExchangeThreads)
+    moe_scatter_wait_kernel(const __grid_constant__ MoeScatterWaitParams p) {
+    auto& smem = arch::shared_storage<Announced>();
+    const Exchange& x = p.exchange;
+    const int source = blockIdx.x;
+    if (threadIdx.x == 0) {
+        smem.rows = x.live >> source & 1 ? await_flag(x, kScatter, source) : 0;
+    }
+    arch::sync_block();
+    const int64_t first = source * x.most_tokens * x.top_k;
+    const int64_t told = (smem.rows < x.most_tokens ? smem.rows : x.most_tokens) * x.top_k;
+    const int32_t* numbers = in_buffer<int32_t>(x, x.rank, x.at.numbers) + first;
+    for (int64_t i = threadIdx.x; i < x.most_tokens * x.top_k; i += kExchangeThreads) {
+        p.experts[first + i] = i < told ? numbers[i] : -1;
+    }
+}
+
+__global__ void __launch_bounds__(kExchangeThreads)
+    moe_gather_kernel(const __grid_constant__ MoeGatherParams p) {
+    const Exchange& x = p.exchange;
+    const int lane = arch::lane_id();
+    const uint32_t epoch = next_epoch(x, kGather);
+    if (epoch == 0) {
+        if (threadIdx.x == 0) record(x, kGather, kBadHalf, x.rank, x.state->epoch[kGather] + 1);
+        return;
+    }
+    const int64_t pieces = pieces_of(p.rows);
+
+    for (int64_t task = int64_t(blockIdx.x) * kExchangeWarps + arch::warp_id();
+         task < x.world * x.most_tokens * pieces; task += int64_t(gridDim.x) * kExchangeWarps) {
+        const int64_t row = task / pieces, piece = task - row * pieces;
+        const int home = static_cast<int>(row / x.most_tokens);
+        const int64_t token = row - home * x.most_tokens;
+        if (!(x.live >> home & 1)) continue;
+        int32_t slot = -1;
+        if (lane < x.top_k && p.experts[row * x.top_k + lane] >= 0) {
+            const int64_t pair = token * x.top_k + lane;
+            slot = p.slot_of[row * x.top_k + lane];
+            if (piece == 0) {
+                int32_t* numbers = in_buffer<int32_t>(x, home, x.at.numbers);
+                numbers[pair] = slot >= 0 ? static_cast<int32_t>(pair) : -1;
+            }
+        }
+        const int64_t column = piece * kExchangeBytes;
+        uint8_t* target =
+            in_buffer<uint8_t>(x, home, x.at.rows + token * x.top_k * x.at.pitch);
+        for (int k = 0; k < x.top_k; ++k) {
+            const int64_t from = arch::shuffle(slot, k);
+            if (from < 0) continue;
+            const uint8_t* source = p.rows.values + from * p.rows.row_stride;
+            const RowPiece values = load_piece(source, column, p.rows.bytes);
+            store_piece(target + k * x.at.pitch, column, p.rows.bytes, values);
+        }
+    }
+    finish_sending(x, kGather, epoch, 0);
+}
+
+// A block for each rank: the pairs of this rank's tokens whose experts are there.
+__global__ void __launch_bounds__(kExchangeThreads)
+    moe_gather_wait_kernel(const __grid_constant__ MoeGatherWaitParams p) {
+    auto& smem = arch::shared_storage<Announced>();
+    const Exchange& x = p.exchange;
+    const int source = blockIdx.x;
+    if (!(x.live >> source & 1)) return;
+    if (threadIdx.x == 0) smem.rows = await_flag(x, kGather, source);
+    arch::sync_block();
+    const bool came = smem.rows >= 0;
+    const int32_t* numbers = in_buffer<int32_t>(x, x.rank, x.at.numbers);
+    for (int64_t pair = threadIdx.x; pair < p.tokens * x.top_k; pair += kExchangeThreads) {
+        const int rank = place_of(x, index_at(p.indices, p.wide_indices, pair)).rank;
+        if (rank != source && !(rank < 0 && source == x.rank)) continue;
+        p.slot_of[pair] = rank < 0 ? -1 : came ? numbers[pair] : static_cast<int32_t>(pair);
+        const float weight = p.weights == nullptr ? 1.0f : p.weights[pair];
+        p.poison_weights[pair] = came ? weight : soft::bits_float(0x7fc00000);
+    }
+}
+
+}  // namespace k2k

@@ -1,0 +1,55 @@
+#include "common/launch.h"
+#include "moe/kernel_exchange.cuh"
+
+namespace k2k {
+
+namespace {
+
+void check(const Exchange& x) {
+    if (x.world < 1 || x.world > kMostRanks || x.top_k < 0 || x.top_k > 32 ||
+        x.experts < x.world) {
+        throw Error("k2kernels: exchanges take 1 to 64 ranks, each with an expert, and top-32");
+    }
+}
+
+LaunchShape blocks_for(int64_t tasks, unsigned most, void* stream) {
+    const int64_t wanted = ceil_div(tasks, kExchangeWarps);
+    const int64_t blocks = wanted < 1 ? 1 : wanted < most ? wanted : most;
+    LaunchShape shape{static_cast<unsigned>(blocks), kExchangeThreads};
+    shape.stream = stream;
+    return shape;
+}
+
+LaunchShape block_for_each_rank(const Exchange& x, void* stream) {
+    LaunchShape shape{static_cast<unsigned>(x.world), kExchangeThreads};
+    shape.stream = stream;
+    return shape;
+}
+
+int64_t pieces(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeBytes); }
+
+}  // namespace
+
+void launch_moe_scatter(const MoeScatterParams& p, unsigned blocks, void* stream) {
+    check(p.exchange);
+    const int64_t tasks = p.tokens * (pieces(p.parts[0]) + pieces(p.parts[1]));
+    launch<moe_scatter_kernel>(blocks_for(tasks, blocks, stream), p);
+}
+
+void launch_moe_scatter_wait(const MoeScatterWaitParams& p, void* stream) {
+    check(p.exchange);
+    launch<moe_scatter_wait_kernel, sizeof(Announced)>(block_for_each_rank(p.exchange, stream), p);
+}
+
+void launch_moe_gather(const MoeGatherParams& p, unsigned blocks, void* stream) {
+    check(p.exchange);
+    const int64_t tasks = p.exchange.world * p.exchange.most_tokens * pieces(p.rows);
+    launch<moe_gather_kernel>(blocks_for(tasks, blocks, stream), p);
+}
+
+void launch_moe_gather_wait(const MoeGatherWaitParams& p, void* stream) {
+    check(p.exchange);
+    launch<moe_gather_wait_kernel, sizeof(Announced)>(block_for_each_rank(p.exchange, stream), p);
+}
+
+}  // namespace k2k
