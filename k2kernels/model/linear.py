@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from k2kernels.ops.fp8_gemm import fp8_gemm, fp8_linear
+from k2kernels.ops.fp8_gemm import fp8_gemm, fp8_gemm_swiglu, fp8_linear
 from k2kernels.ops.quant import dequantize, quantize_1x128
 
 BLOCK = 128  # rows and columns that share one scale
@@ -65,7 +65,11 @@ class Fp8Linear(nn.Module):
         self.weight_scale_inv = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(*quantize_1x128(x.flatten(0, -2), scale_layout="column"), x)
+        return self.product(*_quantized(x), x)
+
+    def swiglu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of silu(gate) * up, where the first half of `forward` is gate; for another's `product`."""
+        return fp8_gemm_swiglu(*_quantized(x), self.weight, self.weight_scale_inv, scale_layout="column")
 
     def product(self, data: Tensor, scales: Tensor, like: Tensor) -> Tensor:
         """`forward` of codes and scales; the result has `like`'s leading axes and dtype."""
@@ -75,3 +79,7 @@ class Fp8Linear(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""
         return dequantize(self.weight, self.weight_scale_inv, block=(BLOCK, BLOCK), dtype=dtype)
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_1x128(x.flatten(0, -2), scale_layout="column")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from k2kernels.model.config import K2Config
 from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
 from k2kernels.ops.moe import moe_mlp, moe_route, moe_sequence_loss, moe_update_bias
-from k2kernels.ops.quant import swiglu, swiglu_quantize
+from k2kernels.ops.quant import swiglu
 from k2kernels.reference._numeric import wide
 
 
@@ -29,10 +29,9 @@ class Mlp(nn.Module):
         self.down_proj = Linear(intermediate, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj(x)
-        if isinstance(self.down_proj, Fp8Linear):  # quantised as it is made, without a rounding in between
-            return self.down_proj.product(*swiglu_quantize(gate_up.flatten(0, -2), scale_layout="column"), x)
-        return self.down_proj(swiglu(gate_up))
+        if isinstance(self.gate_up_proj, Fp8Linear) and isinstance(self.down_proj, Fp8Linear):
+            return self.down_proj.product(*self.gate_up_proj.swiglu(x), x)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class Router(Float32Buffers):

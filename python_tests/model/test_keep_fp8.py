@@ -1,6 +1,7 @@
 """A checkpoint kept in FP8: the FP8 GEMMs serve every linear layer and expert, in the emulator by their kernels."""
 
 import collections
+import contextlib
 import json
 
 import checkpoints
@@ -61,19 +62,21 @@ def test_prefill_runs_through_the_fp8_gemms(model):
     with Log() as log:
         model(ids)
     layers = DENSE + EXPERTS
-    # five of attention, two of a dense MLP or of the shared expert; q, kv, o and gate_up quantise their inputs
-    assert log.calls["fp8_gemm"] == 7 * layers and log.calls["quantize_1x128"] == 6 * layers
-    assert log.calls["grouped_fp8_gemm"] == 2 * EXPERTS and log.calls["moe_dispatch_quantize"] == EXPERTS
-    assert log.calls["swiglu_quantize"] == layers + EXPERTS and log.calls["swiglu"] == 0
+    # five of attention and two of a dense MLP or of the shared expert; q, kv, o and gate_up quantise their inputs
+    assert log.calls["fp8_gemm"] == 6 * layers and log.calls["quantize_1x128"] == 6 * layers
+    assert log.calls["grouped_fp8_gemm"] == EXPERTS and log.calls["moe_dispatch_quantize"] == EXPERTS
+    assert log.calls["fp8_gemm_swiglu"] == layers and log.calls["grouped_fp8_gemm_swiglu"] == EXPERTS
+    assert log.calls["swiglu"] == log.calls["swiglu_quantize"] == 0
     assert log.calls["torch"] == EXPERTS + 1  # routers and head
     assert log.calls["dequantize"] == log.calls["grouped_gemm"] == 0
 
 
 DECODING = dict(
     quantize_1x128=5 * 3,
-    fp8_gemm=6 * 3,
-    grouped_fp8_gemm=2 * EXPERTS,
-    swiglu_quantize=3 + EXPERTS,
+    fp8_gemm=5 * 3,
+    fp8_gemm_swiglu=3,
+    grouped_fp8_gemm=EXPERTS,
+    grouped_fp8_gemm_swiglu=EXPERTS,
     moe_route=EXPERTS,
     moe_dispatch_quantize=EXPERTS,
     moe_combine=EXPERTS,
@@ -91,7 +94,8 @@ def decode(model, ids, context):
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch, seed", [("sm_80", 2), ("sm_90a", 3)])
-def test_decoding_runs_through_the_fp8_kernels(model, arch, seed):
+def test_decoding_runs_through_the_fp8_kernels(path, model, arch, seed):
+    torch.manual_seed(0)
     ids = torch.randint(0, 128, (3, max(LENGTHS)))
     log = Log()
     want = decode(model, ids, log)
@@ -102,4 +106,6 @@ def test_decoding_runs_through_the_fp8_kernels(model, arch, seed):
     got = decode(model, ids, k2kernels.emulated(arch, seed=seed))
     launched = {op: k2kernels.launch_count(op) - before[op] for op in DECODING}
     assert launched == DECODING
-    assert cos_diff(got, want) < 1e-3
+    # Both differ from products in float32 by what FP8 codes cost, each by roundings of its own.
+    exact = decode(K2Model.from_pretrained(path, dtype=torch.float32, progress=False), ids, contextlib.nullcontext())
+    assert cos_diff(got, exact) < 2 * cos_diff(want, exact) < 0.1
