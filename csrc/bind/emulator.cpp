@@ -52,6 +52,9 @@ void bind_runtime(py::module_& m) {
         .def("begin", &Together::begin)
         .def("run", &Together::run)
         .def("forget", &Together::forget);
+    m.def(
+        "sum_fp8_as_hopper", [](bool on) { emulator::options().hopper_fp8 = on; }, py::arg("on"),
+        "Whether wgmma rounds e4m3 sums as H100 does in this thread's launches from now on.");
     m.def("counters", &counters, "Of this thread's launches so far.");
     m.def(
         "allocate",
