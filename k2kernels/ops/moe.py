@@ -14,8 +14,8 @@ from torch import Tensor
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_groups
 from k2kernels.ops._launch import TYPES, address, chip, launch, matrices
 from k2kernels.ops._register import register
-from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm, grouped_fp8_linear
-from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu, swiglu_quantize
+from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm, grouped_fp8_gemm_swiglu, grouped_fp8_linear
+from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu
 from k2kernels.reference import moe as reference
 from k2kernels.reference._numeric import wide_dtype
 
@@ -388,8 +388,7 @@ def moe_mlp(
     data, scales, offsets, counts, handle = dispatched
     groups = dict(offsets=offsets, counts=counts)
     if codes:
-        pre = grouped_fp8_gemm(data, scales, gate_up, gate_up_scales, out_dtype=x.dtype, **groups)
-        inner, inner_scales = swiglu_quantize(pre, **scaling, **groups)
+        inner, inner_scales = grouped_fp8_gemm_swiglu(data, scales, gate_up, gate_up_scales, **scaling, **groups)
         y = grouped_fp8_gemm(inner, inner_scales, down, down_scales, out_dtype=x.dtype, **groups)
     elif fp8:
         groups |= dict(alignment=alignment, power_of_two=power_of_two)
