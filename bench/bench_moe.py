@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2kernels.ops.fp8_gemm import grouped_fp8_gemm
+from k2kernels.ops.fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_swiglu
 from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_mlp, moe_route
-from k2kernels.ops.quant import quantize_128x128, swiglu, swiglu_quantize
+from k2kernels.ops.quant import quantize_128x128, swiglu
 from k2kernels.testing.bench import Case
 from k2kernels.testing.inputs import KIMI_K2
 
@@ -246,7 +246,10 @@ class Rank(NamedTuple):
 RANK = Rank()
 LAYER_TOKENS = (1, 16, 128, 1024, 8192)
 INPUTS = "x logits gate_up down routing dispatched data pre inner inner_scales y".split()  # of the stages
-STAGES = ("route", "dispatch", "gate_up", "swiglu", "down", "combine")
+STAGES = {  # SwiGLU is part of the first FP8 product
+    "bf16": ("route", "dispatch", "gate_up", "swiglu", "down", "combine"),
+    "fp8": ("route", "dispatch", "gate_up", "down", "combine"),
+}
 
 
 @functools.cache
@@ -337,6 +340,7 @@ def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
     activation = 1 + 4 / 128 if fp8 else 2  # bytes
     product = 2 * slots * hidden * wide
     weights, hit = hidden * wide, rank.hit(tokens)
+    result = wide * activation if fp8 else 4 * wide  # of the first product, bytes a row
 
     def make(device):
         x, logits = (
@@ -346,25 +350,26 @@ def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
         gate_up, down = expert_weights(rank, kind, device)
         routing = moe_route(logits, top_k=rank.top_k, scale=SCALE)
         dispatched = dispatch(x, routing)
-        pre = multiply(dispatched.data, dispatched.scales, gate_up, dispatched)
-        inner = activate(pre, dispatched)
-        y = multiply(*inner, down, dispatched)
-        return x, logits, gate_up, down, routing, dispatched, dispatched.data, pre, *inner, y
+        pre = first(dispatched, gate_up)
+        inner, scales = pre if fp8 else (swiglu(pre), None)
+        y = second(inner, scales, down, dispatched)
+        return x, logits, gate_up, down, routing, dispatched, dispatched.data, pre, inner, scales, y
 
     def dispatch(x, routing):
         options = dict(quantize=True, scale_layout="column") if fp8 else {}
         return moe_dispatch(x, routing.indices, routing.weights, num_experts=rank.experts, **options)
 
-    def multiply(rows, scales, weights, d):
+    def first(d, weights):
+        groups = dict(offsets=d.offsets, counts=d.counts)
         if fp8:
-            options = dict(offsets=d.offsets, counts=d.counts, out_dtype=torch.bfloat16)
-            return grouped_fp8_gemm(rows, scales, *weights, **options)
-        return torch.ops.k2kernels.grouped_gemm(rows, weights, d.offsets, d.counts)
+            return grouped_fp8_gemm_swiglu(d.data, d.scales, *weights, scale_layout="column", **groups)
+        return torch.ops.k2kernels.grouped_gemm(d.data, weights, *groups.values())
 
-    def activate(pre, d):
+    def second(inner, scales, weights, d):
+        groups = dict(offsets=d.offsets, counts=d.counts)
         if fp8:
-            return swiglu_quantize(pre, scale_layout="column", offsets=d.offsets, counts=d.counts)
-        return swiglu(pre), None
+            return grouped_fp8_gemm(inner, scales, *weights, out_dtype=torch.bfloat16, **groups)
+        return torch.ops.k2kernels.grouped_gemm(inner, weights, *groups.values())
 
     def of(function, *names):
         """A body that is given the whole set of inputs."""
@@ -377,20 +382,20 @@ def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
     bodies = {
         "route": of(lambda logits: moe_route(logits, top_k=rank.top_k, scale=SCALE), "logits"),
         "dispatch": of(dispatch, "x", "routing"),
-        "gate_up": of(lambda d, w: multiply(d.data, d.scales, w, d), "dispatched", "gate_up"),
-        "swiglu": of(activate, "pre", "dispatched"),
-        "down": of(multiply, "inner", "inner_scales", "down", "dispatched"),
+        "gate_up": of(first, "dispatched", "gate_up"),
+        "swiglu": of(swiglu, "pre"),
+        "down": of(second, "inner", "inner_scales", "down", "dispatched"),
         "combine": of(lambda y, d: moe_combine(y, d.handle), "y", "dispatched"),
     }
     sizes = {  # bytes, FLOPs
         "route": (tokens * (4 * rank.experts + 8 * rank.top_k), 0),
         "dispatch": (2 * tokens * hidden + slots * hidden * activation, 0),
-        "gate_up": (hit * _bytes(2 * weights, kind) + slots * (hidden * activation + 4 * wide), 2 * product),
-        "swiglu": (slots * wide * (4 + activation), 0),
+        "gate_up": (hit * _bytes(2 * weights, kind) + slots * (hidden * activation + result), 2 * product),
+        "swiglu": (slots * wide * 6, 0),
         "down": (hit * _bytes(weights, kind) + slots * (wide * activation + 2 * hidden), product),
         "combine": (2 * tokens * hidden * (rank.top_k + 1), 0),
     }
-    peers = {stage: {} for stage in STAGES}
+    peers = {stage: {} for stage in STAGES[kind]}
     if not fp8:
         for stage, rows in (("gate_up", "data"), ("down", "inner")):
             peers[stage]["torch"] = of(lambda rows, w, d: grouped_mm(rows, w, d.offsets[1:]), rows, stage, "dispatched")
@@ -404,7 +409,7 @@ def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
             flops=sizes[stage][1],
             dtype=kind,
         )
-        for stage in STAGES
+        for stage in STAGES[kind]
     ]
 
 

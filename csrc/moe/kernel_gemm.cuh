@@ -49,7 +49,7 @@ class MoePanel {
     static constexpr int kBytes = kRows * kRowBytes;
     static_assert(kRowChunks == 4 || kRowChunks == 8 || kRowChunks == 16);
 
-    K2K_DEVICE static uint32_t offset(int row, int chunk) {
+    K2K_HOST_DEVICE static constexpr uint32_t offset(int row, int chunk) {
         return row * kRowBytes + (chunk ^ (kRowChunks == 4 ? row / 2 % 4 : row % 8)) * 16;
     }
 
@@ -57,6 +57,8 @@ class MoePanel {
     // and from `depth` of the summed one on.
     K2K_DEVICE void begin(
         const T* source, int64_t stride, int64_t outer, int64_t outer_left, int64_t depth) {
+        static_assert(in_all_banks(),
+                      "the eight rows that ldmatrix reads at once must not collide");
         const int row = threadIdx.x / kRowChunks, column = threadIdx.x % kRowChunks * 8;
         stride_ = stride;
         if constexpr (kByColumns) {
@@ -90,6 +92,19 @@ class MoePanel {
     static constexpr int kStep = kThreads / kRowChunks;  // rows between a thread's chunks
     static constexpr int kCopies = kRows / kStep;
     static_assert(kCopies * kStep == kRows && kStep % 8 == 0, "the swizzle is that of row 0");
+
+    // Whether a chunk of any eight rows from a multiple of 8 on lies in eight places of 16 bytes.
+    static constexpr bool in_all_banks() {
+        for (int chunk = 0; chunk < kRowChunks; ++chunk) {
+            for (int first = 0; first < kRows; first += 8) {
+                unsigned places = 0;
+                for (int row = first; row < first + 8; ++row)
+                    places |= 1u << offset(row, chunk) / 16 % 8;
+                if (places != 0xff) return false;
+            }
+        }
+        return true;
+    }
 
     // Of a chunk of which so many elements exist.
     K2K_DEVICE static int bytes(int64_t elements) {

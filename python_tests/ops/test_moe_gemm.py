@@ -152,6 +152,21 @@ def test_offsets_that_make_no_sense_reach_no_memory(kind):
         multiply(kind, groups, a, b, SCHEDULES[2])
 
 
+@of_each_kind
+def test_offsets_beyond_two_to_the_31(kind):
+    """Rows and experts so far apart that their places pass 2**31 elements; the memory between them is never touched."""
+    groups = Groups([3, 2])
+    a, b = operands(kind, groups, 16, 24, BF16)
+
+    def apart(x, axis):
+        far = 2**31 // (x.shape[axis] - 1) // 8 * 8 + 8
+        strides = [far if i == axis else stride for i, stride in enumerate(x.stride())]
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, strides))
+        return torch.empty(last + 1, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+    check(kind, groups, apart(a, 0), apart(b, 0), SCHEDULES[1])
+
+
 @pytest.mark.parametrize("kind", [moe.FORWARD, moe.DGRAD], ids=["forward", "dgrad"])
 def test_a_row_does_not_depend_on_its_batch(kind):
     """Not even on the tile that serves it."""
