@@ -56,6 +56,8 @@ class Ranks:
         self.splits = [Split(layout.experts, layout.world, member.rank) for member in members]
         self.masked: frozenset[int] = frozenset()
         self.withheld: frozenset[int] = frozenset()  # of these ranks nothing is run, as if they had died
+        self.timeout = 10**10  # nanoseconds that a kernel waits
+        self.keep: Any = None  # what keeps the buffers open
         self._phases: dict[tuple[int, int], str] = {}
 
     # ---- what callers call
@@ -133,8 +135,6 @@ class Ranks:
         if len(self.members) > 1:
             self.check()
         return [_end(program) for program in programs]
-
-    timeout = 10**10  # nanoseconds
 
 
 class _Dispatch(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.moe import Dispatched, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE
 from k2kernels.parallel import exchange
+from k2kernels.parallel.buffers import Ranks, check_combine, check_dispatch
 from k2kernels.parallel.exchange import Options
 from k2kernels.parallel.split import Split
 
@@ -36,7 +38,9 @@ class ExpertParallel:
         top_k: K.
         max_tokens: the largest T of any call; what a transport sizes its buffers by.
         transport: how rows travel between ranks. "local": they do not, every expert is here. "torch": by
-            `all_to_all_single` of the group. "auto" picks the best transport that is served.
+            `all_to_all_single` of the group. "symmetric": GPUs of one host write into one another's buffers. "auto":
+            for one rank "local"; for an NCCL group "symmetric", if a trial on all ranks succeeds; else "torch".
+        row_dtype: the widest rows that travel, by which "symmetric" sizes its buffers.
         init_timeout, step_timeout: seconds to wait for the other ranks when this is made, and in each call; by default
             K2K_PARALLEL_INIT_TIMEOUT (30) and K2K_PARALLEL_STEP_TIMEOUT (10) of the environment.
 
@@ -60,6 +64,7 @@ class ExpertParallel:
         top_k: int,
         max_tokens: int,
         transport: str = "auto",
+        row_dtype: torch.dtype = torch.bfloat16,
         init_timeout: float | None = None,
         step_timeout: float | None = None,
     ):
@@ -80,33 +85,49 @@ class ExpertParallel:
         )
         self._split = Split(num_experts, self.world_size, self.rank)
         self.first_expert, self.num_local_experts = self._split.first_expert, self._split.num_local_experts
+        self._rows: exchange.Transport | None = None  # of "torch"
+        self._ranks: Ranks | None = None  # of "symmetric"
         self.transport = self._choose(transport)
-        self._rows: exchange.Transport | None = None
-        if self.transport != "local":
-            from k2kernels.parallel.peers import Peers, timeouts
-            from k2kernels.parallel.torch_transport import TorchTransport
+        if self.transport == "local":
+            return
+        from k2kernels.parallel.peers import Peers, timeouts
 
-            config = dict(num_experts=num_experts, hidden=hidden, top_k=top_k, max_tokens=max_tokens)
-            config.update(transport=transport)
-            self._peers = Peers(group, config, *timeouts(init_timeout, step_timeout))
-            self._rows = TorchTransport(self._split, self._peers)
+        sizes = dict(num_experts=num_experts, hidden=hidden, top_k=top_k, max_tokens=max_tokens)
+        config = dict(**sizes, transport=transport, row_dtype=str(row_dtype))
+        self._peers = Peers(group, config, *timeouts(init_timeout, step_timeout))
+        if self.transport == "symmetric":
+            from k2kernels.parallel.symmetric import open_ranks
+
+            opened = open_ranks(self._peers, row_dtype=row_dtype, **sizes)
+            if isinstance(opened, Ranks):
+                self._ranks = opened
+                return
+            if transport == "symmetric":
+                raise UnsupportedError(f"ExpertParallel: transport 'symmetric' does not work here: {opened}")
+            if self.rank == 0:
+                warnings.warn(f"ExpertParallel: rows travel by 'torch', not 'symmetric': {opened}", stacklevel=2)
+            self.transport = "torch"
+        from k2kernels.parallel.torch_transport import TorchTransport
+
+        self._rows = TorchTransport(self._split, self._peers)
 
     def _choose(self, transport: str) -> str:
+        """The transport to try."""
         if transport == "virtual":
             raise UnsupportedError(
-                "ExpertParallel: transport 'virtual' is several ranks in one process, which no single object serves"
+                "ExpertParallel: transport 'virtual' is several ranks in one process: k2kernels.parallel.VirtualRanks"
             )
-        if transport == "symmetric":
-            raise UnsupportedError("ExpertParallel: transport 'symmetric' is not served; 'torch' is")
         if transport == "auto":
-            return "local" if self.world_size == 1 else "torch"
+            if self.world_size == 1:
+                return "local"
+            return "symmetric" if torch.cuda.is_available() and _is_nccl(self.group) else "torch"
         if transport == "local" and self.world_size > 1:
             raise UnsupportedError(
                 f"ExpertParallel: transport 'local' has no way to the experts of a group of {self.world_size} ranks; "
                 "use 'torch'"
             )
-        if transport == "torch" and self.group is None:
-            raise UnsupportedError("ExpertParallel: transport 'torch' needs a group; pass group=")
+        if transport != "local" and self.group is None:
+            raise UnsupportedError(f"ExpertParallel: transport {transport!r} needs a group; pass group=")
         return transport
 
     def __deepcopy__(self, memo: dict) -> ExpertParallel:
@@ -115,7 +136,7 @@ class ExpertParallel:
     @property
     def degraded(self) -> bool:
         """Whether a rank is masked, so that results lack its experts."""
-        return self._rows is not None and self._rows.degraded
+        return self.transport != "local" and bool(self._peers.masked)
 
     def mask(self, rank: int) -> None:
         """Goes on without `rank`, which died or hangs: nobody waits for it, and what its experts would add is missing.
@@ -123,9 +144,24 @@ class ExpertParallel:
         Every other rank calls it too; they agree through the group's store, and start over with the same call. What was
         dispatched before cannot be combined. `degraded`, also in the handle, says it from then on.
         """
-        if self._rows is None:
+        if self.transport == "local":
             raise ValueError("ExpertParallel.mask: there is no other rank")
-        self._peers.mask(rank)
+        if self._ranks is None:
+            self._peers.mask(rank)
+        else:
+            from k2kernels.parallel.symmetric import mask
+
+            mask(self._ranks, self._peers, rank)
+
+    def check(self) -> None:
+        """Raises what a kernel of "symmetric" has reported since: every call looks, but none waits for the device.
+
+        Raises:
+            PeerTimeout: a rank did not send; what came out since is NaN.
+            ValueError: an index named no expert, and was taken for -1.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
 
     def dispatch(
         self,
@@ -146,15 +182,16 @@ class ExpertParallel:
             indices: [T, top_k], of all num_experts experts.
             weights, alignment, quantize, power_of_two, scale_layout: as in `moe_dispatch`. The same on all ranks, but
                 for the weights.
-            capacity: slots for the rows that arrive here; as in `moe_dispatch`. None: as many as arrive.
+            capacity: slots for the rows that arrive here; as in `moe_dispatch`. None: as many as arrive, or, with
+                "symmetric", could arrive.
 
         Returns:
             Dispatched: the rows that arrived for the experts of this rank; offsets and counts are over those experts.
             The handle is for `combine` of this object. Differentiable in x unless quantised, once.
 
         Raises:
-            PeerTimeout: see `k2kernels.PeerTimeout`.
-            ValueError: for indices that are out of range, on every rank.
+            PeerTimeout: when a rank does not take part in time; with "symmetric" in a later call, or `check`.
+            ValueError: for indices that are out of range, on every rank; with "symmetric" on theirs, later.
         """
         args = Arguments("ExpertParallel.dispatch")
         x = args.tensor("x", x, ("T", self.hidden))
@@ -162,7 +199,7 @@ class ExpertParallel:
         args.require(
             x.shape[0] <= self.max_tokens, "x", lambda: f"at most max_tokens={self.max_tokens} rows", x.shape[0]
         )
-        if self._rows is None:
+        if self.transport == "local":
             return moe_dispatch(
                 x,
                 indices,
@@ -185,6 +222,9 @@ class ExpertParallel:
             args.integer("capacity", capacity, 0)
             args.require(capacity % alignment == 0, "capacity", f"a multiple of alignment={alignment}", capacity)
         options = Options(self.num_local_experts, alignment, quantize, power_of_two, scale_layout, capacity)
+        if self._ranks is not None:
+            check_dispatch(self._ranks, [x], [indices], [weights], self.max_tokens, quantize)
+            return self._ranks.dispatch([x], [indices], [weights], options)[0]
         return exchange.dispatch(self._rows, x, indices, weights, options)
 
     def combine(
@@ -197,7 +237,7 @@ class ExpertParallel:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Brings the experts' rows y back to their tokens and adds them up, as `moe_combine`."""
-        if self._rows is None:
+        if self.transport == "local":
             return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
         args = Arguments("ExpertParallel.combine")
         if not isinstance(handle, exchange.Handle):
@@ -211,4 +251,13 @@ class ExpertParallel:
         shared = args.optional("shared", shared, ("T", self.hidden), FLOATS)
         residual = args.optional("residual", residual, ("T", self.hidden), FLOATS)
         out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
+        if self._ranks is not None:
+            check_combine(self._ranks, [y], [handle], out_dtype)
+            return self._ranks.combine([y], [handle], [shared], [residual], out_dtype)[0]
         return exchange.combine(self._rows, y, handle, shared, residual, out_dtype)
+
+
+def _is_nccl(group: ProcessGroup) -> bool:
+    from torch.distributed import get_backend_config
+
+    return "nccl" in str(get_backend_config(group))

@@ -75,7 +75,7 @@ class Peers:
     # ---- agreement
 
     def _agree(self, config: dict[str, Any]) -> None:
-        configs = {rank: json.loads(text) for rank, text in self._tell_all("config", json.dumps(config)).items()}
+        configs = {rank: json.loads(text) for rank, text in self.tell_all("config", json.dumps(config)).items()}
         for name in config:
             ranks_with: dict[Any, list[int]] = {}
             for rank, theirs in configs.items():
@@ -84,7 +84,7 @@ class Peers:
                 values = "; ".join(f"{value!r} on {_ranks(ranks)}" for value, ranks in ranks_with.items())
                 raise ValueError(f"ExpertParallel: the ranks must agree on {name}, got {values}")
 
-    def _tell_all(self, name: str, text: str) -> dict[int, str]:
+    def tell_all(self, name: str, text: str) -> dict[int, str]:
         """Every live rank's text; the store waits for each."""
         self._store.set(f"{name}/{self.rank}", text)
         deadline = time.monotonic() + self.init_timeout
@@ -101,6 +101,13 @@ class Peers:
                 ranks=missing,
             )
         return {rank: self._store.get(f"{name}/{rank}").decode() for rank in self.live}
+
+    def first_reason(self, name: str, reason: str) -> str:
+        """What any rank has against it, and which; the same on all ranks, "" if none has."""
+        for rank, theirs in self.tell_all(name, reason).items():
+            if theirs:
+                return f"{theirs} (rank {rank})"
+        return ""
 
     def compare(self, lines: dict[int, list[int]]) -> None:
         """Raises ValueError, on all ranks, unless all make the same call with experts that exist.
@@ -210,7 +217,7 @@ class Peers:
 
     # ---- masks
 
-    def mask(self, rank: int) -> None:
+    def mask(self, rank: int, *, new_group: bool = True) -> None:
         """Goes on without `rank`. Every other live rank must call it too; they agree through the store."""
         if rank == self.rank or rank not in self.live:
             raise ValueError(
@@ -219,20 +226,21 @@ class Peers:
         self.live = [r for r in self.live if r != rank]
         self.masked |= {rank}
         name = f"mask/{len(self.masked)}"
-        told = self._tell_all(name, str(rank))
+        told = self.tell_all(name, str(rank))
         if len(set(told.values())) > 1:
             raise ValueError(f"ExpertParallel.mask: the ranks must mask the same rank, got {told}")
-        self.group = dist.new_group(
-            [self._global_ranks[r] for r in self.live],
-            timeout=timedelta(seconds=self.init_timeout),
-            backend=dist.get_backend(self.group),
-            use_local_synchronization=True,  # without the masked ranks
-        )
+        if new_group:
+            self.group = dist.new_group(
+                [self._global_ranks[r] for r in self.live],
+                timeout=timedelta(seconds=self.init_timeout),
+                backend=dist.get_backend(self.group),
+                use_local_synchronization=True,  # without the masked ranks
+            )
         self._failure = None
         self._sign.calls = 0
         if self.rank == self.live[0]:
             self._store.delete_key("culprit")
-        self._tell_all(f"{name}/done", "")
+        self.tell_all(f"{name}/done", "")
 
 
 class _SignOfLife:

@@ -7,13 +7,17 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rank_checks import CHECKS, EXPERTS, TOP_K, make, make_batch, one_rank, part, same, through
+from rank_checks import CHECKS, EXPERTS, SKEWS, TOP_K, make, make_batch, one_rank, part, same, same_rows, through
 
 from k2kernels import PeerTimeout
+from k2kernels.ops._exchange import Rank
+from k2kernels.parallel import ExpertParallel, symmetric
 
 
 def join(rank, world, folder):
@@ -119,3 +123,87 @@ def absent(rank, world, folder):
         time.sleep(2.5)
         return None
     return fault(lambda: make(init_timeout=1.0))
+
+
+# ---- "symmetric", with a rendezvous over a file that all ranks map instead of a GPU's memory
+
+
+def fake_rendezvous(folder, lose=None):
+    """Buffers as symmetric memory gives them; rank `lose` gets copies of the others', so that its writes vanish."""
+    mapped = []
+
+    def rendezvous(group, size):
+        for rank in range(group.size()):
+            path = f"{folder}/buffer{rank}" + (f"lost by {lose}" if lose == group.rank() != rank else "")
+            mapped.append(torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
+        return mapped[group.rank()], [buffer.data_ptr() for buffer in mapped], None
+
+    return rendezvous, mapped
+
+
+@contextlib.contextmanager
+def fake_gpus(folder, lose=None, reason=""):
+    """No device, so plain PyTorch carries the rows; it cannot wait, so that all meet between sending and waiting."""
+    rendezvous, mapped = fake_rendezvous(folder, lose)
+
+    def after_all(wait):
+        def step(self, *args):
+            self.buffers = mapped
+            dist.barrier()
+            return wait(self, *args)
+
+        return step
+
+    def before(send):
+        def step(self, *args):
+            self.buffers = mapped
+            return send(self, *args)
+
+        return step
+
+    with contextlib.ExitStack() as patches:
+        for target, name, value in (
+            (symmetric, "rendezvous", rendezvous),
+            (symmetric, "why_not_here", lambda world: reason),
+            (Rank, "_kernels", lambda self: False),
+            (Rank, "scatter", before(Rank.scatter)),
+            (Rank, "gather", before(Rank.gather)),
+            (Rank, "scatter_wait", after_all(Rank.scatter_wait)),
+            (Rank, "gather_wait", after_all(Rank.gather_wait)),
+        ):
+            patches.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+def symmetric_buffers(rank, world, folder):
+    """Other processes' buffers through the table of addresses: the bits of one rank."""
+    join(rank, world, folder)
+    with fake_gpus(folder):
+        ep = make(transport="symmetric", row_dtype=torch.float32)
+        assert ep.transport == "symmetric" and ep._ranks.members[0].epochs == [0, 0]
+        first, last = ep.first_expert, ep.first_expert + ep.num_local_experts - 1
+        for skew in SKEWS:
+            batch, starts = make_batch(skew, world)
+            want_sent, want = one_rank(batch, alignment=4)
+            sent, got = through(ep.dispatch, ep.combine, first, last, part(batch, starts, rank), alignment=4)
+            same_rows(ep, sent, want_sent)
+            for name in want:
+                same(got[name], want[name][starts[rank] : starts[rank + 1]], f"{skew}: {name}")
+        ep.check()
+    return "the same"
+
+
+def symmetric_is_refused(rank, world, folder):
+    """One rank's reason, or writes that vanish, send all ranks to "torch"."""
+    join(rank, world, folder)
+    seen = []
+    for options in (dict(reason="no luck" if rank == 1 else ""), dict(lose=2)):
+        with fake_gpus(folder, **options):
+            seen.append(fault(lambda: make(transport="symmetric")))
+            with mock.patch.object(ExpertParallel, "_choose", lambda self, transport: "symmetric"):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    seen.append(
+                        dict(transport=make(transport="auto").transport, warned=[str(w.message) for w in caught])
+                    )
+    return seen

@@ -1,0 +1,131 @@
+"""Buffers of an NVLink domain, by torch.distributed._symmetric_memory, and whether they work.
+
+All that knows of processes is here: addresses come out. Everything else is shared with `VirtualRanks`.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from k2kernels._backend import PeerTimeout
+from k2kernels.ops import _launch
+from k2kernels.ops._exchange import MOST_RANKS, Rank
+from k2kernels.parallel.buffers import BLOCKS, Ranks, layout_of
+from k2kernels.parallel.peers import Peers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def rendezvous(group: ProcessGroup, size: int) -> tuple[Tensor, list[int], Any]:
+    """This rank's buffer, uint8 [size] of zeros; where each rank's is, as seen from here; and what keeps it open."""
+    from torch.distributed import _symmetric_memory
+
+    buffer = _symmetric_memory.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+    handle = _symmetric_memory.rendezvous(buffer, group)
+    return buffer.zero_(), list(handle.buffer_ptrs), handle
+
+
+def why_not_here(world_size: int) -> str:
+    """What keeps this rank from having such a buffer; "" if nothing is known to."""
+    if world_size > MOST_RANKS:
+        return f"{world_size} ranks; the kernels know up to {MOST_RANKS}"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _launch.why_not_cuda(torch.cuda.current_device()) or ""
+
+
+def open_ranks(
+    peers: Peers,
+    *,
+    num_experts: int,
+    hidden: int,
+    top_k: int,
+    max_tokens: int,
+    row_dtype: torch.dtype,
+    blocks: int = BLOCKS,
+) -> Ranks | str:
+    """This process's rank with its buffer, tried out; or why there is none. All ranks get the same kind of answer.
+
+    A rank that cannot take part says so through the group's store, so that none waits for it in the rendezvous.
+    """
+    world = peers.world_size
+    if reason := peers.first_reason("symmetric", why_not_here(world)):
+        return reason
+    hosts = set(peers.tell_all("host", socket.gethostname()).values())
+    if len(hosts) > 1:
+        return f"{len(hosts)} hosts; one NVLink domain is wanted"
+    layout = layout_of(world, num_experts, hidden, top_k, max_tokens, row_dtype)
+    reason, ranks = "", None
+    try:
+        buffer, addresses, handle = rendezvous(peers.group, layout.bytes)
+        table = torch.tensor(addresses, dtype=torch.int64, device=buffer.device)
+        ranks = Ranks(layout, [Rank(layout, peers.rank, buffer, table, None, blocks)], hidden, row_dtype)
+        ranks.keep = handle
+    except (RuntimeError, ImportError) as error:
+        reason = f"the rendezvous failed: {str(error).splitlines()[0]}"
+    if reason := peers.first_reason("rendezvous", reason):
+        return reason
+    ranks.timeout = int(peers.init_timeout * 1e9)
+    reason = peers.first_reason("probe", why_not_working(ranks, peers))
+    if reason:
+        return reason
+    # No rank may still look at what is cleared here, and none may send before all have cleared.
+    ranks.members[0].reset(ranks.members[0].live)
+    _wait_for_device(ranks)
+    peers.tell_all("cleared", "")
+    ranks.timeout = int(peers.step_timeout * 1e9)
+    return ranks
+
+
+def why_not_working(ranks: Ranks, peers: Peers) -> str:
+    """Every rank writes a row to every other one, by the kernels, and looks at what came: a driver's word that devices
+    reach one another has been wrong."""
+    member, split = ranks.members[0], ranks.splits[0]
+    layout, device = ranks.layout, ranks.members[0].buffer.device
+    for first in range(0, layout.world, max(layout.most_tokens, 1)):
+        there = range(first, min(first + layout.most_tokens, layout.world))  # a token for each
+        x = torch.full((len(there), ranks.hidden), peers.rank + 1, dtype=ranks.row_dtype, device=device)
+        indices = torch.full((len(there), layout.top_k), -1, dtype=torch.int32, device=device)
+        for token, rank in enumerate(there):
+            indices[token, 0] = split.bounds(rank)[0]
+        try:
+            rows, experts = ranks.run(0, "probe", [0], [_probe(member, x, indices)])[0]
+            _wait_for_device(ranks)
+            ranks.check()
+        except PeerTimeout as error:
+            return f"writes do not arrive: {error}"
+        if peers.rank in there:  # so that a token of each rank came
+            token = there.index(peers.rank)
+            rows = rows.view(layout.world, layout.most_tokens, -1)[:, token]
+            experts = experts.view(layout.world, layout.most_tokens, -1)[:, token, 0]
+            wrong = (rows != torch.arange(1, layout.world + 1, device=device)[:, None]).any(1) | (experts != 0)
+            if wrong.any():
+                return f"writes of rank {int(wrong.nonzero()[0])} to rank {peers.rank} are lost or wrong"
+    return ""
+
+
+def _probe(member: Rank, x: Tensor, indices: Tensor) -> Any:
+    member.scatter([x], indices)
+    yield
+    experts = member.scatter_wait()
+    yield
+    return member.arrived(0, x.shape[1], x.dtype), experts
+
+
+def _wait_for_device(ranks: Ranks) -> None:
+    if ranks.members[0].buffer.is_cuda:
+        torch.cuda.synchronize(ranks.members[0].buffer.device)
+
+
+def mask(ranks: Ranks, peers: Peers, rank: int) -> None:
+    """All others stop, forget what was on its way, and go on without `rank`."""
+    _wait_for_device(ranks)  # its kernels end by themselves, at the latest when their time is over
+    peers.mask(rank, new_group=False)
+    ranks.mask(rank)
+    _wait_for_device(ranks)
+    peers.tell_all(f"cleared without {rank}", "")
