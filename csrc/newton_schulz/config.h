@@ -34,6 +34,38 @@ constexpr int64_t full_tiles(int64_t m, int64_t n) {
     return ceil_div(m, kNsTile) * ceil_div(n, kNsTile);
 }
 
+// ---- small matrices: the whole iteration in the shared memory of one block
+//
+// A side of up to 64, 128 or 192, in blocks of 64 x 64, with a warpgroup for each 64: that makes a
+// warp for each 64 x 32 of a panel of 128 of the long side, and of the triangle. R, Z and Q are
+// kept as triangles of blocks, and two panels lie where R and Z were: 40, 88 or 144 KB, the last
+// too much for the 99 KB of sm_86 and sm_89. A larger side would not fit the registers of a
+// multiprocessor: the sums of the triangle stay there while panels pass. Estimates, not measured:
+// on an H100 such a matrix has at most 1/132 of the GPU, but no launches to wait for and no squares
+// to carry to memory. A stage of 17 that takes 4 us leaves 70 us for a matrix of 192 x 1536, 0.45
+// GFLOP.
+constexpr int kNsSmallBlock = 64, kNsSmallPanel = 128, kNsSmallMost = 3;
+
+constexpr int ns_small_threads(int blocks) { return blocks * 128; }
+constexpr int ns_small_square_bytes(int blocks) {
+    return blocks * (blocks + 1) / 2 * kNsSmallBlock * kNsSmallBlock * 2;
+}
+constexpr int ns_small_panel_bytes(int blocks) {
+    return blocks * kNsSmallBlock * kNsSmallPanel * 2;
+}
+constexpr int ns_small_bytes(int blocks) {
+    const int squares = 2 * ns_small_square_bytes(blocks),
+              panels = 2 * ns_small_panel_bytes(blocks);
+    return ns_small_square_bytes(blocks) + (squares > panels ? squares : panels);
+}
+
+// How many blocks of 64 the short side of such a matrix has; 0: it goes by tiles.
+constexpr int ns_small_blocks(int64_t m, int64_t n, int64_t shared_memory) {
+    const int64_t blocks = ceil_div(short_side(m, n), kNsSmallBlock);
+    if (blocks > kNsSmallMost || ns_small_bytes(static_cast<int>(blocks)) > shared_memory) return 0;
+    return static_cast<int>(blocks);
+}
+
 // ---- the norm: a warp takes 512 neighbours of a row, a block 64 such segments
 
 constexpr int kNsSegment = 512, kNsSegmentsPerChunk = 64;
@@ -55,15 +87,20 @@ K2K_HOST_DEVICE constexpr int64_t ns_offset(NsBuffer buffer, int64_t batch, int6
     return batch * (wide * m * ns_pitch(n) + (index - wide) * s * ns_pitch(s));
 }
 
-constexpr int64_t ns_buffer_bytes(int64_t batch, int64_t m, int64_t n, bool gram) {
-    return 2 * ns_offset(gram ? NsBuffer::kResult : NsBuffer::kProduct, batch, m, n);
+// Small matrices have X_0 alone, which they overwrite.
+constexpr int64_t ns_buffer_bytes(
+    int64_t batch, int64_t m, int64_t n, bool gram, bool small = false) {
+    const NsBuffer end = small ? NsBuffer::kX1 : gram ? NsBuffer::kResult : NsBuffer::kProduct;
+    return 2 * ns_offset(end, batch, m, n);
 }
 
-constexpr int64_t kNsTensorBytes = sizeof(NsTensor) + 16;  // and the sums, rounded up
+constexpr int64_t ns_tensor_bytes(bool updates) {
+    return sizeof(NsTensor) + (updates ? sizeof(NsUpdate) : 0) + 16;  // and the sums, rounded up
+}
 
-// Of one matrix; each tensor takes kNsTensorBytes besides.
-constexpr int64_t ns_matrix_bytes(int64_t m, int64_t n, bool gram) {
-    return ns_buffer_bytes(1, m, n, gram) + norm_chunks(m, n) * int64_t(sizeof(double));
+// Of one matrix; each tensor takes ns_tensor_bytes besides.
+constexpr int64_t ns_matrix_bytes(int64_t m, int64_t n, bool gram, bool small) {
+    return ns_buffer_bytes(1, m, n, gram, small) + norm_chunks(m, n) * int64_t(sizeof(double));
 }
 
 }  // namespace k2k

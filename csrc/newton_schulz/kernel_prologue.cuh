@@ -5,6 +5,11 @@
 //     sums[chunk]  = sum of x[i, j]^2 over the chunk                        in float64
 //     x0[i, j]     = round(x[i, j] / sqrt(sum over chunks of sums))
 //
+// In a step of the optimizer x is made on the way, from the gradient and the momentum:
+//
+//     m <- round(m + (1 - mu) (g - m));  x = m, or g + mu (m - g)       the first time
+//                                        x = m, or g + mu (m - g)       the second
+//
 // Grid      a block of 8 warps for each chunk: 64 segments of 512 neighbours of a row, 16 a lane.
 // Float64   squares of floats are exact in it and never leave its range, so that neither a search
 //           for the largest element nor an epsilon is needed. One addition an element, at 64 a
@@ -15,7 +20,7 @@
 //           factor overflows for tiny X nor loses bits for huge ones.
 // NaN       a sum that is not finite makes the factor NaN and with it the whole matrix; a zero
 //           matrix takes the factor 0.
-// Traffic   x twice, x0 once.
+// Traffic   x twice, x0 once; of the optimizer, gradient and momentum twice, momentum and x0 once.
 // Shared    a sum for each warp.
 // Limits    rows of x that do not begin on 16 bytes go element by element.
 
@@ -27,10 +32,11 @@
 namespace k2k {
 
 // The parameters' table becomes one in memory, where blocks look up their tensor.
+template <class Row>
 __global__ void __launch_bounds__(kNsTablePiece)
-    newton_schulz_table_kernel(const __grid_constant__ NsTablePiece p) {
+    newton_schulz_table_kernel(const __grid_constant__ NsTablePiece<Row> p) {
     const int i = threadIdx.x;
-    if (i < p.count) p.target[i] = p.tensors[i];
+    if (i < p.count) p.target[i] = p.rows[i];
 }
 
 struct NsSums {
@@ -52,15 +58,20 @@ K2K_DEVICE double sum_over_block(NsSums& sums, double value K2K_WHERE) {
 }
 
 // A chunk of one matrix of x.
+template <bool kUpdates>
 struct NsChunk {
+    const NsTables& tables;
+    int tensor_index;
     const NsTensor& tensor;
     int64_t first;  // chunk of the matrix
     int matrix;
     uint32_t index;  // in the matrix
 
     K2K_DEVICE explicit NsChunk(const NsPrologue& p)
-        : tensor(p.tensors[find_tensor(
-              p.tensors, &NsTensor::first_chunk, 0, p.num_tensors, blockIdx.x)]) {
+        : tables(p.tables),
+          tensor_index(
+              find_tensor(p.tables.tensors, &NsTensor::first_chunk, 0, p.num_tensors, blockIdx.x)),
+          tensor(p.tables.tensors[tensor_index]) {
         const auto chunks = static_cast<uint32_t>(norm_chunks(tensor.m, tensor.n));
         const auto at = static_cast<uint32_t>(blockIdx.x - tensor.first_chunk);
         matrix = at / chunks;
@@ -83,7 +94,35 @@ struct NsChunk {
         }
     }
 
+    // x; `kFirst`: for the first time.
+    template <bool kFirst>
     K2K_DEVICE void load(float (&values)[16], int row, int column) const {
+        load_x(values, row, column);
+        if constexpr (kUpdates) {
+            const NsRule& rule = tables.rule;
+            if (rule.grad_scale != nullptr) {
+                const float scale = *rule.grad_scale;
+                K2K_UNROLL
+                for (float& value : values) value /= scale;
+            }
+            const NsView& view = tables.updates[tensor_index].momentum;
+            const int64_t offset = matrix * view.batch_stride + row * view.row_stride;
+            float average[16];
+            if (view.type == Type::kF32) {
+                momentum<float, kFirst>(average, values, view, offset, column);
+            } else {
+                momentum<bf16, kFirst>(average, values, view, offset, column);
+            }
+            const float share = rule.nesterov ? static_cast<float>(1 - rule.momentum) : 0.0f;
+            K2K_UNROLL
+            for (int i = 0; i < 16; ++i) {
+                values[i] = fmaf(share, values[i] - average[i], average[i]);
+            }
+        }
+    }
+
+  private:
+    K2K_DEVICE void load_x(float (&values)[16], int row, int column) const {
         const int64_t offset = matrix * tensor.x_batch_stride + row * tensor.x_row_stride;
         if (tensor.type == Type::kF32) {
             load_as<float>(values, offset, column);
@@ -94,7 +133,38 @@ struct NsChunk {
         }
     }
 
-  private:
+    // The average as it is stored, which takes `grad` in the first time. It is read as what may
+    // change during the kernel.
+    template <class M, bool kFirst>
+    K2K_DEVICE void momentum(float (&average)[16],
+                             const float (&grad)[16],
+                             const NsView& view,
+                             int64_t offset,
+                             int column) const {
+        M* row = static_cast<M*>(view.data) + offset;
+        tile::Sixteen<M> stored;
+        if (tile::in_vectors(row, column, tensor.n)) {
+            K2K_UNROLL
+            for (int i = 0; i < tile::Sixteen<M>::kVectors; ++i) {
+                reinterpret_cast<uint4*>(stored.values)[i] =
+                    reinterpret_cast<const uint4*>(row + column)[i];
+            }
+        } else {
+            stored = tile::load_elements(row, column, tensor.n);
+        }
+        tile::widen(average, stored);
+        if constexpr (kFirst) {
+            const auto share = static_cast<float>(1 - tables.rule.momentum);
+            K2K_UNROLL
+            for (int i = 0; i < 16; ++i) {
+                average[i] = fmaf(share, grad[i] - average[i], average[i]);
+            }
+            tile::narrow(stored, average);
+            tile::store_sixteen(row, column, tensor.n, stored);
+            tile::widen(average, stored);
+        }
+    }
+
     template <class X>
     K2K_DEVICE void load_as(float (&values)[16], int64_t offset, int column) const {
         const X* row = static_cast<const X*>(tensor.x) + offset;
@@ -102,14 +172,16 @@ struct NsChunk {
     }
 };
 
+template <bool kUpdates>
 __global__ void __launch_bounds__(kNsThreads)
     newton_schulz_norm_kernel(const __grid_constant__ NsPrologue p) {
+    if (kUpdates && is_skipped(p.tables)) return;
     NsSums& sums = arch::shared_storage<NsSums>();
-    const NsChunk chunk(p);
+    const NsChunk<kUpdates> chunk(p);
     double sum = 0;
     chunk.for_each_sixteen([&](int row, int column) {
         float values[16];
-        chunk.load(values, row, column);
+        chunk.template load<true>(values, row, column);
         K2K_UNROLL
         for (float value : values) sum += static_cast<double>(value) * value;
     });
@@ -117,11 +189,12 @@ __global__ void __launch_bounds__(kNsThreads)
     if (threadIdx.x == 0) p.square_sums[blockIdx.x] = sum;
 }
 
-template <class T>
+template <class T, bool kUpdates>
 __global__ void __launch_bounds__(kNsThreads)
     newton_schulz_cast_kernel(const __grid_constant__ NsPrologue p) {
+    if (kUpdates && is_skipped(p.tables)) return;
     NsSums& sums = arch::shared_storage<NsSums>();
-    const NsChunk chunk(p);
+    const NsChunk<kUpdates> chunk(p);
     const int64_t chunks = norm_chunks(chunk.tensor.m, chunk.tensor.n);
     double sum = 0;
     for (int64_t i = threadIdx.x; i < chunks; i += kNsThreads) {
@@ -141,7 +214,7 @@ __global__ void __launch_bounds__(kNsThreads)
     const NsMatrix<T> x0(chunk.tensor, chunk.matrix, NsBuffer::kX0);
     chunk.for_each_sixteen([&](int row, int column) {
         float values[16];
-        chunk.load(values, row, column);
+        chunk.template load<false>(values, row, column);
         K2K_UNROLL
         for (float& value : values) value = value * first * second;
         tile::Sixteen<T> sixteen;

@@ -38,16 +38,9 @@
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
-#include "newton_schulz/tensors.cuh"
-#include "tile/sixteen.cuh"
+#include "newton_schulz/result.cuh"
 
 namespace k2k {
-
-// Eight neighbours, as they are stored.
-template <class T>
-struct alignas(16) NsEight {
-    T values[8];
-};
 
 union alignas(1024) NsStorage {
     uint8_t ring[kNsStages][2][kNsPanelBytes];
@@ -263,49 +256,25 @@ K2K_DEVICE void store_mirrored(uint32_t tile,
     }
 }
 
-// Stores the tile into the caller's tensor, whose rows begin anywhere, in its dtype.
-template <class T, class Y>
-K2K_DEVICE void store_result(const uint8_t* tile, Y* y, int m, int n, const NsTile& place) {
-    const bool vectors = tile::on_16_bytes(y) && n * sizeof(Y) % 16 == 0;
+// The last product: the tile goes where `finish` says.
+template <class T>
+K2K_DEVICE void finish_tile(
+    const uint8_t* tile, const NsFinish& finish, int m, int n, const NsTile& place K2K_WHERE) {
     K2K_NO_UNROLL
     for (int round = 0; round < kNsChunks; ++round) {
         const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
         const int column = place.column + chunk * 8;
         if (place.row + row >= m || column >= n) continue;
-        const auto from = *reinterpret_cast<const NsEight<T>*>(tile + tile_offset(row, chunk));
-        NsEight<Y> eight;
-        K2K_UNROLL
-        for (int j = 0; j < 8; ++j) {
-            const float value = arch::to_float(from.values[j]);
-            if constexpr (std::is_same_v<Y, T>) {
-                eight.values[j] = from.values[j];
-            } else if constexpr (std::is_same_v<Y, float>) {
-                eight.values[j] = value;
-            } else if constexpr (std::is_same_v<Y, bf16>) {
-                eight.values[j] = arch::to_bf16(value);
-            } else {
-                eight.values[j] = arch::to_fp16(value);
-            }
-        }
-        Y* target = y + int64_t(place.row + row) * n + column;
-        if (vectors && column + 8 <= n) {
-            K2K_UNROLL
-            for (int j = 0; j < int(sizeof(Y)) / 2; ++j) {
-                arch::store(reinterpret_cast<uint4*>(target) + j,
-                            reinterpret_cast<const uint4*>(&eight)[j]);
-            }
-        } else {
-            K2K_UNROLL
-            for (int j = 0; j < 8; ++j) {
-                if (column + j < n) target[j] = eight.values[j];
-            }
-        }
+        float values[8];
+        load_eight(values, reinterpret_cast<const T*>(tile + tile_offset(row, chunk)), 8);
+        finish(place.row + row, column, values K2K_PASS_WHERE);
     }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kNsThreads, 2)
     newton_schulz_sm80_kernel(const __grid_constant__ NsStage p) {
+    if (is_skipped(p.tables)) return;
     NsStorage& storage = arch::shared_storage<NsStorage>();
     uint8_t* tile = storage.tile;
 
@@ -315,7 +284,8 @@ __global__ void __launch_bounds__(kNsThreads, 2)
     const NsOp& op = p.ops[op_index];
     const bool triangular = op.kind != NsKind::kMultiply;
     const auto first = triangular ? &NsTensor::first_triangle : &NsTensor::first_tile;
-    const NsTensor& tensor = p.tensors[find_tensor(p.tensors, first, op.begin, op.end, index)];
+    const int tensor_index = find_tensor(p.tables.tensors, first, op.begin, op.end, index);
+    const NsTensor& tensor = p.tables.tensors[tensor_index];
     const int m = tensor.m, n = tensor.n;
     // Below 2^31, like the grid: a short division.
     const auto at = static_cast<uint32_t>(index - tensor.*first);
@@ -385,14 +355,7 @@ __global__ void __launch_bounds__(kNsThreads, 2)
     arch::sync_block();  // result_ready
 
     if (op.d == NsBuffer::kResult) {
-        const int64_t offset = int64_t(m) * n * matrix;
-        if (tensor.type == Type::kF32) {
-            store_result<T>(tile, static_cast<float*>(tensor.result) + offset, m, n, place);
-        } else if (tensor.type == Type::kBf16) {
-            store_result<T>(tile, static_cast<bf16*>(tensor.result) + offset, m, n, place);
-        } else {
-            store_result<T>(tile, static_cast<fp16*>(tensor.result) + offset, m, n, place);
-        }
+        finish_tile<T>(tile, NsFinish(p.tables, tensor_index, matrix), m, n, place);
         return;
     }
     auto* diagonal_row = reinterpret_cast<uint16_t*>(

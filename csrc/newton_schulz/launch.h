@@ -2,23 +2,26 @@
 
 #include <vector>
 
+#include "newton_schulz/config.h"
 #include "newton_schulz/program.h"
 
 namespace k2k {
 
 struct NsCall {
-    // Buffers and prefix sums are filled in by the launch. The first `num_standard` take the
-    // standard iteration, the others the Gram one.
+    // Buffers and prefix sums are filled in by the launch. So many of the tensors, one after
+    // another: the standard iteration by tiles, the Gram one, and small matrices of 1, 2 and 3
+    // blocks.
     std::vector<NsTensor> tensors;
-    int num_standard;
+    std::vector<NsUpdate> updates;  // of each tensor, or none
+    NsRule rule;                    // of the updates
+    int counts[2 + kNsSmallMost];
     std::vector<NsStep> steps;
-    std::vector<int> restarts;  // steps before which the Gram iteration recomputes X
-    Type iterate_type;          // kFp16 or kBf16
-    char* workspace;            // as config.h counts it
+    Type iterate_type;  // kFp16 or kBf16
+    char* workspace;    // as config.h counts it
 };
 
-// Starts the kernels on `stream`, of the current device: the table, norm and cast, then one launch
-// a stage. Nothing is started for empty inputs.
+// Starts the kernels on `stream`, of the current device: the tables, norm and cast, then one launch
+// a stage and one for each kind of small matrices. Nothing is started for empty inputs.
 void launch_newton_schulz(const NsCall& call, void* stream);
 
 }  // namespace k2k

@@ -2,16 +2,11 @@
 
 // The iteration as a list of stages: products of one stage depend on earlier stages alone.
 
-#include <algorithm>
 #include <vector>
 
 #include "newton_schulz/params.h"
 
 namespace k2k {
-
-struct NsStep {
-    float a, b, c;  // X <- a X + b (X X^T) X + c (X X^T)^2 X
-};
 
 using NsProgram = std::vector<std::vector<NsOp>>;
 
@@ -53,7 +48,7 @@ inline NsProgram standard_program(const std::vector<NsStep>& steps) {
     NsProgram program;
     B x = B::kX0;
     for (std::size_t i = 0; i < steps.size(); ++i) {
-        const auto [a, b, c] = steps[i];
+        const auto [a, b, c, unused] = steps[i];
         const B next = i + 1 == steps.size() ? B::kResult : other(x);
         program.push_back({gram(x)});
         program.push_back({square(B::kGram, B::kGram, B::kGram, B::kZ, c, b)});
@@ -63,27 +58,24 @@ inline NsProgram standard_program(const std::vector<NsStep>& steps) {
     return program;
 }
 
-// Z = b R + c R^2;  Q <- a Q + Q Z;  R <- (a I + Z)^2 R;  at the end, and before the steps of
-// `restarts`, X = Q X.
-inline NsProgram gram_program(const std::vector<NsStep>& steps, const std::vector<int>& restarts) {
+// Z = b R + c R^2;  Q <- a Q + Q Z;  R <- (a I + Z)^2 R;  at the end, and before the steps that
+// restart, X = Q X.
+inline NsProgram gram_program(const std::vector<NsStep>& steps) {
     using namespace ns_program;
     using B = NsBuffer;
-    const auto restarts_at = [&](int step) {
-        return std::find(restarts.begin(), restarts.end(), step) != restarts.end();
-    };
     const int num_steps = static_cast<int>(steps.size());
     NsProgram program;
     B x = B::kX0, q = kNone;
     program.push_back({gram(x)});
     for (int i = 0; i < num_steps; ++i) {
-        const auto [a, b, c] = steps[i];
-        if (restarts_at(i)) {
+        const auto [a, b, c, restart] = steps[i];
+        if (restart) {
             program.push_back({multiply(q, x, other(x), 0)});
             x = other(x);
             program.push_back({gram(x)});
             q = kNone;
         }
-        const bool gram_goes_on = i + 1 < num_steps && !restarts_at(i + 1);
+        const bool gram_goes_on = i + 1 < num_steps && !steps[i + 1].restart;
         const bool first = q == kNone;
         NsOp z = square(B::kGram, B::kGram, B::kGram, first && !gram_goes_on ? kNone : B::kZ, c, b);
         if (first) {  // Q = a I + Z

@@ -46,4 +46,9 @@ struct NsMatrix {
     }
 };
 
+// Whether the step of an optimizer is not to be.
+K2K_DEVICE bool is_skipped(const NsTables& p) {
+    return p.rule.skip != nullptr && *p.rule.skip != 0;
+}
+
 }  // namespace k2k

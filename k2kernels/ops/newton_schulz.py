@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops._launch import TYPES, launch, matrices, module
+from k2kernels.ops._launch import TYPES, address, chip, launch, matrices, module
 from k2kernels.ops._register import register
 from k2kernels.reference import newton_schulz as reference
 
@@ -111,7 +111,7 @@ def muon_update(
         row_scales: none, or a float32 or float64 [B, m] for each weight (empty: none for that one), by which its rows
             are multiplied last: QK-Clip.
         grad_scale: a tensor of one float32: the factor that the gradients carry.
-        skip: a tensor of one element: where it is not zero (a step with overflow), nothing at all is changed.
+        skip: a bool tensor of one element: where it is True (a step with overflow), nothing at all is changed.
         steps, schedule, algorithm, iterate_dtype: as in `newton_schulz`.
 
     Raises:
@@ -132,8 +132,14 @@ def muon_update(
             args.writable(f"copies[{i}]", args.tensor(f"copies[{i}]", copies[i], shape, FLOATS))
         if row_scales and row_scales[i].numel():
             args.tensor(f"row_scales[{i}]", row_scales[i], shape[:2], (torch.float32, torch.float64))
+    if isinstance(lr, Tensor):
+        args.tensor("lr", lr, (), torch.float32)
+    else:
+        lr = args.number("lr", lr)
+    args.optional("grad_scale", grad_scale, (), torch.float32)
+    args.optional("skip", skip, (), torch.bool)
     if weights:
-        rate, tensor = (1.0, lr) if isinstance(lr, Tensor) else (float(lr), None)
+        rate, tensor = (1.0, lr) if isinstance(lr, Tensor) else (lr, None)
         _muon_update(
             list(weights), list(grads), list(momenta), list(copies), list(row_scales), tensor, grad_scale, skip,
             rate, weight_decay, momentum, nesterov, rms_scale, *options,
@@ -171,38 +177,76 @@ def _options(
     return [float(v) for t in triples for v in t], algorithm, iterate_dtype
 
 
+class _Update(NamedTuple):
+    """What else belongs to a tensor in a step of Muon; each [B, m, n]."""
+
+    weight: Tensor
+    momentum: Tensor
+    copy: Tensor | None
+    row_scale: Tensor | None  # [B, m]
+    scale: float
+
+    def description(self, first: int) -> tuple:
+        """As csrc/bind/newton_schulz.cpp takes it, from matrix `first` on."""
+        views = []
+        for t in (self.momentum, self.weight, self.copy):
+            if t is None:
+                views.append((0, (0, 0), 0))
+            else:
+                batch_stride, row_stride, _ = t.stride()
+                start = t.data_ptr() + first * batch_stride * t.element_size()
+                views.append((start, (batch_stride, row_stride), TYPES[t.dtype]))
+        s = self.row_scale
+        rows = (0, 0) if s is None else (s.data_ptr() + first * s.stride(0) * s.element_size(), s.stride(0))
+        return (*views, *rows, self.scale)
+
+
 class _Part(NamedTuple):
     """Matrices of one tensor that are worked on in one call."""
 
     x: Tensor  # [B, m, n] or [m, n], columns side by side
-    result: Tensor  # contiguous
+    result: Tensor | None  # contiguous
+    update: _Update | None  # in its place
     sizes: tuple[int, int, int]  # B, m, n
     strides: tuple[int, int]  # of x
     gram: bool
+    kind: int  # place in the counts of launch.h
+    bytes: tuple[int, int]  # of workspace, for a matrix and for a tensor
     first: int  # of B
     count: int
 
     def description(self) -> tuple:
         """As csrc/bind/newton_schulz.cpp takes it."""
         _, m, n = self.sizes
+        result = 0
+        if self.result is not None:
+            result = self.result.data_ptr() + self.first * m * n * self.result.element_size()
         return (
             self.x.data_ptr() + self.first * self.strides[0] * self.x.element_size(),
-            self.result.data_ptr() + self.first * m * n * self.result.element_size(),
+            result,
             (self.count, m, n),
             self.strides,
             TYPES[self.x.dtype],
+            self.gram,
         )
 
 
-def _parts(xs: Sequence[Tensor], results: Sequence[Tensor], algorithm: str) -> list[_Part]:
-    """What there is to do: the standard iteration's tensors first, and of each kind those with the longest sums."""
+def _parts(
+    xs: Sequence[Tensor], results: Sequence[Tensor] | None, updates: Sequence[_Update] | None, algorithm: str
+) -> list[_Part]:
+    """What there is to do, by kinds, and of each kind first those with the longest sums."""
     parts = []
-    for x, result in zip(xs, results):
+    for i, x in enumerate(xs):
         if x.numel() > 0:
             rows, sizes, strides = matrices(x)
             gram = reference.on_gram_matrix(algorithm, *sizes[1:])
-            parts.append(_Part(rows, result, sizes, strides, gram, 0, sizes[0]))
-    return sorted(parts, key=lambda part: (part.gram, -max(part.sizes[1:])))
+            result, update = (results[i], None) if updates is None else (None, updates[i])
+            blocks, *num_bytes = module(x.device).newton_schulz_plan(
+                *sizes[1:], gram, update is not None, chip(x.device).shared_memory
+            )
+            kind = 1 + blocks if blocks else int(gram)
+            parts.append(_Part(rows, result, update, sizes, strides, gram, kind, tuple(num_bytes), 0, sizes[0]))
+    return sorted(parts, key=lambda part: (part.kind, -max(part.sizes[1:])))
 
 
 def _calls(parts: list[_Part]) -> Iterator[tuple[list[_Part], int]]:
@@ -210,8 +254,7 @@ def _calls(parts: list[_Part]) -> Iterator[tuple[list[_Part], int]]:
     call: list[_Part] = []
     used = 0
     for part in parts:
-        _, m, n = part.sizes
-        each, fixed = module(part.x.device).newton_schulz_workspace(m, n, part.gram)
+        each, fixed = part.bytes
         left = part.count
         while left > 0:
             fits = min(left, (WORKSPACE_BYTES - used - fixed) // each)
@@ -228,40 +271,69 @@ def _calls(parts: list[_Part]) -> Iterator[tuple[list[_Part], int]]:
 
 
 def _launch(
-    op: str,
-    xs: Sequence[Tensor],
-    results: Sequence[Tensor],
-    coefficients: Sequence[float],
-    algorithm: str,
-    iterate_dtype: torch.dtype,
+    op: str, parts: list[_Part], coefficients: Sequence[float], iterate_dtype: torch.dtype, rule: tuple | None = None
 ) -> None:
     restarts = list(reference.restarts(len(coefficients) // 3, iterate_dtype))
-    parts = _parts(xs, results, algorithm)
     for call, num_bytes in _calls(parts):
         workspace = call[0].x.new_empty(num_bytes, dtype=torch.uint8)
+        kinds = [part.kind for part in call]
         launch(
             op,
             "newton_schulz",
             workspace.device,
             [part.description() for part in call],
-            sum(not part.gram for part in call),
+            [kinds.count(kind) for kind in range(5)],
             coefficients,
             restarts,
             TYPES[iterate_dtype],
             workspace.data_ptr(),
+            [part.update.description(part.first) for part in call if part.update is not None],
+            rule,
         )
 
 
-def _kernel(x: Tensor, *options: Any) -> Tensor:
+def _kernel(x: Tensor, coefficients: Sequence[float], algorithm: str, iterate_dtype: torch.dtype) -> Tensor:
     result = x.new_empty(x.shape)
-    _launch("newton_schulz", [x], [result], *options)
+    _launch("newton_schulz", _parts([x], [result], None, algorithm), coefficients, iterate_dtype)
     return result
 
 
-def _grouped_kernel(xs: Sequence[Tensor], *options: Any) -> list[Tensor]:
+def _grouped_kernel(
+    xs: Sequence[Tensor], coefficients: Sequence[float], algorithm: str, iterate_dtype: torch.dtype
+) -> list[Tensor]:
     results = [x.new_empty(x.shape) for x in xs]
-    _launch("newton_schulz_grouped", xs, results, *options)
+    _launch("newton_schulz_grouped", _parts(xs, results, None, algorithm), coefficients, iterate_dtype)
     return results
+
+
+def _update_kernel(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    skip: Tensor | None,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    rms_scale: float,
+    coefficients: Sequence[float],
+    algorithm: str,
+    iterate_dtype: torch.dtype,
+) -> None:
+    updates = []
+    for i, w in enumerate(weights):
+        scales = row_scales[i] if row_scales and row_scales[i].numel() else None
+        if scales is not None:
+            scales = scales.float().contiguous()
+        scale = rms_scale * math.sqrt(max(w.shape[1:]))
+        updates.append(_Update(w, momenta[i], copies[i] if copies else None, scales, scale))
+    found = [address(t) for t in (skip, lr_tensor, grad_scale)]
+    rule = (*found, lr, weight_decay, momentum, nesterov)
+    _launch("muon_update", _parts(grads, None, updates, algorithm), coefficients, iterate_dtype, rule)
 
 
 def _unserved(xs: Sequence[Tensor], coefficients: Any, algorithm: str, iterate_dtype: torch.dtype) -> str | None:
@@ -273,6 +345,17 @@ def _unserved(xs: Sequence[Tensor], coefficients: Any, algorithm: str, iterate_d
     if any(max(x.shape[-2:]) >= 2**30 for x in xs):
         return "kernels take sides below 2**30"
     return None
+
+
+def _update_unserved(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], momenta: Sequence[Tensor], copies: Sequence[Tensor], *rest: Any
+) -> str | None:
+    """The same for `muon_update`."""
+    if any(m.dtype not in (torch.float32, torch.bfloat16) for m in momenta):
+        return "kernels take momenta of float32 and bfloat16"
+    if any(t.numel() and t.stride(-1) != 1 for t in (*weights, *momenta, *copies)):
+        return "kernels write into rows whose elements lie side by side"
+    return _unserved((*weights, *grads, *copies), *rest[-3:])
 
 
 _newton_schulz = register(
@@ -295,5 +378,7 @@ _muon_update = register(
     "float rms_scale, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> ()",
     reference=reference.muon_update,
     fake=lambda *args: None,
+    kernel=_update_kernel,
+    unserved=_update_unserved,
     mutates=True,
 )

@@ -246,7 +246,9 @@ class Muon(Optimizer):
         for chunk in _chunks(blocks, self._max_elements):
             first = chunk[0].weight
             wide = torch.float64 if first.dtype == torch.float64 else torch.float32
-            here = [None if x is None else x.to(first.device, non_blocking=True) for x in (grad_scale, skip)]
+            here = [
+                None if x is None else x.to(first.device, non_blocking=True).reshape(()) for x in (grad_scale, skip)
+            ]
             nothing = first.new_empty(0)
             copies, scales = [b.copy for b in chunk], [b.row_scale for b in chunk]
             muon_update(
@@ -270,7 +272,9 @@ class Muon(Optimizer):
     def _lr(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
         """The learning rate; a tensor on `device` stays one if the host may not look into it."""
         lr = group["lr"]
-        return lr.to(device, non_blocking=True) if isinstance(lr, Tensor) and self._captures() else float(lr)
+        if isinstance(lr, Tensor) and self._captures():
+            return lr.to(device, torch.float32, non_blocking=True).reshape(())
+        return float(lr)
 
     def _master(self, p: Tensor) -> Tensor | None:
         """The weight behind a half-precision parameter, if there is to be one."""

@@ -61,7 +61,7 @@ def muon_update(
     algorithm: str,
     iterate_dtype: torch.dtype,
 ) -> None:
-    """One step of Muon for lists of [B, m, n], in place; nothing at all where `skip` is not zero.
+    """One step of Muon for lists of [B, m, n], in place; nothing at all where `skip` holds.
 
         G = grads / grad_scale;  M <- M + (1 - momentum) (G - M);  U = M, or G + momentum (M - G) with Nesterov
         W <- row_scales * ((1 - rate weight_decay) W - rate rms_scale sqrt(max(m, n)) NewtonSchulz(U))
@@ -85,8 +85,8 @@ def muon_update(
         decay, scale = 1 - rate * weight_decay, rate * rms_scale * sqrt(max(shape))
         if skip is not None:
             one = direction.new_ones(())
-            direction = torch.where(skip != 0, 0, direction)
-            decay = torch.where(skip != 0, one, decay * one)
+            direction = torch.where(skip, 0, direction)
+            decay = torch.where(skip, one, decay * one)
         torch._foreach_mul_(updated, decay)
         if isinstance(scale, Tensor):
             direction, scale = direction * scale, 1.0
@@ -94,11 +94,14 @@ def muon_update(
         for i, w in zip(bucket, updated):
             if row_scales and row_scales[i].numel():
                 factors = row_scales[i].to(w.dtype).unsqueeze(-1)
-                w.mul_(factors if skip is None else torch.where(skip != 0, 1, factors))
+                w.mul_(factors if skip is None else torch.where(skip, 1, factors))
         if updated is not members:
             torch._foreach_copy_(members, updated)
         if copies:
-            torch._foreach_copy_([copies[i] for i in bucket], updated)
+            targets = [copies[i] for i in bucket]
+            if skip is not None:
+                updated = [torch.where(skip, c, w.to(c.dtype)) for c, w in zip(targets, updated)]
+            torch._foreach_copy_(targets, updated)
 
 
 def _direction(
@@ -118,7 +121,7 @@ def _direction(
     if skip is None:
         average.lerp_(grad, 1 - momentum)
     else:
-        average = torch.where(skip != 0, average, torch.lerp(average, grad, 1 - momentum))
+        average = torch.where(skip, average, torch.lerp(average, grad, 1 - momentum))
     average = average.to(momenta[0].dtype)
     torch._foreach_copy_(momenta, average.split([len(m) for m in momenta]))
     average = average.to(dtype)

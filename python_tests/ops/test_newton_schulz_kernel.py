@@ -1,5 +1,5 @@
-"""The kernels of newton_schulz in the emulator, against the singular value decomposition in float64. What the reference
-is compared with in test_newton_schulz.py."""
+"""The kernels of newton_schulz that go by tiles in the emulator, against the singular value decomposition in float64:
+what the reference is compared with in test_newton_schulz.py. Small matrices are made to go by tiles, too."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import newton_schulz as module
-from k2kernels.ops._launch import TYPES
+from k2kernels.ops._launch import TYPES, Chip
 from k2kernels.ops.newton_schulz import newton_schulz, newton_schulz_grouped
 from k2kernels.reference.newton_schulz import polar_express, restarts
 from k2kernels.testing.compare import check_close
@@ -19,7 +19,13 @@ TEN_STEPS = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
 # Sides of one and of several tiles, multiples of 8 and not, wide and tall.
 SHAPES = [(8, 8), (2, 40, 60), (2, 60, 40), (50, 130), (130, 50), (129, 200), (200, 129), (1, 7), (7, 1), (16, 600)]
 HALVES = [torch.float16, torch.bfloat16]
-TABLE_ENTRY, TABLE_PIECE = 80, 32
+TABLE_ENTRY, TABLE_PIECE = 96, 32
+
+
+@pytest.fixture(autouse=True)
+def by_tiles(monkeypatch):
+    """No matrix is small on a chip without shared memory to ask for."""
+    monkeypatch.setattr(module, "chip", lambda device: Chip(80, 6, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -152,13 +158,15 @@ def test_products_are_symmetric_to_the_bit_and_stay_in_their_places(m, n, gram, 
     batch = 2
     x = guarded(torch.randn(batch, m, n))
     result = guarded(torch.full((batch, m, n), torch.nan))
-    each, fixed = _emu.newton_schulz_workspace(m, n, gram)
+    _, each, fixed = _emu.newton_schulz_plan(m, n, gram, False, 0)
     size = -(-(fixed + batch * each) // 16) * 16
     workspace = guarded_memory(size, size)
-    tensors = [(x.data_ptr(), result.data_ptr(), (batch, m, n), (m * n, n), TYPES[torch.float32])]
+    tensors = [(x.data_ptr(), result.data_ptr(), (batch, m, n), (m * n, n), TYPES[torch.float32], gram)]
     coefficients = [v for t in QUINTIC for v in t]
     _emu.configure(int(arch[3:5]), seed)
-    _emu.newton_schulz(tensors, int(not gram), coefficients, [2], TYPES[torch.float16], workspace.data_ptr(), -1, 0)
+    counts = [int(not gram), int(gram), 0, 0, 0]
+    half = TYPES[torch.float16]
+    _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, -1, 0)
     s = min(m, n)
     for name, buffer in buffers(workspace, batch, m, n, gram).items():
         if name[0] == "X":
@@ -199,7 +207,7 @@ def test_lists_of_both_iterations():
 
 @pytest.mark.parametrize("limit, calls", [(1, 8), (45_000, 6), (80_000, 3), (1 << 30, 1)])
 def test_results_do_not_depend_on_the_size_of_the_workspace(limit, calls, monkeypatch):
-    """A matrix takes 32,264, 5,640 or 8,072 bytes, and each tensor of a call 96."""
+    """A matrix takes 32,264, 5,640 or 8,072 bytes, and each tensor of a call 112."""
     xs = [torch.randn(5, 48, 48), torch.randn(2, 16, 48), torch.randn(24, 24)]
     want = run("sm_80", 1, xs, algorithm="gram", launches=3 + 17)
     monkeypatch.setattr(module, "WORKSPACE_BYTES", limit)
