@@ -67,22 +67,33 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     last = lines[-1]
     same = ("commit", "config", "optimizer", "steps", "batch_size", "length")
     lines = [line for line in lines if all(line[key] == last[key] for key in same)]
-    figure, ((axes,),) = new_figure()
+    figure, ((curves, ratios),) = new_figure(columns=2)
     seeds = sorted({line["seed"] for line in lines})
     what = f"{last['config']} Kimi-K2, {last['optimizer']}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     where = f"{last['device']}, {last['date']}, commit {last['commit']}"
-    style(axes, "Training with FP8 products", f"{what}; {where}", "step", "loss, nats per token (running mean)")
-    for line in lines:
-        label, color = RUNS[line["fp8"]]
-        mean, smooth = line["losses"][0], []
-        for loss in line["losses"]:
-            mean += 0.1 * (loss - mean)
-            smooth.append(mean)
-        first = line["seed"] == seeds[0]
-        axes.plot(range(1, len(smooth) + 1), smooth, color=color, linewidth=1.4, label=label if first else None)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    style(curves, "Training with FP8 products", f"{what}; {where}", "step", "loss, nats per token (running mean)")
+    smooth = {(line["seed"], line["fp8"]): running_mean(line["losses"]) for line in lines}
+    for (seed, fp8), mean in smooth.items():
+        label, color = RUNS[fp8]
+        curves.plot(mean, color=color, linewidth=1.4, label=label if seed == seeds[0] else None)
+    curves.legend(frameon=False, labelcolor=INK, fontsize=9)
+    style(ratios, "FP8 beside float32", "same seed: same weights, same text", "step", "difference of the loss, %")
+    for seed in seeds:
+        if (seed, False) in smooth and (seed, True) in smooth:
+            pairs = zip(smooth[seed, True], smooth[seed, False])
+            ratios.plot([100 * (fp8 / plain - 1) for fp8, plain in pairs], linewidth=1.2, label=f"seed {seed}")
+    ratios.axhline(0, color=INK, linewidth=0.8)
+    ratios.legend(frameon=False, labelcolor=INK, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    mean, means = values[0], []
+    for value in values:
+        mean += 0.1 * (value - mean)
+        means.append(mean)
+    return means
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> str:

@@ -58,6 +58,14 @@ def test_the_other_optimizers_learn(optimizer, options, tmp_path):
     assert rows[-1].loss < rows[0].loss - 0.3 and rows[-1].clipped_heads == 0
 
 
+def test_fp8_products_learn_and_are_part_of_a_run(uninterrupted, options, tmp_path):
+    rows = list(Trainer(dataclasses.replace(options, fp8=True), tmp_path).run())
+    assert rows[-1].loss < rows[0].loss - 0.3 and rows[0].loss != uninterrupted[0]["loss"]
+    assert abs(rows[-1].loss - uninterrupted[-1]["loss"]) < 0.05
+    with pytest.raises(ValueError, match=r"--resume: the run in .* had other options: fp8 was True, is False"):
+        Trainer(options, tmp_path, resume=True)
+
+
 def test_resume_repeats_the_curve_bit_for_bit(uninterrupted, options, tmp_path):
     first = Trainer(options, tmp_path, save_every=5)
     for row in first.run():
