@@ -69,11 +69,11 @@ def _print_plans(facts: dict, here: bool) -> None:
         rows = [row for row in facts["plans"] if row["device"] == device]
         where = device if here else f"{device}, of which none is here"
         print(f"\nfp8_gemm on {where}: tile, /a or /b which two blocks share, x2 .. parts of K")
-        columns = list(rows[0]["of_rows"])
-        print(f"{'linear layer (N, K)':<36}" + "".join(f"{f'M={m}':<20}" for m in columns).rstrip())
-        for row in rows:
-            plans = "".join(f"{_plan(plan):<20}" for plan in row["of_rows"].values())
-            print(f"{'{linear} ({n}, {k})'.format(**row):<36}{plans}".rstrip())
+        table = [["linear layer (N, K)", *(f"M={m}" for m in rows[0]["of_rows"])]]
+        table += [["{linear} ({n}, {k})".format(**row), *map(_plan, row["of_rows"].values())] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for row in table:
+            print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
 def _plan(plan: dict) -> str:
