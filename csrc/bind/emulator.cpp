@@ -45,9 +45,10 @@ void bind_runtime(py::module_& m) {
     py::register_local_exception<emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
     m.def("configure", &configure, py::arg("arch"), py::arg("seed"),
           "Chip (compute capability x 10) and schedule of this thread's launches from now on.");
-    py::class_<Together>(m, "Together",
-                         "Launches made after begin() and before run(), run at once by run(); those "
-                         "of the same stream one after the other. forget() drops them.")
+    py::class_<Together>(
+        m, "Together",
+        "Launches made after begin() and before run(), run at once by run(); those "
+        "of the same stream one after the other. forget() drops them.")
         .def(py::init<>())
         .def("begin", &Together::begin)
         .def("run", &Together::run)

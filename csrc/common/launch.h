@@ -35,8 +35,8 @@ struct LaunchShape {
 
 template <class... Parameters, class... Arguments>
 void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    emulator::Grid grid{shape.grid, shape.block, shape.smem_bytes, shape.cluster,
-                        shape.cooperative, shape.stream};
+    emulator::Grid grid{shape.grid,    shape.block,       shape.smem_bytes,
+                        shape.cluster, shape.cooperative, shape.stream};
     std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
     emulator::launch(grid, [kernel, parameters] { std::apply(kernel, parameters); });
     ++num_launches;

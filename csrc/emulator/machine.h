@@ -124,8 +124,8 @@ struct GridRun {
     Grid shape;
     std::function<void()> kernel;
     unsigned number;
-    int next = -1;                // the launch that starts when this one has ended
-    bool waits = false;           // for one that comes before it
+    int next = -1;                 // the launch that starts when this one has ended
+    bool waits = false;            // for one that comes before it
     mutable std::size_t live = 0;  // threads
 };
 

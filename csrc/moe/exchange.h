@@ -13,7 +13,8 @@ constexpr int kExchangeWarps = kExchangeThreads / 32;
 // A warp moves 2 KiB of a row: 64 bytes a thread, of four loads that are on their way at once.
 constexpr int kExchangeVectors = 4;
 constexpr int kExchangeBytes = kExchangeVectors * 512;
-constexpr int kFlagBytes = 128;  // flags lie in lines of their own
+constexpr int kExchangeBlocksResident = 3;  // a multiprocessor: 48 KiB on their way
+constexpr int kFlagBytes = 128;             // flags lie in lines of their own
 
 // Kinds of exchange; each counts its epochs.
 enum ExchangeKind : int { kScatter = 0, kGather = 1 };

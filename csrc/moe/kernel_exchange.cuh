@@ -24,9 +24,9 @@
 // Faults    a wait that ends without its flag says so in the error record, tells all ranks, and
 //           hands on "no rows" (scatter) or weights that are NaN (gather). Nothing traps.
 //
-// Order     data | sync_block | thread 0: fence, count (acq_rel)        of each block
-//           last count (acq_rel) | flag (release)                       of the last block
-//           flag (acquire) by thread 0 | sync_block | told numbers      of a waiting block
+// Order     data | sync_block | thread 0: fence, count (acq_rel)           of each block
+//           last count (acq_rel) | sync_warp | a flag a lane (release)     of the last block
+//           flag (acquire) by thread 0 | sync_block | told numbers         of a waiting block
 // Limits    64 ranks, top-32. Rows that do not begin on 16 bytes are read byte by byte.
 
 #include "arch/control.cuh"
@@ -92,9 +92,45 @@ K2K_DEVICE uint32_t next_epoch(const Exchange& x, ExchangeKind kind) {
     return int(epoch % 2) == x.half ? epoch : 0;
 }
 
+// Sixteen bytes of a row from `first` on, zeros beyond `bytes`. Of a row that does not begin on 16
+// bytes they come one by one, into words: a byte in a register of its own would take four times as
+// many registers on the other way too.
+K2K_DEVICE uint4 load_16(const uint8_t* row, int64_t first, int64_t bytes K2K_WHERE) {
+    if (tile::in_vectors(row, first, bytes)) {
+        return arch::load_nc_no_allocate(reinterpret_cast<const uint4*>(row + first)
+                                             K2K_PASS_WHERE);
+    }
+    uint32_t words[4];
+    K2K_UNROLL
+    for (int w = 0; w < 4; ++w) {
+        words[w] = 0;
+        for (int i = 0; i < 4; ++i) {
+            const int64_t at = first + 4 * w + i;
+            if (at < bytes) words[w] |= uint32_t(row[at]) << 8 * i;
+        }
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Rows in buffers begin on 16 bytes; the last of them may be cut short.
+K2K_DEVICE void store_16(uint8_t* row, int64_t first, int64_t bytes, uint4 value K2K_WHERE) {
+    if (first + 16 <= bytes) {
+        arch::store(reinterpret_cast<uint4*>(row + first), value K2K_PASS_WHERE);
+        return;
+    }
+    const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+    K2K_UNROLL
+    for (int w = 0; w < 4; ++w) {
+        for (int i = 0; i < 4; ++i) {
+            const int64_t at = first + 4 * w + i;
+            if (at < bytes) row[at] = static_cast<uint8_t>(words[w] >> 8 * i);
+        }
+    }
+}
+
 // This warp's 2 KiB of a row, from `column` on.
 struct RowPiece {
-    tile::Sixteen<uint8_t> vectors[kExchangeVectors];
+    uint4 vectors[kExchangeVectors];
 };
 
 K2K_DEVICE RowPiece load_piece(const uint8_t* row, int64_t column, int64_t bytes K2K_WHERE) {
@@ -102,7 +138,7 @@ K2K_DEVICE RowPiece load_piece(const uint8_t* row, int64_t column, int64_t bytes
     K2K_UNROLL
     for (int i = 0; i < kExchangeVectors; ++i) {
         const int64_t first = column + i * 512 + arch::lane_id() * 16;
-        if (first < bytes) piece.vectors[i] = tile::load_sixteen(row, first, bytes K2K_PASS_WHERE);
+        if (first < bytes) piece.vectors[i] = load_16(row, first, bytes K2K_PASS_WHERE);
     }
     return piece;
 }
@@ -114,7 +150,7 @@ K2K_DEVICE void store_piece(uint8_t* row,
     K2K_UNROLL
     for (int i = 0; i < kExchangeVectors; ++i) {
         const int64_t first = column + i * 512 + arch::lane_id() * 16;
-        if (first < bytes) tile::store_sixteen(row, first, bytes, piece.vectors[i] K2K_PASS_WHERE);
+        if (first < bytes) store_16(row, first, bytes, piece.vectors[i] K2K_PASS_WHERE);
     }
 }
 
@@ -124,15 +160,23 @@ K2K_DEVICE void finish_sending(const Exchange& x,
                                uint32_t epoch,
                                int64_t rows K2K_WHERE) {
     arch::sync_block(K2K_PASS_WHERE_ONLY);
-    if (threadIdx.x != 0) return;
-    arch::fence_acq_rel<arch::Scope::kSystem>(K2K_PASS_WHERE_ONLY);
-    const uint32_t before =
-        arch::atomic_add_acq_rel<arch::Scope::kGpu>(&x.state->done[kind], 1 K2K_PASS_WHERE);
-    if (before != gridDim.x - 1) return;
-    x.state->done[kind] = 0;
-    x.state->epoch[kind] = epoch;
+    if (arch::warp_id() != 0) return;
+    const int lane = arch::lane_id();
+    bool last = false;
+    if (lane == 0) {
+        arch::fence_acq_rel<arch::Scope::kSystem>(K2K_PASS_WHERE_ONLY);
+        const uint32_t before =
+            arch::atomic_add_acq_rel<arch::Scope::kGpu>(&x.state->done[kind], 1 K2K_PASS_WHERE);
+        last = before == gridDim.x - 1;
+        if (last) {
+            x.state->done[kind] = 0;
+            x.state->epoch[kind] = epoch;
+        }
+    }
+    arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);  // what lane 0 has acquired, all have
+    if (!arch::any(last K2K_PASS_WHERE)) return;
     const uint64_t flag = uint64_t(epoch) << 32 | static_cast<uint32_t>(rows);
-    for (int rank = 0; rank < x.world; ++rank) {
+    for (int rank = lane; rank < x.world; rank += 32) {
         if (!(x.live >> rank & 1)) continue;
         arch::store_release<arch::Scope::kSystem>(flag_of(x, rank, x.rank), flag K2K_PASS_WHERE);
     }
@@ -156,18 +200,19 @@ K2K_DEVICE int64_t await_flag(const Exchange& x, ExchangeKind kind, int source K
         arch::nanosleep(100 K2K_PASS_WHERE);
     }
     record(x, kind, kPeerSilent, source, epoch K2K_PASS_WHERE);
+    K2K_NO_UNROLL
     for (int rank = 0; rank < x.world; ++rank) {
         if (rank == source || !(x.live >> rank & 1)) continue;
-        arch::store_release<arch::Scope::kSystem>(in_buffer<uint64_t>(x, rank, x.at.abort),
-                                                  uint64_t(epoch) << 32 | (source + 1)
-                                                      K2K_PASS_WHERE);
+        arch::store_release<arch::Scope::kSystem>(
+            in_buffer<uint64_t>(x, rank, x.at.abort),
+            uint64_t(epoch) << 32 | (source + 1) K2K_PASS_WHERE);
     }
     return -1;
 }
 
 K2K_DEVICE int64_t pieces_of(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeBytes); }
 
-__global__ void __launch_bounds__(kExchangeThreads)
+__global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
     moe_scatter_kernel(const __grid_constant__ MoeScatterParams p) {
     const Exchange& x = p.exchange;
     const int lane = arch::lane_id();
@@ -185,7 +230,8 @@ __global__ void __launch_bounds__(kExchangeThreads)
         const bool second = piece >= first_pieces;
         const ByteRows& part = p.parts[second];
         const int64_t column = (second ? piece - first_pieces : piece) * kExchangeBytes;
-        const RowPiece values = load_piece(part.values + token * part.row_stride, column, part.bytes);
+        const RowPiece values =
+            load_piece(part.values + token * part.row_stride, column, part.bytes);
 
         ExpertPlace place = {-1, -1};
         if (lane < x.top_k) {
@@ -240,7 +286,7 @@ __global__ void __launch_bounds__(kExchangeThreads)
     }
 }
 
-__global__ void __launch_bounds__(kExchangeThreads)
+__global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
     moe_gather_kernel(const __grid_constant__ MoeGatherParams p) {
     const Exchange& x = p.exchange;
     const int lane = arch::lane_id();
@@ -267,8 +313,7 @@ __global__ void __launch_bounds__(kExchangeThreads)
             }
         }
         const int64_t column = piece * kExchangeBytes;
-        uint8_t* target =
-            in_buffer<uint8_t>(x, home, x.at.rows + token * x.top_k * x.at.pitch);
+        uint8_t* target = in_buffer<uint8_t>(x, home, x.at.rows + token * x.top_k * x.at.pitch);
         for (int k = 0; k < x.top_k; ++k) {
             const int64_t from = arch::shuffle(slot, k);
             if (from < 0) continue;

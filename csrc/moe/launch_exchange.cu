@@ -6,8 +6,7 @@ namespace k2k {
 namespace {
 
 void check(const Exchange& x) {
-    if (x.world < 1 || x.world > kMostRanks || x.top_k < 0 || x.top_k > 32 ||
-        x.experts < x.world) {
+    if (x.world < 1 || x.world > kMostRanks || x.top_k < 0 || x.top_k > 32 || x.experts < x.world) {
         throw Error("k2kernels: exchanges take 1 to 64 ranks, each with an expert, and top-32");
     }
 }

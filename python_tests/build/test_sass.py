@@ -179,6 +179,11 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
             )  # fmt: skip
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
+# Between ranks: 2 KiB a warp; of a wait, a flag and the abort word.
+PLANS["moe_scatter_kernel"] = (80, 4, 4, {arch: {"MATCH.ANY": 1} for arch in ("sm_80", "sm_90a")})
+PLANS["moe_gather_kernel"] = (80, 4, 4, {arch: {"ST.E.64.STRONG.SYS": 1} for arch in ("sm_80", "sm_90a")})
+for wait in ("scatter", "gather"):
+    PLANS[f"moe_{wait}_wait_kernel"] = (32, 0, 0, {arch: {"LD.E.64.STRONG.SYS": 2} for arch in ("sm_80", "sm_90a")})
 # Balance: a row alone for its largest logit; a row and hits, two rounds in flight and one left over; both once more.
 PLANS["moe_hits_kernel"] = (32, 0, 0, {})
 PLANS["moe_sequence_loss_kernel"] = (64, 1 + 3 * 2, 0, {})
@@ -217,6 +222,8 @@ SHARED = {
     "fp8_gemm_sm90_small_kernel<SmallTile<64, 5> >": 102400,
     # moe: 8 warps' counts of 1,024 experts and their totals; with them sums of warps, offsets, counts and 2,048 slots.
     "moe_count_kernel": 20480,
+    "moe_scatter_wait_kernel": 8,
+    "moe_gather_wait_kernel": 8,
     "moe_scan_kernel": 32 * 12,
     **{f"moe_move_kernel<{t}, {q}, true>": 36968 for t in BYTES for q in ("false", "true")},
     **{f"moe_combine_backward_kernel<{t}>": 2048 for t in BYTES},

@@ -256,6 +256,21 @@ def test_a_rank_that_does_not_dispatch_is_named(mode):
 
 
 @in_all_modes
+def test_the_first_to_give_up_tells_the_others(mode):
+    """Whose own time is not over yet."""
+    virtual = make(3)
+    parts, members = split_up(*make_batch("uniform", 3)), virtual.group.members
+    with running(mode):
+        for member, p, timeout in zip(members[:2], parts, (10**8, 10**15)):
+            member.timeout = timeout
+            member.scatter([p.x], p.indices.contiguous())
+        for member in members[:2]:
+            assert (member.scatter_wait().view(3, -1)[2] == -1).all()
+    assert members[0].fault() == (_exchange.PEER_SILENT, _exchange.SCATTER, 2, 1)
+    assert members[1].fault() == (_exchange.PEER_ABORTED, _exchange.SCATTER, 2, 1)
+
+
+@in_all_modes
 def test_what_did_not_come_back_is_nan(mode):
     virtual = make(2)
     batch = make_batch("uniform", 2)[0]
