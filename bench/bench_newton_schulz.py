@@ -70,6 +70,8 @@ GPU_LISTS = {  # (B, m, n) of each tensor
     "16x[2048x7168]": [(16, 2048, 7168)],
     "1x[7168x8192]": [(1, 7168, 8192)],  # o_proj
     "64x[192x1536]": [(64, 192, 1536)],  # the heads of q_b
+    "128x[128x512]": [(128, 128, 512)],  # of kv_b, keys and values
+    "64x[7168x128]": [(64, 7168, 128)],  # of o
     # As many as a small vision network has, of 14 shapes.
     "126 small": [(1, 16 << i % 4, (16 << i % 4) * (1, 2, 4, 9, 9, 1, 3)[i % 7]) for i in range(126)],
 }

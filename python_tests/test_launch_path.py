@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import k2kernels as k
+from k2kernels.ops.newton_schulz import muon_update
 from k2kernels.testing.stand_in import no_kernels
 
 X = torch.randn(1, 256).bfloat16()
@@ -17,6 +18,7 @@ ROW, CACHE = torch.randn(1, 576).bfloat16(), torch.zeros(2, 64, 576).bfloat16()
 TABLE, ONE = torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
 INDICES, WEIGHTS, LOGITS = torch.tensor([[0, 3]], dtype=torch.int32), torch.ones(1, 2), torch.randn(1, 8)
 BIAS = torch.zeros(8)
+MATRIX, STEP = torch.randn(24, 40), [[torch.randn(1, 24, 40)] for _ in range(3)]
 SLOTS = k.moe_dispatch(X, INDICES, WEIGHTS, num_experts=8)
 EXPERTS, PLACES = torch.randn(8, 128, 256).bfloat16(), (SLOTS.offsets, SLOTS.counts)
 COUNTS = torch.ones(8, dtype=torch.int64)
@@ -40,6 +42,9 @@ CALLS = {
     "mla_gather": (lambda: k.mla_gather(CACHE, TABLE, ONE), 33, set()),
     "moe_route": (lambda: k.moe_route(LOGITS, BIAS, top_k=2), 42, set()),
     "moe_dispatch": (dispatched, 42, set()),
+    "newton_schulz": (lambda: k.newton_schulz(MATRIX), 60, set()),
+    "newton_schulz_grouped": (lambda: k.newton_schulz_grouped([MATRIX]), 60, set()),
+    "muon_update": (lambda: muon_update(*STEP, lr=0.1), 82, set()),
     "moe_combine": (lambda: k.moe_combine(SLOTS.data, SLOTS.handle, shared=X), 41, set()),
     "moe_update_bias": (lambda: k.moe_update_bias(BIAS, COUNTS, rate=1e-3), 26, set()),
     "grouped_gemm": (lambda: torch.ops.k2kernels.grouped_gemm(SLOTS.data, EXPERTS, *PLACES), 27, set()),
@@ -52,8 +57,14 @@ CALLS = {
 }
 
 
-# Memory besides results: mla_decode's largest logits (it has none) and workspace; the loss's counters and blocks' sums.
-WORKSPACES = {"mla_decode": 1, "moe_sequence_loss": 2}
+# Memory besides results: mla_decode's largest logits (it has none), the loss's counters and blocks' sums, workspaces.
+WORKSPACES = {
+    "mla_decode": 1,
+    "moe_sequence_loss": 2,
+    "newton_schulz": 1,
+    "newton_schulz_grouped": 1,
+    "muon_update": 1,
+}
 
 
 def entered(call):

@@ -39,11 +39,10 @@ constexpr int64_t full_tiles(int64_t m, int64_t n) {
 // A side of up to 64, 128 or 192, in blocks of 64 x 64, with a warpgroup for each 64: that makes a
 // warp for each 64 x 32 of a panel of 128 of the long side, and of the triangle. R, Z and Q are
 // kept as triangles of blocks, and two panels lie where R and Z were: 40, 88 or 144 KB, the last
-// too much for the 99 KB of sm_86 and sm_89. A larger side would not fit the registers of a
-// multiprocessor: the sums of the triangle stay there while panels pass. Estimates, not measured:
-// on an H100 such a matrix has at most 1/132 of the GPU, but no launches to wait for and no squares
-// to carry to memory. A stage of 17 that takes 4 us leaves 70 us for a matrix of 192 x 1536, 0.45
-// GFLOP.
+// too much for the 99 KB of sm_86 and sm_89. A larger side would not fit: three triangles of 256
+// are 240 KB. Estimates, not measured: such a matrix has at most one multiprocessor, but no
+// launches to wait for and no squares to carry to memory; at 60 % of a multiprocessor's peak an
+// H100 takes 98 us for 192 x 1536, and 17 launches of 4 us take 68 us.
 constexpr int kNsSmallBlock = 64, kNsSmallPanel = 128, kNsSmallMost = 3;
 
 constexpr int ns_small_threads(int blocks) { return blocks * 128; }

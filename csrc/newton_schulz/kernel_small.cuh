@@ -32,7 +32,8 @@
 //           panels_stored  X is in memory again
 // Order     of a sum: along the summed axis, 16 by 16.
 // Shared    kBlocks of 1, 2, 3: 40, 88, 144 KB.
-// Registers 64 sums a thread: at most 128, so that two blocks of 1 and 2 fit a multiprocessor.
+// Registers 64 sums a thread: at most 168, of two blocks 128, so that one or two warpgroups leave
+//           room for another block.
 // Traffic   X_0 once for each R, in and out at each restart (each step, if standard), once at the
 //           end; a matrix of 192 x 1536 is 590 KB, which L2 keeps.
 // Limits    one block a matrix, however few matrices there are.

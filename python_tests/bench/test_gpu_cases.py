@@ -239,6 +239,31 @@ def test_moe_bodies_agree(kind):
     assert kind == "fp8" or sum("torch" in stage.bodies for stage in stages) == 2
 
 
+def test_optimizer_steps_go_the_same_way(monkeypatch):
+    """On a sixteenth of the layer's sides: every body updates the parameters in place, and again in its next call."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    optim = load("bench_optim")
+    small = {}
+    for name, (shape, cut) in optim.MOONLIGHT.items():
+        sides = [size // 16 for size in shape[-2:]]
+        small[name] = ((*[2] * (len(shape) == 3), *sides), (32, 4) if isinstance(cut, tuple) else cut)
+    monkeypatch.setattr(optim, "MOONLIGHT", small)
+    (case,) = optim.gpu_cases()
+    inputs = case.make(torch.device("cpu"))
+    half = len(inputs) // 2
+    assert case.bytes == 5 * 4 * sum(t.numel() for t in inputs[:half])
+    for name, body in case.bodies.items():
+        tensors = [t.clone() for t in inputs]
+        body(*tensors)
+        once = [t.clone() for t in tensors]
+        body(*tensors)
+        for i, (start, first, second) in enumerate(zip(inputs, once, tensors)):
+            moved = (first != start).any() and (second != first).any()
+            assert moved == (i < half), (name, i)
+            if i < half:  # by learning rate times about 0.2 (Muon) or 1 (AdamW's first steps)
+                assert 5e-5 < (first - start).square().mean().sqrt() < 3e-3, (name, i)
+
+
 def test_a_failing_peer_is_left_out(monkeypatch):
     def broken(*inputs):
         raise RuntimeError("no such kernel")

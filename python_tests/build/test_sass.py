@@ -137,13 +137,29 @@ for tokens, stages in ((8, 10), (16, 10), (32, 8), (64, 5)):
 # 4 x 4 products; transposing loads besides for two mirrored stores, two of their eight rounds at a time. Copies: two
 # stages before the loop and one in it, four chunks each, twice; four of C. Stores: tile and mirror, twice, and three
 # dtypes of results.
-PLANS["newton_schulz_table_kernel"] = (32, 0, 0, {})
-PLANS["newton_schulz_norm_kernel"] = (48, 8, 0, {})  # of x in three dtypes
+# In a step of the optimizer the prologue loads momenta by plain accesses, which for the compiler are those of 16 bytes,
+# too, and stores them in two dtypes; the last product stores weights and copies in three.
+PLANS["newton_schulz_table_kernel<NsTensor>"] = (32, 0, 0, {})
+PLANS["newton_schulz_table_kernel<NsUpdate>"] = (64, 0, 0, {})
+for updates, registers, stores in (("false", 48, 0), ("true", 64, 6)):
+    PLANS[f"newton_schulz_norm_kernel<{updates}>"] = (registers, 8, stores, {})  # of x in three dtypes
+    for iterate in ("bf16", "fp16"):
+        PLANS[f"newton_schulz_cast_kernel<{iterate}, {updates}>"] = (registers, 8, 2, {})
 for iterate in ("bf16", "fp16"):
-    PLANS[f"newton_schulz_cast_kernel<{iterate}>"] = (48, 8, 2, {})
-    products = {"HMMA.16816.F32" + (".BF16" if iterate == "bf16" else ""): 64}
-    products |= {"LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
-    PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 12, dict.fromkeys(("sm_80", "sm_90a"), products))
+    mma = "HMMA.16816.F32" + (".BF16" if iterate == "bf16" else "")
+    products = {mma: 64, "LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
+    PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 20, dict.fromkeys(("sm_80", "sm_90a"), products))
+    # Everything twice, wide and tall: R, squares, and products with panels, 16 each; what a panel or square may have to
+    # transpose; copies of four chunks for each of two walks over X, the first and the next; stores of a panel, and
+    # 12 of results.
+    products = {mma: 2 * 3 * 16, "LDSM.16.M88.4": 28, "LDSM.16.MT88.4": 28, "LDGSTS.E.BYPASS.128": 2 * 2 * 2 * 4}
+    for blocks, registers in ((1, 168), (2, 128), (3, 168)):
+        PLANS[f"newton_schulz_small_kernel<{iterate}, {blocks}>"] = (
+            registers,
+            32,
+            2 * 13,
+            dict.fromkeys(("sm_80", "sm_90a"), products),
+        )
 for x, x_bytes in BYTES.items():
     for plans in (False, True):
         registers, match = (64, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")}) if plans else (48, {})
@@ -242,9 +258,15 @@ SHARED = {
     },
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
     # Sums of eight warps; three stages of two panels of 128 x 32.
-    "newton_schulz_norm_kernel": 64,
-    **{f"newton_schulz_cast_kernel<{t}>": 64 for t in ("bf16", "fp16")},
+    **{f"newton_schulz_norm_kernel<{updates}>": 64 for updates in ("false", "true")},
+    **{f"newton_schulz_cast_kernel<{t}, {u}>": 64 for t in ("bf16", "fp16") for u in ("false", "true")},
     **{f"newton_schulz_sm80_kernel<{t}>": 3 * 2 * 128 * 32 * 2 for t in ("bf16", "fp16")},
+    # A triangle of blocks of 8 KB, and two panels of 16 KB for each 64 rows, or two more triangles.
+    **{
+        f"newton_schulz_small_kernel<{t}, {n}>": n * (n + 1) // 2 * 8192 + max(n * (n + 1) * 8192, 2 * n * 16384)
+        for t in ("bf16", "fp16")
+        for n in (1, 2, 3)
+    },
 }
 
 # What the wrappers of csrc/arch become in the kernels of csrc/conformance, on every chip and on sm_90a.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import k2kernels as k
+from k2kernels.ops.newton_schulz import muon_update
 from k2kernels.testing.compare import check_close, check_rms_norm_quantize
 from k2kernels.testing.inputs import KIMI_K2, exact_rms_rows, poisoned_cache
 
@@ -214,6 +215,19 @@ EACH["newton_schulz"] = k.newton_schulz, lambda: (torch.randn(3, 200, 333),)
 EACH["newton_schulz_grouped"] = (
     lambda *xs: tuple(k.newton_schulz_grouped(xs)),
     lambda: tuple(torch.randn(shape) for shape in [(3, 128, 512), (200, 210), (2, 512, 128), (5, 7)]),
+)
+
+
+def muon_step(*tensors):
+    """Weights and momenta after a step; the arguments are left alone, as those of the other ops are."""
+    w, g, m = ([t.clone() for t in tensors[i::3]] for i in range(3))
+    muon_update(w, g, m, lr=0.02)
+    return *w, *m
+
+
+EACH["muon_update"] = (
+    muon_step,
+    lambda: tuple(torch.randn(shape) for shape in [(3, 200, 333), (1, 210, 200), (4, 64, 300)] for _ in range(3)),
 )
 
 

@@ -271,3 +271,19 @@ def test_what_is_refused():
     muon_update([], [], [], lr=0.1)
     with k2kernels.emulated(), pytest.raises(k2kernels.UnsupportedError, match="momenta of float32 and bfloat16"):
         muon_update(w, g, [x.half() for x in m], lr=0.1)
+
+
+def test_in_a_full_graph():
+    """torch.compile keeps the op and sees what it writes."""
+    lists = step(shapes=SHAPES[:2])
+    again = clone(lists)
+
+    def twice(w, g, m):
+        muon_update(w, g, m, lr=0.02, iterate_dtype=torch.float32)
+        muon_update(w, g, m, lr=0.02, iterate_dtype=torch.float32)
+        return [x + 1 for x in w]
+
+    torch._dynamo.reset()
+    got, want = torch.compile(twice, fullgraph=True, backend="aot_eager")(*lists), twice(*again)
+    assert all(map(torch.equal, got, want))
+    assert all(map(torch.equal, lists[0], again[0])) and all(map(torch.equal, lists[2], again[2]))
