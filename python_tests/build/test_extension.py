@@ -37,7 +37,7 @@ def test_a_launch_without_a_gpu_says_so():
 def test_both_modules_hold_the_same_functions():
     if not _C.build_info()["cuda_archs"]:
         pytest.skip("built without nvcc")
-    own = {"allocate", "release", "configure", "counters", "EmulatorError", "sum_fp8_as_hopper"}, {
+    own = {"allocate", "release", "configure", "counters", "EmulatorError", "Together", "sum_fp8_as_hopper"}, {
         "device_count", "compute_capability", "cudart_version"}  # fmt: skip
     assert {n for n in set(dir(_emu)) - own[0] if n[0] != "_"} == {n for n in set(dir(_C)) - own[1] if n[0] != "_"}
     assert _emu.shared_memory() == _C.shared_memory()  # kernels, and the sizes of their structs
