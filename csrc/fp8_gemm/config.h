@@ -142,11 +142,20 @@ struct GemmKernelFacts {
     int rows, columns;  // of a tile
     int shared_memory;  // bytes
     int capability;     // the least, x 10
+    // Rows of A and B that warps turn into fp16 where the tensor cores know no e4m3: each those of
+    // its own rows and columns.
+    int decoded_rows = 0;
 };
+template <class Tile>
+constexpr int kDecodedRows = Tile::kRows * (Tile::kColumns / Tile::kWarpColumns) +
+                             Tile::kColumns * (Tile::kRows / Tile::kWarpRows);
 constexpr GemmKernelFacts kGemmKernels[] = {
-    {GemmKernel::kPortable128x128, "portable_128x128", 128, 128, 136 * 1024, 80},
-    {GemmKernel::kPortable64x128, "portable_64x128", 64, 128, 76 * 1024, 80},
-    {GemmKernel::kPortable16x128, "portable_16x128", 16, 128, 76 * 1024, 80},
+    {GemmKernel::kPortable128x128, "portable_128x128", 128, 128, 136 * 1024, 80,
+     kDecodedRows<PortableTile128>},
+    {GemmKernel::kPortable64x128, "portable_64x128", 64, 128, 76 * 1024, 80,
+     kDecodedRows<PortableTile64>},
+    {GemmKernel::kPortable16x128, "portable_16x128", 16, 128, 76 * 1024, 80,
+     kDecodedRows<PortableTile16>},
     {GemmKernel::kHopper128x128, "sm90_128x128", 128, 128, 227 * 1024, 90},
     {GemmKernel::kHopper128x192, "sm90_128x192", 128, 192, 227 * 1024, 90},
     {GemmKernel::kHopper256x128, "sm90_256x128", 256, 128, 227 * 1024, 90},
@@ -187,9 +196,10 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     // Of one multiprocessor, for a clock: bytes that it may get from L2 (DeepGEMM's model has 46.6
     // for H100), its share of the memory's (3.35 TB/s by 132 at 1.75 GHz), multiply-adds.
     constexpr double kCacheBytes = 46, kMemoryBytes = 14.5;
-    const double products = chip.capability == 90 && plan.kernel >= GemmKernel::kHopper128x128
-                                ? 4096 * 0.85   // promotion is not quite hidden
-                                : 1024 * 0.65;  // fp16 products, with decoding beside them
+    const double products =  // promotion is not quite hidden
+        0.85 * (chip.capability == 90 && plan.kernel >= GemmKernel::kHopper128x128 ? 4096 : 1024);
+    // Five instructions turn four codes into fp16; 128 lanes issue at a time.
+    constexpr double kDecodeRow = 128 * 5 / 4 / 128.0;
     // The result's way out and the next tile's way in; a cluster's blocks meet twice.
     constexpr double kTileClocks = 1500, kMeetingClocks = 1000;
     // Of the tensor cores' time a warpgroup alone uses so much, adding its sums in between; and two
@@ -213,7 +223,8 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     const double b_bytes = 128.0 * facts.columns / (plan.share == Share::kB ? 2 : 1);
     // Products of a small tile cannot hide their own latency: it waits for each block's.
     const double copy = (a_bytes + b_bytes) * blocks_here / kCacheBytes;
-    const double multiply = small ? 300 : 128.0 * facts.rows * facts.columns / products;
+    const double decode = chip.capability < 89 ? kDecodeRow * facts.decoded_rows : 0;
+    const double multiply = small ? 300 : 128.0 * facts.rows * facts.columns / products + decode;
     const double block = copy > multiply ? copy : multiply;
     const double blocks = static_cast<double>(ceil_div(ceil_div(sizes.k, 128), plan.split));
     const double result = 2.0 * facts.rows * facts.columns / kCacheBytes;
@@ -291,6 +302,8 @@ constexpr GemmPlan plan_gemm(const GemmSizes& sizes, const Chip& chip) {
 constexpr Chip kH100{90, 132, 227 * 1024};
 static_assert(plan_gemm({1, 1, 2112, 7168, false, false, false}, kH100).split >= 4);
 static_assert(plan_gemm({1, 1, 2112, 7168, false, true, false}, kH100).split == 1);
+static_assert(plan_gemm({1, 4096, 2112, 7168, false, false, false}, {80, 108, 163 * 1024}).kernel ==
+              GemmKernel::kPortable128x128);
 static_assert(plan_gemm({1, 4096, 7168, 2048, false, false, false}, {80, 108, 163 * 1024}).kernel ==
               GemmKernel::kPortable128x128);
 // q_b: K of 12 blocks.
