@@ -196,11 +196,13 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
             )  # fmt: skip
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
-# Between ranks: 2 KiB a warp; of a wait, a flag and the abort word.
+# Between ranks: 2 KiB a warp. A wait looks at a flag and the abort word, and each acquire invalidates L1 (CCTL.IVALL):
+# the emulator, which knows no weak memory, would not miss one.
 PLANS["moe_scatter_kernel"] = (80, 4, 4, {arch: {"MATCH.ANY": 1} for arch in ("sm_80", "sm_90a")})
 PLANS["moe_gather_kernel"] = (80, 4, 4, {arch: {"ST.E.64.STRONG.SYS": 1} for arch in ("sm_80", "sm_90a")})
+acquires = {"LD.E.64.STRONG.SYS": 2, "CCTL.IVALL": 5}
 for wait in ("scatter", "gather"):
-    PLANS[f"moe_{wait}_wait_kernel"] = (32, 0, 0, {arch: {"LD.E.64.STRONG.SYS": 2} for arch in ("sm_80", "sm_90a")})
+    PLANS[f"moe_{wait}_wait_kernel"] = (32, 0, 0, dict.fromkeys(("sm_80", "sm_90a"), acquires))
 # Balance: a row alone for its largest logit; a row and hits, two rounds in flight and one left over; both once more.
 PLANS["moe_hits_kernel"] = (32, 0, 0, {})
 PLANS["moe_sequence_loss_kernel"] = (64, 1 + 3 * 2, 0, {})
