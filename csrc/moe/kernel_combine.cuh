@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
          first += int64_t(gridDim.x) * warps * 32) {
         const int64_t slot = first + lane;
         uint32_t pads = arch::ballot(slot < p.slots && p.token_of_slot[slot] < 0);
-        for (int i = 0; pads >> i != 0 && i < 32; ++i) {
+        for (int i = 0; i < 32 && pads >> i != 0; ++i) {
             if (!(pads >> i & 1)) continue;
             for (int64_t column = lane * 16; column < p.hidden; column += kWarpColumns) {
                 store_floats<Y>(p.d_y, first + i, column, p.hidden, {});
