@@ -296,9 +296,13 @@ class NsSmallMatrix {
         for (int task = 0; task < 4; ++task) {
             const int eight = arch::warp_id() % 4 * 2 + task / 2,
                       first = task % 2 * 4;  // rows, columns
-            const int from = (first + lane / 8) * 8 + lane % 8, row = eight * 8 + lane / 4;
+            // What lies above the diagonal is written by other warps: the diagonal's 8 x 8 is read
+            // in its place, for nothing.
+            const int source = first + lane / 8 < eight ? eight : first + lane / 8;
+            const int from = source * 8 + lane % 8, row = eight * 8 + lane / 4;
             uint32_t words[4];
             arch::ldmatrix<4, true>(words, base + from * 128 + (eight ^ lane % 8) * 16);
+            arch::sync_warp();
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 const int column = (first + j) * 8 + lane % 4 * 2;
@@ -310,6 +314,7 @@ class NsSmallMatrix {
                     pair[1] = static_cast<uint16_t>(words[j] >> 16);
                 }
             }
+            arch::sync_warp();
         }
     }
 
