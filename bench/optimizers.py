@@ -36,7 +36,7 @@ STEPS, BATCH, LENGTH = 400, 8, 128
 EVERY = 10  # steps between the points of a recorded curve
 RATE_SEED = 100
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)
-MUON_RATES = (0.01, 0.02, 0.04)
+MUON_RATES = (0.005, 0.01, 0.02, 0.04)
 HOT = 2.0  # by how much experiment "clip" exceeds Muon's best rate: logits grow with it
 
 
