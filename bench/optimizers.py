@@ -179,7 +179,8 @@ def _draw_equal(path: Path, lines: list[dict[str, Any]]) -> None:
         held = [line["held_out_bits_per_byte"] for line in runs]
         label = f"{variant}: held out {mean(held):.3f} ({min(held):.3f} to {max(held):.3f})"
         _band(loss, runs, "bits_per_byte", color, label)
-        _band(logits, runs, "max_logit", color, variant)
+        clips = f" ({sum(line['clips'] for line in runs)} clips)" if variant == "MuonClip" else ""
+        _band(logits, runs, "max_logit", color, variant + clips)
     first = [line["bits_per_byte"][2] for line in lines]
     loss.set_ylim(min(min(line["bits_per_byte"]) for line in lines) - 0.1, max(first))
     logits.axhline(30, color=BLUE, linestyle=(0, (4, 3)), linewidth=1.1)
