@@ -112,7 +112,7 @@ class Trainer:
 
         torch.manual_seed(options.seed)
         self.model = K2Model(config).train().use_fp8(options.fp8)
-        self.optimizer = self._make_optimizer()
+        self.optimizer = self.make_optimizer()
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[Row] = []
         if state is not None:
@@ -204,7 +204,7 @@ class Trainer:
         threshold = o.threshold if o.optimizer == "muonclip" else None
         plot_max_logits(self.out / "max_logits.png", steps, layers, threshold, title)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         o = self.options
         if o.optimizer == "adamw":
             return torch.optim.AdamW(self.model.parameters(), o.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
