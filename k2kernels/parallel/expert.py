@@ -41,6 +41,9 @@ class ExpertParallel:
             `all_to_all_single` of the group. "symmetric": GPUs of one host write into one another's buffers. "auto":
             for one rank "local"; for an NCCL group "symmetric", if a trial on all ranks succeeds; else "torch".
         row_dtype: the widest rows that travel, by which "symmetric" sizes its buffers.
+        ranks_per_node: with "torch", ranks of a node are next to one another in the group, so many a node, and a row
+            goes to each node once, where it is handed on. 0: to every rank by itself. None: what host names say; 0 if
+            they are not such. Bits are the same.
         init_timeout, step_timeout: seconds to wait for the other ranks when this is made, and in each call; by default
             K2K_PARALLEL_INIT_TIMEOUT (30) and K2K_PARALLEL_STEP_TIMEOUT (10) of the environment.
 
@@ -65,6 +68,7 @@ class ExpertParallel:
         max_tokens: int,
         transport: str = "auto",
         row_dtype: torch.dtype = torch.bfloat16,
+        ranks_per_node: int | None = None,
         init_timeout: float | None = None,
         step_timeout: float | None = None,
     ):
@@ -83,6 +87,14 @@ class ExpertParallel:
         args.require(
             num_experts >= self.world_size, "num_experts", f"at least the {self.world_size} ranks", num_experts
         )
+        if ranks_per_node is not None:
+            args.integer("ranks_per_node", ranks_per_node, 0)
+            args.require(
+                ranks_per_node == 0 or self.world_size % ranks_per_node == 0,
+                "ranks_per_node",
+                f"a divisor of the {self.world_size} ranks",
+                ranks_per_node,
+            )
         self._split = Split(num_experts, self.world_size, self.rank)
         self.first_expert, self.num_local_experts = self._split.first_expert, self._split.num_local_experts
         self._rows: exchange.Transport | None = None  # of "torch"
@@ -93,7 +105,7 @@ class ExpertParallel:
         from k2kernels.parallel.peers import Peers, timeouts
 
         sizes = dict(num_experts=num_experts, hidden=hidden, top_k=top_k, max_tokens=max_tokens)
-        config = dict(**sizes, transport=transport, row_dtype=str(row_dtype))
+        config = dict(**sizes, transport=transport, row_dtype=str(row_dtype), ranks_per_node=ranks_per_node)
         self._peers = Peers(group, config, *timeouts(init_timeout, step_timeout))
         if self.transport == "symmetric":
             from k2kernels.parallel.symmetric import open_ranks
@@ -109,7 +121,11 @@ class ExpertParallel:
             self.transport = "torch"
         from k2kernels.parallel.torch_transport import TorchTransport
 
-        self._rows = TorchTransport(self._split, self._peers)
+        if ranks_per_node is None:
+            ranks_per_node = self._peers.ranks_per_node()
+        if ranks_per_node in (1, self.world_size):  # every node a rank, or all ranks a node
+            ranks_per_node = 0
+        self._rows = TorchTransport(self._split, self._peers, ranks_per_node)
 
     def _choose(self, transport: str) -> str:
         """The transport to try."""
@@ -147,7 +163,10 @@ class ExpertParallel:
         if self.transport == "local":
             raise ValueError("ExpertParallel.mask: there is no other rank")
         if self._ranks is None:
+            from k2kernels.parallel.torch_transport import TorchTransport
+
             self._peers.mask(rank)
+            self._rows = TorchTransport(self._split, self._peers)  # in one hop: a rail is interrupted
         else:
             from k2kernels.parallel.symmetric import mask
 

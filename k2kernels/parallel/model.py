@@ -19,6 +19,7 @@ def expert_parallel(
     *,
     max_tokens: int,
     transport: str = "auto",
+    ranks_per_node: int | None = None,
     init_timeout: float | None = None,
     step_timeout: float | None = None,
 ) -> ExpertParallel:
@@ -31,7 +32,7 @@ def expert_parallel(
 
     Args:
         model: changed in place.
-        group, transport, init_timeout, step_timeout: as in `ExpertParallel`.
+        group, transport, ranks_per_node, init_timeout, step_timeout: as in `ExpertParallel`.
         max_tokens: the most tokens a rank brings to one call: batch times length.
 
     Returns:
@@ -53,6 +54,7 @@ def expert_parallel(
         top_k=config.num_experts_per_tok,
         max_tokens=max_tokens,
         transport=transport,
+        ranks_per_node=ranks_per_node,
         init_timeout=init_timeout,
         step_timeout=step_timeout,
     )

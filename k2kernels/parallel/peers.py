@@ -9,9 +9,11 @@ name the same culprit, and not one another.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
+import socket
 import threading
 import time
 import weakref
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT, STEP_TIMEOUT = 30.0, 10.0  # seconds
 _made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # how many of a group
+_subgroups: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()  # of a group, by its ranks
 
 
 def timeouts(init: float | None, step: float | None) -> tuple[float, float]:
@@ -55,6 +58,7 @@ class Peers:
     Attributes:
         group: of the ranks that take part: `live`.
         masked: the others.
+        epoch: how often the ranks dispatched.
     """
 
     def __init__(self, group: ProcessGroup, config: dict[str, Any], init_timeout: float, step_timeout: float):
@@ -67,7 +71,8 @@ class Peers:
         number = _made[group] = _made.get(group, 0) + 1
         self._store = dist.PrefixStore(f"k2kernels/experts/{number}", _get_process_group_store(group))
         self._failure: PeerTimeout | None = None
-        self._phase, self._epoch = "", 0
+        self.epoch = 0
+        self._phase = ""
         self._agree(config)
         self._sign = _SignOfLife(self._store, self.rank, min(1.0, step_timeout / 8))
         weakref.finalize(self, self._sign.stop)
@@ -102,6 +107,16 @@ class Peers:
             )
         return {rank: self._store.get(f"{name}/{rank}").decode() for rank in self.live}
 
+    def hosts(self) -> list[str]:
+        """The name of each live rank's host."""
+        return list(self.tell_all("host", socket.gethostname()).values())
+
+    def ranks_per_node(self) -> int:
+        """How many ranks a host has, if there are several hosts, with equally many ranks, side by side; else 0."""
+        hosts = self.hosts()
+        runs = [len(list(run)) for _, run in itertools.groupby(hosts)]
+        return runs[0] if len(set(runs)) == 1 and 1 < len(runs) == len(set(hosts)) else 0
+
     def first_reason(self, name: str, reason: str) -> str:
         """What any rank has against it, and which; the same on all ranks, "" if none has."""
         for rank, theirs in self.tell_all(name, reason).items():
@@ -132,7 +147,7 @@ class Peers:
     # ---- calls
 
     @contextlib.contextmanager
-    def step(self, phase: str, epoch: int) -> Iterator[None]:
+    def step(self, phase: str) -> Iterator[None]:
         """Around a call: its errors become PeerTimeout."""
         if self._failure is not None:
             raise PeerTimeout(
@@ -141,8 +156,8 @@ class Peers:
                 ranks=self._failure.ranks,
                 epoch=self._failure.epoch,
             )
-        self._phase, self._epoch = phase, epoch
-        self._sign.text = f"{phase!r}, epoch {epoch}"
+        self._phase = phase
+        self._sign.text = f"{phase!r}, epoch {self.epoch}"
         self._sign.calls += 1
         try:
             yield
@@ -176,11 +191,11 @@ class Peers:
             why = f"the others gave this rank up: {why}"
         cause = re.sub(r"^\[\S*\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]  # without a place in gloo
         self._failure = PeerTimeout(
-            f"ExpertParallel: rank {self.rank} waited in vain in {self._phase!r}, epoch {self._epoch}: {why} "
+            f"ExpertParallel: rank {self.rank} waited in vain in {self._phase!r}, epoch {self.epoch}: {why} "
             f"(step_timeout {self.step_timeout:g} s; {cause})",
             phase=self._phase,
             ranks=ranks,
-            epoch=self._epoch,
+            epoch=self.epoch,
         )
         return self._failure
 
@@ -194,7 +209,8 @@ class Peers:
         if not self._store.check(["culprit"]):
             after = self._signs(others)
             gone = [rank for rank in others if after[rank][0] == before[rank][0]]
-            late = [rank for rank in others if after[rank][1] < self._sign.calls]
+            least = min((after[rank][1] for rank in others), default=self._sign.calls)
+            late = [rank for rank in others if after[rank][1] == least < self._sign.calls]  # others wait for these
             if gone:
                 found = gone, f"{_ranks(gone)} gave no sign of life: gone, or stopped"
             elif late:
@@ -215,6 +231,23 @@ class Peers:
             signs[rank] = int(count), int(calls), text
         return signs
 
+    # ---- groups
+
+    def subgroup(self, ranks: list[int]) -> ProcessGroup:
+        """A group of some of the ranks, which alone call this; all that share a group share it too."""
+        made = _subgroups.setdefault(self.group, {})
+        if tuple(ranks) not in made:
+            made[tuple(ranks)] = self._new_group(ranks)
+        return made[tuple(ranks)]
+
+    def _new_group(self, ranks: list[int]) -> ProcessGroup:
+        return dist.new_group(
+            [self._global_ranks[rank] for rank in ranks],
+            timeout=timedelta(seconds=self.init_timeout),
+            backend=dist.get_backend(self.group),
+            use_local_synchronization=True,  # without the other ranks
+        )
+
     # ---- masks
 
     def mask(self, rank: int, *, new_group: bool = True) -> None:
@@ -230,14 +263,9 @@ class Peers:
         if len(set(told.values())) > 1:
             raise ValueError(f"ExpertParallel.mask: the ranks must mask the same rank, got {told}")
         if new_group:
-            self.group = dist.new_group(
-                [self._global_ranks[r] for r in self.live],
-                timeout=timedelta(seconds=self.init_timeout),
-                backend=dist.get_backend(self.group),
-                use_local_synchronization=True,  # without the masked ranks
-            )
+            self.group = self._new_group(self.live)
         self._failure = None
-        self._sign.calls = 0
+        self._sign.calls = self.epoch = 0  # one rank may have come further than another
         if self.rank == self.live[0]:
             self._store.delete_key("culprit")
         self.tell_all(f"{name}/done", "")

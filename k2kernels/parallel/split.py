@@ -19,26 +19,37 @@ class Split:
         self.rank = rank
         self.first_expert, end = self.bounds(rank)
         self.num_local_experts = end - self.first_expert
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def bounds(self, rank: int) -> tuple[int, int]:
         """The first expert of a rank, and the one after its last."""
         each, more = divmod(self.num_experts, self.world_size)
         return rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more)
 
-    def places(self, indices: Tensor, live: list[int]) -> tuple[Tensor, Tensor]:
-        """Of each expert the position in `live` of its rank, len(live) for none and for -1; and its number there."""
-        key = (indices.device, *live)
-        if key not in self._tables:
-            position = torch.full((self.num_experts + 1,), len(live), dtype=torch.int64)
-            number = torch.zeros_like(position)
-            for i, rank in enumerate(live):
-                first, end = self.bounds(rank)
-                position[first:end] = i
-                number[first:end] = torch.arange(end - first)
-            self._tables[key] = position.to(indices.device), number.to(indices.device)
-        position, number = self._tables[key]
-        return position[indices], number[indices]  # -1 is the last entry
+
+class Places:
+    """Of each expert the part that has it, and its number there.
+
+    Args:
+        num_experts: E.
+        parts: of each part the first expert, and the one after its last.
+    """
+
+    def __init__(self, num_experts: int, parts: list[tuple[int, int]]):
+        self.parts = len(parts)
+        part = torch.full((num_experts + 1,), self.parts, dtype=torch.int64)
+        number = torch.zeros_like(part)
+        for i, (first, end) in enumerate(parts):
+            part[first:end] = i
+            number[first:end] = torch.arange(end - first)
+        self._tables = {torch.device("cpu"): (part, number)}
+
+    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts, or -1; the number of parts stands for the part of -1, and of an expert that none has."""
+        part, number = self._tables[torch.device("cpu")]
+        if indices.device not in self._tables:
+            self._tables[indices.device] = part.to(indices.device), number.to(indices.device)
+        part, number = self._tables[indices.device]
+        return part[indices], number[indices]  # -1 is the last entry
 
 
 def in_range(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

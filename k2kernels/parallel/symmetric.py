@@ -5,7 +5,6 @@ All that knows of processes is here: addresses come out. Everything else is shar
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +55,7 @@ def open_ranks(
     world = peers.world_size
     if reason := peers.first_reason("symmetric", why_not_here(world)):
         return reason
-    hosts = set(peers.tell_all("host", socket.gethostname()).values())
+    hosts = set(peers.hosts())
     if len(hosts) > 1:
         return f"{len(hosts)} hosts; one NVLink domain is wanted"
     layout = layout_of(world, num_experts, hidden, top_k, max_tokens, row_dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import tiny
@@ -20,9 +21,16 @@ from k2kernels.ops.quant import quantize_128x128
 from k2kernels.parallel import ExpertParallel, expert_parallel
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-TOKENS = [5, 0, 9, 3]  # of each rank
+TOKENS = [5, 0, 9, 3]  # of each rank; `on_nodes` changes it
 EXPERTS, TOP_K = 10, 3
+NODES: dict = {}  # ranks_per_node=, of all that the checks make
 SKEWS = ("uniform", "one hot expert", "empty ranks", "some dropped", "all dropped", "repeated", "none at all")
+
+
+def on_nodes(world):
+    """From now on there are two ranks a node. Tokens by node, then rank are not those by number in the node first."""
+    NODES["ranks_per_node"] = 2
+    TOKENS[:] = [5, 9, 3, 0, 2, 4][:world]
 
 
 class Batch(NamedTuple):
@@ -111,7 +119,7 @@ def same_rows(ep, got, want):
 
 def make(hidden=40, **options):
     sizes = dict(num_experts=EXPERTS, hidden=hidden, top_k=TOP_K, max_tokens=9, step_timeout=20.0)
-    return ExpertParallel(dist.group.WORLD, **{**sizes, "transport": "torch", **options})
+    return ExpertParallel(dist.group.WORLD, **{**sizes, "transport": "torch", **NODES, **options})
 
 
 def dense(batch):
@@ -233,7 +241,43 @@ def check_node_limited_routing(rank, world):
     got = run(ep.dispatch, ep.combine, ep.first_expert, last, x[mine], logits[mine])
     for g, w in zip(got, want):  # close: a sigmoid's last bit depends on where a vector ends
         torch.testing.assert_close(g, w[mine], rtol=1e-5, atol=1e-5)
-    assert rank == 1 or got[1].abs().sum() > 0
+    assert TOKENS[rank] == 0 or got[1].abs().sum() > 0
+
+
+def check_a_token_goes_to_a_node_once(rank, world):
+    """What crosses between nodes, between whom; with a router that chooses one node for a token."""
+    ep = make(num_experts=12)
+    if not NODES:
+        assert [hop.group for hop in ep._rows.hops] == [dist.group.WORLD]
+        return
+    nodes, number = world // 2, rank % 2
+    rail, node = (dist.get_process_group_ranks(hop.group) for hop in ep._rows.hops)
+    assert rail == list(range(number, world, 2)) and node == [rank - number, rank - number + 1]
+    assert make()._rows.hops[0].group is ep._rows.hops[0].group
+    torch.manual_seed(12)
+    starts = [sum(TOKENS[:r]) for r in range(world + 1)]
+    x, logits = torch.randn(starts[-1], 40), torch.randn(starts[-1], 12)
+    for groups in (1, 2):
+        routing = moe_route(logits, top_k=TOP_K, n_group=nodes, topk_group=groups)
+        whole = moe_dispatch(x, routing.indices, routing.weights, num_experts=12)
+        mine = slice(starts[rank], starts[rank + 1])
+        sent = ep.dispatch(x[mine], routing.indices[mine], routing.weights[mine])
+        there = routing.indices[mine] // (12 // nodes)
+        assert sent.handle.route.legs[0].sent_rows == [int((there == n).any(1).sum()) for n in range(nodes)]
+        assert groups > 1 or sum(sent.handle.route.legs[0].sent_rows) == TOKENS[rank]
+        same(ep.combine(sent.data, sent.handle), moe_combine(whole.data, whole.handle)[mine])
+
+
+def check_nodes_are_learnt(rank, world):
+    """From host names, where they say so on all ranks; the first way that `make` finds without ranks_per_node."""
+    if not NODES:
+        return
+    for host, hops in ((f"host{rank // 2}", 2), (f"host{rank % 2}", 1), (f"host{rank}", 1), ("host", 1)):
+        with mock.patch("socket.gethostname", lambda host=host: host):
+            assert len(make(ranks_per_node=None)._rows.hops) == hops, host
+    assert len(make(ranks_per_node=0)._rows.hops) == 1
+    with pytest.raises(ValueError, match=r"the ranks must agree on ranks_per_node, got 0 on rank 0; 2 on ranks 1"):
+        make(ranks_per_node=0 if rank == 0 else 2)
 
 
 def check_recomputation(rank, world):
@@ -321,7 +365,7 @@ def check_model(rank, world):
     torch.manual_seed(9)
     whole = tiny.model("deepseek").double().train()
     split = copy.deepcopy(whole)
-    ep = expert_parallel(split, dist.group.WORLD, max_tokens=64, step_timeout=20.0)
+    ep = expert_parallel(split, dist.group.WORLD, max_tokens=64, step_timeout=20.0, **NODES)
     assert ep.transport == ("torch" if world > 1 else "local")
     lo, hi = ep.first_expert, ep.first_expert + ep.num_local_experts
     ids = torch.arange(world * 20).view(world, 20) * 7 % 256

@@ -13,7 +13,20 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rank_checks import CHECKS, EXPERTS, SKEWS, TOP_K, make, make_batch, one_rank, part, same, same_rows, through
+from rank_checks import (
+    CHECKS,
+    EXPERTS,
+    SKEWS,
+    TOP_K,
+    make,
+    make_batch,
+    on_nodes,
+    one_rank,
+    part,
+    same,
+    same_rows,
+    through,
+)
 
 from k2kernels import PeerTimeout
 from k2kernels.ops._exchange import Rank
@@ -25,18 +38,25 @@ def join(rank, world, folder):
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
 
 
-def checks(rank, world, folder):
+def checks(rank, world, folder, names=tuple(CHECKS)):
     """All checks, until one fails: check -> None, or what went wrong."""
     join(rank, world, folder)
     found = {}
-    for name, check in CHECKS.items():
+    for name in names:
         try:
-            check(rank, world)
+            CHECKS[name](rank, world)
             found[name] = None
         except Exception:
             found[name] = traceback.format_exc()
             break
     return found
+
+
+def checks_on_nodes(rank, world, folder):
+    """All checks on nodes of two ranks; with more than two nodes, those of the rows' order alone."""
+    on_nodes(world)
+    few = ("check_bits", "check_a_token_goes_to_a_node_once")
+    return checks(rank, world, folder, CHECKS if world == 4 else few)
 
 
 # ---- faults: what each rank saw, as text, and after how many seconds
@@ -68,7 +88,7 @@ def fault(call):
 def killed(rank, world, folder):
     """Rank 1 dies between two calls; the others then go on without it."""
     join(rank, world, folder)
-    ep = make(step_timeout=4.0)
+    ep = make(step_timeout=2.0)
     layer_calls(ep, rank, 2)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -85,8 +105,14 @@ def killed(rank, world, folder):
     _, want = one_rank(batch._replace(indices=without))
     for name in want:
         same(got[name], want[name][starts[rank] : starts[rank + 1]], name)
-    assert sent.handle.degraded and ep.degraded and bool(dropped[starts[rank] : starts[rank + 1]].any())
+    assert sent.handle.degraded and ep.degraded and bool(dropped.any())
     return dict(seen=seen, masked_in=time.monotonic() - begin)
+
+
+def killed_on_nodes(rank, world, folder):
+    """The same with two ranks a node: of the others one shares its node, one its rail, and one neither."""
+    on_nodes(world)
+    return killed(rank, world, folder)
 
 
 def silent(rank, world, folder):
@@ -95,9 +121,15 @@ def silent(rank, world, folder):
     ep = make(step_timeout=1.5)
     layer_calls(ep, rank, 2)
     if rank == 2:
-        time.sleep(5)
+        time.sleep(3)
         return fault(lambda: layer_calls(ep, rank, 1))
     return fault(lambda: layer_calls(ep, rank, 1))
+
+
+def silent_on_nodes(rank, world, folder):
+    """The same with two ranks a node: others are late too, because they wait for it."""
+    on_nodes(world)
+    return silent(rank, world, folder)
 
 
 def stopped_in_backward(rank, world, folder):

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from k2kernels import UnsupportedError
 from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_route
 from k2kernels.parallel import ExpertParallel
-from k2kernels.parallel.split import Split
+from k2kernels.parallel.split import Places, Split
 
 SIZES = dict(num_experts=8, hidden=128, top_k=2, max_tokens=16)
 
@@ -83,7 +83,7 @@ def test_experts_are_split_in_order(experts, ranks):
     assert sum(sizes) == experts and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
     assert [split.first_expert for split in splits] == [sum(sizes[:rank]) for rank in range(ranks)]
     for live in (list(range(ranks)), list(range(1, ranks))):
-        rank, number = splits[0].places(torch.arange(-1, experts), live)
+        rank, number = Places(experts, [splits[0].bounds(r) for r in live])(torch.arange(-1, experts))
         assert rank[0] == len(live)
         for position, r in enumerate(live):
             here = torch.nonzero(rank[1:] == position)[:, 0]

@@ -3,7 +3,14 @@
 import pytest
 from ranks import run
 
-FAULTS = [("killed", 3), ("silent", 3), ("stopped_in_backward", 3), ("absent", 2)]
+FAULTS = [
+    ("killed", 3),
+    ("killed_on_nodes", 4),
+    ("silent", 3),
+    ("silent_on_nodes", 4),
+    ("stopped_in_backward", 3),
+    ("absent", 2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,21 +24,23 @@ def check_timeout(seen, phase, ranks, epoch, seconds):
     assert seen["seconds"] < seconds, seen
 
 
-def test_a_killed_rank_is_named_and_the_others_go_on_without_it(seen):
-    ranks = seen["killed/3"]
+@pytest.mark.parametrize("scenario, others", [("killed/3", (0, 2)), ("killed_on_nodes/4", (0, 2, 3))])
+def test_a_killed_rank_is_named_and_the_others_go_on_without_it(seen, scenario, others):
+    ranks = seen[scenario]
     assert ranks[1] == "ended with -9"
-    for rank in (0, 2):
+    for rank in others:
         assert isinstance(ranks[rank], dict), ranks[rank]
         first, again = ranks[rank]["seen"]
-        check_timeout(first, "dispatch", [1], 3, 4)
+        check_timeout(first, "dispatch", [1], 3, 2)
         assert f"rank {rank} waited in vain in 'dispatch', epoch 3: rank 1 gave no sign of life" in first["message"]
         check_timeout(again, "dispatch", [1], 3, 0.5)
         assert "this ExpertParallel cannot go on: mask the rank, or make a new group" in again["message"]
 
 
-def test_a_late_rank_is_named_by_the_others_and_told(seen):
-    ranks = seen["silent/3"]
-    for rank in (0, 1):
+@pytest.mark.parametrize("scenario, others", [("silent/3", (0, 1)), ("silent_on_nodes/4", (0, 1, 3))])
+def test_a_late_rank_is_named_by_the_others_and_told(seen, scenario, others):
+    ranks = seen[scenario]
+    for rank in others:
         check_timeout(ranks[rank], "dispatch", [2], 3, 1.5 * 2)
         assert "rank 2 late, though alive (rank 2 at 'dispatch backward', epoch 2)" in ranks[rank]["message"]
     check_timeout(ranks[2], "dispatch", [2], 3, 1.5 * 2)
