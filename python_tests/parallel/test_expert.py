@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -91,6 +93,35 @@ def test_experts_are_split_in_order(experts, ranks):
             assert number[1:][here].tolist() == list(range(sizes[r]))
 
 
+def test_bytes_between_nodes_are_as_documented():
+    """What crosses from rank 0 of 4 nodes of 8, K2's shape: tokens counted as the hops count them."""
+    from k2kernels.parallel import torch_transport
+
+    torch.manual_seed(0)
+    split = Split(384, 32, 0)
+    ranks = Places(384, [split.bounds(rank) for rank in range(32)])
+    nodes = Places(384, [(first, first + 96) for first in range(0, 384, 96)])
+    row = 7168 + 56 * 4 + 8 * 4
+    for limit, name in ((4, "anywhere"), (2, "on 2 of the nodes")):
+        indices = moe_route(torch.randn(4096, 384), top_k=8, n_group=4, topk_group=limit).indices
+        rank, node = ranks(indices)[0], nodes(indices)[0]
+        reached = [sum((rank == r).any(1).sum().item() for r in range(8, 32))]
+        reached += [sum((node == n).any(1).sum().item() for n in range(1, 4))]
+        want = [n * row / 4096 for n in reached] + [(node > 0).sum().item() * 2 * 7168 / 4096]
+        line = next(s for s in torch_transport.__doc__.splitlines() if s.strip().startswith(name))
+        got = [int(n.replace(" ", "")) for n in re.findall(r"\b\d\d \d\d\d\b", line)]
+        assert got == pytest.approx(want, rel=0.03)
+
+
+def test_nodes_are_runs_of_hosts_of_equal_length():
+    from k2kernels.parallel.peers import Peers
+
+    peers = object.__new__(Peers)
+    for hosts, ranks in (("aabb", 2), ("abcd", 1), ("aaaa", 0), ("abab", 0), ("aaab", 0), ("aabbaa", 0), ("a", 0)):
+        peers.hosts = lambda hosts=hosts: list(hosts)
+        assert peers.ranks_per_node() == ranks, hosts
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"ExpertParallel: transport must be one of 'auto', .*, got 'nccl'"):
         ExpertParallel(**SIZES, transport="nccl")
@@ -98,6 +129,9 @@ def test_bad_arguments():
         ExpertParallel(num_experts=0, hidden=128, top_k=2, max_tokens=16)
     with pytest.raises(ValueError, match=r"ExpertParallel: num_experts must be at least the 9 ranks, got 8"):
         ExpertParallel(SomeRanks(9), **SIZES)
+    for ranks in (3, -1, 2.0, True):
+        with pytest.raises((ValueError, TypeError), match=r"ExpertParallel: ranks_per_node must be .*, got"):
+            ExpertParallel(SomeRanks(4), **SIZES, ranks_per_node=ranks)
     with pytest.raises(ValueError, match=r"ExpertParallel.mask: there is no other rank"):
         ExpertParallel(**SIZES).mask(0)
     layer = ExpertParallel(**SIZES)

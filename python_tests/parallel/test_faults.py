@@ -1,6 +1,10 @@
 """Ranks that die, stop, come late or not at all: the others end in time, with a message that names them."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
+import torch
 from ranks import run
 
 FAULTS = [
@@ -45,6 +49,16 @@ def test_a_late_rank_is_named_by_the_others_and_told(seen, scenario, others):
         assert "rank 2 late, though alive (rank 2 at 'dispatch backward', epoch 2)" in ranks[rank]["message"]
     check_timeout(ranks[2], "dispatch", [2], 3, 1.5 * 2)
     assert "the others gave this rank up" in ranks[2]["message"]
+
+
+def test_who_only_waits_for_a_late_rank_is_not_blamed():
+    from k2kernels.parallel.peers import Peers
+
+    peers, counts = object.__new__(Peers), itertools.count()
+    peers.rank, peers.live, peers._store = 3, [0, 1, 2, 3], torch.distributed.HashStore()
+    peers._sign = SimpleNamespace(interval=0.001, calls=7)
+    peers._signs = lambda ranks: {0: (next(counts), 6, "here"), 1: (next(counts), 7, ""), 2: (next(counts), 5, "there")}
+    assert peers._culprit() == ((2,), "rank 2 late, though alive (rank 2 at there)")
 
 
 def test_a_rank_that_stops_in_a_backward_pass_is_named(seen):
