@@ -109,12 +109,10 @@ class _Dispatch(torch.autograd.Function):
         if options.quantize:
             codes, scales = quantize_1x128(x, power_of_two=options.power_of_two)
             codes, scales = transport.scatter(route, [codes, scales], "dispatch")
-            data, plan = _to_slots(_words(codes), experts, pairs, options)
-            data = data.view(torch.uint8)[:, : x.shape[1]].contiguous().view(codes.dtype)
-            scales = store_scales(moe._moe_permute(scales, *plan[:2]), options.scale_layout)
+            data, scales, plan = codes_to_slots(codes, scales, experts, pairs, options)
         else:
             (rows,) = transport.scatter(route, [x], "dispatch")
-            scales, (data, plan) = None, _to_slots(rows, experts, pairs, options)
+            scales, (data, plan) = None, to_slots(rows, experts, pairs, options)
         slot_of, home_slot_of = plan[0], transport.home(route)[0]
         if options.capacity is not None:  # home is told what had no room
             kept = torch.ones(len(plan[1]), 4, dtype=torch.uint8, device=x.device)
@@ -176,7 +174,7 @@ class _Combine(torch.autograd.Function):
         return d_y, d_weights, d_shared, d_residual, None, None, None
 
 
-def _to_slots(rows: Tensor, experts: Tensor, pairs: int, options: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+def to_slots(rows: Tensor, experts: Tensor, pairs: int, options: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The arrived rows in the slots of their experts, and the plan: slot_of ... overflow."""
     capacity = options.capacity
     if capacity is None:
@@ -184,6 +182,15 @@ def _to_slots(rows: Tensor, experts: Tensor, pairs: int, options: Options) -> tu
         capacity = -(-capacity // options.alignment) * options.alignment
     data, *plan = moe._moe_dispatch(rows, experts, options.num_experts, options.alignment, capacity)
     return data, tuple(plan)
+
+
+def codes_to_slots(
+    codes: Tensor, scales: Tensor, experts: Tensor, pairs: int, options: Options
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The same of quantised rows, with their scales in the layout that is asked for."""
+    data, plan = to_slots(_words(codes), experts, pairs, options)
+    data = data.view(torch.uint8)[:, : codes.shape[1]].contiguous().view(codes.dtype)
+    return data, store_scales(moe._moe_permute(scales, *plan[:2]), options.scale_layout), plan
 
 
 def _words(codes: Tensor) -> Tensor:
