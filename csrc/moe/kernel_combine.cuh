@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
                 for (int i = 0; i < kRows; ++i) {
                     const int64_t from = arch::shuffle(slot, k + i);
                     rows[i] = {};
-                    if (p.y == nullptr || from < 0 || !here) continue;
+                    if (p.d_weights == nullptr || from < 0 || !here) continue;
                     const Y* y = static_cast<const Y*>(p.y) + from * p.y_row_stride;
                     rows[i] = tile::load_sixteen(y, column, p.hidden);
                 }
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
                     const float factor = arch::shuffle(weight, k + i);
                     if (to < 0) continue;  // for the whole warp
                     float values[16];
-                    if (p.y != nullptr) {
+                    if (p.d_weights != nullptr) {
                         tile::widen(values, rows[i]);
                         float dot = 0;
                         K2K_UNROLL
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
                 }
             }
         }
-        if (p.y == nullptr) continue;
+        if (p.d_weights == nullptr) continue;
         smem.of_warp[round][warp][lane] = d_weight;
         arch::sync_block();
         if (warp == 0 && lane < p.top_k) {

@@ -84,17 +84,17 @@ struct MoeCombineParams {
     int top_k;
 };
 
-// The gradients of combine; with neither y nor weights, rows moved to their slots.
+// The gradients of combine; with neither d_weights nor weights, rows moved to their slots.
 struct MoeCombineBackwardParams {
     FloatRows grad;  // [tokens, hidden]
-    const void* y;   // [slots, hidden], or null: no gradient of the weights
+    const void* y;   // [slots, hidden]; not read where d_weights is null
     void* d_y;       // [slots, hidden], contiguous
     Type type;       // of y and d_y
     int64_t y_row_stride;
     const int32_t* slot_of;        // [tokens, top_k]
     const int32_t* token_of_slot;  // [slots]
     const float* weights;          // [tokens, top_k], or null: ones
-    float* d_weights;              // [tokens, top_k]
+    float* d_weights;              // [tokens, top_k], or null: no gradient of the weights
     int64_t tokens, hidden;
     int32_t slots;
     int top_k;

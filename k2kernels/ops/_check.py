@@ -131,12 +131,18 @@ class Arguments:
 
     def writable(self, name: str, value: torch.Tensor) -> None:
         """Raises ValueError where elements of `value` share memory, which an op that writes into it would mix up."""
-        strides = value.stride()
-        if 0 in strides:
-            shared = any(stride == 0 and size > 1 for stride, size in zip(strides, value.shape))
+        if value.is_contiguous():
+            return
+        reach = 0  # of the axes before, from the narrowest on: the furthest element
+        for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape) if size != 1):
             self.require(
-                not shared, name, "a tensor with memory for each element", "an expanded one", "call .contiguous() first"
+                stride > reach or value.numel() == 0,
+                name,
+                "a tensor with memory for each element",
+                "one whose elements share it",
+                "call .contiguous() first",
             )
+            reach += stride * (size - 1)
 
     def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
         skip = len(got) - len(shape)  # one less than the sizes that "..." stands for

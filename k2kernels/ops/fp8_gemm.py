@@ -7,7 +7,7 @@ import contextvars
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -58,7 +58,8 @@ def fp8_gemm(
         batch_invariant: whether the bits of a row must not depend on how many rows there are. Few rows are otherwise
             served by summing parts of K apart, in a fixed order: the same from call to call, but not the order above.
         row_weights: [M] float32, a factor for each row of A · Bᵀ, not of bias and C.
-        out: [M, N] in out_dtype: written in place and returned. It may be `accumulate`.
+        out: [M, N] in out_dtype: written in place and returned. It may be `accumulate`, and share memory with any
+            other operand.
 
     Returns:
         D [M, N]. M, N and K are free: none need be a multiple of 128, and any may be 0. Not differentiable.
@@ -126,7 +127,7 @@ def grouped_fp8_gemm(
         batch_invariant: as for `fp8_gemm`.
         row_weights: [cap] or [G, maxM] float32, a factor for each row of D, such as a routing weight.
         out_dtype: bfloat16, float16 or float32.
-        out: [cap, N] or [G, maxM, N] in out_dtype: written in place and returned.
+        out: [cap, N] or [G, maxM, N] in out_dtype: written in place and returned. As for `fp8_gemm`.
 
     Returns:
         D [cap, N] or [G, maxM, N]. Groups may be empty. Not differentiable.
@@ -843,6 +844,37 @@ def _scale_strides(scales: Tensor) -> tuple[int, int, int]:
     return (scales.stride(0) if scales.ndim == 3 else 0, *scales.stride()[-2:])
 
 
+def _apart(body: Callable, place: int) -> Callable:
+    """`body`, whose argument `place` is `out`, writing a copy first where `out` shares memory with what is read.
+
+    A kernel writes some results before it has read all operands. `accumulate` alone may be `out` itself, or begin and
+    step as it does: an element is then read by the thread that writes it.
+    """
+
+    def run(*args: Any) -> None:
+        out, accumulate = args[place], args[place - 1]
+        begin, end = _extent(out)
+        for x in args:
+            if not isinstance(x, Tensor) or x is out or not (x.data_ptr() < end and begin < _extent(x)[1]):
+                continue
+            if x is accumulate and (x.data_ptr(), x.dtype, x.stride()) == (begin, out.dtype, out.stride()):
+                continue
+            copy = out.clone()
+            body(*args[:place], copy, *args[place + 1 :])
+            out.copy_(copy)
+            return
+        body(*args)
+
+    return run
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses where its elements begin and end."""
+    begin = x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return begin, begin + (last + 1) * x.itemsize if x.numel() else begin
+
+
 def _fp8_gemm_fake(
     a, a_scales, b, b_scales, bias, accumulate, out_dtype, b_row_offset=0, batch_invariant=False, row_weights=None
 ) -> Tensor:
@@ -879,7 +911,7 @@ _fp8_gemm_out = register(
     " Tensor? row_weights=None) -> ()",
     reference=reference.fp8_gemm_out,
     fake=lambda *args: None,
-    kernel=_fp8_gemm_out_kernel,
+    kernel=_apart(_fp8_gemm_out_kernel, 6),
     mutates=True,
 )
 
@@ -949,9 +981,9 @@ _grouped_fp8_gemm_out = register(
     "grouped_fp8_gemm_out(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? offsets, Tensor? counts,"
     " int? expected_m, Tensor(a!) out, int b_row_offset=0, bool batch_invariant=False,"
     " Tensor? row_weights=None) -> ()",
-    reference=reference.grouped_fp8_gemm_out,
+    reference=_apart(reference.grouped_fp8_gemm_out, 7),
     fake=lambda *args: None,
-    kernel=_grouped_fp8_gemm_out_kernel,
+    kernel=_apart(_grouped_fp8_gemm_out_kernel, 7),
     validate=_validate_rows,
     mutates=True,
 )

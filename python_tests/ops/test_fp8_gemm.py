@@ -266,6 +266,38 @@ def test_out_may_be_accumulate():
     assert torch.equal(main_grad, want)
 
 
+OVERLAPS = {  # of what is read, and where it and `out` begin in one buffer, in bytes
+    "accumulate, one element on": ("accumulate", 0, 4),
+    "accumulate, rows on": ("accumulate", 0, 4 * 72 * 16),
+    "accumulate, rows back": ("accumulate", 4 * 72 * 16, 0),
+    "a": ("a", 64, 0),
+    "a of groups": ("a", 64, 0),
+    "a_scales": ("a_scales", 400, 0),
+}
+
+
+@with_kernels
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_out_may_share_memory_with_what_is_read(case):
+    name, begin, out_begin = OVERLAPS[case]
+    m, n, k = 150, 72, 192
+    args = dict(zip(("a", "a_scales", "b", "b_scales"), operands(m, n, k)), out_dtype=torch.float32)
+    function = fp8_gemm
+    if "groups" in case:
+        function = grouped_fp8_gemm
+        args |= dict(zip(("b", "b_scales"), grouped_weights(2, n, k, False)), offsets=ints(0, 70, 150))
+    elif name == "accumulate":
+        args[name] = torch.randn(m, n)
+    want = function(**args)
+    buffer = torch.zeros(8 * m * n, dtype=torch.uint8)
+
+    def at(place, like):
+        return buffer[place : place + like.nbytes].view(like.dtype).view(like.shape)
+
+    args[name] = at(begin, args[name]).copy_(args[name])
+    assert torch.equal(function(**args, out=at(out_begin, want)), want)
+
+
 @with_kernels
 def test_scales_in_any_layout_and_operands_with_strides():
     x, w = torch.randn(6, 300), torch.randn(136, 300)
@@ -722,6 +754,11 @@ BAD = {
         dense(out=OUT, bias=GRAD, out_dtype=torch.float32),
         ValueError,
         "fp8_gemm: bias must be a tensor that needs no gradient, got one with requires_grad",
+    ),
+    "out memory": (
+        dense(out=torch.empty(3, 136).as_strided((3, 136), (100, 1)), out_dtype=torch.float32),
+        ValueError,
+        "out must be a tensor with memory for each element, got one whose elements share it; call .contiguous",
     ),
     "list": (dense(a=[1.0]), TypeError, "a must be a tensor .* got list"),
     "device": (dense(b=DENSE[2].to("meta")), ValueError, "b must be on cpu like the arguments before it, got meta"),

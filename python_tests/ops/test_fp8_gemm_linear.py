@@ -333,7 +333,7 @@ BAD = {
     "main_grad memory": (
         lambda: fp8_linear(X, W, main_grad=torch.ones(1, 16).expand(8, 16)),
         ValueError,
-        "main_grad must be a tensor with memory for each element, got an expanded one",
+        "main_grad must be a tensor with memory for each element, got one whose elements share it",
     ),
     "main_grad grad": (
         lambda: fp8_linear(X, W, main_grad=torch.ones(8, 16, requires_grad=True)),

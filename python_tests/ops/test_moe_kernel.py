@@ -287,6 +287,19 @@ def test_combine_backward(case, schedule):
 
 
 @in_all_schedules
+@pytest.mark.parametrize("slots, hidden", [(0, 16), (8, 0)], ids=["no slots", "no columns"])
+def test_combine_backward_of_empty_rows(slots, hidden, schedule):
+    """y has no memory then, and the weights have gradients all the same: zeros."""
+    y, d_weights = torch.zeros(slots, hidden), torch.full((5, 2), math.nan)
+    indices = torch.zeros(5, 2, dtype=torch.int32)
+    slot_of, token_of_slot, *_ = reference.moe_plan(indices, 1, 1, slots)
+    rest = slot_of, token_of_slot, torch.randn(5, 2), torch.empty_like(y), d_weights
+    with kernels(schedule, 1):
+        moe._launch_combine_backward("moe_combine_backward", torch.randn(5, hidden), y, *rest)
+    same(d_weights, torch.zeros(5, 2))
+
+
+@in_all_schedules
 def test_permute(schedule):
     handle = make_handle(21, 8, 3)
     for x in (torch.randn(21, 200).bfloat16(), torch.randn(21, 520).half(), torch.randn(21, 7)):
