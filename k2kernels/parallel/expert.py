@@ -14,7 +14,7 @@ from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.moe import Dispatched, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE
 from k2kernels.parallel import exchange
-from k2kernels.parallel.buffers import Ranks, check_combine, check_dispatch
+from k2kernels.parallel.buffers import Ranks, VirtualRanks, check_combine, check_dispatch
 from k2kernels.parallel.exchange import Options
 from k2kernels.parallel.split import Split
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a torch built without distributed serves the local transpor
     from torch.distributed import ProcessGroup
 
 TRANSPORTS = ("auto", "local", "torch", "symmetric", "virtual")
+ALONE = ("local", "virtual")  # one rank has all experts
 
 
 class ExpertParallel:
@@ -40,6 +41,7 @@ class ExpertParallel:
         transport: how rows travel between ranks. "local": they do not, every expert is here. "torch": by
             `all_to_all_single` of the group. "symmetric": GPUs of one host write into one another's buffers. "auto":
             for one rank "local"; for an NCCL group "symmetric", if a trial on all ranks succeeds; else "torch".
+            "virtual": the kernels of "symmetric" for this rank alone, to try them anywhere; `VirtualRanks` has several.
         row_dtype: the widest rows that travel, by which "symmetric" sizes its buffers.
         ranks_per_node: with "torch", ranks of a node are next to one another in the group, so many a node, and a row
             goes to each node once, where it is handed on. 0: to every rank by itself. None: what host names say; 0 if
@@ -98,9 +100,10 @@ class ExpertParallel:
         self._split = Split(num_experts, self.world_size, self.rank)
         self.first_expert, self.num_local_experts = self._split.first_expert, self._split.num_local_experts
         self._rows: exchange.Transport | None = None  # of "torch"
-        self._ranks: Ranks | None = None  # of "symmetric"
+        self._ranks: Ranks | None = None  # of "symmetric" and "virtual"
+        self._row_dtype = row_dtype
         self.transport = self._choose(transport)
-        if self.transport == "local":
+        if self.transport in ALONE:
             return
         from k2kernels.parallel.peers import Peers, timeouts
 
@@ -129,20 +132,16 @@ class ExpertParallel:
 
     def _choose(self, transport: str) -> str:
         """The transport to try."""
-        if transport == "virtual":
-            raise UnsupportedError(
-                "ExpertParallel: transport 'virtual' is several ranks in one process: k2kernels.parallel.VirtualRanks"
-            )
         if transport == "auto":
             if self.world_size == 1:
                 return "local"
             return "symmetric" if torch.cuda.is_available() and _is_nccl(self.group) else "torch"
-        if transport == "local" and self.world_size > 1:
+        if transport in ALONE and self.world_size > 1:
             raise UnsupportedError(
-                f"ExpertParallel: transport 'local' has no way to the experts of a group of {self.world_size} ranks; "
-                "use 'torch'"
+                f"ExpertParallel: transport {transport!r} has no way to the experts of a group of {self.world_size} "
+                "ranks; use 'torch' (several ranks in one process: k2kernels.parallel.VirtualRanks)"
             )
-        if transport != "local" and self.group is None:
+        if transport not in ALONE and self.group is None:
             raise UnsupportedError(f"ExpertParallel: transport {transport!r} needs a group; pass group=")
         return transport
 
@@ -152,7 +151,7 @@ class ExpertParallel:
     @property
     def degraded(self) -> bool:
         """Whether a rank is masked, so that results lack its experts."""
-        return self.transport != "local" and bool(self._peers.masked)
+        return self.transport not in ALONE and bool(self._peers.masked)
 
     def mask(self, rank: int) -> None:
         """Goes on without `rank`, which died or hangs: nobody waits for it, and what its experts would add is missing.
@@ -160,7 +159,7 @@ class ExpertParallel:
         Every other rank calls it too; they agree through the group's store, and start over with the same call. What was
         dispatched before cannot be combined. `degraded`, also in the handle, says it from then on.
         """
-        if self.transport == "local":
+        if self.transport in ALONE:
             raise ValueError("ExpertParallel.mask: there is no other rank")
         if self._ranks is None:
             from k2kernels.parallel.torch_transport import TorchTransport
@@ -173,7 +172,7 @@ class ExpertParallel:
             mask(self._ranks, self._peers, rank)
 
     def check(self) -> None:
-        """Raises what a kernel of "symmetric" has reported since: every call looks, but none waits for the device.
+        """Raises what a kernel has reported since ("symmetric", "virtual"): every call looks, but none waits for it.
 
         Raises:
             PeerTimeout: a rank did not send; what came out since is NaN.
@@ -241,10 +240,27 @@ class ExpertParallel:
             args.integer("capacity", capacity, 0)
             args.require(capacity % alignment == 0, "capacity", f"a multiple of alignment={alignment}", capacity)
         options = Options(self.num_local_experts, alignment, quantize, power_of_two, scale_layout, capacity)
+        if self.transport == "virtual":
+            self._ranks = self._alone(x)
         if self._ranks is not None:
             check_dispatch(self._ranks, [x], [indices], [weights], self.max_tokens, quantize)
             return self._ranks.dispatch([x], [indices], [weights], options)[0]
         return exchange.dispatch(self._rows, x, indices, weights, options)
+
+    def _alone(self, x: Tensor) -> Ranks:
+        """The one rank of "virtual": its buffer is where the rows are, and as wide."""
+        if (ranks := self._ranks) is not None and ranks.members[0].buffer.device == x.device:
+            if x.element_size() <= ranks.row_dtype.itemsize:
+                return ranks
+        return VirtualRanks(
+            1,
+            num_experts=self.num_experts,
+            hidden=self.hidden,
+            top_k=self.top_k,
+            max_tokens=self.max_tokens,
+            row_dtype=max(self._row_dtype, x.dtype, key=lambda dtype: dtype.itemsize),
+            device=x.device,
+        ).group
 
     def combine(
         self,

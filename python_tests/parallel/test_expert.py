@@ -1,9 +1,11 @@
+import contextlib
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import k2kernels
 from k2kernels import UnsupportedError
 from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_route
 from k2kernels.parallel import ExpertParallel
@@ -34,6 +36,25 @@ def test_local_transport_is_the_ops(transport, quantize):
     assert all(torch.equal(g, w) for g, w in zip(got, want))
     assert (layer.transport, layer.rank, layer.world_size) == ("local", 0, 1)
     assert (layer.first_expert, layer.num_local_experts) == (0, 8)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_virtual_transport_is_one_rank_with_the_kernels_of_many(emulated, quantize):
+    layer = ExpertParallel(**SIZES, transport="virtual")
+    before = k2kernels.launch_count("moe_exchange")
+    with k2kernels.emulated("sm_90a", seed=3) if emulated else contextlib.nullcontext():
+        rows, offsets, counts, out, *grads = run(layer.dispatch, layer.combine, quantize)
+        layer.check()
+        assert (k2kernels.launch_count("moe_exchange") > before) == emulated
+        want = run(lambda *args, **kwargs: moe_dispatch(*args, num_experts=8, **kwargs), moe_combine, quantize)
+    assert torch.equal(offsets, want[1]) and torch.equal(counts, want[2]) and torch.equal(out, want[3])
+    real = torch.cat([torch.arange(start, start + count) for start, count in zip(offsets, counts)])
+    assert torch.equal(rows[real], want[0][real]) and torch.equal(grads[0], want[4])
+    assert torch.equal(*((x[real] if quantize else x) for x in (grads[1], want[5])))
+    assert not layer.degraded and (layer.transport, layer.num_local_experts) == ("virtual", 8)
+    with pytest.raises(UnsupportedError, match="float64"):
+        layer.dispatch(torch.randn(3, 128, dtype=torch.float64), *moe_route(torch.randn(3, 8), top_k=2)[:2])
 
 
 def test_local_transport_compiles():
@@ -72,8 +93,8 @@ class SomeRanks:
 def test_what_is_not_served_says_so():
     with pytest.raises(UnsupportedError, match=r"transport 'torch' needs a group"):
         ExpertParallel(**SIZES, transport="torch")
-    with pytest.raises(UnsupportedError, match=r"transport 'virtual' is several ranks in one process"):
-        ExpertParallel(**SIZES, transport="virtual")
+    with pytest.raises(UnsupportedError, match=r"'virtual' has no way .* k2kernels.parallel.VirtualRanks"):
+        ExpertParallel(SomeRanks(2), **SIZES, transport="virtual")
     with pytest.raises(UnsupportedError, match=r"'local' has no way to the experts of a group of 2 ranks; use 'torch'"):
         ExpertParallel(SomeRanks(2), **SIZES, transport="local")
 
