@@ -42,6 +42,7 @@ long newton_schulz(const std::vector<TensorTuple>& tensors,
                    Address workspace,
                    const std::vector<UpdateTuple>& updates,
                    const std::optional<RuleTuple>& rule,
+                   int capability,
                    int device,
                    Address stream) {
     NsCall call = {};
@@ -85,19 +86,21 @@ long newton_schulz(const std::vector<TensorTuple>& tensors,
     }
     call.iterate_type = static_cast<Type>(iterate_type);
     call.workspace = pointer<char>(workspace);
+    call.capability = capability;
     return run(device, [&] { launch_newton_schulz(call, pointer<void>(stream)); });
 }
 
 }  // namespace
 
 void bind_newton_schulz(py::module_& m) {
-    m.def(
-        "newton_schulz", &newton_schulz, py::arg("tensors"), py::arg("counts"),
-        py::arg("coefficients"), py::arg("restarts"), py::arg("iterate_type"), py::arg("workspace"),
-        py::arg("updates"), py::arg("rule"), py::arg("device"), py::arg("stream"),
-        "See csrc/newton_schulz/launch.h; tensors are (x, result, (batch, m, n), (batch_stride, "
-        "row_stride), type, gram), updates and rule as in params.h. Returns the number of kernels "
-        "started.");
+    m.def("newton_schulz", &newton_schulz, py::arg("tensors"), py::arg("counts"),
+          py::arg("coefficients"), py::arg("restarts"), py::arg("iterate_type"),
+          py::arg("workspace"), py::arg("updates"), py::arg("rule"), py::arg("capability"),
+          py::arg("device"), py::arg("stream"),
+          "See csrc/newton_schulz/launch.h; tensors are (x, result, (batch, m, n), (batch_stride, "
+          "row_stride), type, gram), updates and rule as in params.h, capability times 10. Returns "
+          "the number of kernels "
+          "started.");
     m.def(
         "newton_schulz_plan",
         [](int64_t rows, int64_t columns, bool gram, bool updates, int64_t shared_memory) {

@@ -23,6 +23,16 @@ static_assert(kNsTileBytes <= kNsStages * 2 * kNsPanelBytes,
               "the epilogue's tile lies in the ring");
 static_assert(2 * (kNsStages * 2 * kNsPanelBytes + 1024) <= 100 * 1024);
 
+// On sm_90 the same tiles by two warpgroups, and two warps that copy 64 of the summed axis at a
+// time.
+constexpr int kNsHopperDepth = 64, kNsHopperStages = 3;
+constexpr int kNsHopperThreads = kNsThreads + 64;
+constexpr int kNsHopperPanelBytes = kNsTile * kNsHopperDepth * 2;
+
+// Whether products by tiles go by wgmma. It depends on the chip alone: the two kernels' tensor
+// cores may round sums differently, and a matrix shall not depend on the list that it is in.
+constexpr bool ns_by_wgmma(int capability) { return capability == 90; }
+
 constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
 
 constexpr int64_t short_side(int64_t m, int64_t n) { return m < n ? m : n; }

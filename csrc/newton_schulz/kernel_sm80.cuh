@@ -32,13 +32,9 @@
 // Registers at most 128: two blocks a multiprocessor.
 // Edges     chunks outside of an operand arrive as zeros, and so do the ends of padded rows.
 
-#include "arch/convert.cuh"
-#include "arch/cp_async.cuh"
-#include "arch/matrix.cuh"
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
-#include "arch/warp.cuh"
-#include "newton_schulz/result.cuh"
+#include "newton_schulz/tile.cuh"
 
 namespace k2k {
 
@@ -46,25 +42,6 @@ union alignas(1024) NsStorage {
     uint8_t ring[kNsStages][2][kNsPanelBytes];
     uint8_t tile[kNsTileBytes];  // in rows of 256 bytes
 };
-
-// Of a tile, for each thread; the threads of a round have 16 rows.
-constexpr int kNsChunks = kNsTileBytes / 16 / kNsThreads;
-static_assert(kNsChunks * 16 == kNsTile && kNsThreads == 256);
-
-template <class T>
-K2K_DEVICE uint32_t ns_pack(float low, float high) {
-    return std::is_same_v<T, bf16> ? arch::pack_bf16(low, high) : arch::pack_fp16(low, high);
-}
-template <class T>
-K2K_DEVICE float ns_unpack(uint32_t pair, int which) {
-    return arch::to_float(T{static_cast<uint16_t>(pair >> 16 * which)});
-}
-
-// Where the tile keeps 16 bytes: any eight rows in a multiple of 8, and the eight that
-// `store_mirrored` reads at once, have a chunk in eight different places.
-K2K_DEVICE uint32_t tile_offset(int row, int chunk) {
-    return row * 256 + (chunk ^ row % 8 ^ row / 8 % 4 * 2) * 16;
-}
 
 // One operand: 128 rows of it (columns, if kByColumns) along the summed axis, of which each thread
 // copies two chunks a stage.
@@ -193,203 +170,43 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4],
     arch::cp_async_wait<0>(K2K_PASS_WHERE_ONLY);
 }
 
-// A tile of a result.
-struct NsTile {
-    int row, column;  // its first
-    bool mirrored;    // it stands for the one beyond the diagonal too
-    bool diagonal;    // only what is below the diagonal counts
-};
-
-// Tile `index` of an op's result.
-K2K_DEVICE NsTile find_tile(bool triangular, int m, int n, int index) {
-    if (!triangular) {
-        const int rows = static_cast<int>(ceil_div(m, kNsTile));
-        const int columns = static_cast<int>(ceil_div(n, kNsTile));
-        const bool wide = m <= n;
-        return {(wide ? index % rows : index / columns) * kNsTile,
-                (wide ? index / rows : index % columns) * kNsTile, false, false};
-    }
-    int row = static_cast<int>((sqrtf(8.0f * index + 1) - 1) / 2);
-    while (triangle(row) > index) --row;  // the root was rounded
-    while (triangle(row + 1) <= index) ++row;
-    const int column = index - static_cast<int>(triangle(row));
-    return {row * kNsTile, column * kNsTile, row != column, row == column};
-}
-
-// Stores the tile in rows of `to` [rows, columns], 16 bytes a thread.
-template <class T>
-K2K_DEVICE void store_tile(const uint8_t* tile, const NsMatrix<T>& to, const NsTile& place) {
-    K2K_UNROLL_BY(2)
-    for (int round = 0; round < kNsChunks; ++round) {
-        const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
-        if (place.diagonal && chunk > row / 8) continue;
-        if (place.row + row >= to.rows || place.column + chunk * 8 >= to.columns) continue;
-        T* target = to.data + (place.row + row) * to.pitch + place.column + chunk * 8;
-        arch::store(reinterpret_cast<uint4*>(target),
-                    *reinterpret_cast<const uint4*>(tile + tile_offset(row, chunk)));
-    }
-}
-
-// Stores its transpose on the other side of the diagonal.
-template <class T>
-K2K_DEVICE void store_mirrored(uint32_t tile,
-                               const NsMatrix<T>& to,
-                               const NsTile& place K2K_WHERE) {
-    const int lane = arch::lane_id(), matrix = lane / 8, row = lane % 8;
-    K2K_UNROLL_BY(2)
-    for (int round = 0; round < kNsChunks; ++round) {
-        // 32 rows of the tile and 8 of its columns: lane l gets the 8 rows from 8 (l % 4) on, of
-        // column l / 4.
-        const int first_row = round % 4 * 32, chunk = arch::warp_id() * 2 + round / 4;
-        uint32_t words[4];
-        arch::ldmatrix<4, true>(
-            words, tile + tile_offset(first_row + row / 2 * 8 + matrix * 2 + row % 2, chunk)
-                              K2K_PASS_WHERE);
-        const int from = first_row + lane % 4 * 8;
-        const int target_row = place.column + chunk * 8 + lane / 4,
-                  target_column = place.row + from;
-        if (place.diagonal && from / 8 <= chunk) continue;
-        if (target_row >= to.rows || target_column >= to.columns) continue;
-        T* target = to.data + target_row * to.pitch + target_column;
-        arch::store(reinterpret_cast<uint4*>(target),
-                    make_uint4(words[0], words[1], words[2], words[3]));
-    }
-}
-
-// The last product: the tile goes where `finish` says.
-template <class T>
-K2K_DEVICE void finish_tile(
-    const uint8_t* tile, const NsFinish& finish, int m, int n, const NsTile& place K2K_WHERE) {
-    K2K_NO_UNROLL
-    for (int round = 0; round < kNsChunks; ++round) {
-        const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
-        const int column = place.column + chunk * 8;
-        if (place.row + row >= m || column >= n) continue;
-        float values[8];
-        load_eight(values, reinterpret_cast<const T*>(tile + tile_offset(row, chunk)), 8);
-        finish(place.row + row, column, values K2K_PASS_WHERE);
-    }
-}
-
 template <class T>
 __global__ void __launch_bounds__(kNsThreads, 2)
     newton_schulz_sm80_kernel(const __grid_constant__ NsStage p) {
     if (is_skipped(p.tables)) return;
     NsStorage& storage = arch::shared_storage<NsStorage>();
-    uint8_t* tile = storage.tile;
-
-    int op_index = 0;
-    int64_t index = blockIdx.x;
-    while (index >= p.ops[op_index].tiles) index -= p.ops[op_index++].tiles;
-    const NsOp& op = p.ops[op_index];
-    const bool triangular = op.kind != NsKind::kMultiply;
-    const auto first = triangular ? &NsTensor::first_triangle : &NsTensor::first_tile;
-    const int tensor_index = find_tensor(p.tables.tensors, first, op.begin, op.end, index);
-    const NsTensor& tensor = p.tables.tensors[tensor_index];
-    const int m = tensor.m, n = tensor.n;
-    // Below 2^31, like the grid: a short division.
-    const auto at = static_cast<uint32_t>(index - tensor.*first);
-    const auto tiles = static_cast<uint32_t>(triangular ? triangle_tiles(m, n) : full_tiles(m, n));
-    const int matrix = at / tiles;
-    const NsTile place = find_tile(triangular, m, n, at % tiles);
-
-    // X stands on the right of a product, but on its left if m > n.
-    const bool swap = op.kind == NsKind::kMultiply && m > n;
-    const NsMatrix<T> a(tensor, matrix, swap ? op.b : op.a);
-    const NsMatrix<T> b(tensor, matrix, swap ? op.a : op.b);
-    const int short_side = m < n ? m : n, long_side = m < n ? n : m;
-    const int rows = triangular ? short_side : m, columns = triangular ? short_side : n;
+    const auto work = find_work<T>(p, blockIdx.x);
+    const NsTile& place = work.place;
     const int warp_row = arch::warp_id() / 4 * 64, warp_column = arch::warp_id() % 4 * 32;
-    const bool active = place.row + warp_row < rows && place.column + warp_column < columns &&
+    const bool active = place.row + warp_row < work.rows &&
+                        place.column + warp_column < work.columns &&
                         !(place.diagonal && warp_column >= warp_row + 64);
-    const bool by_columns =
-        op.kind == NsKind::kGram ? m > n : op.kind == NsKind::kMultiply && m <= n;
-    const int depth = op.kind == NsKind::kGram ? long_side : short_side;
 
     float sums[4][4][4] = {};
     const uint32_t ring = arch::smem_address(&storage);
-    if (by_columns) {
-        multiply_tile<T, true>(sums, ring, a, b, place.row, place.column, depth, active);
+    if (work.by_columns) {
+        multiply_tile<T, true>(sums, ring, work.a, work.b, place.row, place.column, work.depth,
+                               active);
     } else {
-        multiply_tile<T, false>(sums, ring, a, b, place.row, place.column, depth, active);
+        multiply_tile<T, false>(sums, ring, work.a, work.b, place.row, place.column, work.depth,
+                                active);
     }
     arch::sync_block();  // ring_read
 
-    const NsMatrix<T> c(tensor, matrix, op.c);
-    if (op.c != NsBuffer::kNone) {
-        K2K_UNROLL_BY(4)
-        for (int round = 0; round < kNsChunks; ++round) {
-            const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
-            const bool valid = place.row + row < rows && place.column + chunk * 8 < columns;
-            const T* source = c.data;
-            if (valid) source += (place.row + row) * c.pitch + place.column + chunk * 8;
-            arch::cp_async(ring + tile_offset(row, chunk), source, valid);
-        }
-        arch::cp_async_commit();
-        arch::cp_async_wait<0>();
-        arch::sync_block();  // c_landed
-    }
-    const int lane = arch::lane_id();
-    if (active) {
+    finish_product(work, storage.tile, [&](auto&& take) {
+        if (!active) return;
         K2K_UNROLL
         for (int i = 0; i < 4; ++i) {
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 K2K_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    const int row = warp_row + i * 16 + half * 8 + lane / 4;
-                    auto* pair =
-                        reinterpret_cast<uint32_t*>(tile + tile_offset(row, warp_column / 8 + j)) +
-                        lane % 4;
-                    float low = op.alpha * sums[i][j][2 * half];
-                    float high = op.alpha * sums[i][j][2 * half + 1];
-                    if (op.c != NsBuffer::kNone) {
-                        low = fmaf(op.beta, ns_unpack<T>(*pair, 0), low);
-                        high = fmaf(op.beta, ns_unpack<T>(*pair, 1), high);
-                    }
-                    *pair = ns_pack<T>(low, high);
+                    take(warp_row + i * 16 + half * 8 + arch::lane_id() / 4, warp_column / 8 + j,
+                         sums[i][j][2 * half], sums[i][j][2 * half + 1]);
                 }
             }
         }
-    }
-    arch::sync_block();  // result_ready
-
-    if (op.d == NsBuffer::kResult) {
-        finish_tile<T>(tile, NsFinish(p.tables, tensor_index, matrix), m, n, place);
-        return;
-    }
-    auto* diagonal_row = reinterpret_cast<uint16_t*>(
-        tile + tile_offset(threadIdx.x % kNsTile, threadIdx.x % kNsTile / 8));
-    if (place.diagonal) {
-        if (threadIdx.x < kNsTile) {
-            const int at = threadIdx.x % 8;
-            for (int j = at + 1; j < 8; ++j) {
-                const int below = threadIdx.x - at + j;
-                diagonal_row[j] =
-                    reinterpret_cast<const uint16_t*>(tile + tile_offset(below, below / 8))[at];
-            }
-        }
-        arch::sync_block();  // mirrored
-    }
-    const NsMatrix<T> d(tensor, matrix, op.d);
-    if (op.d != NsBuffer::kNone) {
-        store_tile(tile, d, place);
-        if (triangular) store_mirrored(ring, d, place);
-    }
-    if (op.shifted != NsBuffer::kNone) {
-        if (place.diagonal) {
-            arch::sync_block();
-            if (threadIdx.x < kNsTile) {
-                uint16_t& element = diagonal_row[threadIdx.x % 8];
-                const uint32_t sum = ns_pack<T>(ns_unpack<T>(element, 0) + op.diagonal, 0.0f);
-                element = static_cast<uint16_t>(sum);
-            }
-            arch::sync_block();  // shifted
-        }
-        const NsMatrix<T> shifted(tensor, matrix, op.shifted);
-        store_tile(tile, shifted, place);
-        store_mirrored(ring, shifted, place);
-    }
+    });
 }
 
 }  // namespace k2k

@@ -125,8 +125,12 @@ void launch_stages(const NsCall& call, std::vector<NsTensor> tensors, void* stre
         if (stage.num_ops == 0) break;
         int64_t tiles = 0;
         for (int j = 0; j < stage.num_ops; ++j) tiles += stage.ops[j].tiles;
-        launch<newton_schulz_sm80_kernel<T>, sizeof(NsStorage)>(shape_of(tiles, kNsThreads, stream),
-                                                                stage);
+        const LaunchShape shape = shape_of(tiles, kNsThreads, stream);
+        if (ns_by_wgmma(call.capability)) {
+            launch_newton_schulz_sm90(stage, call.iterate_type, shape.grid.x, stream);
+        } else {
+            launch<newton_schulz_sm80_kernel<T>, sizeof(NsStorage)>(shape, stage);
+        }
     }
     launch_small<T, 1>(call, tables, begins[2], matrices[2], stream);
     launch_small<T, 2>(call, tables, begins[3], matrices[3], stream);

@@ -18,10 +18,17 @@ struct NsCall {
     std::vector<NsStep> steps;
     Type iterate_type;  // kFp16 or kBf16
     char* workspace;    // as config.h counts it
+    int capability;     // of the chip, x 10
 };
 
 // Starts the kernels on `stream`, of the current device: the tables, norm and cast, then one launch
 // a stage and one for each kind of small matrices. Nothing is started for empty inputs.
 void launch_newton_schulz(const NsCall& call, void* stream);
+
+// One of these launches by the kernel for sm_90a.
+void launch_newton_schulz_sm90(const NsStage& stage,
+                               Type iterate_type,
+                               unsigned tiles,
+                               void* stream);
 
 }  // namespace k2k

@@ -289,6 +289,7 @@ def _launch(
             workspace.data_ptr(),
             [part.update.description(part.first) for part in call if part.update is not None],
             rule,
+            chip(workspace.device).capability,
         )
 
 

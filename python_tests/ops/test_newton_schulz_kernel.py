@@ -166,7 +166,7 @@ def test_products_are_symmetric_to_the_bit_and_stay_in_their_places(m, n, gram, 
     _emu.configure(int(arch[3:5]), seed)
     counts = [int(not gram), int(gram), 0, 0, 0]
     half = TYPES[torch.float16]
-    _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, -1, 0)
+    _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, 80, -1, 0)
     s = min(m, n)
     for name, buffer in buffers(workspace, batch, m, n, gram).items():
         if name[0] == "X":

@@ -127,7 +127,7 @@ def test_it_stays_in_its_places(m, n, gram, arch, seed):
     counts = [int(i == 1 + blocks) for i in range(5)]
     _emu.configure(90, seed)
     coefficients, half = [v for t in QUINTIC for v in t], TYPES[torch.float16]
-    assert _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, -1, 0) == 4
+    assert _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, 90, -1, 0) == 4
     pitch = -(-n // 8) * 8
     x0 = workspace[size - batch * m * pitch * 2 :].view(torch.float16).view(batch, m, pitch)
     start = 96 + -(-(-(-m * -(-n // 512) // 64) * batch) // 2) * 16

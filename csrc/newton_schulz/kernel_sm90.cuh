@@ -1,0 +1,204 @@
+#pragma once
+
+// The products of the iteration on sm_90a: the same stages, tables, tiles and epilogue as in
+// kernel_sm80.cuh, but by wgmma, which alone reaches a Hopper GPU's peak.
+//
+//     kGram       D[s, s] = X X^T                        X^T X if m > n
+//     kSquare     D[s, s] = alpha A B + beta C           A, B, C symmetric; a second result D + a I
+//     kMultiply   D[m, n] = A X + beta X                 X A if m > n
+//
+// Grid      a block for each tile of 128 x 128, two blocks a multiprocessor: one block's start and
+//           end lie behind the other's products.
+// Roles     warps 0 to 7    two warpgroups with 64 rows of the tile each: wgmma m64n128k16 on
+//                           operands in shared memory, then the epilogue of tile.cuh
+//           warps 8 and 9   copy both panels by cp.async, 64 of the summed axis at a time. TMA
+//                           would want a tensor map for each matrix shape of the list, made on the
+//                           host and kept for a captured graph; copies by threads need none.
+// Operands  either both lie with the summed axis contiguous (K-major), or both with the tile's axis
+//           so (MN-major): a bit of the instruction, nothing is transposed.
+// Stage     two panels of 128 rows of 128 bytes with the 128-byte swizzle: chunk c of 16 bytes of
+//           row r lies at c ^ (r % 8). By rows, row r is the operand's r; by columns, row 64 g + k
+//           has columns 64 g to 64 g + 63 of the operand's row k. So a warpgroup's half of A is
+//           64 such rows either way.
+//
+//   barrier      arrivals                                              waiters
+//   full[s]      each of the 64 copying threads, as its copies land    warps 0 to 7
+//   empty[s]     warps 0 to 7, when their products have read it        warps 8 and 9
+//   named 1      the 8 warps: all have multiplied, so that the ring holds the tile from here on;
+//                then those of tile.cuh
+//
+// Proxies   cp.async writes as threads do, wgmma reads as TMA does: whoever has waited for full[s]
+//           puts a proxy fence between.
+// Order     of a sum: along the summed axis, 16 by 16, whatever else the launch computes.
+// Shared    97 KB: three stages of 32 KB, of which two are on their way while one is multiplied;
+//           in the end the tile of 32 KB. Two blocks fit the 227 KB.
+// Registers at most 96 a thread (two blocks of 320 threads), of which sums take 64. The two copying
+//           warps are no warpgroup, so there is nothing for setmaxnreg to move.
+// Edges     chunks outside of an operand arrive as zeros, and so do the ends of padded rows; tiles
+//           on the diagonal are computed whole.
+// Limits    of products of 128 x 128 from shared memory: a stage is 32 KB written and 48 KB read
+//           in the 512 cycles of its products, 160 bytes a cycle of 128, so that at most 0.8 of the
+//           peak can be reached (an estimate).
+
+#include "arch/fence.cuh"
+#include "arch/mbarrier.cuh"
+#include "arch/smem.cuh"
+#include "arch/wgmma.cuh"
+#include "newton_schulz/tile.cuh"
+
+namespace k2k {
+
+struct alignas(1024) NsHopperStorage {
+    union {
+        uint8_t ring[kNsHopperStages][2][kNsHopperPanelBytes];
+        uint8_t tile[kNsTileBytes];
+    };
+    arch::Mbarrier full[kNsHopperStages], empty[kNsHopperStages];
+};
+static_assert(2 * (sizeof(NsHopperStorage) + 1024) <= 228 * 1024);
+
+// Which stage comes next, and the parity of its barriers.
+struct NsSlot {
+    int slot = 0;
+    uint32_t parity = 0;
+
+    K2K_DEVICE void advance() {
+        if (++slot == kNsHopperStages) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- warps 8 and 9
+
+// One operand: of each eight rows of a panel, this thread copies one chunk.
+template <class T, bool kByColumns>
+struct NsHopperPanel {
+    const T* source;
+    int64_t eight, step;  // from a row to the eighth after it, and to the next stage
+    int depth_at;         // where the chunks begin on the summed axis
+    int left;             // rows (or columns) of the operand from this thread's first on
+    uint32_t target;
+
+    K2K_DEVICE NsHopperPanel(const NsMatrix<T>& x, int first, int thread) {
+        const int row = thread / 8, chunk = thread % 8;
+        target = row * 128 + (chunk ^ row) * 16;
+        eight = 8 * x.pitch;
+        if constexpr (kByColumns) {
+            source = x.data + row * x.pitch + first + chunk * 8;
+            step = kNsHopperDepth * x.pitch;
+            depth_at = row;
+            left = x.columns - (first + chunk * 8);
+        } else {
+            source = x.data + (first + row) * x.pitch + chunk * 8;
+            step = kNsHopperDepth;
+            depth_at = chunk * 8;
+            left = x.rows - (first + row);
+        }
+    }
+
+    // Starts the copies of the stage at `panel`, with `depth_left` of the summed axis still to
+    // come.
+    K2K_DEVICE void copy(uint32_t panel, const T* any, int depth_left K2K_WHERE) {
+        K2K_UNROLL
+        for (int i = 0; i < kNsTile / 8; ++i) {
+            const int k = kByColumns ? i % 8 * 8 : 0, across = kByColumns ? i / 8 * 64 : i * 8;
+            const bool valid = across < left && depth_at + k < depth_left;
+            const T* from = kByColumns ? source + i % 8 * eight + across : source + i * eight;
+            arch::cp_async(panel + target + i * 1024, valid ? from : any, valid K2K_PASS_WHERE);
+        }
+        source += step;
+    }
+};
+
+template <class T, bool kByColumns>
+K2K_DEVICE void copy_panels(NsHopperStorage& smem, const NsWork<T>& work, int thread) {
+    NsHopperPanel<T, kByColumns> a(work.a, work.place.row, thread);
+    NsHopperPanel<T, kByColumns> b(work.b, work.place.column, thread);
+    NsSlot at;
+    K2K_NO_UNROLL
+    for (int left = work.depth; left > 0; left -= kNsHopperDepth, at.advance()) {
+        arch::mbarrier_wait(smem.empty[at.slot], at.parity ^ 1);
+        a.copy(arch::smem_address(smem.ring[at.slot][0]), work.a.data, left);
+        b.copy(arch::smem_address(smem.ring[at.slot][1]), work.b.data, left);
+        arch::cp_async_arrive(smem.full[at.slot]);
+    }
+}
+
+// ---- warps 0 to 7
+
+// sums += a warpgroup's 64 rows of A times B.
+template <class T, bool kByColumns>
+K2K_DEVICE void multiply_panels(float (&sums)[kNsTile / 2], NsHopperStorage& smem, int depth) {
+    constexpr arch::Major kMajor = kByColumns ? arch::Major::kMN : arch::Major::kK;
+    // 16 of the summed axis further: 32 bytes of each row, or 16 rows.
+    constexpr uint64_t kStep = arch::descriptor_step(kByColumns ? 16 * 128 : 32);
+    constexpr uint32_t kHalf = kNsHopperPanelBytes / 2;
+    const int warpgroup = arch::warp_id() / 4;
+    NsSlot at, last;
+    K2K_NO_UNROLL
+    for (int left = depth; left > 0; left -= kNsHopperDepth, at.advance()) {
+        const uint64_t a = arch::matrix_descriptor(smem.ring[at.slot][0] + warpgroup * kHalf,
+                                                   arch::Swizzle::k128, kHalf, 1024);
+        const uint64_t b =
+            arch::matrix_descriptor(smem.ring[at.slot][1], arch::Swizzle::k128, kHalf, 1024);
+        arch::mbarrier_wait(smem.full[at.slot], at.parity);
+        arch::fence_proxy_async();
+        arch::wgmma_fence();
+        K2K_UNROLL
+        for (int i = 0; i < kNsHopperDepth / 16; ++i) {
+            arch::wgmma_ss<T, kNsTile, kMajor, kMajor>(sums, a + i * kStep, b + i * kStep, true);
+        }
+        arch::wgmma_commit();
+        if (left == depth) continue;
+        arch::wgmma_wait<1>();  // the stage before this one has been read
+        if (arch::lane_id() == 0) arch::mbarrier_arrive(smem.empty[last.slot]);
+        last.advance();
+    }
+    arch::wgmma_wait<0>();
+}
+
+// ---- the kernel
+
+template <class T>
+__global__ void __launch_bounds__(kNsHopperThreads, 2)
+    newton_schulz_sm90_kernel(const __grid_constant__ NsStage p) {
+    if (is_skipped(p.tables)) return;
+    NsHopperStorage& smem = arch::shared_storage<NsHopperStorage>();
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < kNsHopperStages; ++stage) {
+            arch::mbarrier_init(smem.full[stage], kNsHopperThreads - kNsThreads);
+            arch::mbarrier_init(smem.empty[stage], kNsThreads / 32);
+        }
+        arch::fence_mbarrier_init();
+    }
+    const auto work = find_work<T>(p, blockIdx.x);
+    arch::sync_block();
+
+    if (threadIdx.x >= kNsThreads) {
+        const int thread = threadIdx.x - kNsThreads;
+        if (work.by_columns) {
+            copy_panels<T, true>(smem, work, thread);
+        } else {
+            copy_panels<T, false>(smem, work, thread);
+        }
+        return;
+    }
+    float sums[kNsTile / 2] = {};
+    if (work.by_columns) {
+        multiply_panels<T, true>(sums, smem, work.depth);
+    } else {
+        multiply_panels<T, false>(sums, smem, work.depth);
+    }
+    sync_tile();  // the ring has been read
+    finish_product(work, smem.tile, [&](auto&& take) {
+        const int row = arch::warp_id() * 16 + arch::lane_id() / 4;
+        K2K_UNROLL
+        for (int i = 0; i < kNsTile / 4; ++i) {  // pairs: of a row, and of the eighth after it
+            take(row + i % 2 * 8, i / 2, sums[2 * i], sums[2 * i + 1]);
+        }
+    });
+}
+
+}  // namespace k2k
