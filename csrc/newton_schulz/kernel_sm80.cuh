@@ -1,7 +1,7 @@
 #pragma once
 
-// The products of the iteration, for every GPU from sm_80 on; one launch a stage, for all matrices
-// of a list.
+// The products of the iteration, for every GPU from sm_80 on (Hopper has kernel_sm90.cuh); one
+// launch a stage, for all matrices of a list.
 //
 //     kGram       D[s, s] = X X^T                        X^T X if m > n
 //     kSquare     D[s, s] = alpha A B + beta C           A, B, C symmetric; a second result D + a I

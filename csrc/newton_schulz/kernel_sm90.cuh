@@ -135,14 +135,15 @@ K2K_DEVICE void multiply_panels(float (&sums)[kNsTile / 2], NsHopperStorage& sme
     // 16 of the summed axis further: 32 bytes of each row, or 16 rows.
     constexpr uint64_t kStep = arch::descriptor_step(kByColumns ? 16 * 128 : 32);
     constexpr uint32_t kHalf = kNsHopperPanelBytes / 2;
+    constexpr uint32_t kLeading = kByColumns ? kHalf : 0;  // from 64 columns to the next
     const int warpgroup = arch::warp_id() / 4;
     NsSlot at, last;
     K2K_NO_UNROLL
     for (int left = depth; left > 0; left -= kNsHopperDepth, at.advance()) {
         const uint64_t a = arch::matrix_descriptor(smem.ring[at.slot][0] + warpgroup * kHalf,
-                                                   arch::Swizzle::k128, kHalf, 1024);
+                                                   arch::Swizzle::k128, kLeading, 1024);
         const uint64_t b =
-            arch::matrix_descriptor(smem.ring[at.slot][1], arch::Swizzle::k128, kHalf, 1024);
+            arch::matrix_descriptor(smem.ring[at.slot][1], arch::Swizzle::k128, kLeading, 1024);
         arch::mbarrier_wait(smem.full[at.slot], at.parity);
         arch::fence_proxy_async();
         arch::wgmma_fence();

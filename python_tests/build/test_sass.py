@@ -150,6 +150,11 @@ for iterate in ("bf16", "fp16"):
     mma = "HMMA.16816.F32" + (".BF16" if iterate == "bf16" else "")
     products = {mma: 64, "LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
     PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 20, dict.fromkeys(("sm_80", "sm_90a"), products))
+    # By wgmma: a stage's 4 x 16 of the summed axis, by rows and by columns; as often, 2 x 16 copies, and a proxy fence
+    # (and that of the barriers); C and stores as above.
+    hopper = {"HGMMA.64x128x16.F32" + (".BF16" if iterate == "bf16" else ""): 8, "LDGSTS.E.BYPASS.128": 2 * 32 + 4}
+    hopper |= {"ARRIVES.LDGSTSBAR": 2, "FENCE.VIEW.ASYNC": 3, "WARPGROUP.DEPBAR": 4, "LDSM.16.MT88.4": 4}
+    PLANS[f"newton_schulz_sm90_kernel<{iterate}>"] = (96, 68, 20, {"sm_90a": hopper})
     # Everything twice, wide and tall: R, squares, and products with panels, 16 each; what a panel or square may have to
     # transpose; copies of four chunks for each of two walks over X, the first and the next; stores of a panel, and
     # 12 of results.
@@ -264,6 +269,8 @@ SHARED = {
     **{f"newton_schulz_norm_kernel<{updates}>": 64 for updates in ("false", "true")},
     **{f"newton_schulz_cast_kernel<{t}, {u}>": 64 for t in ("bf16", "fp16") for u in ("false", "true")},
     **{f"newton_schulz_sm80_kernel<{t}>": 3 * 2 * 128 * 32 * 2 for t in ("bf16", "fp16")},
+    # Three stages of two panels of 128 x 64, and barriers, in a multiple of the swizzle's 1,024 bytes.
+    **{f"newton_schulz_sm90_kernel<{t}>": 3 * 2 * 128 * 64 * 2 + 1024 for t in ("bf16", "fp16")},
     # A triangle of blocks of 8 KB, and two panels of 16 KB for each 64 rows, or two more triangles.
     **{
         f"newton_schulz_small_kernel<{t}, {n}>": n * (n + 1) // 2 * 8192 + max(n * (n + 1) * 8192, 2 * n * 16384)
