@@ -211,6 +211,7 @@ class _Part(NamedTuple):
     strides: tuple[int, int]  # of x
     gram: bool
     kind: int  # place in the counts of launch.h
+    capability: int  # of the chip, x 10
     bytes: tuple[int, int]  # of workspace, for a matrix and for a tensor
     first: int  # of B
     count: int
@@ -241,11 +242,14 @@ def _parts(
             rows, sizes, strides = matrices(x)
             gram = reference.on_gram_matrix(algorithm, *sizes[1:])
             result, update = (results[i], None) if updates is None else (None, updates[i])
+            capability, _, shared_memory = chip(x.device)
             blocks, *num_bytes = module(x.device).newton_schulz_plan(
-                *sizes[1:], gram, update is not None, chip(x.device).shared_memory
+                *sizes[1:], gram, update is not None, shared_memory
             )
             kind = 1 + blocks if blocks else int(gram)
-            parts.append(_Part(rows, result, update, sizes, strides, gram, kind, tuple(num_bytes), 0, sizes[0]))
+            parts.append(
+                _Part(rows, result, update, sizes, strides, gram, kind, capability, tuple(num_bytes), 0, sizes[0])
+            )
     return sorted(parts, key=lambda part: (part.kind, -max(part.sizes[1:])))
 
 
@@ -289,7 +293,7 @@ def _launch(
             workspace.data_ptr(),
             [part.update.description(part.first) for part in call if part.update is not None],
             rule,
-            chip(workspace.device).capability,
+            call[0].capability,
         )
 
 
