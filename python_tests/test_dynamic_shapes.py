@@ -22,6 +22,10 @@ def _grouped(data, scales, offsets):
     return k.grouped_fp8_gemm(data, scales, WEIGHT[0][None], WEIGHT[1][None], offsets=offsets)
 
 
+def _out(data, scales, out):
+    return k.fp8_gemm(data, scales, *WEIGHT, out=out.mT) * 1
+
+
 def _ends(n):
     return torch.tensor([0, n], dtype=torch.int32)
 
@@ -34,6 +38,7 @@ CASES = {
     "swiglu": (k.swiglu, lambda n: (torch.randn(n, 8),)),
     "swiglu_quantize": (k.swiglu_quantize, lambda n: (torch.randn(n, 256),)),
     "fp8_gemm": (lambda a, s: k.fp8_gemm(a, s, *WEIGHT), lambda n: k.quantize_1x128(torch.randn(n, 256))),
+    "fp8_gemm out": (_out, lambda n: (*k.quantize_1x128(torch.randn(n, 256)), torch.zeros(192, n).bfloat16())),
     "fp8_gemm_swiglu": (lambda a, s: k.fp8_gemm_swiglu(a, s, *WEIGHT), lambda n: k.quantize_1x128(torch.randn(n, 256))),
     "grouped_fp8_gemm": (_grouped, lambda n: (*k.quantize_1x128(torch.randn(n, 256)), _ends(n))),
     "mla_append": (

@@ -133,8 +133,9 @@ class Arguments:
         """Raises ValueError where elements of `value` share memory, which an op that writes into it would mix up."""
         if value.is_contiguous():
             return
-        reach = 0  # of the axes before, from the narrowest on: the furthest element
-        for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape) if size != 1):
+        axes = [(i, value.stride(i), size) for i, size in enumerate(value.shape) if size != 1]
+        for i, stride, _ in axes:  # beyond the furthest element of all narrower axes; torch.compile cannot sort sizes
+            reach = sum((size - 1) * other for j, other, size in axes if other <= stride and j != i)
             self.require(
                 stride > reach or value.numel() == 0,
                 name,
@@ -142,7 +143,6 @@ class Arguments:
                 "one whose elements share it",
                 "call .contiguous() first",
             )
-            reach += stride * (size - 1)
 
     def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
         skip = len(got) - len(shape)  # one less than the sizes that "..." stands for

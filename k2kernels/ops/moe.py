@@ -177,7 +177,7 @@ def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float, mode: str = "s
             Kimi-K3.
 
     Returns:
-        The new bias, float32 [E]. Comparisons are made in integers and are exact.
+        The new bias, float32 [E]. Comparisons are made in integers and are exact, for loads below 2**63 / E.
 
     Raises:
         TypeError, ValueError: for dtypes (a bias not in float32, counts not integers), shapes and mode.

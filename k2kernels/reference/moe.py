@@ -94,7 +94,7 @@ def _loss_slope(shares: Tensor, indices: Tensor, cu_seqlens: Tensor | None, alph
 
 def moe_update_bias(bias: Tensor, counts: Tensor, rate: float, mode: str) -> Tensor:
     """The bias after one step against the load, from integer counts."""
-    counts, experts = counts.long(), counts.numel()
+    counts, experts = counts.long().contiguous(), counts.numel()
     if mode == "sign":
         return bias + rate * torch.sign(counts.sum() - experts * counts).to(bias.dtype)
     ordered = counts.sort().values
