@@ -297,10 +297,12 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
     for (; has_tile(smem, at); leave_tile(smem, at)) {
         const GemmTile& tile = smem.tiles[at.slot];
         float result[kWaves][kValues], sum[kValues];
+        const float nothing =  // groups along K are for fine tiles alone
+            Tile::kFine && tile.misplaced ? soft::bits_float(0x7fffffff) : 0;
         K2K_UNROLL
         for (int wave = 0; wave < kWaves; ++wave) {
             K2K_UNROLL
-            for (int i = 0; i < kValues; ++i) result[wave][i] = 0;
+            for (int i = 0; i < kValues; ++i) result[wave][i] = nothing;
         }
         const int boundary = 128 - (tile.column + first_column) % 128;
         const int middle = tile.k_begin + (tile.blocks() - 1) / 2 * kBlockK;

@@ -8,6 +8,10 @@
 namespace k2k {
 
 struct GemmTile : tile::GroupTile {
+    // A group along K begins inside a block of 128, which shares its scales with another group:
+    // nothing is loaded, and the result is NaN.
+    bool misplaced;
+
     // Blocks of 128 of K; one, of zeros, where there is no K.
     K2K_DEVICE int blocks() const {
         return k_end > k_begin ? static_cast<int>(ceil_div(k_end - k_begin, 128)) : 1;
@@ -22,6 +26,13 @@ class GemmTiles : public tile::GroupTiles {
                          int band K2K_WHERE)
         : GroupTiles(
               {p.groups, p.a.rows, p.b.rows, p.k}, tile_rows, tile_columns, band K2K_PASS_WHERE) {}
+
+    K2K_DEVICE bool find(int index, GemmTile& tile K2K_WHERE) {
+        if (!GroupTiles::find(index, tile K2K_PASS_WHERE)) return false;
+        tile.misplaced = tile.k_begin % 128 != 0 && tile.k_end > tile.k_begin;
+        if (tile.misplaced) tile.k_end = tile.k_begin = 0;
+        return true;
+    }
 };
 
 }  // namespace k2k

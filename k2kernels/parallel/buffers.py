@@ -345,7 +345,9 @@ class VirtualRanks:
         blocks: int = BLOCKS,
     ):
         args = Arguments("VirtualRanks")
-        args.require(1 <= world_size <= _exchange.MOST_RANKS, "world_size", "from 1 to 64", world_size)
+        args.integer("world_size", world_size, 1, _exchange.MOST_RANKS)
+        check_sizes(args, num_experts, hidden, top_k, max_tokens, row_dtype)
+        args.integer("blocks", blocks, 1)
         args.require(num_experts >= world_size, "num_experts", f"at least the {world_size} ranks", num_experts)
         self.world_size, self.top_k, self.max_tokens, self.hidden = world_size, top_k, max_tokens, hidden
         layout = layout_of(world_size, num_experts, hidden, top_k, max_tokens, row_dtype)
@@ -377,8 +379,8 @@ class VirtualRanks:
         capacity: int | None = None,
     ) -> list[moe.Dispatched]:
         """Each rank's `ExpertParallel.dispatch`; lists have an entry for each rank."""
-        check_dispatch(self.group, x, indices, weights, self.max_tokens, quantize)
         options = Options(0, alignment, quantize, power_of_two, scale_layout, capacity)
+        check_dispatch(self.group, x, indices, weights, self.max_tokens, options)
         return self.group.dispatch(x, indices, weights, options)
 
     def combine(
@@ -391,10 +393,10 @@ class VirtualRanks:
         out_dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
         """Each rank's `ExpertParallel.combine`."""
-        none = [None] * self.world_size
+        shared, residual = ([None] * self.world_size if terms is None else terms for terms in (shared, residual))
+        check_combine(self.group, y, handles, shared, residual, out_dtype)
         out_dtype = next(t for t in y if t is not None).dtype if out_dtype is None else out_dtype
-        check_combine(self.group, y, handles, out_dtype)
-        return self.group.combine(y, handles, shared or none, residual or none, out_dtype)
+        return self.group.combine(y, handles, shared, residual, out_dtype)
 
     def withhold(self, rank: int) -> None:
         """Nothing of this rank is run any more, as if it had died."""
@@ -405,27 +407,93 @@ class VirtualRanks:
         self.group.mask(rank)
 
 
-def check_dispatch(ranks: Ranks, x: list, indices: list, weights: list, max_tokens: int, quantize: bool) -> None:
-    """Raises TypeError, ValueError or UnsupportedError for what `dispatch` does not take."""
-    layout = ranks.layout
-    for one_x, one_indices, one_weights in zip(x, indices, weights, strict=True):
+def check_sizes(
+    args: Arguments, num_experts: int, hidden: int, top_k: int, max_tokens: int, row_dtype: torch.dtype
+) -> None:
+    """Raises for what neither `ExpertParallel` nor `VirtualRanks` takes."""
+    args.integer("num_experts", num_experts, 1)
+    args.integer("hidden", hidden, 1)
+    args.integer("top_k", top_k, 1)
+    args.require(top_k <= num_experts, "top_k", f"at most num_experts={num_experts}", top_k)
+    args.integer("max_tokens", max_tokens, 0)
+    args.choice("row_dtype", row_dtype, FLOATS)
+
+
+def check_dispatch(ranks: Ranks, x: list, indices: list, weights: list, max_tokens: int, options: Options) -> None:
+    """Raises TypeError, ValueError or UnsupportedError for what `dispatch` does not take, before a rank has begun."""
+    check_options(options)
+    check_lists(ranks, "dispatch", x=x, indices=indices, weights=weights)
+    for one_x, one_indices, one_weights in zip(x, indices, weights):
         if one_x is None:
             continue
         args = Arguments("ExpertParallel.dispatch")
-        args.tensor("x", one_x, ("T", ranks.hidden), QUANTIZABLE if quantize else FLOATS)
-        args.tensor("indices", one_indices, ("T", layout.top_k), moe.INDICES)
-        args.tensor("weights", one_weights, ("T", layout.top_k), FLOATS)
+        args.tensor("x", one_x, ("T", ranks.hidden), QUANTIZABLE if options.quantize else FLOATS)
+        args.tensor("indices", one_indices, ("T", ranks.layout.top_k), moe.INDICES)
+        args.tensor("weights", one_weights, ("T", ranks.layout.top_k), FLOATS)
         args.require(len(one_x) <= max_tokens, "x", lambda: f"at most max_tokens={max_tokens} rows", len(one_x))
-        if not quantize:
+        if not options.quantize:
             check_rows(ranks, "dispatch", "x", [one_x.dtype])
 
 
-def check_combine(ranks: Ranks, ys: list, handles: list, out_dtype: torch.dtype) -> None:
+def check_options(options: Options) -> None:
+    args = Arguments("ExpertParallel.dispatch")
+    args.boolean("quantize", options.quantize)
+    args.boolean("power_of_two", options.power_of_two)
+    args.integer("alignment", options.alignment, 1)
+    args.choice("scale_layout", options.scale_layout, ("row", "column"))
+    if (capacity := options.capacity) is not None:
+        args.integer("capacity", capacity, 0)
+        what = f"a multiple of alignment={options.alignment}"
+        args.require(capacity % options.alignment == 0, "capacity", what, capacity)
+
+
+def check_lists(ranks: Ranks, where: str, **lists: list) -> None:
+    """Raises for lists that have not one entry for each rank; a masked rank's may be None."""
+    for name, values in lists.items():
+        args, members = Arguments(f"ExpertParallel.{where}"), len(ranks.members)
+        if not isinstance(values, (list, tuple)) or len(values) != members:
+            got = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
+            args.require(False, name, f"a list of {members}, one for each rank", got)
+        for member, value in zip(ranks.members, values):
+            args.require(value is not None or member.rank in ranks.masked, name, f"one for rank {member.rank}", "None")
+
+
+def check_combine(
+    ranks: Ranks, ys: list, handles: list, shared: list, residual: list, out_dtype: torch.dtype | None
+) -> None:
     """The same for `combine`: of a gradient, rows of out_dtype travel."""
-    check_rows(ranks, "combine", "y", [y.dtype for y in ys if y is not None])
-    tensors = [t for y, h in zip(ys, handles, strict=True) if y is not None for t in (y, h.weights)]
+    check_lists(ranks, "combine", y=ys, handles=handles)
+    tensors = []
+    for y, handle, *added in zip(ys, handles, shared, residual, strict=True):
+        if y is None:
+            continue
+        check_rows_of(y, handle, *added, ranks.hidden, ranks.layout.top_k)
+        tensors += [y, handle.weights]
+        check_rows(ranks, "combine", "y", [y.dtype])
+    if out_dtype is not None:
+        Arguments("ExpertParallel.combine").choice("out_dtype", out_dtype, FLOATS)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        check_rows(ranks, "combine", "out_dtype", [out_dtype])
+        check_rows(ranks, "combine", "out_dtype", [tensors[0].dtype if out_dtype is None else out_dtype])
+
+
+def check_rows_of(
+    y: Tensor, handle: Handle, shared: Tensor | None, residual: Tensor | None, hidden: int, top_k: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, shared and residual, if they are those of a handle; raises if not."""
+    args = Arguments("ExpertParallel.combine")
+    if not isinstance(handle, Handle):
+        raise TypeError(
+            f"ExpertParallel.combine: handle must be the handle of this object's dispatch, got "
+            f"{type(handle).__module__}.{type(handle).__name__}"
+        )
+    args.tensor("handle.token_of_slot", handle.token_of_slot, ("S",), torch.int32)
+    args.tensor("handle.weights", handle.weights, ("T", top_k), FLOATS)
+    y = args.tensor("y", y, ("S", hidden), FLOATS)
+    shared, residual = (
+        args.optional(name, terms, ("T", hidden), FLOATS)
+        for name, terms in (("shared", shared), ("residual", residual))
+    )
+    return y, shared, residual
 
 
 def check_rows(ranks: Ranks, where: str, name: str, dtypes: list[torch.dtype]) -> None:

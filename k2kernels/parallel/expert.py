@@ -14,7 +14,15 @@ from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.moe import Dispatched, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE
 from k2kernels.parallel import exchange
-from k2kernels.parallel.buffers import Ranks, VirtualRanks, check_combine, check_dispatch
+from k2kernels.parallel.buffers import (
+    Ranks,
+    VirtualRanks,
+    check_combine,
+    check_dispatch,
+    check_options,
+    check_rows_of,
+    check_sizes,
+)
 from k2kernels.parallel.exchange import Options
 from k2kernels.parallel.split import Split
 
@@ -76,10 +84,7 @@ class ExpertParallel:
     ):
         args = Arguments("ExpertParallel")
         args.choice("transport", transport, TRANSPORTS)
-        args.require(num_experts >= 1, "num_experts", "at least 1", num_experts)
-        args.require(hidden >= 1, "hidden", "at least 1", hidden)
-        args.require(top_k >= 1, "top_k", "at least 1", top_k)
-        args.require(max_tokens >= 0, "max_tokens", "at least 0", max_tokens)
+        check_sizes(args, num_experts, hidden, top_k, max_tokens, row_dtype)
         self.group = group
         self.rank, self.world_size = (0, 1) if group is None else (group.rank(), group.size())
         self.num_experts = num_experts
@@ -229,21 +234,15 @@ class ExpertParallel:
                 scale_layout=scale_layout,
                 capacity=capacity,
             )
-        args.boolean("quantize", quantize)
         args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if quantize else FLOATS)
         args.tensor("indices", indices, ("T", self.top_k), moe.INDICES)
         weights = args.tensor("weights", weights, ("T", self.top_k), FLOATS)
-        args.integer("alignment", alignment, 1)
-        args.boolean("power_of_two", power_of_two)
-        args.choice("scale_layout", scale_layout, ("row", "column"))
-        if capacity is not None:
-            args.integer("capacity", capacity, 0)
-            args.require(capacity % alignment == 0, "capacity", f"a multiple of alignment={alignment}", capacity)
         options = Options(self.num_local_experts, alignment, quantize, power_of_two, scale_layout, capacity)
+        check_options(options)
         if self.transport == "virtual":
             self._ranks = self._alone(x)
         if self._ranks is not None:
-            check_dispatch(self._ranks, [x], [indices], [weights], self.max_tokens, quantize)
+            check_dispatch(self._ranks, [x], [indices], [weights], self.max_tokens, options)
             return self._ranks.dispatch([x], [indices], [weights], options)[0]
         return exchange.dispatch(self._rows, x, indices, weights, options)
 
@@ -274,20 +273,11 @@ class ExpertParallel:
         """Brings the experts' rows y back to their tokens and adds them up, as `moe_combine`."""
         if self.transport == "local":
             return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
+        y, shared, residual = check_rows_of(y, handle, shared, residual, self.hidden, self.top_k)
         args = Arguments("ExpertParallel.combine")
-        if not isinstance(handle, exchange.Handle):
-            raise TypeError(
-                f"ExpertParallel.combine: handle must be the handle of this object's dispatch, got "
-                f"{type(handle).__module__}.{type(handle).__name__}"
-            )
-        args.tensor("handle.token_of_slot", handle.token_of_slot, ("S",), torch.int32)
-        args.tensor("handle.weights", handle.weights, ("T", self.top_k), FLOATS)
-        y = args.tensor("y", y, ("S", self.hidden), FLOATS)
-        shared = args.optional("shared", shared, ("T", self.hidden), FLOATS)
-        residual = args.optional("residual", residual, ("T", self.hidden), FLOATS)
         out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
         if self._ranks is not None:
-            check_combine(self._ranks, [y], [handle], out_dtype)
+            check_combine(self._ranks, [y], [handle], [shared], [residual], out_dtype)
             return self._ranks.combine([y], [handle], [shared], [residual], out_dtype)[0]
         return exchange.combine(self._rows, y, handle, shared, residual, out_dtype)
 

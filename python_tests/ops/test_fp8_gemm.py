@@ -623,6 +623,17 @@ def test_wgrad_ignores_where_an_empty_group_starts():
     assert torch.equal(got[0], full[0]) and got[1].eq(0).all()
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+def test_a_group_of_wgrad_inside_a_block_is_nan_where_nobody_checks(arch):
+    """A GPU's offsets are not looked at by the host: neither a misaligned address nor another group's tokens."""
+    offsets, counts = ints(0, 128, 133, 256), ints(128, 0, 100)
+    with k2kernels.emulated(arch, seed=2):
+        got = ops._grouped_fp8_wgrad_kernel(*TOKENS, offsets, counts, torch.float32, None)
+    right = grouped_fp8_wgrad(*TOKENS, offsets=ints(0, 128), counts=ints(128))
+    torch.testing.assert_close(got[0], right[0], rtol=1e-4, atol=1e-3)
+    assert got[1].eq(0).all() and got[2].isnan().all()
+
+
 @with_kernels
 def test_wgrad_is_the_gradient_of_the_grouped_gemm():
     counts, n, k = [300, 40, 129], 64, 72

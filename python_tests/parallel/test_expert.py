@@ -146,10 +146,19 @@ def test_nodes_are_runs_of_hosts_of_equal_length():
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"ExpertParallel: transport must be one of 'auto', .*, got 'nccl'"):
         ExpertParallel(**SIZES, transport="nccl")
-    with pytest.raises(ValueError, match=r"ExpertParallel: num_experts must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"ExpertParallel: num_experts must be an int >= 1, got 0"):
         ExpertParallel(num_experts=0, hidden=128, top_k=2, max_tokens=16)
     with pytest.raises(ValueError, match=r"ExpertParallel: num_experts must be at least the 9 ranks, got 8"):
         ExpertParallel(SomeRanks(9), **SIZES)
+    for name, bad in (
+        ("num_experts", 2.5),
+        ("hidden", "64"),
+        ("top_k", 9),
+        ("max_tokens", -1),
+        ("row_dtype", torch.int8),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"ExpertParallel: {name} must be .*, got"):
+            ExpertParallel(**{**SIZES, name: bad})
     for ranks in (3, -1, 2.0, True):
         with pytest.raises((ValueError, TypeError), match=r"ExpertParallel: ranks_per_node must be .*, got"):
             ExpertParallel(SomeRanks(4), **SIZES, ranks_per_node=ranks)

@@ -323,7 +323,7 @@ def test_double_backward_is_refused():
 
 
 def test_what_is_not_served():
-    with pytest.raises(ValueError, match=r"VirtualRanks: world_size must be from 1 to 64, got 65"):
+    with pytest.raises(ValueError, match=r"VirtualRanks: world_size must be an int in 1 .. 64, got 65"):
         VirtualRanks(65, num_experts=70, hidden=8, top_k=1, max_tokens=1)
     virtual = make(2, row_dtype=BF16)
     parts = split_up(*make_batch("uniform", 2, dtype=F32))
@@ -338,3 +338,34 @@ def test_what_is_not_served():
     ys = [s.data.requires_grad_() for s in sent]
     with pytest.raises(UnsupportedError, match=r"out_dtype is torch.float32, and the buffers are for rows of torch.bf"):
         virtual.combine(ys, [s.handle for s in sent], out_dtype=F32)
+
+
+def test_a_refused_call_begins_on_no_rank():
+    virtual = make(3)
+    x, indices, weights = (
+        [torch.randn(4, 40)] * 3,
+        [torch.zeros(4, TOP_K, dtype=torch.int32)] * 3,
+        [torch.ones(4, TOP_K)] * 3,
+    )
+    sent = virtual.dispatch(x, indices, weights)
+    ys, handles = [s.data for s in sent], [s.handle for s in sent]
+
+    def refused(message, function, *args, **options):
+        with pytest.raises((TypeError, ValueError), match=message):
+            function(*args, **options)
+
+    for option, bad in (("alignment", 0), ("capacity", -1), ("capacity", 6), ("scale_layout", "mn"), ("quantize", 1)):
+        options = {"alignment": 4, option: bad}
+        refused(rf"dispatch: {option} must be", virtual.dispatch, x, indices, weights, **options)
+    refused(r"dispatch: x must be a list of 3, one for each rank, got 2", virtual.dispatch, x[:2], indices, weights)
+    refused(r"dispatch: x must be a list of 3, one for each rank, got Tensor", virtual.dispatch, x[0], indices, weights)
+    refused(r"dispatch: x must be one for rank 1, got None", virtual.dispatch, [x[0], None, x[2]], indices, weights)
+    refused(r"combine: y must be \[S=", virtual.combine, [ys[0], ys[1][:-1], ys[2]], handles)
+    refused(r"combine: y must be .*, got .* int32", virtual.combine, [y.int() for y in ys], handles)
+    refused(r"combine: shared must be \[T=4, 40\]", virtual.combine, ys, handles, shared=[x[0], x[1][:3], x[2]])
+    refused(r"combine: handles must be one for rank 2, got None", virtual.combine, ys, [*handles[:2], None])
+    refused(r"handle must be the handle of this object's dispatch, got builtins.int", virtual.combine, ys, [1, 2, 3])
+    refused(r"combine: out_dtype must be", virtual.combine, ys, handles, out_dtype=torch.int32)
+    out = virtual.combine(ys, handles)  # epochs are even on all ranks
+    virtual.group.check()
+    assert all(torch.equal(o, TOP_K * x[0]) for o in out)
