@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     int stage = 0;
     for (int used = 0; used < num_found; ++used) {
         const GemmTile& tile = found[used % Tile::kStages];
-        const float nothing = tile.misplaced ? soft::bits_float(0x7fffffff) : 0;
+        const float nothing = tile.misplaced() ? soft::bits_float(0x7fffffff) : 0;
         float result[kRowTiles][kColumnTiles][4];
         K2K_UNROLL
         for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i) {

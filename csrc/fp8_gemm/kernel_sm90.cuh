@@ -298,7 +298,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
         const GemmTile& tile = smem.tiles[at.slot];
         float result[kWaves][kValues], sum[kValues];
         const float nothing =  // groups along K are for fine tiles alone
-            Tile::kFine && tile.misplaced ? soft::bits_float(0x7fffffff) : 0;
+            Tile::kFine && tile.misplaced() ? soft::bits_float(0x7fffffff) : 0;
         K2K_UNROLL
         for (int wave = 0; wave < kWaves; ++wave) {
             K2K_UNROLL

@@ -10,7 +10,7 @@ namespace k2k {
 struct GemmTile : tile::GroupTile {
     // A group along K begins inside a block of 128, which shares its scales with another group:
     // nothing is loaded, and the result is NaN.
-    bool misplaced;
+    K2K_DEVICE bool misplaced() const { return k_end < 0; }
 
     // Blocks of 128 of K; one, of zeros, where there is no K.
     K2K_DEVICE int blocks() const {
@@ -29,8 +29,10 @@ class GemmTiles : public tile::GroupTiles {
 
     K2K_DEVICE bool find(int index, GemmTile& tile K2K_WHERE) {
         if (!GroupTiles::find(index, tile K2K_PASS_WHERE)) return false;
-        tile.misplaced = tile.k_begin % 128 != 0 && tile.k_end > tile.k_begin;
-        if (tile.misplaced) tile.k_end = tile.k_begin = 0;
+        if (tile.k_begin % 128 != 0 && tile.k_end > tile.k_begin) {
+            tile.k_begin = 0;
+            tile.k_end = -1;
+        }
         return true;
     }
 };
