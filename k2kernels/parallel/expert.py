@@ -234,16 +234,16 @@ class ExpertParallel:
                 scale_layout=scale_layout,
                 capacity=capacity,
             )
-        args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if quantize else FLOATS)
-        args.tensor("indices", indices, ("T", self.top_k), moe.INDICES)
         weights = args.tensor("weights", weights, ("T", self.top_k), FLOATS)
         options = Options(self.num_local_experts, alignment, quantize, power_of_two, scale_layout, capacity)
-        check_options(options)
         if self.transport == "virtual":
             self._ranks = self._alone(x)
         if self._ranks is not None:
             check_dispatch(self._ranks, [x], [indices], [weights], self.max_tokens, options)
             return self._ranks.dispatch([x], [indices], [weights], options)[0]
+        check_options(options)
+        args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if quantize else FLOATS)
+        args.tensor("indices", indices, ("T", self.top_k), moe.INDICES)
         return exchange.dispatch(self._rows, x, indices, weights, options)
 
     def _alone(self, x: Tensor) -> Ranks:

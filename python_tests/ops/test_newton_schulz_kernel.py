@@ -155,7 +155,11 @@ def buffers(workspace, batch, m, n, gram):
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("m, n", [(40, 61), (61, 40), (133, 150), (261, 20), (8, 20)])
 def test_products_are_symmetric_to_the_bit_and_stay_in_their_places(m, n, gram, arch, seed):
-    batch = 2
+    check_places(2, m, n, gram, int(arch[3:5]), seed, by=80)
+
+
+def check_places(batch, m, n, gram, chip, seed, by):
+    """By the kernel of capability `by`: products are symmetric, and nothing is written but where it belongs."""
     x = guarded(torch.randn(batch, m, n))
     result = guarded(torch.full((batch, m, n), torch.nan))
     _, each, fixed = _emu.newton_schulz_plan(m, n, gram, False, 0)
@@ -163,10 +167,10 @@ def test_products_are_symmetric_to_the_bit_and_stay_in_their_places(m, n, gram, 
     workspace = guarded_memory(size, size)
     tensors = [(x.data_ptr(), result.data_ptr(), (batch, m, n), (m * n, n), TYPES[torch.float32], gram)]
     coefficients = [v for t in QUINTIC for v in t]
-    _emu.configure(int(arch[3:5]), seed)
+    _emu.configure(chip, seed)
     counts = [int(not gram), int(gram), 0, 0, 0]
     half = TYPES[torch.float16]
-    _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, 80, -1, 0)
+    _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, by, -1, 0)
     s = min(m, n)
     for name, buffer in buffers(workspace, batch, m, n, gram).items():
         if name[0] == "X":

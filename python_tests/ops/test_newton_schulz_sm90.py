@@ -10,8 +10,8 @@ from test_newton_schulz_kernel import (
     QUINTIC,
     SHAPES,
     TABLE_PIECE,
-    buffers,
     check,
+    check_places,
     many_shapes,
     poison,  # noqa: F401 (a fixture)
     run,
@@ -23,8 +23,8 @@ from test_newton_schulz_update import run as run_update
 
 from k2kernels import _emu
 from k2kernels.ops import newton_schulz as module
-from k2kernels.ops._launch import TYPES, Chip
-from k2kernels.testing.inputs import guarded, guarded_memory
+from k2kernels.ops._launch import Chip
+from k2kernels.testing.inputs import guarded
 
 SEEDS = [0, 1, 2, 3]
 
@@ -84,27 +84,7 @@ def test_every_length_of_a_sum(depth, dtype, capability):
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("m, n", [(40, 61), (61, 40), (133, 150), (261, 20), (8, 20), (260, 270)])
 def test_products_are_symmetric_to_the_bit_and_stay_in_their_places(m, n, gram, seed):
-    batch = 2 if m < 260 else 1
-    x = guarded(torch.randn(batch, m, n))
-    result = guarded(torch.full((batch, m, n), torch.nan))
-    _, each, fixed = _emu.newton_schulz_plan(m, n, gram, False, 0)
-    size = -(-(fixed + batch * each) // 16) * 16
-    workspace = guarded_memory(size, size)
-    tensors = [(x.data_ptr(), result.data_ptr(), (batch, m, n), (m * n, n), TYPES[torch.float32], gram)]
-    coefficients = [v for t in QUINTIC for v in t]
-    _emu.configure(90, seed)
-    counts = [int(not gram), int(gram), 0, 0, 0]
-    half = TYPES[torch.float16]
-    _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, 90, -1, 0)
-    s = min(m, n)
-    for name, buffer in buffers(workspace, batch, m, n, gram).items():
-        if name[0] == "X":
-            assert not buffer[..., :n].isnan().any() and not buffer[..., n:].any()
-        else:
-            square = buffer[..., :s]
-            assert square.any() and torch.equal(square.view(torch.int16), square.mT.view(torch.int16)), name
-            assert not buffer[..., s:].any()
-    check(result, x, QUINTIC, "gram" if gram else "standard", torch.float16)
+    check_places(2 if m < 260 else 1, m, n, gram, 90, seed, by=90)
 
 
 def test_a_matrix_does_not_depend_on_schedule_batch_or_list():
