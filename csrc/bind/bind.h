@@ -1,7 +1,7 @@
 #pragma once
 
 // What the files of csrc/bind share. Both modules, _C for GPUs and _emu for the emulator, are made
-// of the same functions: module.cpp, one file per op, and device.cpp or emulator.cpp. Addresses,
+// of the same functions: module.cpp, one file per op, kernels.cpp, and device.cpp or emulator.cpp. Addresses,
 // strides and a stream come in as numbers; no torch header is included, so that the modules do not
 // depend on torch's ABI. Shapes are checked in Python.
 
@@ -21,6 +21,7 @@ T* pointer(Address address) {
 }
 
 void bind_runtime(py::module_& m);  // device.cpp, emulator.cpp or no_device.cpp
+void bind_kernels(py::module_& m);  // kernels.cpp: all that follow
 void bind_quant(py::module_& m);
 void bind_mla_cache(py::module_& m);
 void bind_mla_decode(py::module_& m);

@@ -1,5 +1,6 @@
 // What only the module for GPUs has: questions to the driver.
-#include "bind/run.h"
+#include "bind/bind.h"
+#include "common/launch.h"
 
 namespace k2k::bind {
 
@@ -37,15 +38,7 @@ void bind_runtime(py::module_& m) {
     m.def("device_count", &device_count, "GPUs that the CUDA runtime sees; 0 without a driver.");
     m.def("compute_capability", &compute_capability, py::arg("device"), "(major, minor).");
     m.def("cudart_version", &cudart_version, "Of the CUDA runtime in this module: 13000 is 13.0.");
-    bind_shared_memory(m);
-    bind_quant(m);
-    bind_mla_cache(m);
-    bind_mla_decode(m);
-    bind_fp8_gemm(m);
-    bind_newton_schulz(m);
-    bind_moe(m);
-    bind_moe_exchange(m);
-    bind_conformance(m);
+    bind_kernels(m);
 }
 
 }  // namespace k2k::bind

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "bind/run.h"
+#include "bind/bind.h"
 
 namespace k2k::bind {
 
@@ -65,15 +65,7 @@ void bind_runtime(py::module_& m) {
     m.def(
         "release", [](Address address) { emulator::release(pointer<void>(address)); },
         py::arg("address"), "Gives memory of `allocate` back.");
-    bind_shared_memory(m);
-    bind_quant(m);
-    bind_mla_cache(m);
-    bind_mla_decode(m);
-    bind_fp8_gemm(m);
-    bind_newton_schulz(m);
-    bind_moe(m);
-    bind_moe_exchange(m);
-    bind_conformance(m);
+    bind_kernels(m);
 }
 
 }  // namespace k2k::bind

@@ -24,15 +24,15 @@ def _built():
     pytest.importorskip("pybind11", reason="pybind11, which builds the package, is not installed")
     from emulated_kernels import BUILD, FLAGS, KERNEL_FLAGS, binding_flags, compile_object, load_module
 
-    # The two lines of csrc/bind that name the ops, with the example as the only one.
+    # The two files of csrc/bind that name the ops, with the example as the only one.
     folder = BUILD / "example"
     (folder / "bind").mkdir(parents=True, exist_ok=True)
-    for name in ("bind.h", "emulator.cpp"):
+    for name in ("bind.h", "kernels.cpp"):
         text = (ROOT / "csrc/bind" / name).read_text().replace("bind_quant(", "bind_scale_rows(")
-        text = re.sub(r".*\bbind_(?!runtime|scale_rows)\w+\(.*\n", "", text)
+        text = re.sub(r".*\bbind_(?!runtime|kernels|scale_rows)\w+\(.*\n", "", text)
         (folder / "bind" / name).write_text(text)
-    sources = [folder / "bind/emulator.cpp", ROOT / "csrc/bind/module.cpp", ROOT / "csrc/common/selfcheck.cpp"]
-    sources += [HERE / "csrc/bind/scale_rows.cpp", HERE / "csrc/scale_rows/launch.cu"]
+    sources = [folder / "bind/kernels.cpp", ROOT / "csrc/bind/emulator.cpp", ROOT / "csrc/bind/module.cpp"]
+    sources += [ROOT / "csrc/common/selfcheck.cpp", HERE / "csrc/bind/scale_rows.cpp", HERE / "csrc/scale_rows/launch.cu"]
     digests = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
     together = "".join(f'#include "{source}" // {digest}\n' for source, digest in zip(sources, digests))
     (folder / "scale_rows.cpp").write_text(together)
