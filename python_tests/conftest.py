@@ -1,4 +1,4 @@
-"""What holds for every test: its own seed, one thread, and with K2K_SANITIZE sanitized kernels in the emulator."""
+"""What holds for every test: its own seed, one thread, poisoned memory, and with K2K_SANITIZE sanitized kernels."""
 
 import os
 import sys
@@ -23,3 +23,14 @@ def _seed_and_thread(request):
     small, and threads that wait for each other cost more than they save."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request):
+    """New memory is NaN, or the largest integer: whatever reads a workspace or a result before it is written computes
+    nonsense or leaves its arrays, where the emulator stops it. A CPU's fresh pages are zeros, a GPU's used ones are not.
+    On a GPU PyTorch's deterministic mode would change what is tested."""
+    poison = request.node.get_closest_marker("gpu") is None
+    torch.use_deterministic_algorithms(poison, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -16,6 +16,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 DEADLINE = 60  # seconds for one scenario
 
@@ -40,6 +42,7 @@ def _fork_ranks(scenario: str, world: int) -> list:
         for rank in range(world):
             pid = os.fork()
             if pid == 0:
+                torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is poisoned, as in every test
                 try:
                     result = getattr(rank_scenarios, scenario)(rank, world, folder)
                 except BaseException:
