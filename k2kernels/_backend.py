@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-ARCHS = ("sm_80", "sm_89", "sm_90a")
+ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_120")
 
 
 class UnsupportedError(RuntimeError):
@@ -73,8 +73,8 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
     """Runs the CUDA kernels on the CPU emulator, for CPU tensors, in a `with` block.
 
     Args:
-        arch: of which chip: "sm_80" (A100: the portable kernels), "sm_89" (the same with the 99 KB of shared memory
-            that sm_86 to sm_89 and sm_120 have) or "sm_90a" (Hopper's).
+        arch: of which chip: "sm_80" (A100: the portable kernels), "sm_89" or "sm_120" (the same with 99 KB of shared
+            memory and e4m3 products) or "sm_90a" (Hopper's).
         seed: the adversarial schedule of warps and blocks: 0 is round robin, 1 depth first, any other number random
             priorities of the warps. Asynchronous copies come as late as the program allows, which finds most bugs;
             of every eight seeds the seventh (6, 14, ...) has them come at any time, the eighth (7, 15, ...) at once.

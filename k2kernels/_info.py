@@ -6,20 +6,24 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from k2kernels.ops import fp8_gemm
-from k2kernels.ops._launch import Chip, chip, serves
+from k2kernels.ops._launch import Chip, chip, code_for
 from k2kernels.ops._register import OPS, Op
 
 _PACKAGES = ("numpy", "safetensors", "tqdm", "tokenizers", "matplotlib", "transformers", "cupy", "triton", "pytest")
 
-# The chips that plans are shown for where no GPU is at hand: of an architecture that CMake compiles for, the data
-# center's.
-_CHIPS = {"80": ("A100", Chip(80, 108, 163 * 1024)), "90a": ("H100 SXM", Chip(90, 132, 227 * 1024))}
+# The chips that plans are shown for where no GPU is at hand: of an architecture that CMake compiles for, the largest.
+_CHIPS = {
+    "80": ("A100", Chip(80, 108, 163 * 1024)),
+    "90a": ("H100 SXM", Chip(90, 132, 227 * 1024)),
+    "120": ("RTX 5090", Chip(120, 170, 99 * 1024)),
+}
 # Linear layers of Kimi-K2: groups, N, K. Rows are those of a group.
 _LINEARS = {
     "q_a + kv_a": (1, 2112, 7168),
@@ -40,7 +44,7 @@ def info() -> dict[str, Any]:
     Returns:
         dict with `version`, `python`, `platform`, `torch` (version, cuda, threads), `packages` (name -> version or
         None), `extension` (build facts, or `error`), `emulator` (`self_check`, or `error`), `nvcc` (path or None),
-        `devices` (name, capability, compute_capability, memory in bytes), `ops` (name -> `cpu`, `cuda` bodies and
+        `devices` (name, capability, compute_capability, memory in bytes, `code`: which of the compiled it runs), `ops` (name -> `cpu`, `cuda` bodies and
         `why`), `kernels` (what each compiled kernel takes: `kernel`, `arch`, `registers`, `stack_bytes`,
         `spill_bytes`, `shared_bytes` fixed by the compiler, `dynamic_shared_bytes` asked for by a launch, None where
         that is not known), `fp8_gemm` (`pinned`: the plan of K2KERNELS_FP8_GEMM, or None, or `error`; `plans` of
@@ -49,8 +53,8 @@ def info() -> dict[str, Any]:
     """
     from k2kernels import __version__
 
-    extension, devices = _extension(), _devices()
-
+    extension = _extension()
+    devices = _devices(extension.get("cuda_archs", ()))
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -75,7 +79,7 @@ def _serves(op: Op, extension: dict[str, Any], devices: list[dict[str, Any]]) ->
     elif not archs:
         missing = "the extension is missing" if "error" in extension else "built without nvcc"
         why = f"a kernel, in the emulator; not compiled for GPUs: {missing}"
-    elif devices and not any(serves(arch, *device["compute_capability"]) for arch in archs for device in devices):
+    elif devices and not any(device["code"] for device in devices):
         why = f"a kernel, but only for {', '.join(archs)}"
     else:
         return {"cpu": "reference", "cuda": "cuda", "why": f"a kernel, for {', '.join(archs)} and the emulator"}
@@ -162,7 +166,7 @@ def _self_check(extension: Any) -> str:
     return "passed" if same else "FAILED: e4m3 codes are decoded differently from torch"
 
 
-def _devices() -> list[dict[str, Any]]:
+def _devices(archs: Iterable[str]) -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     found = []
@@ -174,6 +178,7 @@ def _devices() -> list[dict[str, Any]]:
                 "capability": f"sm_{properties.major}{properties.minor}",
                 "compute_capability": (properties.major, properties.minor),
                 "memory": properties.total_memory,
+                "code": code_for(archs, properties.major, properties.minor),
             }
         )
     return found

@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"           conformance: {'recorded on ' + ', '.join(gpus) if gpus else 'not recorded on a GPU yet'}")
     print(f"nvcc       {facts['nvcc'] or 'not found (needed only to compile CUDA kernels)'}")
     for device in facts["devices"]:
-        print(f"device     {device['name']}, {device['capability']}, {device['memory'] / 2**30:.0f} GiB")
+        code = f"runs {device['code']}" if device["code"] else "no kernel is compiled for it"
+        print(f"device     {device['name']}, {device['capability']}, {device['memory'] / 2**30:.0f} GiB: {code}")
     if not facts["devices"]:
         print("device     CPU only")
     print("packages   " + ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items()))

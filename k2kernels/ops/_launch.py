@@ -11,7 +11,7 @@ import contextvars
 import functools
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,7 +35,12 @@ class Chip(NamedTuple):
 
 
 # The emulator takes any grid; few multiprocessors leave each block several tasks, as on a GPU that is full.
-EMULATED_CHIPS = {"sm_80": Chip(80, 6, 166912), "sm_89": Chip(89, 6, 101376), "sm_90a": Chip(90, 6, 232448)}
+EMULATED_CHIPS = {
+    "sm_80": Chip(80, 6, 166912),
+    "sm_89": Chip(89, 6, 101376),
+    "sm_90a": Chip(90, 6, 232448),
+    "sm_120": Chip(120, 6, 101376),
+}
 
 
 def chip(device: torch.device) -> Chip:
@@ -132,7 +137,7 @@ def why_not_cuda(index: int) -> str | None:
     if not archs:
         return "the extension was built without nvcc; install the CUDA toolkit and build again: pip install -e ."
     major, minor = torch.cuda.get_device_capability(index)
-    if any(serves(arch, major, minor) for arch in archs):
+    if code_for(archs, major, minor):
         return None
     return (
         f"no kernel is compiled for {torch.cuda.get_device_name(index)} (sm_{major}{minor}), only for "
@@ -140,20 +145,22 @@ def why_not_cuda(index: int) -> str | None:
     )
 
 
-def serves(arch: str, major: int, minor: int) -> bool:
-    """Whether what CMake compiles for `arch` ("80-real", "90a-real", "80") runs on a device (major, minor).
+def code_for(archs: Iterable[str], major: int, minor: int) -> str | None:
+    """What a device (major, minor) runs of what CMake compiles for `archs`: "sm_90a", "PTX of sm_80", or None.
 
-    Machine code runs on its own and later minor versions, with "a" on its own alone; without "-real" PTX comes along,
-    which a driver compiles for any later device.
+    Machine code runs on its own and later minor versions, with "a" on its own alone ("80-real", "90a-real"). Without
+    "-real" PTX comes along, which a driver compiles for any later device.
     """
-    number, _, kind = arch.partition("-")
-    exact = number.endswith("a")
-    of = divmod(int(number.rstrip("a")), 10)
-    if exact:
-        return of == (major, minor)
-    if kind == "real":
-        return of[0] == major and of[1] <= minor
-    return of <= (major, minor)
+    machine_code, ptx = [], []
+    for arch in archs:
+        number, _, kind = arch.partition("-")
+        of = divmod(int(number.rstrip("a")), 10)
+        exact = number.endswith("a")
+        if of == (major, minor) or (not exact and of[0] == major and of[1] <= minor):
+            machine_code.append((of, exact, f"sm_{number}"))
+        elif not exact and kind != "real" and of <= (major, minor):
+            ptx.append((of, f"PTX of sm_{number}"))
+    return max(machine_code or ptx, default=(None,))[-1]
 
 
 @functools.cache

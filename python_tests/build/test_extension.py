@@ -13,7 +13,7 @@ from k2kernels import _C, _emu
 from k2kernels._backend import choose
 from k2kernels.cli import main
 from k2kernels.ops import fp8_gemm
-from k2kernels.ops._launch import serves
+from k2kernels.ops._launch import code_for
 
 
 def test_extension_decodes_every_e4m3_code_as_torch_does():
@@ -142,16 +142,20 @@ def test_a_gpu_without_kernels_gets_the_reference_and_one_warning():
 
 
 def test_which_devices_compiled_code_serves():
-    devices = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+    devices = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
 
-    def served(arch):
-        return [device for device in devices if serves(arch, *device)]
+    def served(*archs):
+        return {device: code for device in devices if (code := code_for(archs, *device))}
 
-    assert served("80-real") == [(8, 0), (8, 9)]
-    assert served("89-real") == [(8, 9)]
-    assert served("90a-real") == [(9, 0)]
-    assert served("80") == devices[1:]
-    assert served("100a") == [(10, 0)]
+    assert served("80-real") == dict.fromkeys([(8, 0), (8, 6), (8, 9)], "sm_80")
+    assert served("89-real") == {(8, 9): "sm_89"}
+    assert served("90a-real") == {(9, 0): "sm_90a"}
+    assert served("100a") == {(10, 0): "sm_100a"}
+    assert served("80") == served("80-real") | dict.fromkeys(devices[4:], "PTX of sm_80")
+    assert served("80-real", "89") == served("80-real") | {(8, 9): "sm_89"} | dict.fromkeys(devices[4:], "PTX of sm_89")
+    # What is compiled by default (CMakeLists.txt): every GPU since A100 runs kernels.
+    default = served("80", "90a-real", "120-real")
+    assert default == served("80") | {(9, 0): "sm_90a", (12, 0): "sm_120", (12, 1): "sm_120"}
 
 
 def test_backend_and_emulated_refuse_unknown_names():

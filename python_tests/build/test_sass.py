@@ -22,7 +22,8 @@ needs_kernels = pytest.mark.skipif(
 # The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024; 80:
 # 768); the 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU
 # loads gate and up, its gradient a third operand); and what else must be there, by architecture.
-ENCODE = {"sm_90a": {"F2FP.SATFINITE.E4M3": 8}}
+PORTABLE = ("sm_80", "sm_90a", "sm_120")
+ENCODE = dict.fromkeys(("sm_90a", "sm_120"), {"F2FP.SATFINITE.E4M3": 8})
 PLANS = {
     "quantize_rows_kernel<bf16, false>": (48, 2, 1, ENCODE),
     "quantize_rows_kernel<fp16, false>": (48, 2, 1, ENCODE),
@@ -49,7 +50,7 @@ PLANS = {
 BYTES = {"float": 4, "bf16": 2, "fp16": 2}
 for x, x_bytes in BYTES.items():
     # The weight is loaded, x by cp.async (LDGSTS, an LDG too); the loop over a lane's sixteens is not unrolled.
-    copy = {arch: {"LDGSTS.E.BYPASS.128": x_bytes} for arch in ("sm_80", "sm_90a")}
+    copy = {arch: {"LDGSTS.E.BYPASS.128": x_bytes} for arch in PORTABLE}
     copy["sm_90a"] |= ENCODE["sm_90a"]
     PLANS[f"rms_norm_quantize_kernel<{x}, 1>"] = (64 if x == "float" else 48, 2 * x_bytes, 1, copy)
     PLANS[f"rms_norm_quantize_kernel<{x}, 2>"] = (80 if x == "float" else 64, 2 * x_bytes, 1, copy)
@@ -76,7 +77,7 @@ for row in ("bf16", "fp16"):
                 continue
             others = products | {"LDGSTS.E.BYPASS.128": 2 * copies}
             PLANS[f"mla_decode_sm80_kernel<{row}, {row_warps}, {str(quantized).lower()}>"] = (
-                registers, 2 * copies, 0, dict.fromkeys(("sm_80", "sm_90a"), others),
+                registers, 2 * copies, 0, dict.fromkeys(PORTABLE, others),
             )  # fmt: skip
     # 64 rows, 64 keys: 36 steps of 16 dims; 4 x 16 keys by each half of the columns. Boxes of up to four pages.
     bf16 = ".BF16" if row == "bf16" else ""
@@ -149,7 +150,7 @@ for updates, registers, stores in (("false", 48, 0), ("true", 64, 6)):
 for iterate in ("bf16", "fp16"):
     mma = "HMMA.16816.F32" + (".BF16" if iterate == "bf16" else "")
     products = {mma: 64, "LDSM.16.M88.4": 12, "LDSM.16.MT88.4": 12 + 4, "LDGSTS.E.BYPASS.128": 28}
-    PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 20, dict.fromkeys(("sm_80", "sm_90a"), products))
+    PLANS[f"newton_schulz_sm80_kernel<{iterate}>"] = (128, 28, 20, dict.fromkeys(PORTABLE, products))
     # By wgmma: a stage's 4 x 16 of the summed axis, by rows and by columns; as often, 2 x 16 copies, and a proxy fence
     # (and that of the barriers); C and stores as above.
     hopper = {"HGMMA.64x128x16.F32" + (".BF16" if iterate == "bf16" else ""): 8, "LDGSTS.E.BYPASS.128": 2 * 32 + 4}
@@ -164,12 +165,12 @@ for iterate in ("bf16", "fp16"):
             registers,
             32,
             2 * 13,
-            dict.fromkeys(("sm_80", "sm_90a"), products),
+            dict.fromkeys(PORTABLE, products),
         )
 for x, x_bytes in BYTES.items():
     for plans in (False, True):
-        registers, match = (64, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")}) if plans else (48, {})
-        codes = {arch: ENCODE.get(arch, {}) | match.get(arch, {}) for arch in ("sm_80", "sm_90a")}
+        registers, match = (64, {arch: {"MATCH.ANY": 8} for arch in PORTABLE}) if plans else (48, {})
+        codes = {arch: ENCODE.get(arch, {}) | match.get(arch, {}) for arch in PORTABLE}
         PLANS[f"moe_move_kernel<{x}, true, {str(plans).lower()}>"] = (registers, x_bytes, 1, codes)
         if x != "fp16":  # is copied as bf16
             PLANS[f"moe_move_kernel<{x}, false, {str(plans).lower()}>"] = (registers, x_bytes, x_bytes, match)
@@ -179,7 +180,7 @@ for x, x_bytes in BYTES.items():
     PLANS[f"moe_combine_kernel<{x}>"] = (96 if x == "fp16" else 80, rows * x_bytes + 8, 8, {})
     PLANS[f"moe_combine_backward_kernel<{x}>"] = (80, rows // 2 * x_bytes + 8, (rows // 2 + 1) * x_bytes, {})
 for vectors in (1, 2, 3, 4, 8):
-    registers, redux = 64 if vectors <= 3 else 128, {arch: {"REDUX": 2} for arch in ("sm_80", "sm_90a")}
+    registers, redux = 64 if vectors <= 3 else 128, {arch: {"REDUX": 2} for arch in PORTABLE}
     PLANS[f"moe_route_kernel<{vectors}>"] = (registers, 2 * vectors, 0, redux)  # logits and bias
     PLANS[f"moe_route_backward_kernel<{vectors}>"] = (registers, vectors, vectors, {})
 # Products of experts: a stage's copies stand in three places (before the first tile, before the next, in the loop); a
@@ -197,17 +198,17 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
                 loads[f"LDSM.16.M{'T' if t else ''}88.4"] += number
             others = {f"HMMA.16816.F32{bf16}": products, "LDGSTS.E.BYPASS.128": copies, **loads}
             PLANS[f"moe_gemm_kernel<{dtype}, MoeGemmTile<{tile}>, {columns}>"] = (
-                registers, copies, stores, dict.fromkeys(("sm_80", "sm_90a"), others),
+                registers, copies, stores, dict.fromkeys(PORTABLE, others),
             )  # fmt: skip
-PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in ("sm_80", "sm_90a")})
+PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in PORTABLE})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 # Between ranks: 2 KiB a warp. A wait looks at a flag and the abort word, and each acquire invalidates L1 (CCTL.IVALL):
 # the emulator, which knows no weak memory, would not miss one.
-PLANS["moe_scatter_kernel"] = (80, 4, 4, {arch: {"MATCH.ANY": 1} for arch in ("sm_80", "sm_90a")})
-PLANS["moe_gather_kernel"] = (80, 4, 4, {arch: {"ST.E.64.STRONG.SYS": 1} for arch in ("sm_80", "sm_90a")})
+PLANS["moe_scatter_kernel"] = (80, 4, 4, {arch: {"MATCH.ANY": 1} for arch in PORTABLE})
+PLANS["moe_gather_kernel"] = (80, 4, 4, {arch: {"ST.E.64.STRONG.SYS": 1} for arch in PORTABLE})
 acquires = {"LD.E.64.STRONG.SYS": 2, "CCTL.IVALL": 5}
 for wait in ("scatter", "gather"):
-    PLANS[f"moe_{wait}_wait_kernel"] = (32, 0, 0, dict.fromkeys(("sm_80", "sm_90a"), acquires))
+    PLANS[f"moe_{wait}_wait_kernel"] = (32, 0, 0, dict.fromkeys(PORTABLE, acquires))
 # Balance: a row alone for its largest logit; a row and hits, two rounds in flight and one left over; both once more.
 PLANS["moe_hits_kernel"] = (32, 0, 0, {})
 PLANS["moe_sequence_loss_kernel"] = (64, 1 + 3 * 2, 0, {})
