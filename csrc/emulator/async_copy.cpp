@@ -21,8 +21,20 @@ void cp_async(uint32_t target, const void* source, int bytes, int source_bytes, 
     race::Quiet quiet;
     enter("cp.async", where);
     uint8_t* data = shared_bytes(target, bytes, bytes, "cp.async", where);
+    if (source_bytes < 0 || source_bytes > bytes) {
+        fail(where, "cp.async: %d of %d bytes from the source", source_bytes, bytes);
+    }
     if (reinterpret_cast<uintptr_t>(source) % bytes) {
         fail(where, "cp.async: the source %p is not a multiple of %d", source, bytes);
+    }
+    const Thread& thread = *self();
+    const std::size_t group = thread.cp_async_groups.empty() ? 0 : thread.cp_async_groups.back();
+    for (std::size_t i = group; i < thread.cp_async.size(); ++i) {
+        const CpAsync& other = thread.cp_async[i];
+        if (data < other.target + other.bytes && other.target < data + bytes) {
+            fail(where, "cp.async: another one of the same group (%s:%d) has this target",
+                 other.where.file, other.where.line);
+        }
     }
     CpAsync copy{data, bytes, source_bytes, source, {}, where};
     race::read(source, source_bytes);
@@ -124,6 +136,10 @@ void bulk_copy_to_cluster(void* local_target,
                           Where where) {
     race::Quiet quiet;
     enter("bulk_copy_to_cluster", where, 90);
+    if (rank == self()->cluster_rank) {
+        fail(where,
+             "bulk_copy_to_cluster: to the block itself; PTX has copies to other blocks only");
+    }
     uint8_t* target = peer(local_target, rank, where);
     void* barrier = peer(local_barrier, rank, where);
     check_bulk(target, source, bytes, where);
@@ -154,6 +170,7 @@ void store_async(void* local_target,
                  Where where) {
     race::Quiet quiet;
     enter("store_async", where, 90);
+    if (cluster_size() == 1) fail(where, "store_async: in a cluster of one block");
     uint8_t* target = peer(local_target, rank, where);
     void* barrier = peer(local_barrier, rank, where);
     checked_mbarrier(barrier, "store_async", where);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -70,6 +71,7 @@ struct Thread : Builtins {
     bool cluster_arrived = false;
     unsigned cluster_phase = 0;
     int registers = 0;
+    unsigned register_calls = 0;  // of setmaxnreg
 };
 
 // A rendezvous of the lanes in `mask`: the last to arrive executes for all.
@@ -94,6 +96,7 @@ struct NamedBarrier {
     bool whole_block = false;
     Where where{"", 0};
     std::vector<Thread*> waiting;
+    int lines[kWarpSize] = {};  // where each warp arrives in this phase
 };
 
 struct SharedMemory {
@@ -103,6 +106,8 @@ struct SharedMemory {
     std::size_t bytes = 0, capacity = 0;
     std::vector<uint8_t> async_view;  // what the async proxy has been told of
     bool fence_pending = false;
+    // Those that are initialised: whether a wait has seen the end of the phase before this one.
+    std::map<const void*, bool> mbarriers;
 };
 
 // What setmaxnreg moves between warpgroups.

@@ -59,6 +59,7 @@ void map_shared_memory(SharedMemory& smem, std::size_t bytes) {
     smem.bytes = bytes;
     smem.capacity = capacity;
     smem.fence_pending = false;
+    smem.mbarriers.clear();
     smem.async_view.assign(bytes, 0xff);
 #ifdef K2K_ASAN
     __asan_unpoison_memory_region(smem.map + kGuard, inner);
