@@ -437,7 +437,7 @@ MADE_RELEASED = barriers_made(
     {
         "fence.mbarrier_init.release.cluster": (
             [NOTHING],
-            "a releasing arrival publishes the barriers too; TMA, which also arrives at them, needs the fence",
+            "a releasing arrival publishes the barriers too; the fence makes a relaxed one enough",
         ),
         "barrier.cluster.arrive.release begin": (["barrier.cluster.arrive.relaxed begin"], "after the fence"),
     },
