@@ -72,7 +72,7 @@ void cp_async_wait(int pending_groups, Where where) {
 void cp_async_arrive(void* barrier, Where where) {
     race::Quiet quiet;
     enter("cp_async_arrive", where);
-    checked_mbarrier(barrier, "cp_async_arrive", where);
+    own_mbarrier(barrier, "cp_async_arrive", where);
     race::release(barrier);
     auto copies = std::make_shared<std::vector<CpAsync>>(self()->cp_async);
     self()->cp_async.clear();
@@ -143,7 +143,7 @@ void bulk_copy_to_cluster(void* local_target,
     uint8_t* target = peer(local_target, rank, where);
     void* barrier = peer(local_barrier, rank, where);
     check_bulk(target, source, bytes, where);
-    Block& from = shared_range(source, bytes, "bulk_copy_to_cluster", where);
+    Block& from = own_range(source, bytes, "bulk_copy_to_cluster", where);
     Block& to = shared_range(target, bytes, "bulk_copy_to_cluster", where);
     require_proxy_fence(from, static_cast<const uint8_t*>(source), bytes, where);
     checked_mbarrier(barrier, "bulk_copy_to_cluster", where);
@@ -194,7 +194,7 @@ void add_bulk_store(const void* source,
                     uint32_t bytes,
                     std::function<void(const uint8_t*)> write,
                     Where where) {
-    Block& block = shared_range(source, bytes, self()->doing, where);
+    Block& block = own_range(source, bytes, self()->doing, where);
     require_proxy_fence(block, static_cast<const uint8_t*>(source), bytes, where);
     const auto* first = static_cast<const uint8_t*>(source);
     auto data = std::make_shared<std::vector<uint8_t>>(first, first + bytes);

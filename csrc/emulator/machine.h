@@ -260,6 +260,7 @@ void rendezvous(const char* name, uint32_t mask, void* argument, Execute execute
 // ---- mbarrier.cpp, async_copy.cpp, wgmma.cpp
 
 uint64_t* checked_mbarrier(void* barrier, const char* what, Where where);
+uint64_t* own_mbarrier(void* barrier, const char* what, Where where);  // of the caller's block
 // By copies: bytes have come, or cp.async of a thread are complete.
 void mbarrier_complete_tx(void* barrier, uint32_t bytes, Where where);
 void mbarrier_complete_arrival(void* barrier, Where where);
@@ -274,5 +275,7 @@ void add_bulk_store(const void* source,
 void add_elements(Type type, uint8_t* target, const uint8_t* source, uint32_t bytes, Where where);
 // The block around a range of shared memory.
 Block& shared_range(const void* pointer, std::size_t bytes, const char* what, Where where);
+// The same, which must be the caller's own.
+Block& own_range(const void* pointer, std::size_t bytes, const char* what, Where where);
 
 }  // namespace k2k::emulator

@@ -92,6 +92,12 @@ uint64_t* checked_mbarrier(void* barrier, const char* what, Where where) {
     return state;
 }
 
+uint64_t* own_mbarrier(void* barrier, const char* what, Where where) {
+    uint64_t* state = checked_mbarrier(barrier, what, where);
+    if (owner_of(barrier) != self()->block) fail(where, "%s: another block's mbarrier", what);
+    return state;
+}
+
 std::string describe_mbarrier(const Thread& thread) {
     if (!thread.mbarrier) return "";
     const uint64_t state = *thread.mbarrier;
@@ -121,15 +127,14 @@ void mbarrier_init(void* barrier, uint32_t count, Where where) {
 void mbarrier_inval(void* barrier, Where where) {
     race::Quiet quiet;
     enter("mbarrier_inval", where);
-    *checked_mbarrier(barrier, "mbarrier_inval", where) = ~uint64_t(0);
+    *own_mbarrier(barrier, "mbarrier_inval", where) = ~uint64_t(0);
     owner_of(barrier)->smem.mbarriers.erase(barrier);
 }
 
 void mbarrier_arrive(void* barrier, uint32_t count, uint32_t bytes, Where where) {
     race::Quiet quiet;
     enter("mbarrier_arrive", where, bytes ? 90 : 80);
-    uint64_t* state = checked_mbarrier(barrier, "mbarrier_arrive", where);
-    if (owner_of(barrier) != self()->block) fail(where, "mbarrier_arrive: not this block's");
+    uint64_t* state = own_mbarrier(barrier, "mbarrier_arrive", where);
     expect_bytes(state, bytes, where);
     arrive(state, count, where);
     preempt("mbarrier_arrive", where);
@@ -146,7 +151,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, uint32_t count, Where
 void mbarrier_expect_tx(void* barrier, uint32_t bytes, Where where) {
     race::Quiet quiet;
     enter("mbarrier_expect_tx", where, 90);
-    expect_bytes(checked_mbarrier(barrier, "mbarrier_expect_tx", where), bytes, where);
+    expect_bytes(own_mbarrier(barrier, "mbarrier_expect_tx", where), bytes, where);
 }
 
 // Copies complete in whatever thread's turn it is: only the object itself is looked at.
@@ -174,7 +179,7 @@ void mbarrier_complete_arrival(void* barrier, Where where) {
 bool mbarrier_test_wait(void* barrier, uint32_t parity, Where where) {
     race::Quiet quiet;
     enter("mbarrier_test_wait", where);
-    const uint64_t* state = checked_mbarrier(barrier, "mbarrier_test_wait", where);
+    const uint64_t* state = own_mbarrier(barrier, "mbarrier_test_wait", where);
     if (!phase_ended(state, parity)) {
         poll("mbarrier_test_wait", where);
         return false;
@@ -195,7 +200,7 @@ void mbarrier_wait(void* barrier, uint32_t parity, Where where) {
     Thread* thread = self();
     if (g_machine->options.schedule == Schedule::kPct) preempt("mbarrier_wait", where);
     // Looks again after each wake: the barrier may have gone on, as on a GPU.
-    while (!phase_ended(checked_mbarrier(barrier, "mbarrier_wait", where), parity)) {
+    while (!phase_ended(own_mbarrier(barrier, "mbarrier_wait", where), parity)) {
         thread->mbarrier = static_cast<uint64_t*>(barrier);
         thread->parity = parity;
         g_machine->mbarrier_waiters.push_back(thread);

@@ -160,6 +160,12 @@ Block& shared_range(const void* pointer, std::size_t bytes, const char* what, Wh
     return *block;
 }
 
+Block& own_range(const void* pointer, std::size_t bytes, const char* what, Where where) {
+    Block& block = shared_range(pointer, bytes, what, where);
+    if (&block != self()->block) fail(where, "%s: from another block's shared memory", what);
+    return block;
+}
+
 // ---- the two proxies: stores by threads reach asynchronous instructions only through a fence
 //
 // `async_view` is shared memory as the async proxy may see it. A fence is taken to cover all that

@@ -103,6 +103,8 @@ BUGS = {
         66: "before all four warps have executed the last one",
         67: "lanes of one warp come from two places",
         68: "is not initialised",  # a number whose bits are those of an mbarrier
+        69: "another block's mbarrier",
+        70: "from another block's shared memory",
     },
 }
 

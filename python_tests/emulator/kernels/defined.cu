@@ -55,6 +55,9 @@ __global__ void __launch_bounds__(128) defined_kernel(const uint4* x, uint4* y) 
         const uint32_t word = thread;
         arch::store_async(&smem.words[thread], word, smem.landed, next);  // @61: no other block
     }
+    if (BUG == 69) {
+        arch::mbarrier_wait(*arch::cluster_pointer(&smem.landed, next), 0);  // @69: only here
+    }
     arch::mbarrier_wait_cluster(smem.landed, 0);
     if (BUG == 67 && thread % 32 < 16) {
         arch::barrier_sync(1, 128);  // BUG 67: half of each warp
@@ -65,6 +68,10 @@ __global__ void __launch_bounds__(128) defined_kernel(const uint4* x, uint4* y) 
         uint4 value = smem.row[thread];
         value.x += smem.words[thread];
         y[blockIdx.x * 32 + thread] = value;
+        if (BUG == 70 && thread == 0) {  // BUG 70: a store of what another block has
+            const uint4* row = arch::cluster_pointer(smem.row, next);
+            arch::bulk_store(y + next * 32, row, 512);  // @70
+        }
     }
     arch::cluster_sync();
 }
