@@ -117,27 +117,19 @@ class Model:
 
     def release_patterns(self, write):
         """First operations of the release patterns that end with this strong write (8.8)."""
-        if not write.strong:
-            return
-        for e in self.events:
-            before = self.po[e.index] >> write.index & 1
-            if (e is write and e.release) or (
-                before
-                and e.release
-                and ((e.kind == "fence" and not e.only_inits) or (e.kind == "write" and e.location == write.location))
-            ):
-                yield e
+        for e in self.events if write.strong else ():
+            if e.release and not e.only_inits:
+                before = self.po[e.index] >> write.index & 1
+                if e is write or (before and (e.kind == "fence" or e.location == write.location)):
+                    yield e
 
     def acquire_patterns(self, read):
         """Last operations of the acquire patterns that begin with this strong read (8.8)."""
-        if not read.strong or not read.observes:
-            return
-        for e in self.events:
-            after = self.po[read.index] >> e.index & 1
-            if (e is read and e.acquire) or (
-                after and e.acquire and (e.kind == "fence" or (e.kind == "read" and e.location == read.location))
-            ):
-                yield e
+        for e in self.events if read.strong and read.observes else ():
+            if e.acquire:
+                after = self.po[read.index] >> e.index & 1
+                if e is read or (after and (e.kind == "fence" or e.location == read.location)):
+                    yield e
 
     def barrier_order(self):
         """Program order, initial writes and barriers (8.9.4, 2 and 3, and API synchronization): base causality that
