@@ -66,7 +66,7 @@ TensorMap make_tensor_map(Type type,
     fields.swizzle_bytes = static_cast<uint16_t>(swizzle);
     fields.base = reinterpret_cast<uint64_t>(base);
     for (std::size_t d = 0; d < sizes.size(); ++d) {
-        fields.sizes[d] = static_cast<uint32_t>(sizes.begin()[d]);
+        fields.sizes[d] = sizes.begin()[d];
         fields.box[d] = static_cast<uint16_t>(box.begin()[d]);
         if (d > 0) fields.stride_bytes[d - 1] = stride_bytes.begin()[d - 1];
     }

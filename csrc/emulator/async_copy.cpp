@@ -21,8 +21,20 @@ void cp_async(uint32_t target, const void* source, int bytes, int source_bytes, 
     race::Quiet quiet;
     enter("cp.async", where);
     uint8_t* data = shared_bytes(target, bytes, bytes, "cp.async", where);
+    if (source_bytes < 0 || source_bytes > bytes) {
+        fail(where, "cp.async: %d of %d bytes from the source", source_bytes, bytes);
+    }
     if (reinterpret_cast<uintptr_t>(source) % bytes) {
         fail(where, "cp.async: the source %p is not a multiple of %d", source, bytes);
+    }
+    const Thread& thread = *self();
+    const std::size_t group = thread.cp_async_groups.empty() ? 0 : thread.cp_async_groups.back();
+    for (std::size_t i = group; i < thread.cp_async.size(); ++i) {
+        const CpAsync& other = thread.cp_async[i];
+        if (data < other.target + other.bytes && other.target < data + bytes) {
+            fail(where, "cp.async: another one of the same group (%s:%d) has this target",
+                 other.where.file, other.where.line);
+        }
     }
     CpAsync copy{data, bytes, source_bytes, source, {}, where};
     race::read(source, source_bytes);
@@ -60,7 +72,7 @@ void cp_async_wait(int pending_groups, Where where) {
 void cp_async_arrive(void* barrier, Where where) {
     race::Quiet quiet;
     enter("cp_async_arrive", where);
-    checked_mbarrier(barrier, "cp_async_arrive", where);
+    own_mbarrier(barrier, "cp_async_arrive", where);
     race::release(barrier);
     auto copies = std::make_shared<std::vector<CpAsync>>(self()->cp_async);
     self()->cp_async.clear();
@@ -124,10 +136,14 @@ void bulk_copy_to_cluster(void* local_target,
                           Where where) {
     race::Quiet quiet;
     enter("bulk_copy_to_cluster", where, 90);
+    if (rank == self()->cluster_rank) {
+        fail(where,
+             "bulk_copy_to_cluster: to the block itself; PTX has copies to other blocks only");
+    }
     uint8_t* target = peer(local_target, rank, where);
     void* barrier = peer(local_barrier, rank, where);
     check_bulk(target, source, bytes, where);
-    Block& from = shared_range(source, bytes, "bulk_copy_to_cluster", where);
+    Block& from = own_range(source, bytes, "bulk_copy_to_cluster", where);
     Block& to = shared_range(target, bytes, "bulk_copy_to_cluster", where);
     require_proxy_fence(from, static_cast<const uint8_t*>(source), bytes, where);
     checked_mbarrier(barrier, "bulk_copy_to_cluster", where);
@@ -154,6 +170,7 @@ void store_async(void* local_target,
                  Where where) {
     race::Quiet quiet;
     enter("store_async", where, 90);
+    if (cluster_size() == 1) fail(where, "store_async: in a cluster of one block");
     uint8_t* target = peer(local_target, rank, where);
     void* barrier = peer(local_barrier, rank, where);
     checked_mbarrier(barrier, "store_async", where);
@@ -177,7 +194,7 @@ void add_bulk_store(const void* source,
                     uint32_t bytes,
                     std::function<void(const uint8_t*)> write,
                     Where where) {
-    Block& block = shared_range(source, bytes, self()->doing, where);
+    Block& block = own_range(source, bytes, self()->doing, where);
     require_proxy_fence(block, static_cast<const uint8_t*>(source), bytes, where);
     const auto* first = static_cast<const uint8_t*>(source);
     auto data = std::make_shared<std::vector<uint8_t>>(first, first + bytes);

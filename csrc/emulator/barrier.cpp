@@ -1,4 +1,7 @@
 // Barriers of a block (numbered, 16 of them; 0 is everybody's) and of a cluster.
+#include <algorithm>
+#include <iterator>
+
 #include "emulator/machine.h"
 
 namespace k2k::emulator {
@@ -14,6 +17,11 @@ static void arrive(
         fail(where, "%s: %u threads expected here, %u at %s:%d", name, expected, barrier.expected,
              barrier.where.file, barrier.where.line);
     }
+    int& line = barrier.lines[thread->warp];
+    if (line != 0 && line != where.line) {
+        fail(where, "%s: lanes of one warp come from two places, here and line %d", name, line);
+    }
+    line = where.line;
     if (++barrier.arrived < expected) {
         if (waits) {
             barrier.waiting.push_back(thread);
@@ -21,6 +29,7 @@ static void arrive(
         }
     } else {
         barrier.arrived = 0;
+        std::fill(std::begin(barrier.lines), std::end(barrier.lines), 0);
         settle_proxy_fence(*thread->block);
         for (Thread* waiting : barrier.waiting) make_ready(waiting);
         barrier.waiting.clear();

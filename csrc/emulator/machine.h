@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -70,6 +71,7 @@ struct Thread : Builtins {
     bool cluster_arrived = false;
     unsigned cluster_phase = 0;
     int registers = 0;
+    unsigned register_calls = 0;  // of setmaxnreg
 };
 
 // A rendezvous of the lanes in `mask`: the last to arrive executes for all.
@@ -94,6 +96,7 @@ struct NamedBarrier {
     bool whole_block = false;
     Where where{"", 0};
     std::vector<Thread*> waiting;
+    int lines[kWarpSize] = {};  // where each warp arrives in this phase
 };
 
 struct SharedMemory {
@@ -103,6 +106,8 @@ struct SharedMemory {
     std::size_t bytes = 0, capacity = 0;
     std::vector<uint8_t> async_view;  // what the async proxy has been told of
     bool fence_pending = false;
+    // Those that are initialised: whether a wait has seen the end of the phase before this one.
+    std::map<const void*, bool> mbarriers;
 };
 
 // What setmaxnreg moves between warpgroups.
@@ -255,6 +260,7 @@ void rendezvous(const char* name, uint32_t mask, void* argument, Execute execute
 // ---- mbarrier.cpp, async_copy.cpp, wgmma.cpp
 
 uint64_t* checked_mbarrier(void* barrier, const char* what, Where where);
+uint64_t* own_mbarrier(void* barrier, const char* what, Where where);  // of the caller's block
 // By copies: bytes have come, or cp.async of a thread are complete.
 void mbarrier_complete_tx(void* barrier, uint32_t bytes, Where where);
 void mbarrier_complete_arrival(void* barrier, Where where);
@@ -269,5 +275,7 @@ void add_bulk_store(const void* source,
 void add_elements(Type type, uint8_t* target, const uint8_t* source, uint32_t bytes, Where where);
 // The block around a range of shared memory.
 Block& shared_range(const void* pointer, std::size_t bytes, const char* what, Where where);
+// The same, which must be the caller's own.
+Block& own_range(const void* pointer, std::size_t bytes, const char* what, Where where);
 
 }  // namespace k2k::emulator

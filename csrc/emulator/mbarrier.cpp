@@ -27,7 +27,10 @@ uint64_t fresh(uint64_t count, uint64_t phase) {
 void finish_phase_if_complete(uint64_t* barrier) {
     if (missing(*barrier) || tx_bytes(*barrier)) return;
     *barrier = fresh(expected(*barrier), phase(*barrier) ^ 1);
-    if (Block* block = owner_of(barrier)) settle_proxy_fence(*block);
+    if (Block* block = owner_of(barrier)) {
+        settle_proxy_fence(*block);
+        block->smem.mbarriers[barrier] = false;
+    }
     g_machine->progress = true;
     auto& waiters = g_machine->mbarrier_waiters;
     for (std::size_t i = 0; i < waiters.size();) {
@@ -55,11 +58,22 @@ void arrive(uint64_t* barrier, uint32_t count, Where where) {
         fail(where, "mbarrier arrive: %u arrivals, %u of the phase's %u are missing", count,
              missing(*barrier), expected(*barrier));
     }
+    const Block* block = owner_of(barrier);
+    if (block && !block->smem.mbarriers.at(barrier)) {
+        fail(where, "mbarrier arrive: in a phase while nobody has seen the end of the one before");
+    }
     *barrier -= count;
     finish_phase_if_complete(barrier);
 }
 
-bool phase_ended(const uint64_t* barrier, uint32_t parity) { return phase(*barrier) != parity; }
+// Of a barrier in the memory of a resident block.
+bool& seen(const void* barrier) { return owner_of(barrier)->smem.mbarriers[barrier]; }
+
+bool phase_ended(const uint64_t* barrier, uint32_t parity) {
+    if (phase(*barrier) == parity) return false;
+    seen(barrier) = true;
+    return true;
+}
 
 }  // namespace
 
@@ -70,11 +84,17 @@ uint64_t* checked_mbarrier(void* barrier, const char* what, Where where) {
     if (block->cluster != self()->block->cluster) fail(where, "%s: foreign mbarrier", what);
     if (block->live == 0) fail(where, "%s: the mbarrier's block has ended", what);
     auto* state = static_cast<uint64_t*>(barrier);
-    if (*state >> kMarkShift != 2) {
+    if (*state >> kMarkShift != 2 || block->smem.mbarriers.count(barrier) == 0) {
         fail(where, "%s: mbarrier smem+%ld is not initialised, or was overwritten (0x%016llx)",
              what, long(static_cast<uint8_t*>(barrier) - block->smem.base),
              static_cast<unsigned long long>(*state));
     }
+    return state;
+}
+
+uint64_t* own_mbarrier(void* barrier, const char* what, Where where) {
+    uint64_t* state = checked_mbarrier(barrier, what, where);
+    if (owner_of(barrier) != self()->block) fail(where, "%s: another block's mbarrier", what);
     return state;
 }
 
@@ -97,6 +117,9 @@ void mbarrier_init(void* barrier, uint32_t count, Where where) {
              barrier);
     }
     if (count == 0 || count > kCountMask) fail(where, "mbarrier_init: a count of %u", count);
+    if (!self()->block->smem.mbarriers.emplace(barrier, true).second) {
+        fail(where, "mbarrier_init: of an mbarrier; mbarrier_inval comes before");
+    }
     race::write(barrier, 8);
     *static_cast<uint64_t*>(barrier) = fresh(count, 0);
 }
@@ -104,14 +127,14 @@ void mbarrier_init(void* barrier, uint32_t count, Where where) {
 void mbarrier_inval(void* barrier, Where where) {
     race::Quiet quiet;
     enter("mbarrier_inval", where);
-    *checked_mbarrier(barrier, "mbarrier_inval", where) = ~uint64_t(0);
+    *own_mbarrier(barrier, "mbarrier_inval", where) = ~uint64_t(0);
+    owner_of(barrier)->smem.mbarriers.erase(barrier);
 }
 
 void mbarrier_arrive(void* barrier, uint32_t count, uint32_t bytes, Where where) {
     race::Quiet quiet;
     enter("mbarrier_arrive", where, bytes ? 90 : 80);
-    uint64_t* state = checked_mbarrier(barrier, "mbarrier_arrive", where);
-    if (owner_of(barrier) != self()->block) fail(where, "mbarrier_arrive: not this block's");
+    uint64_t* state = own_mbarrier(barrier, "mbarrier_arrive", where);
     expect_bytes(state, bytes, where);
     arrive(state, count, where);
     preempt("mbarrier_arrive", where);
@@ -128,7 +151,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, uint32_t count, Where
 void mbarrier_expect_tx(void* barrier, uint32_t bytes, Where where) {
     race::Quiet quiet;
     enter("mbarrier_expect_tx", where, 90);
-    expect_bytes(checked_mbarrier(barrier, "mbarrier_expect_tx", where), bytes, where);
+    expect_bytes(own_mbarrier(barrier, "mbarrier_expect_tx", where), bytes, where);
 }
 
 // Copies complete in whatever thread's turn it is: only the object itself is looked at.
@@ -156,7 +179,7 @@ void mbarrier_complete_arrival(void* barrier, Where where) {
 bool mbarrier_test_wait(void* barrier, uint32_t parity, Where where) {
     race::Quiet quiet;
     enter("mbarrier_test_wait", where);
-    const uint64_t* state = checked_mbarrier(barrier, "mbarrier_test_wait", where);
+    const uint64_t* state = own_mbarrier(barrier, "mbarrier_test_wait", where);
     if (!phase_ended(state, parity)) {
         poll("mbarrier_test_wait", where);
         return false;
@@ -177,7 +200,7 @@ void mbarrier_wait(void* barrier, uint32_t parity, Where where) {
     Thread* thread = self();
     if (g_machine->options.schedule == Schedule::kPct) preempt("mbarrier_wait", where);
     // Looks again after each wake: the barrier may have gone on, as on a GPU.
-    while (!phase_ended(checked_mbarrier(barrier, "mbarrier_wait", where), parity)) {
+    while (!phase_ended(own_mbarrier(barrier, "mbarrier_wait", where), parity)) {
         thread->mbarrier = static_cast<uint64_t*>(barrier);
         thread->parity = parity;
         g_machine->mbarrier_waiters.push_back(thread);

@@ -59,6 +59,7 @@ void map_shared_memory(SharedMemory& smem, std::size_t bytes) {
     smem.bytes = bytes;
     smem.capacity = capacity;
     smem.fence_pending = false;
+    smem.mbarriers.clear();
     smem.async_view.assign(bytes, 0xff);
 #ifdef K2K_ASAN
     __asan_unpoison_memory_region(smem.map + kGuard, inner);
@@ -157,6 +158,12 @@ Block& shared_range(const void* pointer, std::size_t bytes, const char* what, Wh
         fail(where, "%s: %p (%zu bytes) is not within shared memory", what, pointer, bytes);
     }
     return *block;
+}
+
+Block& own_range(const void* pointer, std::size_t bytes, const char* what, Where where) {
+    Block& block = shared_range(pointer, bytes, what, where);
+    if (&block != self()->block) fail(where, "%s: from another block's shared memory", what);
+    return block;
 }
 
 // ---- the two proxies: stores by threads reach asynchronous instructions only through a fence

@@ -307,6 +307,10 @@ void set_max_registers(int count, bool increase, Where where) {
     rendezvous("setmaxnreg", kFullWarp, nullptr, nullptr, where);
     Thread* thread = self();
     Registers& registers = thread->block->registers;
+    unsigned& calls = registers.calls[thread->warp / 4];
+    if (calls < thread->register_calls * kWarpgroupSize) {
+        fail(where, "setmaxnreg: again, before all four warps have executed the last one");
+    }
     const int more = count - thread->registers;
     if (increase ? more < 0 : more > 0) {
         fail(where, "setmaxnreg: %s to %d; a thread of this block has %d",
@@ -318,7 +322,8 @@ void set_max_registers(int count, bool increase, Where where) {
     }
     registers.free -= more;
     thread->registers = count;
-    ++registers.calls[thread->warp / 4];
+    ++calls;
+    ++thread->register_calls;
     registers.where = where;
     for (Thread* waiting : registers.waiting) make_ready(waiting);
     registers.waiting.clear();
