@@ -145,9 +145,13 @@ def run(experiment: str, variant: Variant, seed: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    return subprocess.run(
-        ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """The commit, "-dirty" if anything but results and pictures, which runs themselves change, differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
+
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
+    return git("describe", "--always").strip() + ("-dirty" if changed else "")
 
 
 def recorded() -> list[dict[str, Any]]:
