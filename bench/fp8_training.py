@@ -44,7 +44,7 @@ def train(options: TrainOptions, commit: str) -> dict[str, Any]:
         command=" ".join(["python", *sys.argv]),
         commit=commit,
         date=datetime.date.today().isoformat(),
-        device=_device(),
+        device=device_name(),
         python=platform.python_version(),
         torch=torch.__version__,
         config=options.config,
@@ -113,7 +113,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _device() -> str:
+def device_name() -> str:
     names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, {names[0] if names else platform.machine()}"
 

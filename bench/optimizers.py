@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
 import subprocess
 import tempfile
 import time
@@ -25,6 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from fp8_training import device_name
 
 from k2kernels.optim import MuonClip, QKClip
 from k2kernels.train.plots import BLUE, INK, MUTED, ORANGE, new_figure, save, style
@@ -35,7 +35,7 @@ RESULTS = HERE / "results" / "optimizers.jsonl"
 STEPS, BATCH, LENGTH = 400, 8, 128
 EVERY = 10  # steps between the points of a recorded curve
 RATE_SEED = 100
-ADAMW_RATES = (1e-3, 3e-3, 1e-2)
+ADAMW_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 MUON_RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 HOT_RATE = 0.02  # of experiment "clip": at Muon's best rate no logit reaches 30 in so few steps
 
@@ -122,7 +122,7 @@ def run(experiment: str, variant: Variant, seed: int) -> dict[str, Any]:
         "command": f"python bench/optimizers.py {experiment}",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}",
+        "device": device_name(),
         "torch": torch.__version__,
         "experiment": experiment,
         "variant": variant.name,
@@ -145,9 +145,13 @@ def run(experiment: str, variant: Variant, seed: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    return subprocess.run(
-        ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """The commit, "-dirty" if anything but results and pictures, which runs themselves change, differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
+
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
+    return git("describe", "--always").strip() + ("-dirty" if changed else "")
 
 
 def recorded() -> list[dict[str, Any]]:

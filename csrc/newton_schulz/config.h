@@ -11,10 +11,10 @@ namespace k2k {
 //
 // 128 x 128 x 32 by eight warps of 64 x 32: 64 sums a thread and 8 + 16 words of operands leave
 // room for two blocks a multiprocessor (128 registers), so that one block's epilogue hides behind
-// the other's products. A stage is 16 KB and takes the tensor cores of an A100 about 512 cycles;
-// with three of them two are in flight, and two blocks fit the 100 KB of sm_86 and sm_89 too.
-// Wider tiles would waste more at the diagonal: of 2048 columns 0.53 of the square is computed by
-// tiles of 128, 0.56 by tiles of 256.
+// the other's products. A stage is 16 KB; on an A100 it takes about 512 cycles of the tensor cores,
+// 512 of shared memory and 470 of L2 (estimates). With three of them two are in flight, and two
+// blocks fit the 100 KB of sm_86 and sm_89 too. Wider tiles compute more at the diagonal: of 2048
+// columns 0.53 of the square by tiles of 128, 0.56 by tiles of 256.
 constexpr int kNsTile = 128, kNsDepth = 32, kNsStages = 3;
 constexpr int kNsThreads = 256;
 constexpr int kNsPanelBytes = kNsTile * kNsDepth * 2;
@@ -24,7 +24,8 @@ static_assert(kNsTileBytes <= kNsStages * 2 * kNsPanelBytes,
 static_assert(2 * (kNsStages * 2 * kNsPanelBytes + 1024) <= 100 * 1024);
 
 // On sm_90 the same tiles by two warpgroups, and two warps that copy 64 of the summed axis at a
-// time.
+// time: 32 KB from L2 for 512 cycles of products, which L2 bounds at 0.55 to 0.62 of the peak (an
+// estimate, see README.md).
 constexpr int kNsHopperDepth = 64, kNsHopperStages = 3;
 constexpr int kNsHopperThreads = kNsThreads + 64;
 constexpr int kNsHopperPanelBytes = kNsTile * kNsHopperDepth * 2;

@@ -1,7 +1,7 @@
 #pragma once
 
 // The products of the iteration on sm_90a: the same stages, tables, tiles and epilogue as in
-// kernel_sm80.cuh, but by wgmma, which alone reaches a Hopper GPU's peak.
+// kernel_sm80.cuh, but by wgmma, without which a Hopper GPU's tensor cores stay below their peak.
 //
 //     kGram       D[s, s] = X X^T                        X^T X if m > n
 //     kSquare     D[s, s] = alpha A B + beta C           A, B, C symmetric; a second result D + a I
@@ -36,9 +36,10 @@
 //           warps are no warpgroup, so there is nothing for setmaxnreg to move.
 // Edges     chunks outside of an operand arrive as zeros, and so do the ends of padded rows; tiles
 //           on the diagonal are computed whole.
-// Limits    of products of 128 x 128 from shared memory: a stage is 32 KB written and 48 KB read
-//           in the 512 cycles of its products, 160 bytes a cycle of 128, so that at most 0.8 of the
-//           peak can be reached (an estimate).
+// Limits    L2: a stage takes 32 KB from it, which at the 35 to 40 bytes a cycle and multiprocessor
+//           that L2 was measured to give last 820 to 940 cycles, and its products 512: at most 0.55
+//           to 0.62 of the peak. Shared memory, 32 KB written and 48 KB read, takes 640 cycles.
+//           Estimates; README.md says what would take less.
 
 #include "arch/fence.cuh"
 #include "arch/mbarrier.cuh"

@@ -54,7 +54,8 @@ def from_pretrained(
         path: directory with config.json and safetensors files.
         dtype: float dtype of the weights; None takes the one config.json names, or else that of the embedding.
             The router's bias and the scales stay float32.
-        keep_fp8: keep a block-FP8 checkpoint's weights and scales as they are instead of dequantising them.
+        keep_fp8: keep a block-FP8 checkpoint's weights and scales as they are instead of dequantising them. Scales of
+            activations are powers of two where its quantization_config has `scale_fmt: ue8m0`.
         progress: show a progress bar.
 
     MTP layers follow config.json's num_nextn_predict_layers. Layers beyond that number are left out with a warning,
@@ -62,7 +63,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: the directory, config.json or a shard is missing (named).
-        ValueError: tensors are missing, unexpected, of the wrong shape or dtype (listed), or hold impossible values.
+        ValueError: tensors are missing, unexpected, of the wrong shape or dtype (listed), or hold impossible values:
+            FP8 weights with NaN, scales below 0, and NaN or infinity in scales, norms and the router.
         UnsupportedError: a kind of checkpoint that is recognised but not served.
     """
     if dtype is not None and dtype not in _FLOATS:
@@ -84,7 +86,7 @@ def from_pretrained(
     with torch.device("meta"):
         model = cls(config)
         if keep_fp8:
-            _use_fp8_modules(model, tensors)
+            _use_fp8_modules(model, tensors, config.power_of_two_scales)
     _load(model, tensors, block, str(path), dtype, device, progress)
     return model.eval()
 
@@ -196,6 +198,12 @@ def _check_keep_fp8(config: K2Config, path: str | Path) -> None:
             f"{path}: keep_fp8 needs weight_block_size {list(FP8_BLOCK)}, got {list(config.weight_block_size)}; "
             "load without keep_fp8"
         )
+    scale_fmt = config.quantization_config.get("scale_fmt")
+    if scale_fmt not in (None, "ue8m0"):
+        raise UnsupportedError(
+            f"{path}: keep_fp8 needs quantization_config.scale_fmt 'ue8m0' or none, got {scale_fmt!r}; "
+            "load without keep_fp8"
+        )
     widths = {"moe_intermediate_size": config.moe_intermediate_size}
     if config.first_k_dense_replace:
         widths["intermediate_size"] = config.intermediate_size
@@ -228,14 +236,15 @@ def _is_fp8(name: str, tensors: dict[str, TensorInfo]) -> bool:
     return name in tensors and tensors[name].dtype == "F8_E4M3"
 
 
-def _use_fp8_modules(model: nn.Module, tensors: dict[str, TensorInfo]) -> None:
+def _use_fp8_modules(model: nn.Module, tensors: dict[str, TensorInfo], power_of_two: bool) -> None:
     """Lets the model hold in FP8 what the files do: linear layers of attention and feed-forward, and the experts."""
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, nn.Linear) and re.search(r"\.(self_attn|mlp)\.", name):
             first = next(pieces(f"{name}.weight", module.weight))[0]
             if _is_fp8(first, tensors):
-                setattr(model.get_submodule(parent), leaf, Fp8Linear(module.in_features, module.out_features))
+                fp8 = Fp8Linear(module.in_features, module.out_features, power_of_two)
+                setattr(model.get_submodule(parent), leaf, fp8)
         elif isinstance(module, Experts):
             weights = dict(module.named_parameters(recurse=False))
             names = [piece for leaf, weight in weights.items() for piece, _ in pieces(f"{name}.{leaf}", weight)]
@@ -325,11 +334,25 @@ def _load(
             elif info.dtype == "F8_E4M3":
                 target.copy_(read_codes(info, weights, path))
             else:
-                target.copy_(weights.get(info))
+                target.copy_(read_weight(name, info, weights, path))
             bar.update(info.nbytes)
     for alias, name in tied.items():
         _put(model, alias, model.get_parameter(name))
     _fill_unsaved_buffers(model, device)
+
+
+def read_weight(name: str, info: TensorInfo, reader: Reader, path: str) -> Tensor:
+    """A weight in high precision, known as `name` to the model.
+
+    NaN and infinity are errors where they are cheap to find and do not show, or spoil everything: in the router, which
+    would choose an expert never or always, and in vectors (its bias, norms).
+    """
+    weight = reader.get(info)
+    if name.startswith("model.") and (weight.dim() < 2 or ".mlp.gate." in name):
+        bad = weight.numel() - int(weight.isfinite().sum())
+        if bad:
+            raise ValueError(f"{path}: {info.name} must hold finite numbers, got {bad} others in {info.file.name}")
+    return weight
 
 
 def read_codes(info: TensorInfo, reader: Reader, path: str) -> Tensor:

@@ -210,6 +210,11 @@ class K2Config:
         """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not quantised."""
         return tuple(self.quantization_config["weight_block_size"]) if self.quantization_config else None
 
+    @property
+    def power_of_two_scales(self) -> bool:
+        """Whether a block-FP8 checkpoint's scales, those of activations too, are powers of two (DeepSeek-V3.1)."""
+        return bool(self.quantization_config) and self.quantization_config.get("scale_fmt") == "ue8m0"
+
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer `index` routes to experts (MTP layers, at num_hidden_layers and up, do)."""
         return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0

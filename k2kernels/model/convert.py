@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from k2kernels.model.checkpoint import ELEMENTS_AT_ONCE, SCALE, dequantize_into, faults_of, read_codes, read_scales
+from k2kernels.model.checkpoint import (
+    ELEMENTS_AT_ONCE,
+    SCALE,
+    dequantize_into,
+    faults_of,
+    read_codes,
+    read_scales,
+    read_weight,
+)
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
 from k2kernels.reference.quant import quantize_128x128
@@ -38,22 +46,29 @@ def convert(
     progress: bool = True,
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
+    scale_fmt: str | None = None,
 ) -> None:
     """Writes the checkpoint directory `src` to the new directory `dst` as "bf16" or "fp8".
 
     "fp8" is DeepSeek's format: the projections of attention and feed-forward in e4m3 with a float32 scale per 128x128
     block, all other weights in BF16. To "bf16", FP8 and FP32 weights become BF16. The router's bias stays float32.
+    With `scale_fmt` "ue8m0", as in DeepSeek-V3.1, scales are rounded up to powers of two, still stored in float32, and
+    config.json asks for the same of activations' scales.
+
     config.json is changed accordingly; tokenizer and other small files are copied. `dst` appears complete or not at
     all; no more than about one shard is in memory.
 
     Raises:
-        ValueError: `to` is unknown; `src` is of that kind already or is damaged; `dst` exists and is not empty.
+        ValueError: `to` or `scale_fmt` is unknown, or they do not go together; `src` is of that kind already or is
+            damaged; `dst` exists and is not empty.
         FileNotFoundError: `src`, its config.json or a shard is missing.
         UnsupportedError: a kind of checkpoint that is recognised but not served.
         OSError: `dst` could not be written.
     """
     if to not in ("bf16", "fp8"):
         raise ValueError(f"convert: to must be 'bf16' or 'fp8', got {to!r}")
+    if scale_fmt not in (None, "ue8m0") or (scale_fmt and to != "fp8"):
+        raise ValueError(f"convert: scale_fmt must be None, or 'ue8m0' with to='fp8', got {scale_fmt!r} with to={to!r}")
     src, dst = Path(src), Path(dst)
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds something")
@@ -82,13 +97,14 @@ def convert(
             elif name.endswith(SCALE):
                 continue
             elif to == "fp8" and _QUANTIZED.fullmatch(name.removeprefix(prefix)):
-                codes, factors = _quantize(weights.get(info), info)
+                codes, factors = _quantize(weights.get(info), info, scale_fmt == "ue8m0")
                 out.add(name, codes)
                 out.add(name + SCALE, factors)
             else:
-                tensor = weights.get(info)  # copied, as one page held keeps all of the file mapped
+                tensor = read_weight(name.removeprefix(prefix), info, weights, str(src))
+                # Copied, as one page held keeps all of the file mapped.
                 out.add(name, tensor.to(torch.bfloat16 if name.endswith(".weight") else None, copy=True))
-        out.write_text("config.json", json.dumps(_new_config(raw, to), indent=2) + "\n")
+        out.write_text("config.json", json.dumps(_new_config(raw, to, scale_fmt), indent=2) + "\n")
         for file in sorted(src.iterdir()):
             if file.is_file() and file.suffix in _COPIED and file.name not in ("config.json", INDEX):
                 out.copy(file)
@@ -118,7 +134,7 @@ def _casts(name: str, info: TensorInfo) -> bool:
     return info.dtype != "BF16" and name.endswith(".weight")
 
 
-def _quantize(weight: Tensor, info: TensorInfo) -> tuple[Tensor, Tensor]:
+def _quantize(weight: Tensor, info: TensorInfo, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """e4m3 codes and scales of 128x128 blocks, computed a few rows of blocks at a time."""
     if weight.dim() != 2:
         raise ValueError(f"convert: {info.name} must have 2 axes, got {list(weight.shape)}")
@@ -127,12 +143,12 @@ def _quantize(weight: Tensor, info: TensorInfo) -> tuple[Tensor, Tensor]:
     for part in weight.split(step):
         if not part.isfinite().all():
             raise ValueError(f"convert: {info.name} in {info.file} must hold finite numbers, got NaN or infinity")
-        parts.append(quantize_128x128(part))
+        parts.append(quantize_128x128(part, power_of_two))
     codes, scales = zip(*parts)
     return torch.cat([c.view(torch.uint8) for c in codes]).view(torch.float8_e4m3fn), torch.cat(scales)
 
 
-def _new_config(raw: dict[str, Any], to: str) -> dict[str, Any]:
+def _new_config(raw: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str, Any]:
     """config.json with or without the block-FP8 entry, and BF16 as the dtype of the other weights."""
     new = {key: value for key, value in raw.items() if key != "quantization_config"}
     decoder = new
@@ -141,5 +157,5 @@ def _new_config(raw: dict[str, Any], to: str) -> dict[str, Any]:
         new["text_config"] = decoder
     decoder[next((key for key in ("dtype", "torch_dtype") if key in decoder), "torch_dtype")] = "bfloat16"
     if to == "fp8":
-        decoder["quantization_config"] = _QUANTIZATION_CONFIG
+        decoder["quantization_config"] = _QUANTIZATION_CONFIG | ({"scale_fmt": scale_fmt} if scale_fmt else {})
     return new

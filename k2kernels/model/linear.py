@@ -52,24 +52,26 @@ class Linear(nn.Linear):
 class Fp8Linear(nn.Module):
     """A linear layer with an e4m3 weight and one float32 scale per 128x128 block, for inference.
 
-    The input is quantised on the fly, one scale per row and 128 columns: the checkpoints' `activation_scheme: dynamic`.
+    The input is quantised on the fly, one scale per row and 128 columns: the checkpoints' `activation_scheme: dynamic`;
+    a power of two where `power_of_two` says so (`scale_fmt: ue8m0`).
     `weight_scale_inv` is the factor that dequantises (the name is the checkpoints').
     """
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, power_of_two: bool = False):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.power_of_two = in_features, out_features, power_of_two
         codes = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
         scales = torch.empty(-(-out_features // BLOCK), -(-in_features // BLOCK), dtype=torch.float32)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(*_quantized(x), x)
+        return self.product(*self._quantized(x), x)
 
     def swiglu(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of silu(gate) * up, where the first half of `forward` is gate; for another's `product`."""
-        return fp8_gemm_swiglu(*_quantized(x), self.weight, self.weight_scale_inv, scale_layout="column")
+        scaling = dict(power_of_two=self.power_of_two, scale_layout="column")
+        return fp8_gemm_swiglu(*self._quantized(x), self.weight, self.weight_scale_inv, **scaling)
 
     def product(self, data: Tensor, scales: Tensor, like: Tensor) -> Tensor:
         """`forward` of codes and scales; the result has `like`'s leading axes and dtype."""
@@ -80,6 +82,5 @@ class Fp8Linear(nn.Module):
         """The weight in `dtype`."""
         return dequantize(self.weight, self.weight_scale_inv, block=(BLOCK, BLOCK), dtype=dtype)
 
-
-def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_1x128(x.flatten(0, -2), scale_layout="column")
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_1x128(x.flatten(0, -2), power_of_two=self.power_of_two, scale_layout="column")

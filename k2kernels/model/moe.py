@@ -115,7 +115,8 @@ class Moe(nn.Module):
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
-        options = dict(fp8=True, power_of_two=True) if self.experts.fp8 else {}
+        options = dict(fp8=True) if self.experts.fp8 else {}
+        options["power_of_two"] = self.experts.fp8 or config.power_of_two_scales
         out = moe_mlp(flat, routing, *self.experts.weights(), shared=shared, exchange=self.exchange, **options)
         return out.view_as(x)
 

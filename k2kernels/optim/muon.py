@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -51,21 +50,30 @@ class Muon(Optimizer):
         max_elements: matrices are updated together up to this many elements (or one matrix), which bounds the memory
             a step needs: at most 14 bytes an element on a GPU whose kernels serve (the default: 1.9 GB), 24 elsewhere.
             Results do not depend on it (to the bit; on a CPU with one thread).
-        master_weights: half-precision parameters are copies of float32 weights that the state keeps.
+        master_weights: parameters in bfloat16 or float16 are copies of float32 weights, which the state keeps, so that
+            no update is lost to rounding. None (the default) and True: they are, at 4 bytes an element more, made in
+            the first step. False: they are not, and updates below half of a unit in the last place have no effect.
+            float32 and float64 parameters have none.
         skip_non_finite: a step in which any gradient has a NaN or an infinity changes nothing.
         capturable: decide everything on the device, so that a step can be captured in a CUDA graph and never makes
             the host wait; None: on a GPU, not on a CPU. Take one step before the capture: it makes the state. Options
-            are constants of the graph, but for `lr` where it is a tensor on the device.
+            are constants of the graph, but for `lr` where it is a tensor on the device, and so is the set of parameters
+            with a gradient: with True, and in any step that is captured, each that requires a gradient must have one.
 
-    A step computes in float32 (float64 for float64) and rounds half-precision parameters once; without master weights
-    small updates of bfloat16 parameters get lost. Gradients are not changed. A parameter whose gradient is None is
-    left alone with its state: no decay, no momentum. A gradient with NaN or an infinity makes that matrix NaN, as in
-    torch's optimizers, unless `skip_non_finite`; others are unaffected. With a torch.amp.GradScaler, a step with
-    overflow changes nothing: no parameter, no state, no count. `last_skipped` tells whether that happened: a bool, or
-    a bool tensor with `capturable`.
+    A step computes in float32 (float64 for float64) and rounds half-precision parameters once. Gradients are not
+    changed. A parameter whose gradient is None is left alone with its state: no decay, no momentum. A gradient with
+    NaN or an infinity makes that matrix NaN, as in torch's optimizers, unless `skip_non_finite`; others are unaffected.
+    With a torch.amp.GradScaler, a step with overflow changes nothing: no parameter, no state, no count. `last_skipped`
+    tells whether that happened: a bool, or a bool tensor with `capturable`.
+
+    A parameter that was written between two steps (`model.load_state_dict`, an average of weights) takes its master
+    weight along. Writes through `p.data`, and between replays of a captured step, are not seen.
+
+    Memory, beside parameter and gradient, in bytes an element: momentum 4 (2 in bfloat16), master weight 4.
 
     Raises:
-        ValueError: for an option out of range or a parameter that is no matrix or stack of matrices.
+        ValueError: for an option out of range, a parameter that is no matrix or stack of matrices, and one that is
+            sharded (DTensor, FSDP).
         TypeError: for complex parameters and sparse gradients.
     """
 
@@ -86,7 +94,7 @@ class Muon(Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         iterate_dtype: torch.dtype | None = None,
         max_elements: int = 2**27,
-        master_weights: bool = False,
+        master_weights: bool | None = None,
         skip_non_finite: bool = False,
         capturable: bool | None = None,
     ):
@@ -128,6 +136,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             self._update(group, getattr(self, "grad_scale", None), skip)
         self._updated(skip)
+        self._versions = {p: p._version for p, state in self.state.items() if "master" in state}
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,7 +144,11 @@ class Muon(Optimizer):
         return self.__dict__.copy()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, to the bit.
+        """Restores what `state_dict` returned, to the bit, on the devices of the parameters.
+
+        State of another precision is taken where that is exact. A momentum in bfloat16 becomes one in float32. Master
+        weights that were not saved are made from the parameters; those that were saved go to float32 parameters that
+        hold the same numbers.
 
         Raises:
             ValueError: when names, shapes, dtypes, options or the kind of state do not fit this optimizer.
@@ -144,17 +157,27 @@ class Muon(Optimizer):
         self._check_state_dict(state_dict)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round the float32 momentum of bfloat16 parameters.
-        for saved_id, p in self._saved_parameters(state_dict):
+        for saved_id, p, group in self._saved_parameters(state_dict):
+            wanted = self._state_of(group, p) | self._optional_state_of(p)
             for key, value in state_dict["state"].get(saved_id, {}).items():
-                device = "cpu" if key == "step" and not self._captures() else p.device
-                self.state[p][key] = value.detach().clone().to(device)
+                if key in wanted:
+                    device = "cpu" if key == "step" and not self._captures() else p.device
+                    self.state[p][key] = value.detach().clone().to(device, wanted[key][1])
+                else:  # a master weight, which the parameter equals
+                    del self.state[p][key]
+        self._versions = {}
+        if self._captures():  # a copy from the host would be a constant of the graph
+            for group in self.param_groups:
+                for key, value in group.items():
+                    if isinstance(value, Tensor):
+                        group[key] = value.to(self._device_of(group))
 
     def _configure(
         self,
         momentum_dtype: Any,
         iterate_dtype: Any,
         max_elements: int,
-        master_weights: bool,
+        master_weights: bool | None,
         skip_non_finite: bool,
         capturable: bool | None,
     ) -> None:
@@ -167,13 +190,14 @@ class Muon(Optimizer):
         if not isinstance(max_elements, int) or max_elements < 1:
             raise ValueError(f"{self._name}: max_elements must be an int of at least 1, got {max_elements!r}")
         self._momentum_dtype, self._iterate_dtype, self._max_elements = momentum_dtype, iterate_dtype, max_elements
-        for option, value in (("master_weights", master_weights), ("skip_non_finite", skip_non_finite)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{self._name}: {option} must be True or False, got {value!r}")
-        if not isinstance(capturable, (bool, type(None))):
-            raise TypeError(f"{self._name}: capturable must be True, False or None, got {capturable!r}")
+        if not isinstance(skip_non_finite, bool):
+            raise TypeError(f"{self._name}: skip_non_finite must be True or False, got {skip_non_finite!r}")
+        for option, value in (("master_weights", master_weights), ("capturable", capturable)):
+            if not isinstance(value, (bool, type(None))):
+                raise TypeError(f"{self._name}: {option} must be True, False or None, got {value!r}")
         self._master_weights, self._skip_non_finite, self._capturable = master_weights, skip_non_finite, capturable
         self.last_skipped: bool | Tensor = False
+        self._versions: dict[Tensor, int] = {}  # of parameters with a master weight, after the last step
         self._row_splits: dict[Tensor, tuple[int, ...]] = {}
         self._row_scales: dict[Tensor, Tensor] = {}  # of the step that is being made
 
@@ -184,22 +208,48 @@ class Muon(Optimizer):
             raise TypeError(f"{self._name}: nesterov must be True or False, got {group['nesterov']!r}")
         # Checks schedule and steps, as every step will.
         newton_schulz_grouped([], schedule=group["schedule"], steps=group["steps"])
-        params = group["params"]
-        for name, p in zip(group.get("param_names") or [f"parameter {i}" for i in range(len(params))], params):
-            if p.is_complex():
-                raise TypeError(f"{self._name}: complex parameters are not supported, got {name} {p.dtype}")
+        self._check_parameters(group)
+        for name, p in _named(group):
             if p.ndim not in (2, 3):
                 raise ValueError(
                     f"{self._name}: {name} must be a matrix [m, n] or a stack of matrices [E, m, n], "
                     f"got {list(p.shape)}; MuonClip sends such parameters to AdamW"
                 )
 
+    def _check_parameters(self, group: dict[str, Any]) -> None:
+        """Refuses parameters that no method takes."""
+        for name, p in _named(group):
+            if p.is_complex():
+                raise TypeError(f"{self._name}: complex parameters are not supported, got {name} {p.dtype}")
+            # DTensors; the flat parameters of FSDP1, and the views of them that keep their names.
+            if any(hasattr(p, mark) for mark in ("device_mesh", "_is_flat_param", "_fsdp_flattened")):
+                raise ValueError(
+                    f"{self._name}: {name} must be a whole parameter, got a shard (DTensor or FSDP); updates are not "
+                    "distributed yet: keep all parameters on every rank, with averaged gradients "
+                    "(DistributedDataParallel), or shard with another optimizer"
+                )
+
     def _check_grads(self) -> None:
         """Refuses what cannot be served, before anything has changed."""
+        absent = []
         for group in self.param_groups:
-            for p in group["params"]:
+            for name, p in _named(group):
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise TypeError(f"{self._name}: gradients must be dense, got {p.grad.layout} for {list(p.shape)}")
+                if p.grad is None and p.requires_grad:
+                    absent.append(name)
+        if absent and (self._capturable or self._is_captured()):
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            raise ValueError(
+                f"{self._name}: with capturable, each parameter that requires a gradient must have one, got None for "
+                f"{', '.join(absent[:5])}{more}; a captured step would leave them out of all replays: run backward "
+                "before, freeze them (requires_grad_(False)), or do not pass them"
+            )
+
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        on_gpu = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        return on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _captures(self) -> bool:
         """Whether the host leaves all decisions to the device."""
@@ -276,14 +326,25 @@ class Muon(Optimizer):
             return lr.to(device, torch.float32, non_blocking=True).reshape(())
         return float(lr)
 
+    def _has_master(self, p: Tensor) -> bool:
+        """Whether there is to be a weight behind a parameter: behind those of half precision, unless turned off."""
+        return self._master_weights is not False and p.dtype in (torch.bfloat16, torch.float16)
+
     def _master(self, p: Tensor) -> Tensor | None:
-        """The weight behind a half-precision parameter, if there is to be one."""
-        if not self._master_weights or p.dtype not in (torch.bfloat16, torch.float16):
+        """The float32 weight behind a parameter, if there is to be one."""
+        if not self._has_master(p):
             return None
         state = self.state[p]
         if "master" not in state:
             state["master"] = p.detach().float()
+        elif self._versions.get(p) != p._version:  # written since the last step: where they differ, p counts
+            master = state["master"]
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p))
         return state["master"]
+
+    def _device_of(self, group: dict[str, Any]) -> torch.device:
+        """Where the parameters are: those of `group`, or of any other if it has none."""
+        return next((p.device for g in (group, *self.param_groups) for p in g["params"]), torch.device("cpu"))
 
     def _skipped(self) -> None:
         """Called instead of the updates when the gradients overflowed."""
@@ -296,23 +357,21 @@ class Muon(Optimizer):
 
     def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the state that a parameter has after its first step."""
-        return {"momentum_buffer": (tuple(p.shape), self._stored(p)), **self._master_state_of(p)}
-
-    def _master_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        half = p.dtype in (torch.bfloat16, torch.float16)
-        return {"master": (tuple(p.shape), torch.float32)} if self._master_weights and half else {}
+        return {"momentum_buffer": (tuple(p.shape), self._stored(p))}
 
     def _optional_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The same for state that depends on other things than the parameter's own updates."""
-        return {}
+        """The same for state that may be missing when it is loaded."""
+        return {"master": (tuple(p.shape), torch.float32)} if self._has_master(p) else {}
 
     def _options_of(self, group: dict[str, Any]) -> set[str]:
         """The options that a step reads; others (a scheduler's) may stand in the group too."""
         return set(self.defaults)
 
-    def _saved_parameters(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        return zip(saved, chain.from_iterable(group["params"] for group in self.param_groups))
+    def _saved_parameters(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        """Each parameter with its number in `state_dict` and its group."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups):
+            for saved_id, p in zip(saved["params"], group["params"]):
+                yield saved_id, p, group
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         def require(got: Any, wanted: Any, what: str) -> None:
@@ -331,16 +390,43 @@ class Muon(Optimizer):
             for name, saved_name in zip(names, saved.get("param_names") or names):
                 require(saved_name, name, f"parameter names of group {i}")
             options = self._options_of(group)
-            require(sorted(options & saved.keys()), sorted(options), f"options of group {i}")
+            if lacking := sorted(options - saved.keys()):
+                raise ValueError(
+                    f"{self._name}.load_state_dict: options of group {i} must be {sorted(options)}, got none for "
+                    f"{lacking}; of another optimizer, take the state and this one's param_groups"
+                )
             self._check_group({**saved, "params": group["params"], "param_names": names})
             for saved_id, p, name in zip(saved["params"], group["params"], names):
-                entries = state_dict["state"].get(saved_id, {})
+                entries = dict(state_dict["state"].get(saved_id, {}))
                 expected, optional = self._state_of(group, p), self._optional_state_of(p)
+                if "master" in entries and "master" not in optional:
+                    self._check_surplus_master(name, p, entries.pop("master"))
                 if core := sorted(entries.keys() - optional.keys()):
                     require(core, sorted(expected), f"state of {name}")
                 expected |= optional
                 for key, value in entries.items():
-                    require((tuple(value.shape), value.dtype), expected[key], f"{key} of {name}")
+                    shape, dtype = expected[key]
+                    if tuple(value.shape) != shape:
+                        require((tuple(value.shape), value.dtype), (shape, dtype), f"{key} of {name}")
+                    if torch.promote_types(value.dtype, dtype) != dtype:
+                        raise ValueError(
+                            f"{self._name}.load_state_dict: {key} of {name} must be {dtype}, or exact in it, got "
+                            f"{value.dtype}; keep that (momentum_dtype, dtype of the parameters), or cast the state if "
+                            "it may be rounded"
+                        )
+
+    def _check_surplus_master(self, name: str, p: Tensor, master: Tensor) -> None:
+        """Refuses a saved master weight for a parameter that has none, unless the parameter is that weight."""
+        if p.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{self._name}.load_state_dict: master of {name} must not be there with master_weights=False, as the "
+                "weights would be rounded; pass master_weights=None, or take the masters out of the state"
+            )
+        if p.shape != master.shape or not torch.equal(p.detach(), master.to(p.device, p.dtype)):
+            raise ValueError(
+                f"{self._name}.load_state_dict: {name} ({p.dtype}) must equal its saved float32 master weight; copy "
+                "state['master'] into the parameter first"
+            )
 
 
 def check_number(what: str, value: Any, *, below: float = math.inf) -> None:
@@ -350,6 +436,12 @@ def check_number(what: str, value: Any, *, below: float = math.inf) -> None:
     if not 0 <= float(value) < below:
         limit = "finite and at least 0" if below == math.inf else f"in [0, {below})"
         raise ValueError(f"{what} must be {limit}, got {value}")
+
+
+def _named(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a group, with names or numbers."""
+    params = group["params"]
+    return zip(group.get("param_names") or [f"parameter {i}" for i in range(len(params))], params)
 
 
 def _stacked(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,17 +44,35 @@ class MuonClip(Muon):
             `Muon`; AdamW's parameters are treated alike.
         process_group: must be None.
 
+    The report's Algorithm 1 has no Nesterov momentum and does not cut matrices; this does both by default. Literally it
+    is nesterov=False, with splits that give None for each matrix that `routing_table` shows cut.
+
     The order of a step: Muon and AdamW updates with weight decay; QK-Clip with the largest logits since the last
     step; `model.reset_max_logits()`. Layers whose query or key weights do not require a gradient are not clipped.
     When a step is skipped (overflow seen by a torch.amp.GradScaler, or `skip_non_finite`), the maxima are reset and
     nothing else happens; a loop that skips steps by itself calls `reset_max_logits()`.
+
+    Over several ranks that hold copies of the parameters, average the gradients before the step, and give QK-Clip the
+    maxima of all ranks; those of a model are its own rank's, and are refused:
+
+        def max_logits():
+            maxima = model.max_logits()
+            for s in maxima.values():
+                torch.distributed.all_reduce(s, torch.distributed.ReduceOp.MAX)
+            return maxima
+
+        MuonClip(model, lr, qk_clip=QKClip(max_logits=max_logits))
+
+    Memory, beside parameter and gradient, in bytes an element: Muon's as in `Muon`; AdamW's moments 8, and 4 for the
+    master weight of a parameter in half precision.
 
     `last_clip` is {layer: ClipReport(max_logit [H], gamma [H])} of the last step that was not skipped. A head whose
     maximum is NaN or +inf is not scaled; there is a warning, but with `capturable` (where the host would have to wait)
     only `last_clip[layer].non_finite`, in tensors that each step overwrites.
 
     Raises:
-        ValueError: for options out of range, patterns that match nothing, sizes that do not fit.
+        ValueError: for options out of range, patterns that match nothing, sizes that do not fit, sharded parameters,
+            and QK-Clip by the maxima of one rank of several.
         TypeError: for parameters without names, complex parameters and sparse gradients.
         UnsupportedError: for a process group.
     """
@@ -77,7 +96,7 @@ class MuonClip(Muon):
         momentum_dtype: torch.dtype = torch.float32,
         iterate_dtype: torch.dtype | None = None,
         max_elements: int = 2**27,
-        master_weights: bool = False,
+        master_weights: bool | None = None,
         skip_non_finite: bool = False,
         capturable: bool | None = None,
         process_group: None = None,
@@ -87,6 +106,7 @@ class MuonClip(Muon):
         self._configure(momentum_dtype, iterate_dtype, max_elements, master_weights, skip_non_finite, capturable)
         model = model_or_named_parameters if isinstance(model_or_named_parameters, nn.Module) else None
         named = _named(model_or_named_parameters)
+        self._check_parameters(dict(params=[p for _, p in named], param_names=[name for name, _ in named]))
         self._table = route(named, model=model, rules=rules, router=router)
         parameters = dict(named)
         self._set_up_clip(qk_clip, model, parameters)
@@ -165,10 +185,17 @@ class MuonClip(Muon):
             if targets is None:
                 targets = find_targets(model)
             source = next((m for m in model.modules() if hasattr(m, "max_logits")), None)
-            if self._read_source is None and source is not None:
-                self._read_source = source.max_logits
-                self._reset_source = self._reset_source or source.reset_max_logits
+            if source is not None:
+                self._read_source = self._read_source or source.max_logits
+                self._reset_source = self._reset_source or getattr(source, "reset_max_logits", None)
         if targets and self._read_source is not None:
+            if self._reset_source is None:
+                raise ValueError(
+                    "MuonClip: QKClip(max_logits=...) must come with reset_max_logits=..., which forgets the maxima "
+                    "after each step: old ones would be clipped again and again; if max_logits() does it by itself, "
+                    "pass reset_max_logits=lambda: None"
+                )
+            self._check_ranks()
             self._targets = resolve_targets(targets, parameters)
             return
         missing = "attention with qk_clip_spec()" if not targets else "max_logits()"
@@ -177,6 +204,18 @@ class MuonClip(Muon):
             raise ValueError(message)
         warnings.warn(message + "; nothing is clipped now", stacklevel=3)
         self._clip = self._read_source = self._reset_source = None
+
+    def _check_ranks(self) -> None:
+        """Refuses to clip by one rank's own maxima where there are several ranks."""
+        if self._clip is None or self._clip.max_logits is not None:
+            return
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks > 1:
+            raise ValueError(
+                f"MuonClip: the maxima of QK-clip must be those of all {ranks} ranks, or copies of a weight would "
+                "differ, got a model's max_logits(), which are this rank's; pass QKClip(max_logits=f) with a function "
+                "that takes the largest of all ranks (all_reduce with ReduceOp.MAX), or qk_clip=None"
+            )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if group["method"] == "muon":
@@ -188,14 +227,13 @@ class MuonClip(Muon):
             check_number(f"MuonClip: adamw's {key}", group[key])
         for beta in betas:
             check_number("MuonClip: each of adamw's betas", beta, below=1)
-        for name, p in zip(group["param_names"], group["params"]):
-            if p.is_complex():
-                raise TypeError(f"MuonClip: complex parameters are not supported, got {name} {p.dtype}")
+        self._check_parameters(group)
 
     def _prepare(self, skip: Tensor | None) -> None:
         self._pending, self._row_scales = [], {}
         if self._clip is None:
             return
+        self._check_ranks()
         maxima, step, captured = self._read_source(), self._count(), self._captures()
         for target in self._targets:
             if not all(p.requires_grad for p in target.query + target.key):
@@ -246,7 +284,7 @@ class MuonClip(Muon):
 
     def _updated(self, skip: Tensor | None) -> None:
         for p, factors in self._row_scales.items():  # what no update of a matrix has scaled: biases, no gradient
-            weight = self.state.get(p, {}).get("master", p)
+            weight = self._master(p) if "master" in self.state.get(p, {}) else p
             weight.mul_(factors.reshape(-1, *[1] * (p.ndim - 1)))
             if weight is not p:
                 p.copy_(weight)
@@ -297,9 +335,9 @@ class MuonClip(Muon):
         group = self.param_groups[0]
         if not self._captures():
             return int(group["step"])
-        if not isinstance(group["step"], Tensor):
-            device = next((p.device for g in self.param_groups for p in g["params"]), "cpu")
-            group["step"] = torch.full((), group["step"], dtype=torch.float64, device=device)
+        device = self._device_of(group)
+        if not isinstance(group["step"], Tensor) or group["step"].device != device:
+            group["step"] = torch.as_tensor(group["step"], dtype=torch.float64).to(device)
         return group["step"]
 
     def _skipped(self) -> None:
@@ -313,13 +351,15 @@ class MuonClip(Muon):
             return super()._state_of(group, p)
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         moments = {"exp_avg": (tuple(p.shape), wide), "exp_avg_sq": (tuple(p.shape), wide)}
-        return {"step": ((), torch.float32), **moments, **self._master_state_of(p)}
+        return {"step": ((), torch.float32), **moments}
 
     def _optional_state_of(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        if self._clip is None or self._clip.mode == "exact":
-            return {}
-        heads = {target.query[0]: target.num_heads for target in self._targets}
-        return {"clip_average": ((heads[p],), torch.float64)} if p in heads else {}
+        state = super()._optional_state_of(p)
+        if self._clip is not None and self._clip.mode != "exact":
+            heads = {target.query[0]: target.num_heads for target in self._targets}
+            if p in heads:
+                state["clip_average"] = (heads[p],), torch.float64
+        return state
 
 
 def _named(model_or_named_parameters: Any) -> list[tuple[str, Tensor]]:

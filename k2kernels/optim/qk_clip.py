@@ -68,8 +68,9 @@ class QKClip:
             head that once reached 1000 ends at 2.4); for comparison.
         targets: `ClipTarget`s (or dicts of its fields) for models without `qk_clip_spec()`.
         max_logits: function that returns {layer: [H]}: the largest scaled logit of each head over all the
-            micro-batches (and ranks) of the step, -inf where none was seen; instead of the model's `max_logits()`.
-        reset_max_logits: function called after each step; instead of the model's `reset_max_logits()`.
+            micro-batches and ranks of the step, -inf where none was seen; instead of the model's `max_logits()`.
+        reset_max_logits: function called after each step, which forgets the maxima; instead of the model's
+            `reset_max_logits()`. Where a model has none, `max_logits` must come with it.
 
     Raises:
         ValueError: for a value out of range, or a mode that contradicts `smoothing`.

@@ -11,8 +11,19 @@ from torch import Tensor, nn
 
 METHODS = ("muon", "adamw")
 
-_EMBEDDING = re.compile(r"(^|[._])(embed|embeddings?|wte|wpe)([._]|$)")
-_HEADS = ("lm_head", "head", "output", "unembed", "classifier")
+# What published models keep in two axes or more that is no hidden matrix, by its name without ".weight"; the first
+# pattern that is found gives the reason.
+_NAMES = {
+    "bias": r"(^|[._])bias(_[uv])?$",  # of stacked experts; relative ones per head
+    "embedding": r"(^|[._])(emb|embed|embeddings?|wte|wpe)([._]|$)",
+    "table": r"(^|[._])(table|tokens?|rel_pos(_[hwt])?)$",  # learned rows that no matrix multiplies
+    "output head": r"(^|[._])head$|(^|\.)(output(_layer|_projection)?|(final_|to_)?logits|scores?|unembed(ding)?)$"
+    r"|(^|\.)classifier(\.|$)",
+    "norm": r"norm\d*$|(^|[._])ln(_\w+)?$",  # of each head
+    "adapter": r"(^|\.)(lora_(embedding_)?[abAB]|lokr_w\d(_[ab])?|hada_w\d_[ab])(\.|$)",  # factors of an update
+    "decay": r"(^|\.)(A_logs?|log_A|time_(decay|first|faaaa|(mix|maa)_\w+))$",  # of a state: Mamba, RWKV
+    "convolution": r"conv(\dd)?$",
+}
 _ROUTERS = ("gate", "router")
 
 
@@ -34,8 +45,9 @@ def route(
 ) -> list[Route]:
     """Sends every parameter to Muon or AdamW.
 
-    Muon gets matrices [m, n] and stacks of them [E, m, n]; AdamW gets embeddings, output heads, vectors (norms,
-    biases), single rows or columns, convolutions and anything with more axes.
+    Muon gets matrices [m, n] and stacks of them [E, m, n]; AdamW gets vectors (norms, biases), single rows or columns,
+    anything with more axes, and by name (`_NAMES`) stacked biases and norms, embeddings and other tables, output heads,
+    low-rank adapters, decays of state-space models and convolutions.
 
     Args:
         parameters: (name, parameter) pairs.
@@ -157,8 +169,9 @@ def _patterns(argument: str, patterns: Mapping[str, Any] | None) -> dict[str, An
 def _by_module(model: nn.Module | None) -> dict[str, tuple[str, str]]:
     found = {}
     for path, module in model.named_modules() if model is not None else ():
-        reason = "embedding" if isinstance(module, nn.Embedding) else "convolution"
-        if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+        embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        reason = "embedding" if embedding else "convolution"
+        if embedding or isinstance(module, nn.modules.conv._ConvNd):
             for name, _ in module.named_parameters(recurse=False):
                 found[f"{path}.{name}" if path else name] = ("adamw", reason)
     return found
@@ -169,14 +182,13 @@ def _by_name_and_shape(name: str, parameter: Tensor, router: str) -> tuple[str, 
     module = path[-2] if len(path) > 1 else path[-1]
     if parameter.ndim < 2:
         return "adamw", "vector"
-    if _EMBEDDING.search(name):
-        return "adamw", "embedding"
-    if module in _HEADS:
-        return "adamw", "output head"
     if parameter.ndim > 3:
         return "adamw", "more than three axes"
     if min(parameter.shape[-2:]) == 1:
         return "adamw", "single row or column"
+    for reason, pattern in _NAMES.items():
+        if re.search(pattern, name.removesuffix(".weight")):
+            return "adamw", reason
     if module in _ROUTERS:
         return router, "router"
     return "muon", "matrix" if parameter.ndim == 2 else "stacked matrices"

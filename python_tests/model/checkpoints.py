@@ -1,6 +1,7 @@
 """Checkpoint directories made by hand: shards, index, and DeepSeek's block FP8 written block by block."""
 
 import json
+import math
 import re
 
 import tiny
@@ -58,8 +59,8 @@ def _bits(tensor):
 QUANTIZED = re.compile(r".*\.(self_attn\.\w+_proj(_with_mqa)?|mlp\.(experts\.\d+\.|shared_experts\.)?\w+_proj)\.weight")
 
 
-def quantize(tensors):
-    """DeepSeek's format, written block by block: amax / 448 in float32, codes of the quotient."""
+def quantize(tensors, power_of_two=False):
+    """DeepSeek's format, block by block: amax / 448 in float32 or the next power of two, codes of the quotient."""
     out = {}
     for name, weight in tensors.items():
         if not QUANTIZED.fullmatch(name):
@@ -72,6 +73,8 @@ def quantize(tensors):
             for j in range(scale.shape[1]):
                 where = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
                 scale[i, j] = weight[where].abs().max() / 448
+                if power_of_two:
+                    scale[i, j] = 2.0 ** math.ceil(math.log2(scale[i, j]))
                 codes[where] = (weight[where] / scale[i, j]).to(torch.float8_e4m3fn)
         out[name], out[name + "_scale_inv"] = codes, scale
     return out

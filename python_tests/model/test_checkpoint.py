@@ -427,6 +427,12 @@ def test_keep_fp8_computes_nearly_the_same(tmp_path):
             UnsupportedError,
             r"weight_block_size \[128, 128\], got \[64, 64\]; load without keep_fp8",
         ),
+        (
+            ALIGNED,
+            {"quantization_config": {**FP8_CONFIG, "scale_fmt": "ue5m3"}},
+            UnsupportedError,
+            "scale_fmt 'ue8m0' or none, got 'ue5m3'; load without keep_fp8",
+        ),
         (ALIGNED, {"quantization_config": None}, ValueError, "keep_fp8 must go with a block-FP8 checkpoint.*convert"),
     ],
 )
@@ -553,6 +559,34 @@ def test_bad_fp8(tmp_path, change, message, keep_fp8):
         message = "1 missing: .*o_proj"
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "bad", keep_fp8=keep_fp8)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        LAYER + "mlp.gate.e_score_correction_bias",  # the expert would be chosen never, or always
+        LAYER + "mlp.gate.weight",
+        LAYER + "self_attn.kv_a_layernorm.weight",  # the logits would be NaN
+        "model.norm.weight",
+    ],
+)
+@pytest.mark.parametrize("keep_fp8", [False, True])
+def test_a_router_or_norm_that_is_not_finite(tmp_path, fp8, name, value, keep_fp8):
+    config, tensors = fp8
+    tensors = {**tensors, name: tensors[name].clone()}
+    _poison(name, value)(tensors)
+    write(tmp_path / "bad", tensors, config)
+    with pytest.raises(ValueError, match=rf"bad: {name} must hold finite numbers, got 1 others in model\.safetensors"):
+        load(tmp_path / "bad", keep_fp8=keep_fp8)
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    """config.json and tensors of a checkpoint in FP8."""
+    torch.manual_seed(0)
+    path, tensors = fp8_checkpoint(tmp_path_factory.mktemp("fp8"), ALIGNED)
+    return json.loads((path / "config.json").read_text()), tensors
 
 
 def test_keep_fp8_with_a_half_quantised_expert(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from checkpoints import ALIGNED, FP8_CONFIG, PARTIAL, assert_same, dequantize, fp8_checkpoint, quantize, read, write
 
 from k2kernels import UnsupportedError
+from k2kernels.cli.main import main
 from k2kernels.model import K2Model, shards
 from k2kernels.model import convert as module
 from k2kernels.model.convert import convert
@@ -40,6 +41,22 @@ def test_to_fp8(tmp_path, monkeypatch, dtype, at_once):
     assert config["quantization_config"] == FP8_CONFIG and config["dtype"] == "bfloat16"
     changed = {key for key in config if config[key] != config_of(tmp_path / "src").get(key)}
     assert changed <= {"quantization_config", "dtype", "torch_dtype"}
+
+
+def test_to_fp8_with_scales_of_powers_of_two(tmp_path):
+    """DeepSeek-V3.1's: codes and scales bit for bit, and a config.json whose readers quantise activations alike."""
+    tiny.model("kimi", **ALIGNED).to(torch.bfloat16).save_pretrained(tmp_path / "src")
+    source = read(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst", "fp8", progress=False, scale_fmt="ue8m0")
+    expected = quantize({n: t.float() if n.endswith("_proj.weight") else t for n, t in source.items()}, True)
+    assert_same(read(tmp_path / "dst"), expected)
+    assert config_of(tmp_path / "dst")["quantization_config"] == {**FP8_CONFIG, "scale_fmt": "ue8m0"}
+    kept = K2Model.from_pretrained(tmp_path / "dst", keep_fp8=True, progress=False)
+    kept.save_pretrained(tmp_path / "again")
+    assert_same(read(tmp_path / "again"), expected)
+    assert config_of(tmp_path / "again")["quantization_config"]["scale_fmt"] == "ue8m0"
+    assert main(["convert", str(tmp_path / "src"), str(tmp_path / "cli"), "--to", "fp8", "--scale-fmt", "ue8m0"]) == 0
+    assert_same(read(tmp_path / "cli"), expected)
 
 
 def test_what_stays_bf16(tmp_path):
@@ -164,6 +181,11 @@ def test_arguments(tmp_path):
     float_checkpoint(tmp_path / "src")
     with pytest.raises(ValueError, match="to must be 'bf16' or 'fp8', got 'int4'"):
         convert(tmp_path / "src", tmp_path / "dst", "int4")
+    for to, scale_fmt in (("fp8", "ue5m3"), ("bf16", "ue8m0")):
+        with pytest.raises(
+            ValueError, match=f"scale_fmt must be None, or 'ue8m0' .*, got '{scale_fmt}' with to='{to}'"
+        ):
+            convert(tmp_path / "src", tmp_path / "dst", to, scale_fmt=scale_fmt)
     with pytest.raises(ValueError, match="which is BF16 already"):
         convert(tmp_path / "src", tmp_path / "dst", "bf16")
     with pytest.raises(ValueError, match=r"dst must be a new or empty directory, got .*src"):
@@ -186,6 +208,7 @@ def test_int4_is_recognised(tmp_path):
         convert(tmp_path / "src", tmp_path / "dst", "bf16")
 
 
+ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 NAME = "model.layers.0.self_attn.o_proj.weight"
 
 
@@ -208,6 +231,16 @@ def test_damaged_fp8(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "bad", tmp_path / "dst", "bf16", progress=False)
     assert not (tmp_path / "dst").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", [ROUTER_BIAS, "model.layers.0.input_layernorm.weight"])
+def test_a_damaged_router_or_norm(tmp_path, name):
+    tensors = float_checkpoint(tmp_path / "src")
+    tensors[name][-1] = torch.nan
+    write(tmp_path / "bad", tensors, config_of(tmp_path / "src"))
+    with pytest.raises(ValueError, match=f"{name} must hold finite numbers, got 1 others in model.safetensors"):
+        convert(tmp_path / "bad", tmp_path / "dst", "fp8", progress=False)
+    assert not (tmp_path / "dst").exists()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

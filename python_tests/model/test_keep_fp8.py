@@ -71,6 +71,38 @@ def test_prefill_runs_through_the_fp8_gemms(model):
     assert log.calls["dequantize"] == log.calls["grouped_gemm"] == 0
 
 
+class Scales(TorchDispatchMode):
+    """Collects the scales with which this library quantises activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = collections.defaultdict(list)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        namespace, name = function._schema.name.split("::")
+        if namespace == "k2kernels" and name != "dequantize" and ("quantize" in name or "swiglu" in name):
+            self.of[name].append(result[1])
+        return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale_fmt", ["ue8m0", None])
+def test_scales_of_activations_are_what_the_checkpoint_asks_for(path, tmp_path, scale_fmt):
+    """In prefill and in decoding, of linear layers and experts: powers of two where config.json says ue8m0."""
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["scale_fmt"] = scale_fmt
+    checkpoints.write(tmp_path / "fp8", checkpoints.read(path), config)
+    model = K2Model.from_pretrained(tmp_path / "fp8", dtype=torch.bfloat16, keep_fp8=True, progress=False)
+    with Scales() as scales:
+        decode(model, torch.randint(0, 128, (3, max(LENGTHS))), contextlib.nullcontext())
+    ops = {"quantize_1x128", "fp8_gemm_swiglu", "moe_dispatch_quantize", "grouped_fp8_gemm_swiglu"}
+    assert set(scales.of) == ops
+    for name, found in scales.of.items():
+        powers = [bool((s[s > 0].log2() % 1 == 0).all()) for s in found]
+        assert all(powers) if scale_fmt else not any(powers), name
+
+
 DECODING = dict(
     quantize_1x128=5 * 3,
     fp8_gemm=5 * 3,

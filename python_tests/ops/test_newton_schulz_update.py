@@ -225,9 +225,9 @@ def optimize(limit, emulated):
     target = dict(layer=0, query="q.weight", key=None, num_heads=3, nope_dim=3, rope_dim=1)
     maxima = {0: torch.tensor([50.0, 200.0, 400.0])}
     optimizer = MuonClip(
-        named, 0.02, splits={"q.weight": 3}, master_weights=True,
+        named, 0.02, splits={"q.weight": 3},
         iterate_dtype=torch.float16, max_elements=limit, capturable=emulated, skip_non_finite=True,
-        qk_clip=QKClip(targets=[target], max_logits=lambda: maxima),
+        qk_clip=QKClip(targets=[target], max_logits=lambda: maxima, reset_max_logits=lambda: None),
     )  # fmt: skip
     for _ in range(2):
         for _, p in named:

@@ -153,10 +153,7 @@ def test_master_weights_make_small_updates_count():
     wide = [nn.Parameter(torch.randn(shape).bfloat16().float()) for shape in ((6, 10), (3, 8, 8), (8,))]
     half = [nn.Parameter(p.detach().bfloat16()) for p in wide]
     names = ["a", "b", "norm"]
-    optimizers = [
-        MuonClip(list(zip(names, params)), 1e-4, qk_clip=None, master_weights=masters)
-        for params, masters in ((wide, False), (half, True))
-    ]
+    optimizers = [MuonClip(list(zip(names, params)), 1e-4, qk_clip=None) for params in (wide, half)]
     for _ in range(20):
         for p, q in zip(wide, half):
             q.grad = torch.randn_like(q) + 1
@@ -166,8 +163,7 @@ def test_master_weights_make_small_updates_count():
     for p, q in zip(wide, half):
         master = optimizers[1].state[q]["master"]
         assert torch.equal(master, p) and torch.equal(q, master.bfloat16()) and master.data_ptr() != q.data_ptr()
-    fresh = MuonClip([(n, nn.Parameter(q.detach().clone())) for n, q in zip(names, half)], 1e-4, qk_clip=None,
-                     master_weights=True)  # fmt: skip
+    fresh = MuonClip([(n, nn.Parameter(q.detach().clone())) for n, q in zip(names, half)], 1e-4, qk_clip=None)
     fresh.load_state_dict(optimizers[1].state_dict())
     restored = [state["master"] for state in fresh.state.values()]
     assert all(map(torch.equal, restored, wide)) and restored[0].dtype == torch.float32
@@ -188,6 +184,49 @@ def test_state_moves_between_steps_that_ask_and_steps_that_do_not():
     optimizers[0].load_state_dict(optimizers[1].state_dict())
     step(model, optimizers[0], 3)
     assert optimizers[0].param_groups[0]["step"] == 4
+
+
+def test_a_loaded_count_goes_to_where_the_parameters_are():
+    """A file is read onto the CPU; a graph must neither copy from there nor count there. "meta" stands for a GPU."""
+
+    def make(device):
+        named = [(name, nn.Parameter(torch.randn(4, 6, device=device))) for name in ("a.weight", "b.weight")]
+        rate = torch.tensor(0.1)
+        return MuonClip(named, rate, rules={"b.*": "adamw"}, qk_clip=None, capturable=True), named
+
+    optimizer, named = make("cpu")
+    for _, p in named:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    resumed, moved = make("meta")
+    resumed.load_state_dict(optimizer.state_dict())
+    count = resumed.param_groups[0]["step"]
+    assert count.device.type == "meta" and resumed._count() is count
+    assert {group["lr"].device.type for group in resumed.param_groups} == {"meta"}
+    for _, p in moved:
+        assert resumed.state[p] and all(value.device.type == "meta" for value in resumed.state[p].values())
+    resumed.param_groups[0]["step"] = torch.ones(())  # whoever put it there
+    assert resumed._count().device.type == "meta"
+    assert float(optimizer.param_groups[0]["step"]) == 1
+
+
+def test_a_parameter_without_a_gradient_is_no_part_of_a_graph():
+    """So a step that may be captured refuses it, before anything has changed; frozen ones are not meant."""
+    params = [nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    params[2].requires_grad_(False)
+    names = ["a.weight", "experts.unused.weight", "frozen.weight"]
+    params[0].grad = torch.randn(4, 6)
+    before = params[0].detach().clone()
+    for method in ("muon", "adamw"):
+        optimizer = MuonClip(list(zip(names, params)), 0.1, rules={"*": method}, qk_clip=None, capturable=True)
+        with pytest.raises(ValueError, match=r"each parameter .* got None for experts.unused.weight; a captured"):
+            optimizer.step()
+        assert torch.equal(params[0], before) and not optimizer.state
+    with pytest.raises(ValueError, match=r"Muon: with capturable, .* got None for parameter 1; a captured"):
+        Muon(params, 0.1, capturable=True).step()
+    MuonClip(list(zip(names, params)), 0.1, qk_clip=None, capturable=False).step()
+    params[1].grad = torch.randn(4, 6)
+    Muon(params, 0.1, capturable=True).step()
 
 
 @pytest.mark.parametrize("option", ["master_weights", "skip_non_finite", "capturable"])

@@ -3,7 +3,11 @@ import copy
 import latent
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import k2kernels
 from k2kernels.optim import Muon, MuonClip, QKClip
@@ -83,6 +87,66 @@ def test_routing_by_name_shape_and_module():
         "conv.bias": ("adamw", "convolution"),
     }
     assert routes(model, router="adamw")["model.layers.0.mlp.gate.weight"].method == "adamw"
+
+
+@pytest.mark.parametrize(
+    "reason, names",
+    [
+        ("bias", ["encoder.block.0.SelfAttention.relative_attention_bias.weight", "mlp.experts.gate_up_proj_bias",
+                  "self_attn.pos_bias_u"]),
+        ("embedding", ["emb.weight", "tok_emb.weight", "embedding.word_embeddings.weight", "embed_out.weight"]),
+        ("table", ["attn.relative_position_bias_table", "scale_shift_table", "attn.rel_pos_h", "query_tokens"]),
+        ("output head", ["output_layer.weight", "output.weight", "lm_head.weight", "score.weight", "v_head.weight",
+                         "final_logits.weight", "to_logits.weight", "unembedding.weight", "classifier.out_proj.weight",
+                         "decoder.output_projection.weight"]),
+        ("norm", ["self_attn.q_norm.weight", "layers.0.input_layernorm.weight", "ln_1.weight", "norm2.weight"]),
+        ("adapter", ["q_proj.lora_A.default.weight", "q_proj.lora_B.weight", "q_proj.lora_a.weight", "fc.lora_A",
+                     "wte.lora_embedding_A.default", "fc.lokr_w1", "fc.hada_w1_a"]),
+        ("decay", ["mixer.A_log", "blocks.0.att.time_decay", "blocks.0.att.time_maa_w1", "ss2d.A_logs"]),
+        ("convolution", ["q_conv1d.weight", "mixer.short_conv.weight"]),
+        ("matrix", ["attn_output.weight", "output.dense.weight", "self_attn.o_proj.weight", "shared_experts.up.weight",
+                    "headed.weight", "indexer.weights.weight", "x_proj.weight", "dt_proj.weight", "time_proj.weight",
+                    "q_lora_down.weight", "normalizer.weight", "conv_in_proj.weight", "token_mixer.weight"]),
+    ],
+)  # fmt: skip
+def test_names_of_published_models(reason, names):
+    """Of matrices [12, 8] known by name alone: what no hidden matrix is goes to AdamW."""
+    named = [(name, nn.Parameter(torch.randn(12, 8))) for name in names]
+    table = MuonClip(named, 0.1, qk_clip=None).routing_table()
+    method = "muon" if reason == "matrix" else "adamw"
+    # "wte.lora_embedding_A" is of both kinds.
+    assert {row.name: row[2:] for row in table if "wte" not in row.name} == {
+        name: (method, reason) for name in names if "wte" not in name
+    }
+    assert {row.method for row in table} == {method}
+
+
+def test_bags_of_embeddings_are_embeddings():
+    model = nn.ModuleDict(dict(features=nn.EmbeddingBag(12, 8)))
+    assert routes(model)["features.weight"][2:] == ("adamw", "embedding")
+
+
+def test_shards_are_refused_by_name():
+    """FSDP2's DTensors on one rank; the marks of FSDP1's parameters, which have one axis whatever they are."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        model = latent.Model()
+        for layer in model.layers:
+            fully_shard(layer["self_attn"], mesh=init_device_mesh("cpu", (1,)))
+        message = r": layers.0.self_attn.q_a_proj.weight must be a whole parameter, got a shard .*Distributed"
+        for clip in (None, QKClip()):
+            with pytest.raises(ValueError, match="MuonClip" + message):
+                MuonClip(model, 0.1, qk_clip=clip)
+        sharded = [(name, p) for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2]
+        with pytest.raises(ValueError, match="Muon" + message):
+            Muon(sharded, 0.1)
+    finally:
+        dist.destroy_process_group()
+    for mark in ("_is_flat_param", "_fsdp_flattened"):
+        model = latent.Model()
+        setattr(model.layers[1]["mlp"].gate_up_proj.weight, mark, True)
+        with pytest.raises(ValueError, match=r"MuonClip: layers.1.mlp.gate_up_proj.weight must be a whole parameter"):
+            MuonClip(model, 0.1)
 
 
 def test_rules_come_first_and_unmatched_ones_fail():

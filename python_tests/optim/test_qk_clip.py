@@ -3,7 +3,9 @@ import warnings
 import latent
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from k2kernels.optim import ClipTarget, MuonClip, QKClip
 
@@ -212,7 +214,8 @@ def test_plain_multi_head_attention_shares_gamma_between_query_and_key():
 
     before = logits()
     target = ClipTarget(0, model["q"].weight, model["k"].weight, num_heads=2, nope_dim=3)
-    clip = QKClip(100.0, targets=[target], max_logits=lambda: {0: torch.tensor([400.0, 1.0])})
+    maxima = torch.tensor([400.0, 1.0])
+    clip = QKClip(100.0, targets=[target], max_logits=lambda: {0: maxima}, reset_max_logits=maxima.zero_)
     MuonClip(model, **NO_UPDATE, qk_clip=clip).step()
     torch.testing.assert_close(logits(), before * torch.tensor([0.25, 1.0])[:, None, None], rtol=1e-12, atol=1e-14)
 
@@ -226,6 +229,49 @@ def test_half_precision_weights_are_scaled_and_rounded_once():
     want = (before[: latent.NOPE].double() * 3**-0.5).bfloat16()
     torch.testing.assert_close(weight[: latent.NOPE], want, rtol=2**-8, atol=0)
     assert torch.equal(weight[latent.NOPE + latent.ROPE :], before[latent.NOPE + latent.ROPE :])
+
+
+def test_maxima_that_nobody_forgets_are_refused():
+    """They would be clipped again at each step."""
+    model = SharedKeys()
+    target = ClipTarget(0, "q_proj.weight", None, num_heads=4, nope_dim=6)
+    maxima = {0: torch.full((4,), 300.0)}
+    with pytest.raises(ValueError, match=r"must come with reset_max_logits=.*pass reset_max_logits=lambda: None"):
+        MuonClip(model, **NO_UPDATE, qk_clip=QKClip(targets=[target], max_logits=lambda: maxima))
+
+
+def test_a_model_forgets_its_maxima_also_where_others_are_taken():
+    """As the largest of several ranks are, which are made of the model's."""
+    model = latent.Model()
+    optimizer = MuonClip(model, **NO_UPDATE, qk_clip=QKClip(100.0, max_logits=model.max_logits))
+    weight = model.layers[0]["self_attn"].q_b_proj.weight
+    model.set_max_logits([200.0] * 3, [1.0] * 3)
+    optimizer.step()
+    after = weight.detach().clone()
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(weight, after) and model.max_logits()[0].tolist() == [-torch.inf] * 3
+
+
+def test_maxima_of_one_rank_of_several_are_refused():
+    """Also when the ranks are joined after the optimizer is made. Two ranks: parallel/test_clipped_copies.py."""
+    model = latent.Model()
+    before = MuonClip(model, 0.1)
+    single = MuonClip(model, 0.1, qk_clip=QKClip())
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        message = r"must be those of all 2 ranks, .* pass QKClip\(max_logits=f\) .* or qk_clip=None"
+        for clip in (dict(), dict(qk_clip=QKClip())):
+            with pytest.raises(ValueError, match=message):
+                MuonClip(model, 0.1, **clip)
+        for optimizer in (before, single):
+            with pytest.raises(ValueError, match=message):
+                optimizer.step()
+        MuonClip(model, 0.1, qk_clip=None).step()
+        MuonClip(model, 0.1, qk_clip=QKClip(max_logits=model.max_logits)).step()
+    finally:
+        dist.destroy_process_group()
+    before.step()
 
 
 def test_frozen_layers_are_not_clipped():
@@ -328,7 +374,7 @@ def test_targets_that_do_not_fit():
 
     def make(**changes):
         target = dict(layer=0, query="q_proj.weight", key=None, num_heads=4, nope_dim=6) | changes
-        clip = QKClip(targets=[target], max_logits=lambda: {0: torch.ones(3)})
+        clip = QKClip(targets=[target], max_logits=lambda: {0: torch.ones(3)}, reset_max_logits=lambda: None)
         return MuonClip(model, **NO_UPDATE, qk_clip=clip)
 
     with pytest.raises(ValueError, match=r"query of layer 0 must be a parameter of this optimizer, .*got 'q.weight'"):

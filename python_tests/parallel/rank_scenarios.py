@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import tiny
 import torch
 import torch.distributed as dist
 from rank_checks import (
@@ -30,6 +31,7 @@ from rank_checks import (
 
 from k2kernels import PeerTimeout
 from k2kernels.ops._exchange import Rank
+from k2kernels.optim import MuonClip, QKClip
 from k2kernels.parallel import ExpertParallel, symmetric
 
 
@@ -57,6 +59,43 @@ def checks_on_nodes(rank, world, folder):
     on_nodes(world)
     few = ("check_bits", "check_a_token_goes_to_a_node_once")
     return checks(rank, world, folder, CHECKS if world == 4 else few)
+
+
+def clipped_copies(rank, world, folder):
+    """Steps of MuonClip on copies of a model, each rank on its own tokens: which parameters differ at the end."""
+    join(rank, world, folder)
+    torch.manual_seed(0)
+    model = tiny.model("kimi", num_hidden_layers=2).train()
+    try:
+        refused = MuonClip(model, 0.02)
+    except ValueError as error:
+        refused = str(error)
+
+    def max_logits():
+        maxima = model.max_logits()
+        for s in maxima.values():
+            dist.all_reduce(s, dist.ReduceOp.MAX)
+        return maxima
+
+    optimizer = MuonClip(model, 0.02, qk_clip=QKClip(0.5, max_logits=max_logits))
+    clips = 0
+    for step in range(2):
+        torch.manual_seed(10 * step + rank)
+        ids = torch.randint(0, model.config.vocab_size, (1, 12))
+        model(ids).float().square().mean().backward()
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        clips += sum(int((report.gamma < 1).sum()) for report in optimizer.last_clip.values())
+    parted = []
+    for name, p in model.named_parameters():
+        first = p.detach().clone()
+        dist.broadcast(first, 0)
+        if not torch.equal(first, p):
+            parted.append(name)
+    return dict(refused=refused, clips=clips, parted=parted)
 
 
 # ---- faults: what each rank saw, as text, and after how many seconds
