@@ -2,9 +2,11 @@
 
 // Joins results over disjoint sets of keys.
 //
-//     lse = log sum_i exp(lse_i),  out = sum_i exp(lse_i - lse) out_i
+//     lse = log sum_i exp(lse_i),  out = sum_i w_i out_i / sum_i w_i,  w_i = exp(lse_i - max lse)
 //
-// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each.
+// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each. Rows
+// that
+//                         no sequence owns, which mla_decode does not touch, become 0 and -inf.
 //   Block   `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
 //           four groups that take every fourth part. Parts are added in an order that depends on
 //           their number alone.
@@ -12,7 +14,8 @@
 //           have all parts of all rows, 17 MB, to itself; here every multiprocessor takes a share.
 // merge_attention_states  two results; a warp a row, 16 bytes a lane.
 //
-// A part that saw nothing has lse -inf, hence weight 0; its out is not looked at.
+// Weights are divided by their sum: exp(lse_i - lse) would scale the result by the rounding error
+// of lse. A part that saw nothing has lse -inf, hence weight 0; its out is not looked at.
 
 #include "arch/convert.cuh"
 #include "arch/ldst.cuh"
@@ -29,9 +32,9 @@ struct MlaCombineStorage {
     float4 sums[kCombineGroups][kLatent / 4];
 };
 
-// exp2(lse - total), where the parts' total is -inf if nobody saw anything.
-K2K_DEVICE float part_weight(float lse, float total) {
-    return lse == -INFINITY ? 0 : arch::exp2_approx(lse - total);
+// exp2(lse - maximum), where the parts' maximum is -inf if nobody saw anything.
+K2K_DEVICE float part_weight(float lse, float maximum) {
+    return lse == -INFINITY ? 0 : arch::exp2_approx(lse - maximum);
 }
 
 template <class T>
@@ -39,16 +42,23 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
     MlaCombineStorage& storage = arch::shared_storage<MlaCombineStorage>();
     const int lane = arch::lane_id(), four = threadIdx.x % (kLatent / 4);
     const int group = threadIdx.x / (kLatent / 4);
-    const int64_t rows = p.tokens * p.heads;
+    const int rows = static_cast<int>(p.tokens * p.heads);  // no more than q's bytes / 1,152
+    int first_owned = 0, end_owned = rows;
+    if (p.cu_seqlens_q != nullptr) {
+        first_owned = clamp_to(p.cu_seqlens_q[0], p.tokens) * p.heads;
+        end_owned = clamp_to(p.cu_seqlens_q[p.batch], p.tokens) * p.heads;
+    }
     for (int i = 0; i < rows_per_block; ++i) {
-        const int64_t row = int64_t(blockIdx.x) * rows_per_block + i;
+        const int row = static_cast<int>(blockIdx.x) * rows_per_block + i;
         if (row >= rows) return;
-        const SplitRow split = p.split_rows[row];
-        if (split.parts <= 1) continue;
+        SplitRow split = {0, 0};  // no parts: 0 and -inf
+        if (row >= first_owned && row < end_owned) split = p.split_rows[row];
+        if (split.parts == 1) continue;
 
         // Every warp finds the sum of all parts.
         float maximum = -INFINITY, largest = -INFINITY, total = 0;
         bool is_nan = false;
+        K2K_NO_UNROLL
         for (int part = lane; part < split.parts; part += 32) {
             const float2 stats = p.partial_stats[part_row(p.plan, split, part)];
             maximum = max_number(maximum, stats.x);
@@ -61,18 +71,20 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
             largest = max_number(largest, arch::shuffle_xor(largest, mask));
         }
         is_nan = arch::any(is_nan);
+        K2K_NO_UNROLL
         for (int part = lane; part < split.parts; part += 32) {
             total += part_weight(p.partial_stats[part_row(p.plan, split, part)].x, maximum);
         }
         K2K_UNROLL
         for (int mask = 16; mask > 0; mask /= 2) total += arch::shuffle_xor(total, mask);
-        const float lse = maximum == -INFINITY && total == 0 ? -INFINITY : maximum + log2f(total);
+        const float lse = total == 0 ? -INFINITY : maximum + log2f(total);
+        const float normalizer = total == 0 ? 0 : 1 / total;
 
         float4 sum = {};
         K2K_UNROLL_BY(4)
         for (int part = group; part < split.parts; part += kCombineGroups) {
             const int64_t from = part_row(p.plan, split, part);
-            const float weight = part_weight(p.partial_stats[from].x, lse);
+            const float weight = part_weight(p.partial_stats[from].x, maximum);
             const float4 value =
                 reinterpret_cast<const float4*>(p.partial_out + from * kLatent)[four];
             if (weight != 0) {
@@ -88,10 +100,11 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
                 const float4 part = storage.sums[other][four];
                 sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
             }
-            T* out = static_cast<T*>(p.out) + row / p.heads * p.out_token_stride +
-                     row % p.heads * p.out_head_stride;
+            const int token = row / p.heads, head = row - token * p.heads;
+            T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
             reinterpret_cast<uint2*>(out)[four] =
-                make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
+                make_uint2(pack<T>(sum.x * normalizer, sum.y * normalizer),
+                           pack<T>(sum.z * normalizer, sum.w * normalizer));
         }
         if (threadIdx.x == 0) {
             p.lse[row] = lse * kLn2;

@@ -1,7 +1,9 @@
 """The kernels of mla_decode in the emulator. What the reference is compared with in test_mla_decode.py; here the
 reference, in float64, is the definition."""
 
+import ctypes
 import math
+import struct
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from decode_cases import cumulative, dequantised_rows, e4m3, make
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import _launch
+from k2kernels.ops import mla_decode as module
 from k2kernels.ops._launch import Chip
 from k2kernels.ops.mla_decode import merge_attention_states, mla_decode
 from k2kernels.testing.compare import check_close
-from k2kernels.testing.inputs import KIMI_K2, guarded, poisoned_cache
+from k2kernels.testing.inputs import KIMI_K2, PagedCache, guarded, poisoned_cache
 
 SCHEDULES = [("sm_80", 0), ("sm_89", 1), ("sm_80", 2), ("sm_90a", 3)]
 SEQ_LENS = [0, 1, 63, 64, 65, 127, 129]
@@ -197,6 +200,51 @@ def test_large_logits(split, arch, seed):
     check_close(got.out, want.out, budget=2e-2, max_cos_diff=1e-5, name="out")
 
 
+# The portable kernel takes 16 rows at a time, Hopper's 64: as few heads as make it the one that serves.
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("keys", [256, 4096])
+def test_errors_do_not_grow_with_the_number_of_keys(keys, arch, heads):
+    """The first key has the largest logit, so no later block may change what the sums are relative to."""
+    cache = torch.randn(keys // 64, 64, 576).bfloat16()
+    q = (torch.randn(1, 1, heads, 576) * 0.02).bfloat16()
+    cache[..., 512:], q[..., 512:] = 0, 0
+    cache[..., 512] = 1  # each logit is raised by q's dim 512 ...
+    cache[0, 0, 512] = 1.0625  # ... the first one by a little more
+    peaks = torch.tensor([100.0, 1000.0]).repeat(heads // 2)
+    q[0, 0, :, 512] = peaks * (0.9 + 0.2 * torch.rand(heads))
+    lengths = torch.tensor([keys], dtype=torch.int32)
+    case = PagedCache(cache, torch.arange(keys // 64, dtype=torch.int32)[None], lengths)
+    got = run(arch, 0, q, case, softmax_scale=1.0, split=keys, launches=1)
+    want = exact(q, case, softmax_scale=1.0)
+    # Roundings of log2(e), of the largest logit times it, of the sum and of the product with ln(2).
+    check_close(got.lse, want.lse, budget=3 * 2.0**-23 * want.lse.abs(), name="lse")
+    out, right = got.out.double(), want.out
+    scale = (out * right).sum(-1) / right.square().sum(-1)
+    check_close(scale, torch.ones_like(scale), budget=5e-4, name="scale of out")
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 8), ("sm_90a", 34)])  # where queries of different rows share a warp
+@pytest.mark.parametrize("gain", [0.1, 0.4])
+def test_fixed_split_makes_bits_independent_of_the_number_of_queries(gain, arch, heads):
+    q = (torch.randn(3, 2, heads, 576) * gain).bfloat16()
+    cache = poisoned_cache([torch.randn(n, 576).bfloat16() for n in (512, 500, 400)], 64)
+    both, alone = (run(arch, 0, x, cache, softmax_scale=1.0, split=512) for x in (q, q[:, 1:]))
+    assert same([x[:, 1:] for x in both], alone)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_joining_keeps_the_scale_of_the_output_at_large_logits(arch):
+    """Three parts of equal keys, whose mean is the row itself. Adding log2(3) to an lse of 2e5 is off by 0.6 %.
+
+    A scale of ln(2) leaves base-2 logits as they are, so that all probabilities of a part are 1 in bfloat16, too.
+    """
+    row = torch.randn(576).clamp(0.1, 1).bfloat16()
+    q = (torch.rand(1, 1, 16, 576) * 3000).bfloat16()
+    got = run(arch, 0, q, poisoned_cache([row.expand(192, -1)], 64), softmax_scale=math.log(2), split=64)
+    assert got.lse.min() > 1e5
+    assert torch.equal(got.out, row[:512].expand(got.out.shape))
+
+
 @pytest.mark.parametrize("arch, seed", SCHEDULES)
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_quantised_cache_at_the_tolerance_of_bfloat16(power_of_two, arch, seed):
@@ -258,8 +306,6 @@ def test_pages_that_do_not_exist_give_nan_and_no_fault(heads, quantize, arch, se
 
 
 def run_unchecked(monkeypatch, arch, seed, q, cache, **arguments):
-    from k2kernels.ops import mla_decode as module
-
     request = (q, *cache, SCALE, None, True, 512, 0, True)
     with k2kernels.emulated(arch, seed=seed):
         return module._kernel(*request)
@@ -279,6 +325,67 @@ def test_lengths_out_of_range_stay_inside_the_block_table(arch, monkeypatch):
     assert (got[0][0] == 0).all() and (got[1][0] == -math.inf).all()
     want = exact(q[2:], cache._replace(block_table=table[2:], seq_lens=lengths[2:]))
     check(mla_output([x[2:] for x in got]), want)
+
+
+STALE = [pytest.param(x, id=x.hex()) for x in (struct.pack("f", 1.0), struct.pack("f", math.nan), b"\x7f" * 4)]
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("split", ["auto", 64, 4096])
+@pytest.mark.parametrize("stale", STALE)
+def test_queries_that_no_sequence_owns(stale, split, arch, heads, monkeypatch):
+    """As in a batch that is padded for a CUDA graph; memory holds what an earlier tensor left there."""
+    q_lens = [2, 0, 1, 0]
+    queries, cache = k2([130, 70, 66, 0], q_lens, heads)
+    q = torch.cat([*queries, torch.full((5, heads, 576), math.nan).bfloat16()])
+    arguments = dict(cu_seqlens_q=cumulative(q_lens), split=split)
+    want = exact(torch.cat(queries), cache, **arguments)
+    leave_stale(monkeypatch, stale)
+    got = run(arch, 0, q, cache, **arguments)
+    check(mla_output([x[:3] for x in got]), want)
+    assert (got.out[3:] == 0).all() and (got.lse[3:] == -math.inf).all() and (got.max_logits[3:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("split", ["auto", 64])
+@pytest.mark.parametrize("stale", STALE)
+def test_results_do_not_depend_on_what_memory_held(stale, split, arch, heads, monkeypatch):
+    queries, cache = k2([300, 0, 70], [1] * 3, heads)
+    q = torch.stack(queries)
+    want = run(arch, 0, q, cache, split=split)
+    leave_stale(monkeypatch, stale)
+    assert same(run(arch, 0, q, cache, split=split), want)
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("split", [0, 64])
+def test_offsets_out_of_order_stay_inside_q(split, arch, heads, monkeypatch):
+    """On a GPU the host does not look at them. Those that fall count as the largest before them."""
+    queries, cache = k2([130, 70, 300, 66, 64], [2, 0, 3, 0, 0], heads)
+    q = torch.cat([*queries, queries[0]])
+    want = exact(torch.cat(queries), cache, cu_seqlens_q=cumulative([2, 0, 3, 0, 0]))
+    leave_stale(monkeypatch, struct.pack("f", 1.0))
+    offsets = torch.tensor([-9, 2, 0, 5, 1, 5], dtype=torch.int32)
+    with k2kernels.emulated(arch):
+        got = module._kernel(q, *cache, SCALE, offsets, True, 512, split, True)
+    check(mla_output([x[:5] for x in got]), want)
+    assert (got[0][5:] == 0).all() and (got[1][5:] == -math.inf).all() and (got[2][5:] == -math.inf).all()
+    for wild in ([0, 7, 0, 7, 0, 7], [2**31 - 1, 3, -5, 4, 9, 6]):
+        with k2kernels.emulated(arch):
+            module._kernel(q, *cache, SCALE, torch.tensor(wild, dtype=torch.int32), True, 512, split, True)
+
+
+def leave_stale(monkeypatch, four_bytes):
+    """Fills what `new_empty` returns."""
+    new_empty = torch.Tensor.new_empty
+
+    def stale(*args, **options):
+        tensor = new_empty(*args, **options)
+        memory = tensor.untyped_storage()
+        ctypes.memmove(memory.data_ptr(), four_bytes * (len(memory) // 4), len(memory) // 4 * 4)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", stale)
 
 
 def mla_output(three):
