@@ -132,7 +132,7 @@ K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem,
         for (int k = tile.k_begin; k < tile.k_end; k += kBlockK, stage.advance()) {
             if (arch::lane_id() != 0) continue;
             arch::Mbarrier& full = smem.full[stage.slot];
-            arch::mbarrier_wait_cluster(smem.empty[stage.slot], stage.parity ^ 1);
+            arch::mbarrier_wait(smem.empty[stage.slot], stage.parity ^ 1);
             arch::mbarrier_arrive_expect_tx(full, (Tile::kRows + Tile::kColumns) * kBlockK);
             load_factor(smem.a[stage.slot], maps.a, full, Tile::kRows, share == Share::kA, k,
                         static_cast<int>(tile.first_row) + tile.row, a_matrix);
@@ -170,7 +170,7 @@ K2K_DEVICE void load_scales(HopperPipeline<Tile>& smem, const Fp8GemmParams& p) 
                          (tile.first_row + tile.row + lane) * p.a.scale_row_stride;
         const float* b = p.b.scales + tile.group * p.b.scale_matrix_stride;
         for (int k = tile.k_begin; k < k_end; k += kBlockK, stage.advance()) {
-            arch::mbarrier_wait_cluster(smem.empty[stage.slot], stage.parity ^ 1);
+            arch::mbarrier_wait(smem.empty[stage.slot], stage.parity ^ 1);
             const int block = k / kBlockK;
             const float* source = a + block * p.a.scale_column_stride;
             K2K_NO_UNROLL
@@ -361,7 +361,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
             if (share == Share::kNone) {
                 if (lane == 0) arch::mbarrier_arrive(smem.empty[stage.slot]);
             } else if (lane < 2) {
-                arch::mbarrier_arrive_cluster(smem.empty[stage.slot], lane);
+                arch::mbarrier_arrive_remote(smem.empty[stage.slot], lane);
             }
         }
 
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (maps.stores_by_tma) arch::tma_prefetch(maps.d);
     }
     arch::sync_block();
-    if (shares) arch::cluster_sync();
+    if (shares) arch::cluster_sync_relaxed();
 
     if (warp < 4) {
         arch::registers_decrease<56>();
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         multiply_tiles(smem, p, maps, share, warp / 4 - 1);
     }
     arch::sync_warp();
-    if (shares) arch::cluster_sync();  // the other block still arrives at barriers here
+    if (shares) arch::cluster_sync_relaxed();  // the other block still arrives at barriers here
 }
 
 }  // namespace k2k

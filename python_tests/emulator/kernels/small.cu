@@ -244,22 +244,22 @@ __global__ void __launch_bounds__(32) pass_on_kernel(const float* x, float* y, i
     const uint32_t next = (rank + 1) % 4, previous = (rank + 3) % 4;
     if (lane == 0) {
         arch::mbarrier_init(smem.full, 1);
-        arch::mbarrier_init(smem.empty, 2);
+        arch::mbarrier_init(smem.empty, 1);
         arch::fence_mbarrier_init();
     }
-    if (BUG != 57) arch::cluster_sync();  // BUG 57: the neighbour's barriers are not made yet
+    if (BUG != 57) arch::cluster_sync_relaxed();  // BUG 57: the neighbour's barriers do not exist
     for (int i = 0; i < rounds; ++i) {
         const int parity = i % 2;
         if (lane == 0) arch::mbarrier_arrive_expect_tx(smem.full, sizeof smem.row);
-        if (i > 0 && BUG != 58) arch::mbarrier_wait_cluster(smem.empty, parity ^ 1);
+        if (i > 0 && BUG != 58) arch::mbarrier_wait(smem.empty, parity ^ 1);
         const float value = x[(rank * rounds + i) * 32 + lane];
         arch::store_async(&smem.row[lane], value, smem.full, next);  // @57
         if (BUG != 59) arch::mbarrier_wait_cluster(smem.full, parity);
         y[(rank * rounds + i) * 32 + lane] = smem.row[lane];
         arch::sync_warp();
-        if (lane == 0) arch::mbarrier_arrive_cluster(smem.empty, previous, 2);
+        if (lane == 0) arch::mbarrier_arrive_remote(smem.empty, previous);
     }
-    arch::cluster_sync();
+    arch::cluster_sync_relaxed();
 }
 
 extern "C" int pass_on(const float* x, float* y, int rounds) {
