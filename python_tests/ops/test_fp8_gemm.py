@@ -425,6 +425,73 @@ def test_a_shard_may_begin_inside_a_block(start, stop):
     assert torch.equal(fp8_gemm(a, a_scales, shard[0][1], shard[1][1], **kwargs)[2:], whole[2:, start:stop])
 
 
+def cut_products():
+    """Each op that takes weights in 128x128 blocks, of a view of codes and scales [3, N, K]."""
+
+    def gemm(op, **options):
+        def run(b, b_scales, **kwargs):
+            grouped = "grouped" in op.__name__
+            a = quantize_1x128(torch.ones(6, b.shape[-1]))
+            groups = dict(offsets=ints(0, 2, 4, 6)) if grouped else {}
+            return op(*a, *((b, b_scales) if grouped else (b[0], b_scales[0])), **groups, **options, **kwargs)
+
+        return run
+
+    for op in (fp8_gemm, grouped_fp8_gemm, k2kernels.fp8_gemm_swiglu, k2kernels.grouped_fp8_gemm_swiglu):
+        yield op.__name__, gemm(op)
+    yield "dequantize", lambda b, b_scales: dequantize(b, b_scales, block=(128, 128))
+
+
+CUTS = dict(cut_products())
+
+
+@pytest.mark.parametrize("op", CUTS)
+def test_a_shard_that_begins_inside_a_block_of_k_is_refused(op):
+    """Its products would be summed in other blocks than those of the scales: wrong numbers, and nothing to see."""
+    b, b_scales = quantize_128x128(torch.randn(3, 256, 640))
+    run = CUTS[op]
+    for column, block in ((192, 1), (16, 0), (576, 4)):
+        shard = b[..., column:], b_scales[..., block:]
+        wanted = rf"{op}: \w+ must be cut along K at a multiple of 128.* from column {column} on; take it from column "
+        with pytest.raises(ValueError, match=wanted + str(block * 128)):
+            run(*shard)
+        run(shard[0].contiguous(), shard[1])  # cannot be told from a weight of its own
+    assert torch.equal(run(b[..., 256:], b_scales[..., 2:])[0], run(b[..., 256:].clone(), b_scales[..., 2:].clone())[0])
+    # No matrix begins where the storage does: nothing is known about the view's first column.
+    flat = torch.cat([torch.zeros(7, dtype=torch.uint8), b.view(torch.uint8).flatten()]).view(E4M3)[7:]
+    run(flat.view(b.shape), b_scales)
+    run(flat.view(b.shape)[..., 128:], b_scales[..., 1:])
+
+
+def test_zeros_in_front_of_k_serve_a_shard_that_begins_inside_a_block():
+    """The remedy of the message: exact, where the shard alone is not."""
+    w, x = torch.randn(128, 384) * torch.exp2(torch.arange(384) // 128 * 4), torch.randn(8, 384)
+    b, b_scales = quantize_128x128(w)
+    a, a_scales = quantize_1x128(torch.nn.functional.pad(x[:, 192:], (64, 0)))
+    got = fp8_gemm(a, a_scales, b[:, 128:], b_scales[:, 1:], out_dtype=torch.float32)
+    want, magnitude = exact(a, a_scales, b[:, 128:], b_scales[:, 1:])
+    check_gemm(got, want, magnitude)
+    assert cos_diff(got, x[:, 192:].double() @ w[:, 192:].double().T) < 2e-3  # the rounding of codes
+
+
+@pytest.mark.parametrize("op", CUTS)
+def test_rows_that_visibly_begin_inside_a_block_need_their_offset(op):
+    b, b_scales = quantize_128x128(torch.randn(3, 384, 256))
+    run = CUTS[op]
+    shard = b[:, 192:], b_scales[:, 1:]
+    with pytest.raises(ValueError, match=rf"{op}: \w+ must begin with a block of 128 rows.* 64 rows into its block"):
+        run(*shard)
+    run(b[:, 256:], b_scales[:, 2:])
+    if op in ("fp8_gemm", "grouped_fp8_gemm"):
+        run(*shard, b_row_offset=64)
+    # A later one of several matrices begins inside a block of the storage's rows, but not of its own.
+    for n, first in itertools.product((192, 130, 200, 255), (0, 128)):
+        b, b_scales = quantize_128x128(torch.randn(3, n, 256))
+        for matrix in range(3):
+            later = b[matrix : matrix + 1, first : n // 2 * 2], b_scales[matrix : matrix + 1, first // 128 :]
+            run(*(x.expand(3, -1, -1) for x in later))
+
+
 OTHER_LARGE = "sm90_128x128_fine", "sm90_pingpong_128x128"
 SCHEDULED = {  # every kernel, its chip, which factor the blocks of a cluster share, parts of K
     "portable_128x128": ("portable_128x128", "sm_80"),
