@@ -37,10 +37,10 @@ K2K_DEVICE void mbarrier_arrive(Mbarrier& barrier K2K_WHERE) {
         smem_address(&barrier)) : "memory");
 }
 
-// Arrives at the barrier in the same place of block `rank` of the cluster, after this thread's reads:
-// a stage is handed back. What this thread wrote is published to its own block only, so that the
-// arrival is one instruction; the barrier's threads wait with mbarrier_wait. sm_90.
-// PTX: #parallel-synchronization-and-communication-instructions-mbarrier-arrive
+// Arrives at the barrier in the same place of block `rank` of the cluster, after this thread's
+// reads: a stage is handed back. What this thread wrote is published to its own block only, so that
+// the arrival is one instruction; the barrier's threads wait with mbarrier_wait. sm_90. PTX:
+// #parallel-synchronization-and-communication-instructions-mbarrier-arrive
 K2K_DEVICE void mbarrier_arrive_remote(Mbarrier& barrier, uint32_t rank K2K_WHERE) {
     K2K_EMULATE(mbarrier_arrive_remote(&barrier, rank, 1, "mbarrier_arrive_remote", where));
     K2K_PTX(

@@ -142,6 +142,7 @@ K2K_DEVICE void load_small_scales(SmallStorage<Tile>& smem, const Fp8GemmParams&
             arch::cp_async_arrive(smem.full[stage.slot]);
         }
     }
+    finish_scales();
 }
 
 // ---- warps 0 to 3
@@ -233,7 +234,7 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem,
                 arch::wgmma_ss<e4m3, Tile::kTokens>(sum, b_tile + step, a_tile + step, kk > 0);
             }
             arch::wgmma_commit();
-            arch::wgmma_wait<0>();
+            arch::wgmma_wait<0>(sum);
             promote(result, sum, b_scale, smem.a_scales[stage.slot] + lane % 4 * 2);
             arch::sync_warp();
             if (lane == 0) arch::mbarrier_arrive(smem.empty[stage.slot]);
