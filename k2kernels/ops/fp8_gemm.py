@@ -817,9 +817,13 @@ def _with_rows(x: Tensor) -> Tensor:
 
 
 def _aligned(codes: Tensor) -> Tensor:
-    """Codes [..., rows, K], or a copy, whose rows begin at multiples of 16 bytes, as the kernels copy them."""
+    """Codes [..., rows, K], or a copy, whose rows begin at multiples of 16 bytes, as the kernels copy them.
+
+    Rows are not one and the same (stride 0): tensor maps are not said to take that.
+    """
     strides = [stride for size, stride in zip(codes.shape[:-1], codes.stride()) if size > 1]
-    if codes.stride(-1) == 1 and not any(x % 16 for x in (codes.data_ptr(), *strides)):
+    repeated = codes.shape[-2] > 1 and codes.stride(-2) == 0
+    if codes.stride(-1) == 1 and not repeated and not any(x % 16 for x in (codes.data_ptr(), *strides)):
         return codes
     *leading, k = codes.shape
     copy = codes.new_empty((*leading, -(-k // 16) * 16))[..., :k]
@@ -845,7 +849,7 @@ def _matrix(codes: Tensor, scales: Tensor) -> tuple:
     return (
         codes.data_ptr(),
         scales.data_ptr(),
-        (codes.shape[0] if codes.ndim == 3 else 1, codes.shape[-2]),
+        (codes.shape[0] if matrices != 0 else 1, codes.shape[-2]),  # one and the same for all groups: one
         (matrices, row),
         _scale_strides(scales),
     )
@@ -1016,9 +1020,10 @@ def _launch_gemm_swiglu(
 ) -> tuple[Tensor, Tensor]:
     """By one kernel that does it all, or by a GEMM and `swiglu_quantize`."""
     offsets, counts, number, _ = groups
-    rows = a.shape[-2] if offsets is None else -(-a.shape[0] // max(number, 1))
+    filled = number if offsets is None else min(number, a.shape[0])  # not more groups have rows than there are rows
+    rows = a.shape[-2] if offsets is None else -(-a.shape[0] // max(filled, 1))
     fine = b_scales.shape[-2] == b.shape[-2]
-    sizes = number, rows if expected_m is None else expected_m, b.shape[-2], a.shape[-1], fine, False, True
+    sizes = filled, rows if expected_m is None else expected_m, b.shape[-2], a.shape[-1], fine, False, True
     plan = _asked() or _extension().fp8_gemm_plan(sizes, chip(a.device))
     if fp8_gemm_kernels()[plan[0]].startswith("sm90_swiglu"):
         data, scales = _fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, weights, power_of_two, scale_layout)
