@@ -220,16 +220,18 @@ def check_blocks(
     `row_offset` rows before its first row. What can be seen is where a view begins in the matrix that it was cut from;
     a shard that was copied cannot be told from a weight. In a graph of torch.compile nothing is looked at.
     """
+    if torch.compiler.is_compiling():
+        return
     start, stride, (n, k) = codes.storage_offset(), codes.stride(-2), codes.shape[-2:]
-    if torch.compiler.is_compiling() or start == 0 or codes.stride(-1) != 1 or n < 2 or stride < k:
+    if start == 0 or codes.stride(-1) != 1 or n < 2 or stride < k:
         return
     row, column = divmod(start, stride)
     if column % 128 and column + k <= stride and codes.untyped_storage().nbytes() % stride == 0:
         block = column // 128 * 128
         raise ValueError(
-            f"{args.op}: {name} must be cut along K at a multiple of 128, where a block with its scale begins, got a view "
-            f"from column {column} on; take it from column {block} on{columns_remedy}, or, if its blocks do begin at "
-            f"column {column}, pass {name}.contiguous()"
+            f"{args.op}: {name} must be cut along K at a multiple of 128, where a block with its scale begins, "
+            f"got a view from column {column} on; take it from column {block} on{columns_remedy}, or, if its blocks do "
+            f"begin at column {column}, pass {name}.contiguous()"
         )
     scales_stride = scales.stride(-2)
     if scales.stride(-1) != 1 or scales_stride < scales.shape[-1]:
@@ -239,8 +241,8 @@ def check_blocks(
     scale_row = scales.storage_offset() // max(scales_stride, 1)
     if row_offset == 0 and scale_row > 0 and scale_row == row // 128 and row % 128:
         raise ValueError(
-            f"{args.op}: {name} must begin with a block of 128 rows, got a view from row {row} on, {row % 128} rows into "
-            f"its block{_also(rows_remedy)}"
+            f"{args.op}: {name} must begin with a block of 128 rows, got a view from row {row} on, "
+            f"{row % 128} rows into its block{_also(rows_remedy)}"
         )
 
 

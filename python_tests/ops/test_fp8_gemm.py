@@ -618,6 +618,50 @@ def test_plans(h100):
         kernel = ops.fp8_gemm_plan(4096, n, k).kernel
         assert kernel == "sm90_pingpong_128x128" if k <= 2048 else kernel in ("sm90_128x192", "sm90_256x128")
     assert ops.fp8_gemm_plan(5, 7, 0).kernel.startswith("portable")
+    # Blocks that share a factor do not meet in each of many tiles of few blocks of K.
+    assert ops.fp8_gemm_plan(4096, 32768, 512) == ("sm90_pingpong_128x128", "a", 1)
+
+
+def tile_work(plan, m, n, sms):
+    """Elements of D that an SM multiplies, padding counted, and the share of SMs that get a tile at all."""
+    rows, columns = map(int, plan.kernel.split("_")[-1].split("x"))
+    small = "small" in plan.kernel
+    cluster = plan.split if small else 2 if plan.share else 1
+    units = -(-m // (rows * (2 if plan.share == "b" else 1))) * -(-n // (columns * (2 if plan.share == "a" else 1)))
+    resident = 2 if small and units * cluster > sms else 1  # blocks on an SM
+    at_once = resident * sms // cluster
+    return -(-units // at_once) * rows * columns, min(units, at_once) * cluster / (sms * resident)
+
+
+@pytest.mark.parametrize("sms", [132, 108, 78])  # H100, and parts of one, or the 78 of an H20
+def test_plans_use_the_sms_there_are(sms):
+    """Beside the model that chooses: counted tiles. What bounds the ratio for few rows is the menu of tiles."""
+    chip = _launch.Chip(90, sms, 227 * 1024)
+    for m in (1, 8, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192):
+        for n, k in (*K2_LINEARS, (24576, 1536), (32768, 512), (7168, 16384)):
+            costs = ops.plans_on(chip, 1, m, n, k)
+            (plan, clocks), least = costs[0], min(clocks for _, clocks in costs)
+            assert clocks == least
+            work, used = tile_work(plan, m, n, sms)
+            where = f"{m} x {n} x {k}: {plan}"
+            assert used >= (0.5 if m <= 64 or m >= 512 else 0.25), where  # 46 bytes a clock each: enough to read weights
+            if m > 64:
+                best = min(tile_work(p, m, n, sms)[0] for p, _ in costs if "small" not in p.kernel)
+                assert work <= best * (1.1 if m >= 512 else 1.5), where
+                assert work <= m * n / sms * (1.25 if m >= 4096 else 2.0 if m >= 512 else 3.5), where
+
+
+def test_groups_that_must_be_empty_are_not_planned_for(monkeypatch):
+    """Of 384 groups one row fills one: the weights of the others are not read."""
+    plans = []
+    monkeypatch.setattr(ops, "_launch_gemm", lambda *args, plan, **kwargs: plans.append(plan))
+    a, a_scales = quantize_1x128(torch.zeros(1, 1024))
+    b, b_scales = (x.expand(384, -1, -1) for x in quantize_128x128(torch.zeros(1, 1024, 1024)))
+    with k2kernels.emulated("sm_90a"):
+        k2kernels.grouped_fp8_gemm_swiglu(a, a_scales, b, b_scales, offsets=torch.zeros(385, dtype=torch.int32))
+        few, many = (ops.fp8_gemm_plan(1, 1024, 1024, groups=groups, swiglu=True) for groups in (1, 384))
+    assert few != many
+    assert plans == [ops._numbers("test", *few)]
 
 
 def test_plans_of_other_chips():
