@@ -34,6 +34,15 @@ K2K_DEVICE void cluster_arrive(K2K_WHERE_ONLY) {
     K2K_PTX("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
 
+// Arrives there and releases nothing: the arrival alone (no MEMBAR.ALL.GPU). After
+// fence_mbarrier_init, whose barriers the others may then use, and before the end of a block whose
+// shared memory no thread of another block reads. sm_90.
+// PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
+K2K_DEVICE void cluster_arrive_relaxed(K2K_WHERE_ONLY) {
+    K2K_EMULATE(cluster_arrive_relaxed(where));
+    K2K_PTX("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
+}
+
 // Waits for all threads of the cluster to have arrived.
 // PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
 K2K_DEVICE void cluster_wait(K2K_WHERE_ONLY) {
@@ -41,10 +50,18 @@ K2K_DEVICE void cluster_wait(K2K_WHERE_ONLY) {
     K2K_PTX("barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 
-// Both. The last one of a kernel comes before any block ends whose shared memory others still use.
+// Arrives and waits. The last one of a kernel comes before any block ends whose shared memory
+// others still use.
 // PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
 K2K_DEVICE void cluster_sync(K2K_WHERE_ONLY) {
     cluster_arrive(K2K_PASS_WHERE_ONLY);
+    cluster_wait(K2K_PASS_WHERE_ONLY);
+}
+
+// The same with cluster_arrive_relaxed.
+// PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
+K2K_DEVICE void cluster_sync_relaxed(K2K_WHERE_ONLY) {
+    cluster_arrive_relaxed(K2K_PASS_WHERE_ONLY);
     cluster_wait(K2K_PASS_WHERE_ONLY);
 }
 

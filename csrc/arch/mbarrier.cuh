@@ -37,12 +37,27 @@ K2K_DEVICE void mbarrier_arrive(Mbarrier& barrier K2K_WHERE) {
         smem_address(&barrier)) : "memory");
 }
 
-// Arrives `count` times at the barrier in the same place of block `rank` of the cluster. sm_90.
+// Arrives at the barrier in the same place of block `rank` of the cluster, after this thread's
+// reads: a stage is handed back. What this thread wrote is published to its own block only, so that
+// the arrival is one instruction; the barrier's threads wait with mbarrier_wait. sm_90. PTX:
+// #parallel-synchronization-and-communication-instructions-mbarrier-arrive
+K2K_DEVICE void mbarrier_arrive_remote(Mbarrier& barrier, uint32_t rank K2K_WHERE) {
+    K2K_EMULATE(mbarrier_arrive_remote(&barrier, rank, 1, "mbarrier_arrive_remote", where));
+    K2K_PTX(
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+        " mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(smem_address(&barrier)),
+        "r"(rank) : "memory");
+}
+
+// Arrives there `count` times, having published to the cluster what this thread wrote (and what it
+// has seen of others): for data that other blocks read through cluster_pointer, after
+// mbarrier_wait_cluster. ptxas makes a fence of the whole GPU of it (MEMBAR.ALL.GPU), an L2 round
+// trip: never in an inner loop. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-arrive
 K2K_DEVICE void mbarrier_arrive_cluster(Mbarrier& barrier,
                                         uint32_t rank,
                                         uint32_t count = 1 K2K_WHERE) {
-    K2K_EMULATE(mbarrier_arrive_cluster(&barrier, rank, count, where));
+    K2K_EMULATE(mbarrier_arrive_remote(&barrier, rank, count, "mbarrier_arrive_cluster", where));
     K2K_PTX(
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
         " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote], %2; }" ::"r"(
@@ -113,7 +128,8 @@ K2K_DEVICE void mbarrier_wait(Mbarrier& barrier, uint32_t parity K2K_WHERE) {
 #endif
 }
 
-// The same for barriers at which other blocks of the cluster arrive. sm_90.
+// The same, and acquires what other blocks of the cluster published by mbarrier_arrive_cluster (or
+// store_async): invalidates the multiprocessor's L1 (CCTL.IVALL). sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-test-wait-try-wait
 K2K_DEVICE void mbarrier_wait_cluster(Mbarrier& barrier, uint32_t parity K2K_WHERE) {
     K2K_EMULATE(mbarrier_wait(&barrier, parity, where));

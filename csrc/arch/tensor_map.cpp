@@ -1,6 +1,8 @@
 #include "arch/tensor_map.h"
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -37,7 +39,9 @@ void check(Type type,
         require(size >= 1 && size <= uint64_t(1) << 32, "sizes of 1 to 2^32", size);
     }
     for (const uint64_t stride : stride_bytes) {
-        require(stride % 16 == 0 && stride < uint64_t(1) << 40, "strides: multiples of 16", stride);
+        // The driver's rules; 0 is none of a tensor that is wholly in memory.
+        require(stride % 16 == 0 && stride > 0 && stride < uint64_t(1) << 40,
+                "strides: multiples of 16 above 0", stride);
     }
     for (const uint32_t extent : box) {
         require(extent >= 1 && extent <= 256, "box sizes of 1 to 256", extent);
@@ -48,9 +52,34 @@ void check(Type type,
             "an inner box no wider than the swizzle", inner);
 }
 
-}  // namespace
+// All that a map is made of, and nothing else, so that maps can be kept: whatever lies at the
+// address later, equal arguments make equal maps. Without padding: compared as bytes.
+struct Arguments {
+    uint64_t base = 0;
+    uint64_t sizes[5] = {}, stride_bytes[4] = {};
+    uint32_t box[5] = {};
+    uint16_t rank = 0, swizzle = 0;
+    uint64_t type = 0;
 
-#ifdef K2K_EMULATED
+    bool operator==(const Arguments& other) const {
+        return std::memcmp(this, &other, sizeof *this) == 0;
+    }
+    std::size_t hash() const {  // of what mostly differs
+        const uint64_t mixed =
+            (base + (sizes[1] << 44) + (uint64_t(box[1]) << 36)) * 0x9e3779b97f4a7c15;
+        return static_cast<std::size_t>(mixed >> 40);
+    }
+};
+static_assert(sizeof(Arguments) == 8 + 9 * 8 + 5 * 4 + 2 * 2 + 8, "no padding");
+
+TensorMap encode(Type type,
+                 const void* base,
+                 std::initializer_list<uint64_t> sizes,
+                 std::initializer_list<uint64_t> stride_bytes,
+                 std::initializer_list<uint32_t> box,
+                 Swizzle swizzle);
+
+}  // namespace
 
 TensorMap make_tensor_map(Type type,
                           const void* base,
@@ -59,6 +88,42 @@ TensorMap make_tensor_map(Type type,
                           std::initializer_list<uint32_t> box,
                           Swizzle swizzle) {
     check(type, base, sizes, stride_bytes, box, swizzle);
+    Arguments arguments;
+    arguments.base = reinterpret_cast<uintptr_t>(base);
+    std::copy(sizes.begin(), sizes.end(), arguments.sizes);
+    std::copy(stride_bytes.begin(), stride_bytes.end(), arguments.stride_bytes);
+    std::copy(box.begin(), box.end(), arguments.box);
+    arguments.rank = static_cast<uint16_t>(sizes.size());
+    arguments.swizzle = static_cast<uint16_t>(swizzle);
+    arguments.type = static_cast<uint64_t>(type);
+
+    // The maps that this thread made last, each in the only place it may have: weights, and buffers
+    // that the caller's allocator hands out again, have the same addresses call after call. 1,024
+    // of them are 256 KB a thread.
+    struct Kept {
+        Arguments arguments;  // rank 0: nothing is kept here
+        TensorMap map;
+    };
+    constexpr std::size_t kPlaces = 1024;
+    static thread_local const std::unique_ptr<Kept[]> kept(new Kept[kPlaces]);
+    Kept& place = kept[arguments.hash() % kPlaces];
+    if (!(place.arguments == arguments)) {
+        place.map = encode(type, base, sizes, stride_bytes, box, swizzle);
+        place.arguments = arguments;
+    }
+    return place.map;
+}
+
+namespace {
+
+#ifdef K2K_EMULATED
+
+TensorMap encode(Type type,
+                 const void* base,
+                 std::initializer_list<uint64_t> sizes,
+                 std::initializer_list<uint64_t> stride_bytes,
+                 std::initializer_list<uint32_t> box,
+                 Swizzle swizzle) {
     emulator::TensorMapFields fields = {};
     fields.mark = emulator::TensorMapFields::kMark;
     fields.type = static_cast<uint8_t>(type);
@@ -78,8 +143,6 @@ TensorMap make_tensor_map(Type type,
 #else
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
-
-namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -131,15 +194,12 @@ CUtensorMapSwizzle swizzle_mode(Swizzle swizzle) {
     }
 }
 
-}  // namespace
-
-TensorMap make_tensor_map(Type type,
-                          const void* base,
-                          std::initializer_list<uint64_t> sizes,
-                          std::initializer_list<uint64_t> stride_bytes,
-                          std::initializer_list<uint32_t> box,
-                          Swizzle swizzle) {
-    check(type, base, sizes, stride_bytes, box, swizzle);
+TensorMap encode(Type type,
+                 const void* base,
+                 std::initializer_list<uint64_t> sizes,
+                 std::initializer_list<uint64_t> stride_bytes,
+                 std::initializer_list<uint32_t> box,
+                 Swizzle swizzle) {
     cuuint64_t map_sizes[5], map_strides[5] = {};
     cuuint32_t map_box[5];
     const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
@@ -162,5 +222,7 @@ TensorMap make_tensor_map(Type type,
 }
 
 #endif
+
+}  // namespace
 
 }  // namespace k2k::arch

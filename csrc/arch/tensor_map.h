@@ -21,9 +21,10 @@ enum class Swizzle : uint16_t { kNone = 0, k32 = 32, k64 = 64, k128 = 128 };
 
 // A tensor of 1 to 5 dimensions, innermost first, which is contiguous; the strides in bytes are
 // those of the others. `box` is the tile that one copy moves. Throws std::invalid_argument where
-// TMA's rules do not hold: base and strides multiples of 16, box up to 256, inner box a multiple of
-// 16 bytes and no wider than the swizzle. The driver is reached through the runtime; libcuda is not
-// linked.
+// TMA's rules do not hold: base and strides multiples of 16, no stride 0, box up to 256, inner box
+// a multiple of 16 bytes and no wider than the swizzle. The driver is reached through the runtime;
+// libcuda is not linked. A thread keeps the maps it made last and makes none again from the same
+// arguments.
 TensorMap make_tensor_map(Type type,
                           const void* base,
                           std::initializer_list<uint64_t> sizes,

@@ -9,7 +9,7 @@
 //     wgmma_fence();                         registers and shared memory are ready
 //     wgmma_ss<bf16, N>(d, a, b, false);     any number of these
 //     wgmma_commit();                        they make a group
-//     wgmma_wait<0>();                       now d may be read
+//     wgmma_wait<0>(d);                      now d may be read
 //
 // PTX: #asynchronous-warpgroup-level-matrix-instructions
 
@@ -66,6 +66,17 @@ template <int kPending>
 K2K_DEVICE void wgmma_wait(K2K_WHERE_ONLY) {
     K2K_EMULATE(wgmma_wait(kPending, where));
     K2K_PTX("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The same, after which `d` is read: for the compiler d is written here, so that no read of it can
+// come before. (The volatile asm statements keep their order; the second one is no instruction.)
+template <int kPending, int kValues>
+K2K_DEVICE void wgmma_wait(float (&d)[kValues] K2K_WHERE) {
+    wgmma_wait<kPending>(K2K_PASS_WHERE_ONLY);
+#ifndef K2K_EMULATED
+    K2K_UNROLL
+    for (float& value : d) K2K_PTX("" : "+f"(value)::"memory");
+#endif
 }
 
 #ifndef K2K_EMULATED

@@ -92,13 +92,15 @@ long fp8_gemm(const Matrix& a,
     if (forced) {
         plan = plan_of(*forced);
     } else {
+        // Of groups that follow one another, not more have rows than there are rows.
         const bool by_rows = p.groups.axis == GemmGroups::Axis::kRows;
-        const int64_t rows = by_rows ? ceil_div(p.a.rows, std::max(number, 1)) : p.a.rows;
+        const int64_t filled = by_rows ? std::min<int64_t>(number, p.a.rows) : number;
+        const int64_t rows = by_rows ? ceil_div(p.a.rows, std::max<int64_t>(filled, 1)) : p.a.rows;
         const bool fine = p.b.block_shift == 0 || p.b.block_offset != 0;
         const bool along_k = p.groups.axis == GemmGroups::Axis::kK;
         const int64_t group_k = along_k ? ceil_div(k, std::max(number, 1)) : k;
         plan = plan_gemm(
-            {number, expected_rows.value_or(rows), p.b.rows, group_k, fine, whole_k || along_k,
+            {filled, expected_rows.value_or(rows), p.b.rows, group_k, fine, whole_k || along_k,
              /*swiglu=*/false},
             chip);
     }

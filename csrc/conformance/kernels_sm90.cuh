@@ -266,11 +266,12 @@ __global__ void __launch_bounds__(32) bulk_kernel(const uint32_t* input, uint32_
 // ---- clusters
 
 // Four blocks. Each shows its rank and size, what its neighbour wrote to the same place, what its
-// neighbour copied here, and what block 0 loaded for all but block 2. Input: 4 x 32 words, then 32;
-// output: five rows of 32 per block, the last of block 2 being its own words.
+// neighbour copied here, what block 0 loaded for all but block 2, and what its neighbour published.
+// Input: 4 x 32 words, then 32; output: six rows of 32 per block, the fifth of block 2 being its
+// own words.
 struct alignas(128) ClusterStorage {
-    uint32_t own[32], copied[32], multicast[32];
-    Mbarrier arrived, landed;
+    uint32_t own[32], copied[32], multicast[32], published[32];
+    Mbarrier published_all, read_all, landed;
 };
 __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint32_t* output) {
     ClusterStorage& smem = arch::shared_storage<ClusterStorage>();
@@ -280,7 +281,8 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
     const bool receives = kReceivers >> rank & 1;
     smem.own[lane] = smem.multicast[lane] = input[rank * 32 + lane];
     if (lane == 0) {
-        arch::mbarrier_init(smem.arrived, size * (size + 1) / 2);
+        arch::mbarrier_init(smem.published_all, size * (size + 1) / 2);
+        arch::mbarrier_init(smem.read_all, size);
         arch::mbarrier_init(smem.landed, 1);
         arch::fence_mbarrier_init();
         arch::mbarrier_arrive_expect_tx(smem.landed, receives ? 2 * kBytes : kBytes);
@@ -298,7 +300,7 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
                                       kReceivers, CacheHint::kEvictLast);
         }
     }
-    Rows out(output + rank * 5 * 32);
+    Rows out(output + rank * 6 * 32);
     out(rank);
     out(size);
     out(arch::cluster_pointer(smem.own, next)[lane]);
@@ -306,10 +308,19 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
     out(smem.copied[lane]);
     out(smem.multicast[lane]);
 
-    // Block r arrives r + 1 times at every other's barrier, and its own.
-    if (lane < size) arch::mbarrier_arrive_cluster(smem.arrived, lane, rank + 1);
-    arch::mbarrier_wait_cluster(smem.arrived, 0);
-    arch::cluster_sync();
+    // Block r publishes by r + 1 arrivals at every other's barrier, and its own; by one it hands
+    // back what it has read, which may then be overwritten.
+    smem.published[lane] = smem.own[lane] + 1;
+    arch::sync_warp();
+    if (lane < size) arch::mbarrier_arrive_cluster(smem.published_all, lane, rank + 1);
+    arch::mbarrier_wait_cluster(smem.published_all, 0);
+    out(arch::cluster_pointer(smem.published, next)[lane]);
+    arch::sync_warp();
+    if (lane < size) arch::mbarrier_arrive_remote(smem.read_all, lane);
+    arch::mbarrier_wait(smem.read_all, 0);
+    smem.published[lane] = 0;
+    arch::cluster_arrive_relaxed();
+    arch::cluster_wait();
 }
 
 // Four blocks. Each lane sends its word w, then w + 1 and w + 2, then w + 3 to w + 6 to the next
@@ -329,7 +340,7 @@ __global__ void __launch_bounds__(32) store_async_kernel(const uint32_t* input, 
         arch::fence_mbarrier_init();
         arch::mbarrier_arrive_expect_tx(smem.landed, 32 * (4 + 8 + 16));
     }
-    arch::cluster_sync();
+    arch::cluster_sync_relaxed();
     const uint32_t w = input[rank * 32 + lane];
     arch::store_async(&smem.four[lane], w, smem.landed, next);
     arch::store_async(&smem.eight[lane], make_uint2(w + 1, w + 2), smem.landed, next);

@@ -91,17 +91,23 @@ void cluster_recheck(Cluster& cluster) {
     cluster.waiting.clear();
 }
 
-void cluster_arrive(Where where) {
+static void arrive_at_cluster(bool releases, const char* name, Where where) {
     race::Quiet quiet;
-    enter("cluster_arrive", where, 90);
+    enter(name, where, 90);
     Thread* thread = self();
     Cluster& cluster = *thread->block->cluster;
-    if (thread->cluster_arrived) fail(where, "cluster_arrive twice without cluster_wait");
+    if (thread->cluster_arrived) fail(where, "%s twice without cluster_wait", name);
     thread->cluster_arrived = true;
-    race::release(&cluster);
+    if (releases) race::release(&cluster);
     ++cluster.arrived;
     cluster_recheck(cluster);
-    preempt("cluster_arrive", where);
+    preempt(name, where);
+}
+
+void cluster_arrive(Where where) { arrive_at_cluster(true, "cluster_arrive", where); }
+
+void cluster_arrive_relaxed(Where where) {
+    arrive_at_cluster(false, "cluster_arrive_relaxed", where);
 }
 
 void cluster_wait(Where where) {

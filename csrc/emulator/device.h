@@ -34,6 +34,7 @@ void sync_block(Where where);
 void barrier_sync(uint32_t id, uint32_t num_threads, Where where);
 void barrier_arrive(uint32_t id, uint32_t num_threads, Where where);
 void cluster_arrive(Where where);
+void cluster_arrive_relaxed(Where where);
 void cluster_wait(Where where);
 uint32_t cluster_size();
 
@@ -101,7 +102,8 @@ void tma_reduce_add(
 void mbarrier_init(void* barrier, uint32_t count, Where where);
 void mbarrier_inval(void* barrier, Where where);
 void mbarrier_arrive(void* barrier, uint32_t count, uint32_t expect_bytes, Where where);
-void mbarrier_arrive_cluster(void* barrier, uint32_t rank, uint32_t count, Where where);
+void mbarrier_arrive_remote(
+    void* barrier, uint32_t rank, uint32_t count, const char* name, Where where);
 void mbarrier_expect_tx(void* barrier, uint32_t bytes, Where where);
 bool mbarrier_test_wait(void* barrier, uint32_t parity, Where where);
 bool mbarrier_try_wait(void* barrier, uint32_t parity, Where where);

@@ -140,12 +140,14 @@ void mbarrier_arrive(void* barrier, uint32_t count, uint32_t bytes, Where where)
     preempt("mbarrier_arrive", where);
 }
 
-void mbarrier_arrive_cluster(void* barrier, uint32_t rank, uint32_t count, Where where) {
+// Of both kinds: what is published to a cluster alone or to a block alone is not told apart.
+void mbarrier_arrive_remote(
+    void* barrier, uint32_t rank, uint32_t count, const char* name, Where where) {
     race::Quiet quiet;
-    enter("mbarrier_arrive_cluster", where, 90);
+    enter(name, where, 90);
     void* remote = peer(barrier, rank, where);
-    arrive(checked_mbarrier(remote, "mbarrier_arrive_cluster", where), count, where);
-    preempt("mbarrier_arrive_cluster", where);
+    arrive(checked_mbarrier(remote, name, where), count, where);
+    preempt(name, where);
 }
 
 void mbarrier_expect_tx(void* barrier, uint32_t bytes, Where where) {

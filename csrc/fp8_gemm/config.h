@@ -2,6 +2,8 @@
 
 // Tiles, as types and as numbers, and which of them serves a call: a pure function.
 
+#include <initializer_list>
+
 #include "common/chip.h"
 #include "common/math.h"
 #include "fp8_gemm/params.h"
@@ -200,7 +202,8 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
         0.85 * (chip.capability == 90 && plan.kernel >= GemmKernel::kHopper128x128 ? 4096 : 1024);
     // Five instructions turn four codes into fp16; 128 lanes issue at a time.
     constexpr double kDecodeRow = 128 * 5 / 4 / 128.0;
-    // The result's way out and the next tile's way in; a cluster's blocks meet twice.
+    // The result's way out and the next tile's way in. The blocks of a cluster meet when the kernel
+    // begins and ends, and those with parts of K in each tile.
     constexpr double kTileClocks = 1500, kMeetingClocks = 1000;
     // Of the tensor cores' time a warpgroup alone uses so much, adding its sums in between; and two
     // warpgroups with tiles of their own, against the 0.85 above, as they often meet at the end.
@@ -228,7 +231,7 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     const double block = copy > multiply ? copy : multiply;
     const double blocks = static_cast<double>(ceil_div(ceil_div(sizes.k, 128), plan.split));
     const double result = 2.0 * facts.rows * facts.columns / kCacheBytes;
-    const double ends = result + kTileClocks + (cluster > 1 ? kMeetingClocks : 0);
+    const double ends = result + kTileClocks + (plan.split > 1 ? kMeetingClocks : 0);
     double work = static_cast<double>(rounds) * (blocks * block + ends);
     if (is_ping_pong(plan.kernel)) {
         // One warpgroup's products, or half of what both need for a tile of each and its ends.
@@ -249,6 +252,7 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     const double result_bytes = second ? 8.5 : sizes.swiglu ? 0.5 : 2;
     const double bytes = sizes.groups * (columns * k + rows * (k + result_bytes * columns));
     const double memory = bytes / (kMemoryBytes * chip.multiprocessors);
+    if (cluster > 1) work += kMeetingClocks;
     if (second) work += kSecondKernel;
     // They overlap, but not at the ends.
     return work > memory ? work + 0.1 * memory : memory + 0.1 * work;
@@ -318,7 +322,9 @@ constexpr GemmPlan serving(GemmPlan plan, const Fp8GemmParams& p) {
     if ((small || large) && p.k == 0) return {GemmKernel::kPortable16x128};
     const bool fine = p.b.block_shift == 0 || p.b.block_offset != 0;
     const bool along_k = p.groups.axis == GemmGroups::Axis::kK;
-    if ((large && fine) || (small && along_k)) return {GemmKernel::kHopperFine, plan.share};
+    if ((large && fine) || ((large || small) && along_k)) {
+        return {GemmKernel::kHopperFine, plan.share};
+    }
     return plan;
 }
 

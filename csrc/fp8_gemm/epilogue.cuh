@@ -77,24 +77,32 @@ K2K_DEVICE float row_weight(const Fp8GemmParams& p, const GemmTile& tile, int ro
     return p.row_weights[tile.group * p.row_weights_matrix_stride + tile.first_row + row];
 }
 
-// Multiplies a warp's 16 rows from `row` on, both in the group's D, with their weights and adds
-// bias and C to them, from `column` on.
+// Multiplies a warp's 16 rows from `row` on, in the group's D, with their weights, if any.
+template <int kValues>
+K2K_DEVICE void weigh(float (&values)[kValues],
+                      const Fp8GemmParams& p,
+                      const GemmTile& tile,
+                      int row) {
+    if (p.row_weights == nullptr) return;
+    row += arch::lane_id() / 4;
+    K2K_UNROLL
+    for (int h = 0; h < 2; ++h) {
+        if (row + 8 * h >= tile.rows) continue;
+        const float weight = row_weight(p, tile, row + 8 * h);
+        K2K_UNROLL
+        for (int i = 0; i < kValues; ++i) {
+            if (i / 2 % 2 == h) values[i] = rounded_product(values[i], weight);
+        }
+    }
+}
+
+// The same, and adds bias and C to them, from `column` on.
 template <int kValues>
 K2K_DEVICE void weigh_and_add(
     float (&values)[kValues], const Fp8GemmParams& p, const GemmTile& tile, int row, int column) {
+    weigh(values, p, tile, row);
     row += arch::lane_id() / 4;
     column += arch::lane_id() % 4 * 2;
-    if (p.row_weights != nullptr) {
-        K2K_UNROLL
-        for (int h = 0; h < 2; ++h) {
-            if (row + 8 * h >= tile.rows) continue;
-            const float weight = row_weight(p, tile, row + 8 * h);
-            K2K_UNROLL
-            for (int i = 0; i < kValues; ++i) {
-                if (i / 2 % 2 == h) values[i] = rounded_product(values[i], weight);
-            }
-        }
-    }
     if (p.bias.values != nullptr) add(values, p.bias, tile, row, column, p.b.rows);
     if (p.c.values != nullptr) add(values, p.c, tile, row, column, p.b.rows);
 }

@@ -30,9 +30,9 @@
 //   named 3 - 6  a warp of each warpgroup: sums are there to be fetched; they are fetched (SwiGLU)
 //
 // Stage     tile_rows + tile_columns rows of 128 bytes with the 128-byte swizzle, and their scales.
-// Result    leaves a warpgroup 64 columns at a time through shared memory by TMA; straight from
-//           registers where a group's rows end inside, for float32, and where rows of D do not
-//           begin at multiples of 16 bytes.
+// Result    leaves a warpgroup 64 columns at a time through shared memory by TMA; 32 columns at a
+//           time and row by row where a group's rows end inside, for float32, with bias or C, and
+//           where rows of D do not begin at multiples of 16 bytes.
 // Registers 56 a thread for warps 0 to 3, 224 for the others, of which sum and result take
 //           columns / 2 x (1 + waves): 128 to 192.
 // Shared    of 227 KB: stages x (rows + columns) x 132 bytes or less, panels of 8 KB.
@@ -132,7 +132,7 @@ K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem,
         for (int k = tile.k_begin; k < tile.k_end; k += kBlockK, stage.advance()) {
             if (arch::lane_id() != 0) continue;
             arch::Mbarrier& full = smem.full[stage.slot];
-            arch::mbarrier_wait_cluster(smem.empty[stage.slot], stage.parity ^ 1);
+            arch::mbarrier_wait(smem.empty[stage.slot], stage.parity ^ 1);
             arch::mbarrier_arrive_expect_tx(full, (Tile::kRows + Tile::kColumns) * kBlockK);
             load_factor(smem.a[stage.slot], maps.a, full, Tile::kRows, share == Share::kA, k,
                         static_cast<int>(tile.first_row) + tile.row, a_matrix);
@@ -170,7 +170,7 @@ K2K_DEVICE void load_scales(HopperPipeline<Tile>& smem, const Fp8GemmParams& p) 
                          (tile.first_row + tile.row + lane) * p.a.scale_row_stride;
         const float* b = p.b.scales + tile.group * p.b.scale_matrix_stride;
         for (int k = tile.k_begin; k < k_end; k += kBlockK, stage.advance()) {
-            arch::mbarrier_wait_cluster(smem.empty[stage.slot], stage.parity ^ 1);
+            arch::mbarrier_wait(smem.empty[stage.slot], stage.parity ^ 1);
             const int block = k / kBlockK;
             const float* source = a + block * p.a.scale_column_stride;
             K2K_NO_UNROLL
@@ -188,6 +188,7 @@ K2K_DEVICE void load_scales(HopperPipeline<Tile>& smem, const Fp8GemmParams& p) 
             arch::cp_async_arrive(smem.full[stage.slot]);
         }
     }
+    finish_scales();
 }
 
 // ---- warps 4 to 11
@@ -251,6 +252,99 @@ K2K_DEVICE void store_panels(HopperPipeline<Tile>& smem,
     }
 }
 
+// Four neighbours of a row, of which `left` are in the matrix; by one access where they lie on a
+// multiple of their size.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+    T values[4];
+};
+template <class T>
+K2K_DEVICE bool is_four(const T* first, int64_t left) {
+    return left >= 4 && reinterpret_cast<uintptr_t>(first) % sizeof(Four<T>) == 0;
+}
+
+// Adds bias or C, if any, to four neighbours of a row (of all groups' rows) from `column` on.
+K2K_DEVICE void add_four(
+    float (&four)[4], const Addend& addend, int group, int64_t row, int column, int64_t left) {
+    if (addend.values == nullptr) return;
+    const int64_t at = group * addend.matrix_stride + row * addend.row_stride + column;
+    by_result_type(addend.type, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T* source = static_cast<const T*>(addend.values) + at;
+        Four<T> added = {};
+        if (is_four(source, left)) {
+            added = *reinterpret_cast<const Four<T>*>(source);
+        } else {
+            K2K_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                if (i < left) added.values[i] = source[i];
+            }
+        }
+        K2K_UNROLL
+        for (int i = 0; i < 4; ++i) four[i] += widened(added.values[i]);
+    });
+}
+
+// Adds bias and C to 64 rows and stores them, as far as they are within the group's D: what TMA
+// cannot. 32 columns at a time go through the warpgroup's panel, where each warp has 16 rows, so
+// that a row's come out of it side by side; in loops, so that the code is small.
+template <class Tile, int kValues>
+K2K_DEVICE void store_by_rows(HopperPipeline<Tile>& smem,
+                              const Fp8GemmParams& p,
+                              float (&values)[kValues],
+                              const GemmTile& tile,
+                              int warpgroup,
+                              int row,
+                              int column) {
+    const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    auto* panel =
+        reinterpret_cast<float*>(smem.result.panels[Tile::kPipelines == 1 ? warpgroup : 0][0]) +
+        warp * 16 * 32;
+    const int group = tile.group, rows = tile.rows - (row + 16 * warp);
+    const int64_t first_row = tile.first_row + row + 16 * warp;
+    if (thread == 0) arch::bulk_wait_read<0>();
+    arch::barrier_sync(1 + warpgroup, 128);
+    K2K_NO_UNROLL
+    for (int first = 0; first < 2 * kValues; first += 32) {
+        K2K_UNROLL
+        for (int i = 0; i < 8; ++i) {  // 8 columns, of row lane / 4 or of the eighth after it
+            const int r = lane / 4 + i % 2 * 8, chunk = i / 2 * 2 + lane % 4 / 2;
+            *reinterpret_cast<float2*>(panel + r * 32 + (chunk ^ r % 8) * 4 + lane % 2 * 2) =
+                make_float2(values[2 * i], values[2 * i + 1]);
+        }
+        arch::sync_warp();
+        const int at = column + first + lane % 8 * 4;
+        const int64_t left = p.b.rows - at;
+        K2K_NO_UNROLL
+        for (int r = lane / 8; r < 16 && r < rows && left > 0; r += 4) {
+            const float4 sums =
+                *reinterpret_cast<const float4*>(panel + r * 32 + (lane ^ r) % 8 * 4);
+            float four[4] = {sums.x, sums.y, sums.z, sums.w};
+            add_four(four, p.bias, group, first_row + r, at, left);
+            add_four(four, p.c, group, first_row + r, at, left);
+            by_result_type(p.d_type, [&](auto* type) {
+                using T = std::remove_pointer_t<decltype(type)>;
+                T* d = static_cast<T*>(p.d) + group * p.d_matrix_stride +
+                       (first_row + r) * p.d_row_stride + at;
+                Four<T> results;
+                K2K_UNROLL
+                for (int i = 0; i < 4; ++i) results.values[i] = narrowed(four[i], type);
+                if (is_four(d, left)) {
+                    *reinterpret_cast<Four<T>*>(d) = results;
+                } else {
+                    K2K_UNROLL
+                    for (int i = 0; i < 4; ++i) {
+                        if (i < left) d[i] = results.values[i];
+                    }
+                }
+            });
+        }
+        arch::sync_warp();
+        K2K_UNROLL
+        for (int i = 0; i < kValues - 16; ++i) values[i] = values[i + 16];  // the next 32
+    }
+}
+
 // Bias, C and stores of a warpgroup's 64 rows from `row` on, from `column` on.
 template <class Tile, int kValues>
 K2K_DEVICE void finish_wave(HopperPipeline<Tile>& smem,
@@ -261,12 +355,12 @@ K2K_DEVICE void finish_wave(HopperPipeline<Tile>& smem,
                             int warpgroup,
                             int row,
                             int column) {
-    const int warp_row = row + static_cast<int>(threadIdx.x % 128) / 32 * 16;
     const int matrix = p.groups.axis == GemmGroups::Axis::kRows ? 0 : tile.group;
     const int d_row = static_cast<int>(tile.first_row) + row;
-    weigh_and_add(values, p, tile, warp_row, column);
-    if (!maps.stores_by_tma || row + 64 > tile.rows) {
-        store_rows(values, p, tile, warp_row, column);
+    weigh(values, p, tile, row + static_cast<int>(threadIdx.x % 128) / 32 * 16);
+    if (!maps.stores_by_tma || row + 64 > tile.rows || p.bias.values != nullptr ||
+        p.c.values != nullptr) {
+        store_by_rows(smem, p, values, tile, warpgroup, row, column);
     } else if (p.d_type == Type::kBf16) {
         store_panels<Tile, bf16>(smem, maps, values, warpgroup, column, d_row, matrix);
     } else {
@@ -314,14 +408,27 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
             turn.advance();
         }
 
-        for (int k = tile.k_begin; k < tile.k_end; k += kBlockK, stage.advance()) {
+        const int k_end = tile.k_end;
+        for (int k = tile.k_begin; k < k_end; k += kBlockK, stage.advance()) {
             arch::mbarrier_wait(smem.full[stage.slot], stage.parity);
-            if (p.groups.axis == GemmGroups::Axis::kK && tile.k_end - k < kBlockK) {
-                clear_tail<64 * kWaves>(smem.a[stage.slot] + first_row * kBlockK, tile.k_end - k);
-                clear_tail<kColumns>(smem.b[stage.slot] + first_column * kBlockK, tile.k_end - k);
-                arch::fence_proxy_async();
-                arch::barrier_sync(1 + warpgroup, 128);
+            if constexpr (Tile::kFine) {
+                if (p.groups.axis == GemmGroups::Axis::kK && k_end - k < kBlockK) {
+                    clear_tail<64 * kWaves>(smem.a[stage.slot] + first_row * kBlockK, k_end - k);
+                    clear_tail<kColumns>(smem.b[stage.slot] + first_column * kBlockK, k_end - k);
+                    arch::fence_proxy_async();
+                    arch::barrier_sync(1 + warpgroup, 128);
+                }
             }
+            // Hands the stage back: its codes and, in registers or used, its scales were read.
+            const auto release = [&] {
+                arch::sync_warp();
+                if (kPingPong && k == middle && lane == 0) arch::mbarrier_arrive(smem.halfway);
+                if (share == Share::kNone) {
+                    if (lane == 0) arch::mbarrier_arrive(smem.empty[stage.slot]);
+                } else if (lane < 2) {
+                    arch::mbarrier_arrive_remote(smem.empty[stage.slot], lane);
+                }
+            };
             const float* b_scales = smem.b_scales[stage.slot];
             const float b0 = Tile::kFine ? 0 : b_scales[first_column / 128];
             const float b1 = Tile::kColumnScales == 2 ? b_scales[1] : 0;
@@ -342,7 +449,8 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
                     arch::wgmma_ss<e4m3, kColumns>(sum, a_tile + step, b_tile + step, kk > 0);
                 }
                 arch::wgmma_commit();
-                arch::wgmma_wait<0>();
+                arch::wgmma_wait<0>(sum);
+                if (!Tile::kFine && wave == kWaves - 1) release();
                 if constexpr (Tile::kFine) {
                     promote(result[wave], sum, a_scale, b_scales + first_column + lane % 4 * 2);
                 } else if constexpr (Tile::kColumnScales == 1 || Tile::kAcross > 1) {
@@ -355,24 +463,18 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
                     }
                 }
             }
-            // The scales too have been read.
-            arch::sync_warp();
-            if (kPingPong && k == middle && lane == 0) arch::mbarrier_arrive(smem.halfway);
-            if (share == Share::kNone) {
-                if (lane == 0) arch::mbarrier_arrive(smem.empty[stage.slot]);
-            } else if (lane < 2) {
-                arch::mbarrier_arrive_cluster(smem.empty[stage.slot], lane);
-            }
+            if (Tile::kFine) release();
         }
 
         if constexpr (Tile::kSwiglu) {
             finish_swiglu(smem.result, p, result[0], result[1], tile, warpgroup);
         } else {
-            finish_wave(smem, p, maps, result[0], tile, warpgroup, tile.row + first_row,
-                        tile.column + first_column);
-            if constexpr (kWaves == 2) {
-                finish_wave(smem, p, maps, result[1], tile, warpgroup, tile.row + first_row + 64,
-                            tile.column + first_column);
+            K2K_NO_UNROLL  // moving 64 registers is cheaper than twice the code
+                for (int wave = 0; wave < kWaves; ++wave) {
+                finish_wave(smem, p, maps, result[0], tile, warpgroup,
+                            tile.row + first_row + 64 * wave, tile.column + first_column);
+                K2K_UNROLL
+                for (int i = 0; i < kValues; ++i) result[0][i] = result[kWaves - 1][i];
             }
         }
     }
@@ -388,7 +490,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                          Share share) {
     using Storage = HopperStorage<Tile>;
     Storage& smem = arch::shared_storage<Storage>();
-    const int warp = arch::warp_id();
+    // From a shuffle, so that it, and with it descriptors, are in uniform registers.
+    const int warp = arch::shuffle(static_cast<int>(arch::warp_id()), 0);
     const bool shares = share != Share::kNone;
 
     if (threadIdx.x == 0) {
@@ -409,7 +512,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (maps.stores_by_tma) arch::tma_prefetch(maps.d);
     }
     arch::sync_block();
-    if (shares) arch::cluster_sync();
+    if (shares) arch::cluster_sync_relaxed();
 
     if (warp < 4) {
         arch::registers_decrease<56>();
@@ -424,7 +527,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         multiply_tiles(smem, p, maps, share, warp / 4 - 1);
     }
     arch::sync_warp();
-    if (shares) arch::cluster_sync();  // the other block still arrives at barriers here
+    if (shares) arch::cluster_sync_relaxed();  // the other block still arrives at barriers here
 }
 
 }  // namespace k2k

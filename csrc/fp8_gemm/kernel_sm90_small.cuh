@@ -23,8 +23,8 @@
 //   empty[s]     warps 0 to 3                                    -          warps 4, 5
 //   found[t]     warp 4 once                                     -          warps 0 to 3, 5
 //   used[t]      warps 0 to 3, 5                                 -          warp 4
-//   parts_ready  a thread of each block of the cluster           -          warps 0 to 3
-//   parts_read   a thread of each block of the cluster           -          warps 0 to 3
+//   parts_ready  a thread of each block, publishing its part     -          warps 0 to 3
+//   parts_read   a thread of each block                          -          warps 0 to 3
 //   named 1      warps 0 to 3: the part is written; the parts are read
 //
 // Order     of the blocks of K is their own in each part, and the parts follow one another: from
@@ -142,6 +142,7 @@ K2K_DEVICE void load_small_scales(SmallStorage<Tile>& smem, const Fp8GemmParams&
             arch::cp_async_arrive(smem.full[stage.slot]);
         }
     }
+    finish_scales();
 }
 
 // ---- warps 0 to 3
@@ -233,14 +234,14 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem,
                 arch::wgmma_ss<e4m3, Tile::kTokens>(sum, b_tile + step, a_tile + step, kk > 0);
             }
             arch::wgmma_commit();
-            arch::wgmma_wait<0>();
+            arch::wgmma_wait<0>(sum);
             promote(result, sum, b_scale, smem.a_scales[stage.slot] + lane % 4 * 2);
             arch::sync_warp();
             if (lane == 0) arch::mbarrier_arrive(smem.empty[stage.slot]);
         }
 
         // This block's part, turned: a row for each token.
-        arch::mbarrier_wait_cluster(smem.parts_read, parts.parity ^ 1);
+        arch::mbarrier_wait(smem.parts_read, parts.parity ^ 1);
         K2K_UNROLL
         for (int i = 0; i < kValues; ++i) {
             smem.part[i / 4 * 8 + lane % 4 * 2 + i % 2][weight_row + i / 2 % 2 * 8] = result[i];
@@ -256,7 +257,7 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem,
         }
         arch::barrier_sync(1, 128);
         if (static_cast<int>(threadIdx.x) < split) {
-            arch::mbarrier_arrive_cluster(smem.parts_read, threadIdx.x);
+            arch::mbarrier_arrive_remote(smem.parts_read, threadIdx.x);
         }
         parts.advance();
     }
@@ -288,14 +289,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         arch::tma_prefetch(maps.b);
     }
     arch::sync_block();
-    if (split > 1) arch::cluster_sync();
+    if (split > 1) arch::cluster_sync_relaxed();
 
     const KPart part = part_of_k(p.k, split > 1 ? arch::cluster_rank() : 0, split);
     if (warp < 4) multiply_small_tiles(smem, p, part, split);
     if (warp == 4) load_small_factors(smem, p, maps, part, split);
     if (warp == 5) load_small_scales(smem, p, part);
     arch::sync_warp();
-    if (split > 1) arch::cluster_sync();  // the others still read the last part here
+    // The others still read the last part here: they have consumed it before they arrive.
+    if (split > 1) arch::cluster_sync_relaxed();
 }
 
 }  // namespace k2k

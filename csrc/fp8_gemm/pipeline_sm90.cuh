@@ -57,6 +57,12 @@ K2K_DEVICE void load_scale(float& target,
     arch::cp_async<4>(arch::smem_address(&target), valid ? source : any, valid K2K_PASS_WHERE);
 }
 
+// The warp that copies scales does not end before its copies have.
+K2K_DEVICE void finish_scales(K2K_WHERE_ONLY) {
+    arch::cp_async_commit(K2K_PASS_WHERE_ONLY);
+    arch::cp_async_wait<0>(K2K_PASS_WHERE_ONLY);
+}
+
 // result += sum * (a_scale * b_scale): a scale for each of this lane's two rows and for each
 // column, the first being the lane's.
 template <int kValues>

@@ -12,6 +12,7 @@
 
 #include "fp8_gemm/epilogue.cuh"
 #include "tile/e4m3_block.cuh"
+#include "tile/silu.cuh"
 
 namespace k2k {
 
@@ -98,7 +99,7 @@ K2K_DEVICE void finish_swiglu(SwigluExchange& exchange,
             const int at = i / 2 * 4 + 2 * h + i % 2;
             const float gate = warpgroup == 0 ? first[at] : last[at];
             const float up = warpgroup == 0 ? last[at] : first[at];
-            hidden[i] = gate / (1.0f + expf(-gate)) * up * weight;
+            hidden[i] = tile::silu(gate) * up * weight;
         }
         store_codes(hidden, p, tile, row + 8 * h, real);
     }

@@ -120,7 +120,7 @@ K2K_DEVICE void warp_has_read(Mbarrier& read K2K_WHERE) {
     if constexpr (kPair) {
         arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
         const uint32_t lane = arch::lane_id();
-        if (lane < 2) arch::mbarrier_arrive_cluster(read, lane, 1 K2K_PASS_WHERE);
+        if (lane < 2) arch::mbarrier_arrive_remote(read, lane K2K_PASS_WHERE);
     } else {
         warp_arrives(read K2K_PASS_WHERE);
     }
@@ -224,11 +224,7 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
 
             // The leader alone waits: a lane that looked later might miss a whole phase.
             if (!leader) continue;
-            if constexpr (kPair) {
-                arch::mbarrier_wait_cluster(smem.read[keys.stage], keys.parity ^ 1);
-            } else {
-                arch::mbarrier_wait(smem.read[keys.stage], keys.parity ^ 1);
-            }
+            arch::mbarrier_wait(smem.read[keys.stage], keys.parity ^ 1);
             K2K_NO_UNROLL
             for (uint32_t i = 0; i < kHopperBoxes; ++i) {
                 Mbarrier& landed = smem.landed[keys.stage][i];
@@ -529,7 +525,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     arch::grid_dependency_launch();
     const auto meet = [] {
         if constexpr (kPair) {
-            arch::cluster_sync();
+            arch::cluster_sync_relaxed();
         } else {
             arch::sync_block();
         }
@@ -553,7 +549,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
             find_tasks(smem, p);
         }
     }
-    if constexpr (kPair) arch::cluster_sync();  // the other block still arrives at barriers here
+    if constexpr (kPair) arch::cluster_sync_relaxed();  // the other block still arrives here
 }
 
 // The joining of parts, whose blocks take the places of mla_decode's as these end.

@@ -125,6 +125,9 @@ K2K_DEVICE void copy_panels(NsHopperStorage& smem, const NsWork<T>& work, int th
         b.copy(arch::smem_address(smem.ring[at.slot][1]), work.b.data, left);
         arch::cp_async_arrive(smem.full[at.slot]);
     }
+    // The warp does not end before its copies have.
+    arch::cp_async_commit();
+    arch::cp_async_wait<0>();
 }
 
 // ---- warps 0 to 7
@@ -158,7 +161,7 @@ K2K_DEVICE void multiply_panels(float (&sums)[kNsTile / 2], NsHopperStorage& sme
         if (arch::lane_id() == 0) arch::mbarrier_arrive(smem.empty[last.slot]);
         last.advance();
     }
-    arch::wgmma_wait<0>();
+    arch::wgmma_wait<0>(sums);
 }
 
 // ---- the kernel

@@ -24,6 +24,7 @@
 #include "quant/config.h"
 #include "quant/row_groups.cuh"
 #include "tile/e4m3_block.cuh"
+#include "tile/silu.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -53,7 +54,7 @@ K2K_DEVICE void load_swiglu(float (&hidden)[16], const T* row, int64_t column, i
     tile::widen(gate, gate16);
     tile::widen(up, up16);
     K2K_UNROLL
-    for (int i = 0; i < 16; ++i) hidden[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    for (int i = 0; i < 16; ++i) hidden[i] = tile::silu(gate[i]) * up[i];
 }
 
 template <class T, bool kSwiglu>

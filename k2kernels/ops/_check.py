@@ -209,6 +209,48 @@ def check_counts(op: str, name: str, counts: torch.Tensor, most: int) -> None:
         raise ValueError(f"{op}: {name} must be within 0 .. {most} (the rows of a group), got {_brief(sizes)}")
 
 
+def check_blocks(
+    args: Arguments,
+    name: str,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    row_offset: int = 0,
+    *,
+    columns_remedy: str = "",
+    rows_remedy: str = "",
+) -> None:
+    """Raises ValueError where `codes` [..., N, K] is visibly a shard that begins inside a 128x128 block.
+
+    `scales` [..., blocks of rows, blocks of K] belong to blocks that begin at the shard's first column, and
+    `row_offset` rows before its first row. What can be seen is where a view begins in the matrix that it was cut from;
+    a shard that was copied cannot be told from a weight. In a graph of torch.compile nothing is looked at.
+    """
+    if torch.compiler.is_compiling():
+        return
+    start, stride, (n, k) = codes.storage_offset(), codes.stride(-2), codes.shape[-2:]
+    if start == 0 or codes.stride(-1) != 1 or n < 2 or stride < k:
+        return
+    row, column = divmod(start, stride)
+    if column % 128 and column + k <= stride and codes.untyped_storage().nbytes() % stride == 0:
+        block = column // 128 * 128
+        raise ValueError(
+            f"{args.op}: {name} must be cut along K at a multiple of 128, where a block with its scale begins, "
+            f"got a view from column {column} on; take it from column {block} on{columns_remedy}, or, if its blocks do "
+            f"begin at column {column}, pass {name}.contiguous()"
+        )
+    scales_stride = scales.stride(-2)
+    if scales.stride(-1) != 1 or scales_stride < scales.shape[-1]:
+        return
+    # Scales cut from those of the same matrix begin with the block that holds the first row. Those of a later one of
+    # several matrices, whose rows are no multiple of 128, have further rows of scales before them.
+    scale_row = scales.storage_offset() // max(scales_stride, 1)
+    if row_offset == 0 and scale_row > 0 and scale_row == row // 128 and row % 128:
+        raise ValueError(
+            f"{args.op}: {name} must begin with a block of 128 rows, got a view from row {row} on, "
+            f"{row % 128} rows into its block{_also(rows_remedy)}"
+        )
+
+
 def _brief(values: list) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, {values[2]}, ..., {values[-1]}]"
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from k2kernels.ops._check import Arguments, check_counts, check_groups
+from k2kernels.ops._check import Arguments, check_blocks, check_counts, check_groups
 from k2kernels.ops._launch import TYPES, Chip, address, chip, launch
 from k2kernels.ops._register import register
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu_quantize
@@ -47,14 +47,16 @@ def fp8_gemm(
     Args:
         a: [M, K] float8_e4m3fn.
         a_scales: [M, ceil(K/128)] float32, of `quantize_1x128`; row or column layout (any strides).
-        b: [N, K] float8_e4m3fn: the weight, as a linear layer stores it.
+        b: [N, K] float8_e4m3fn: the weight, as a linear layer stores it. A shard along K of a weight with 128x128
+            scales begins at a multiple of 128 of K: the blocks of a and of b begin at column 0, and shapes do not tell
+            when they do not. A view that begins elsewhere is refused.
         b_scales: float32, [ceil((b_row_offset + N)/128), ceil(K/128)] of `quantize_128x128`, or [N, ceil(K/128)] of
             `quantize_1x128`.
         out_dtype: bfloat16, float16 or float32.
         bias: [N], bfloat16, float16 or float32.
         accumulate: C [M, N], bfloat16, float16 or float32.
         b_row_offset: how many rows of the first 128x128 block lie before row 0 of b: for a shard of a weight that
-            starts inside a block, 0 .. 127.
+            starts inside a block, 0 .. 127. A view of codes and scales that starts elsewhere is refused.
         batch_invariant: whether the bits of a row must not depend on how many rows there are. Few rows are otherwise
             served by summing parts of K apart, in a fixed order: the same from call to call, but not the order above.
         row_weights: [M] float32, a factor for each row of A · Bᵀ, not of bias and C.
@@ -65,7 +67,8 @@ def fp8_gemm(
         D [M, N]. M, N and K are free: none need be a multiple of 128, and any may be 0. Not differentiable.
 
     Raises:
-        TypeError, ValueError: for dtypes and shapes, and, with `out`, for a tensor that requires a gradient.
+        TypeError, ValueError: for dtypes and shapes; for a b that is visibly cut inside a block of K, or of rows other
+            than b_row_offset says; and, with `out`, for a tensor that requires a gradient.
 
     Source: DeepSeek-V3 (2024), section 3.3.2; DeepGEMM, fp8_gemm_nt.
     """
@@ -117,7 +120,7 @@ def grouped_fp8_gemm(
     Args:
         a: [cap, K], or [G, maxM, K] when masked; float8_e4m3fn.
         a_scales: [cap, ceil(K/128)], or [G, maxM, ceil(K/128)]; float32, row or column layout.
-        b: [G, N, K] float8_e4m3fn.
+        b: [G, N, K] float8_e4m3fn; cut along K and N as for `fp8_gemm`.
         b_scales: [G, ceil((b_row_offset + N)/128), ceil(K/128)] of `quantize_128x128`, or [G, N, ceil(K/128)]; float32.
         offsets: [G+1] int32, rising within 0 .. cap; any alignment.
         counts: [G] int32, the real rows of each group; None: they fill the space up to the next group.
@@ -133,8 +136,8 @@ def grouped_fp8_gemm(
         D [cap, N] or [G, maxM, N]. Groups may be empty. Not differentiable.
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes, both layouts or none, an `out` that requires a gradient, and, on a
-            CPU, for offsets, counts or masked_m out of range.
+        TypeError, ValueError: for dtypes, shapes, both layouts or none, a b that is visibly cut inside a block, an
+            `out` that requires a gradient, and, on a CPU, for offsets, counts or masked_m out of range.
 
     Source: DeepGEMM, m_grouped_fp8_gemm_nt_contiguous and _masked.
     """
@@ -174,7 +177,7 @@ def fp8_gemm_swiglu(
 
     Args:
         a, a_scales, b_scales: as for `fp8_gemm`.
-        b: [2I, K] float8_e4m3fn: the rows of gate, then those of up.
+        b: [2I, K] float8_e4m3fn: the rows of gate, then those of up; cut along K at multiples of 128, see `fp8_gemm`.
         weights: [M] float32, one factor per row, applied before the quantisation as `swiglu_quantize` does.
         power_of_two, scale_layout: as `quantize_1x128` takes them.
 
@@ -192,7 +195,7 @@ def fp8_gemm_swiglu(
     a = args.tensor("a", a, ("M", "K"), E4M3)
     b = args.tensor("b", b, ("2I", "K"), E4M3)
     a_scales = args.tensor("a_scales", a_scales, ("M", -(-args.sizes["K"] // 128)), torch.float32)
-    b_scales = _b_scales(args, b, b_scales, 0)
+    b_scales = _b_scales(args, b, b_scales, None)
     options = _swiglu_options(args, b, weights, ("M",), power_of_two, scale_layout)
     return _fp8_gemm_swiglu(a, a_scales, b, b_scales, *options)
 
@@ -234,7 +237,7 @@ def grouped_fp8_gemm_swiglu(
     a = args.tensor("a", a, (*rows, "K"), E4M3)
     b = args.tensor("b", b, ("G", "2I", "K"), E4M3)
     a_scales = args.tensor("a_scales", a_scales, (*rows, -(-args.sizes["K"] // 128)), torch.float32)
-    b_scales = _b_scales(args, b, b_scales, 0)
+    b_scales = _b_scales(args, b, b_scales, None)
     offsets, counts = _groups(args, offsets, counts, masked_m, expected_m)
     options = _swiglu_options(args, b, weights, rows, power_of_two, scale_layout)
     return _grouped_fp8_gemm_swiglu(a, a_scales, b, b_scales, offsets, counts, expected_m, *options)
@@ -316,7 +319,8 @@ def fp8_linear(
 
     Args:
         x: [..., K]; bfloat16, float16 or float32.
-        weight: [N, K] bfloat16, float16 or float32; need not be x's dtype.
+        weight: [N, K] bfloat16, float16 or float32; need not be x's dtype. A shard may be cut anywhere, along N and K:
+            blocks begin at its first element, as those of x's columns do.
         bias: [N], bfloat16, float16 or float32.
         power_of_two: scales are powers of two, of all operands.
         main_grad: [N, K] float32: dW is added to it in place, and `weight.grad` stays as it is: micro-batches add up
@@ -675,19 +679,27 @@ def _extension() -> ModuleType:
     return module
 
 
-def _b_scales(args: Arguments, b: Tensor, b_scales: Tensor, b_row_offset: int) -> Tensor:
+def _b_scales(args: Arguments, b: Tensor, b_scales: Tensor, b_row_offset: int | None) -> Tensor:
     """Checks b_scales [..., N or ceil((b_row_offset + N)/128), ceil(K/128)] against b [..., N, K]."""
-    args.integer("b_row_offset", b_row_offset, 0, 127)
+    row_offsets = b_row_offset is not None
+    b_row_offset = args.integer("b_row_offset", b_row_offset, 0, 127) if row_offsets else 0
     b_scales = args.tensor("b_scales", b_scales, None, torch.float32)
     *leading, n, k = b.shape
     fine = b_scales.ndim == b.ndim and b_scales.shape[-2] == n
-    return args.tensor(
+    b_scales = args.tensor(
         "b_scales",
         b_scales,
         (*leading, n if fine else -(-(b_row_offset + n) // 128), -(-k // 128)),
         torch.float32,
         remedy="one scale per 128x128 of b, or a row of scales per row of b",
     )
+    if not fine:
+        rows_remedy = "say so by b_row_offset" if row_offsets else "cut it at multiples of 128 rows"
+        check_blocks(args, "b", b, b_scales, b_row_offset, columns_remedy=_ZEROS_IN_FRONT, rows_remedy=rows_remedy)
+    return b_scales
+
+
+_ZEROS_IN_FRONT = " and give a as many more columns of zeros in front before it is quantised"
 
 
 def _layout(args: Arguments, offsets: Tensor | None, counts: Tensor | None, masked_m: Tensor | None) -> tuple[str, ...]:
@@ -805,9 +817,13 @@ def _with_rows(x: Tensor) -> Tensor:
 
 
 def _aligned(codes: Tensor) -> Tensor:
-    """Codes [..., rows, K], or a copy, whose rows begin at multiples of 16 bytes, as the kernels copy them."""
+    """Codes [..., rows, K], or a copy, whose rows begin at multiples of 16 bytes, as the kernels copy them.
+
+    Rows are not one and the same (stride 0): tensor maps are not said to take that.
+    """
     strides = [stride for size, stride in zip(codes.shape[:-1], codes.stride()) if size > 1]
-    if codes.stride(-1) == 1 and not any(x % 16 for x in (codes.data_ptr(), *strides)):
+    repeated = codes.shape[-2] > 1 and codes.stride(-2) == 0
+    if codes.stride(-1) == 1 and not repeated and not any(x % 16 for x in (codes.data_ptr(), *strides)):
         return codes
     *leading, k = codes.shape
     copy = codes.new_empty((*leading, -(-k // 16) * 16))[..., :k]
@@ -833,7 +849,7 @@ def _matrix(codes: Tensor, scales: Tensor) -> tuple:
     return (
         codes.data_ptr(),
         scales.data_ptr(),
-        (codes.shape[0] if codes.ndim == 3 else 1, codes.shape[-2]),
+        (codes.shape[0] if matrices != 0 else 1, codes.shape[-2]),  # one and the same for all groups: one
         (matrices, row),
         _scale_strides(scales),
     )
@@ -1004,9 +1020,10 @@ def _launch_gemm_swiglu(
 ) -> tuple[Tensor, Tensor]:
     """By one kernel that does it all, or by a GEMM and `swiglu_quantize`."""
     offsets, counts, number, _ = groups
-    rows = a.shape[-2] if offsets is None else -(-a.shape[0] // max(number, 1))
+    filled = number if offsets is None else min(number, a.shape[0])  # not more groups have rows than there are rows
+    rows = a.shape[-2] if offsets is None else -(-a.shape[0] // max(filled, 1))
     fine = b_scales.shape[-2] == b.shape[-2]
-    sizes = number, rows if expected_m is None else expected_m, b.shape[-2], a.shape[-1], fine, False, True
+    sizes = filled, rows if expected_m is None else expected_m, b.shape[-2], a.shape[-1], fine, False, True
     plan = _asked() or _extension().fp8_gemm_plan(sizes, chip(a.device))
     if fp8_gemm_kernels()[plan[0]].startswith("sm90_swiglu"):
         data, scales = _fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, weights, power_of_two, scale_layout)

@@ -387,7 +387,8 @@ def moe_mlp(
         dispatched = exchange.dispatch(x, indices, weights, **place)
     data, scales, offsets, counts, handle = dispatched
     groups = dict(offsets=offsets, counts=counts)
-    if codes:
+    if codes:  # every rank has as many pairs for these experts, about
+        groups["expected_m"] = -(-indices.numel() // max(gate_up.shape[0], 1))
         inner, inner_scales = grouped_fp8_gemm_swiglu(data, scales, gate_up, gate_up_scales, **scaling, **groups)
         y = grouped_fp8_gemm(inner, inner_scales, down, down_scales, out_dtype=x.dtype, **groups)
     elif fp8:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2kernels.ops._check import FLOATS, Arguments, check_counts, check_groups
+from k2kernels.ops._check import FLOATS, Arguments, check_blocks, check_counts, check_groups
 from k2kernels.ops._launch import TYPES, address, launch, matrices
 from k2kernels.ops._register import register
 from k2kernels.reference import quant as reference
@@ -130,7 +130,8 @@ def dequantize(
     """Codes times scales.
 
     Args:
-        data: [..., N, K] float8_e4m3fn.
+        data: [..., N, K] float8_e4m3fn. A part of a larger matrix begins at multiples of `block` there; a view of one
+            with 128x128 blocks that does not is refused, a copy cannot be told.
         scales: [..., ceil(N/block[0]), ceil(K/block[1])] float32, any strides.
         block: (1, 128) or (128, 128). It is never guessed from the sizes, which do not tell it: 192 rows with 2 rows
             of scales are blocks of 128 and 64 rows, not of 96.
@@ -140,7 +141,7 @@ def dequantize(
         [..., N, K] in dtype, from a product in float32 (float64 for float64). Not differentiable.
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes that do not fit the block, and options.
+        TypeError, ValueError: for dtypes, shapes that do not fit the block, views that begin inside one, and options.
 
     Source: DeepSeek-V3 (`inference/kernel.py`, weight_dequant).
     """
@@ -151,6 +152,8 @@ def dequantize(
     rows, columns = block
     shape = (*data.shape[:-2], -(-data.shape[-2] // rows), -(-data.shape[-1] // columns))
     scales = args.tensor("scales", scales, shape, torch.float32, remedy=f"one per {rows}x{columns} of data")
+    if rows == 128:
+        check_blocks(args, "data", data, scales, rows_remedy="dequantize from the block's first row on")
     return _dequantize(data, scales, rows, columns, dtype)
 
 

@@ -1,13 +1,9 @@
 """The machine code is what the kernels' plans say: registers, no spills, 16-byte accesses, the meant instructions."""
 
-import re
-import shutil
-import subprocess
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, files
-from pathlib import Path
 
 import pytest
+import sass
 
 import k2kernels
 from k2kernels import _C
@@ -107,28 +103,29 @@ for tile, (registers, copies, stores, products) in {
         {"sm_80": others, "sm_89": e4m3, "sm_90a": {**others, **decoded}},
     )
 # For sm_90a alone: rows of columns, and a scale of B for 128 columns or (fine) for each. 168 registers are what 384
-# threads share before they change hands. A block's products, and the FFMA that add it; of panels, those of two types.
-for tile, (stores, products, added) in {
+# threads share before they change hands. A block's products, and the FFMA that add it; of panels, those of two types,
+# for one wave of rows: the other takes its place. Row by row, four floats of bias and of C are loaded, four of D stored.
+for tile, (panels, products, added) in {
     "128, 128, 5, 2, false": (16, "64x128x32", 64),
     "128, 128, 5, 2, true": (16, "64x128x32", 64),
     "128, 192, 4, 3, false": (24, "64x192x32", 2 * 80),  # with the boundary after 64 and after 128 columns
-    "256, 128, 4, 1, false": (32, "64x128x32", 2 * 64),
+    "256, 128, 4, 1, false": (16, "64x128x32", 2 * 64),
     "64, 256, 4, 2, false": (16, "64x128x32", 64),
 }.items():
     others = {
         f"QGMMA.{products}.F32.E4M3.E4M3": 8 if tile.startswith("256") else 4,
         "FFMA": added,
         "UTMALDG.3D.MULTICAST": 2,
-        "UTMASTG.3D": stores // 4,
-        "STSM.16.M88.4": stores,
+        "UTMASTG.3D": panels // 4,
+        "STSM.16.M88.4": panels,
         "LDGSTS": 2,
         "USETMAXREG": 2,
     }
-    PLANS[f"fp8_gemm_sm90_kernel<HopperTile<{tile}> >"] = (168, 0, stores, {"sm_90a": others})
+    PLANS[f"fp8_gemm_sm90_kernel<HopperTile<{tile}> >"] = (168, 2, 1, {"sm_90a": others})
 # Two pipelines: barriers of both, and those by which they take turns. SwiGLU: copies of A, gate and up; exps and
 # reciprocals of 64 elements; the sums given and fetched, two rows of codes.
-turns = {"QGMMA.64x128x32.F32.E4M3.E4M3": 8, "FFMA": 128, "UTMALDG.3D.MULTICAST": 2, "UTMASTG.3D": 8, "SYNCS": 51}
-PLANS["fp8_gemm_sm90_kernel<PingPongTile<128, 128, 3, 1> >"] = (168, 0, 32, {"sm_90a": {**turns, "STSM.16.M88.4": 32}})
+turns = {"QGMMA.64x128x32.F32.E4M3.E4M3": 8, "FFMA": 128, "UTMALDG.3D.MULTICAST": 2, "UTMASTG.3D": 4, "SYNCS": 51}
+PLANS["fp8_gemm_sm90_kernel<PingPongTile<128, 128, 3, 1> >"] = (168, 2, 1, {"sm_90a": {**turns, "STSM.16.M88.4": 16}})
 swiglu = {"QGMMA.64x128x32.F32.E4M3.E4M3": 8, "FFMA": 128, "UTMALDG.3D.MULTICAST": 3, "MUFU.EX2": 64, "MUFU.RCP": 64}
 swiglu |= {"STS.128": 16, "LDS.128": 16, "F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C": 32, "USETMAXREG": 2}
 PLANS["fp8_gemm_sm90_kernel<SwigluTile<4> >"] = (168, 0, 4, {"sm_90a": swiglu})
@@ -288,32 +285,6 @@ HOPPER = ["HGMMA", "QGMMA", "STSM", "STAS.128", "SYNCS.ARRIVE", "USETMAXREG", "U
 HOPPER += ["UTMALDG.3D.MULTICAST", "UTMAPF.L2.3D", "UTMASTG.3D", "UTMAREDG.3D", "UTMACCTL.PF"]
 
 
-def tool(name):
-    """A program of NVIDIA's, from the PATH or from its package (extra "sass")."""
-    if found := shutil.which(name):
-        return found
-    try:
-        return next(str(f.locate().resolve()) for f in files(f"nvidia-cuda-{name}") or [] if f.name == name)
-    except (PackageNotFoundError, StopIteration):
-        pytest.skip(f"{name} is not installed: pip install k2kernels[sass]")
-
-
-def machine_code(file):
-    """{(arch, symbol): Counter of opcodes} of every kernel in an extension or an object file."""
-    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
-    path = f"{Path(nvdisasm).parent}:/usr/bin:/bin"  # cuobjdump runs nvdisasm
-    command = [cuobjdump, "-sass", file]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, env={"PATH": path}).stdout
-    opcodes = {}
-    for part in re.split(r"\n\s+code for (?=sm_)", text)[1:]:
-        arch = part.split(None, 1)[0]
-        for function in part.split("Function : ")[1:]:
-            symbol, body = function.split("\n", 1)
-            found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", body)
-            opcodes[arch, symbol.strip()] = Counter(found)
-    return opcodes
-
-
 def count(opcodes, *parts):
     """How many opcodes begin with the first of `parts` and hold the others."""
     return sum(n for op, n in opcodes.items() if op.startswith(parts[0]) and all(part in op for part in parts[1:]))
@@ -323,9 +294,9 @@ def short(kernel):
     return kernel["kernel"].replace("k2k::", "")
 
 
-def check(kernel, plan, sass):
+def check(kernel, plan, opcodes):
     registers, loads, stores, others = plan
-    opcodes = sass[kernel["arch"], kernel["symbol"]]
+    opcodes = opcodes[kernel["arch"], kernel["symbol"]]
     assert kernel["registers"] <= registers
     assert kernel["stack_bytes"] == kernel["spill_bytes"] == 0
     assert count(opcodes, "LDL") == count(opcodes, "STL") == 0
@@ -336,8 +307,8 @@ def check(kernel, plan, sass):
 
 
 @pytest.fixture(scope="session")
-def sass():
-    return machine_code(_C.__file__)
+def opcodes(listings):
+    return sass.counts(listings)
 
 
 @needs_kernels
@@ -353,16 +324,16 @@ def test_every_kernel_has_a_plan_and_is_compiled_for_every_architecture():
 
 @needs_kernels
 @pytest.mark.parametrize("arch", ARCHS)
-def test_wrappers_become_the_meant_instructions(arch, sass):
-    found = sum((ops for (of, symbol), ops in sass.items() if of == arch and "11conformance" in symbol), Counter())
+def test_wrappers_become_the_meant_instructions(arch, opcodes):
+    found = sum((ops for (of, symbol), ops in opcodes.items() if of == arch and "11conformance" in symbol), Counter())
     wanted = INSTRUCTIONS + (HOPPER if arch == "sm_90a" else [])
     assert [name for name in wanted if not count(found, name)] == []
 
 
 @needs_kernels
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{short(kernel)}-{kernel['arch']}")
-def test_kernel_meets_its_plan(kernel, sass):
-    check(kernel, PLANS[short(kernel)], sass)
+def test_kernel_meets_its_plan(kernel, opcodes):
+    check(kernel, PLANS[short(kernel)], opcodes)
     assert kernel["dynamic_shared_bytes"] is not None, "launch it as launch<kernel, Storage>(shape, ...)"
     assert kernel["shared_bytes"] + kernel["dynamic_shared_bytes"] == SHARED.get(short(kernel), 0)
 
@@ -377,7 +348,7 @@ def test_copies_of_mla_decode_start_without_a_loop_over_lanes(sass):
 
 @needs_kernels
 @pytest.mark.parametrize("arch", ARCHS)
-def test_combine_rounds_products_before_it_adds_them(arch, sass):
+def test_combine_rounds_products_before_it_adds_them(arch, opcodes):
     """As the definition does: else a GPU's bits would be others than the reference's."""
     kernels = [k for k in KERNELS if "moe_combine_kernel" in k["kernel"] and k["arch"] == arch]
-    assert len(kernels) == 3 and all(count(sass[arch, k["symbol"]], "FFMA") == 0 for k in kernels)
+    assert len(kernels) == 3 and all(count(opcodes[arch, k["symbol"]], "FFMA") == 0 for k in kernels)

@@ -395,10 +395,11 @@ def bulk(rng):
 @conformance()
 def cluster(rng):
     own, shared = random_words(rng, 4, 32), random_words(rng, 32)
-    blocks = [
-        [row(rank), row(4), own[(rank + 1) % 4], own[rank - 1], own[2] if rank == 2 else shared] for rank in range(4)
-    ]
-    return written(words(own, shared), *(r for rows in blocks for r in rows))
+    rows = []
+    for rank in range(4):
+        after, before = own[(rank + 1) % 4], own[rank - 1]
+        rows += [row(rank), row(4), after, before, own[2] if rank == 2 else shared, after + np.uint32(1)]
+    return written(words(own, shared), *rows)
 
 
 @conformance()

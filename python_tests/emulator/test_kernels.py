@@ -186,3 +186,11 @@ def test_fp8_as_hopper_sums_it():
     expected = mmaemu.accumulate(a, b, use_fast_accum=True, profile="hopper", splitk=1)
     assert torch.equal(torch.from_numpy(c), expected)
     assert not torch.equal(torch.from_numpy(c).double(), a.double() @ b.double().T)  # it does round
+
+
+def test_a_tensor_map_is_that_of_its_arguments():
+    """Maps are kept by their arguments, in few places: those of other arguments must not be taken for them."""
+    for count in (8, 4000):
+        wrong = np.zeros(2, np.uint32)
+        run("tensor_maps", wrong, count)
+        assert wrong.tolist() == [0, 2 * count]

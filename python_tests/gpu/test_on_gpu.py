@@ -380,3 +380,24 @@ def test_the_device_of_the_tensors_counts_not_the_current_one(op):
         assert torch.cuda.current_device() == 0
         assert all(t.device.index == 1 for t in ([got] if isinstance(got, torch.Tensor) else got))
         assert_same(got, function(*to("cuda:0", on_cpu)))
+
+
+def test_fp8_operands_that_repeat_or_interleave():
+    """Tensor maps of matrices that are one and the same, and of such as lie inside one another's rows.
+
+    The driver's manual does not say whether a stride may be less than the ones of inner dimensions.
+    """
+    groups, rows_of_group, n, kk = 3, 256, 640, 512
+    masked = torch.tensor([256, 1, 100], dtype=torch.int32).cuda()
+    a, a_scales = k.quantize_1x128(torch.randn(rows_of_group, groups, kk).cuda())  # a token's rows of all groups
+    a, a_scales = a.transpose(0, 1), a_scales.transpose(0, 1)
+    b, b_scales = k.quantize_128x128(torch.randn(n, kk).cuda())
+    b, b_scales = b.expand(groups, -1, -1), b_scales.expand(groups, -1, -1)
+    got = k.grouped_fp8_gemm(a, a_scales, b, b_scales, masked_m=masked)
+    copies = [x.clone(memory_format=torch.contiguous_format) for x in (a, a_scales, b, b_scales)]
+    want = k.grouped_fp8_gemm(*copies, masked_m=masked)
+    for group, count in enumerate(masked.tolist()):
+        assert torch.equal(got[group, :count], want[group, :count])
+    row, scale = k.quantize_1x128(torch.randn(1, kk).cuda())
+    row, scale = row.expand(200, -1), scale.expand(200, -1)
+    assert torch.equal(k.fp8_gemm(row, scale, b[0], b_scales[0]), k.fp8_gemm(row.clone(), scale, b[0], b_scales[0]))

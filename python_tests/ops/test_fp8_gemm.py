@@ -425,6 +425,73 @@ def test_a_shard_may_begin_inside_a_block(start, stop):
     assert torch.equal(fp8_gemm(a, a_scales, shard[0][1], shard[1][1], **kwargs)[2:], whole[2:, start:stop])
 
 
+def cut_products():
+    """Each op that takes weights in 128x128 blocks, of a view of codes and scales [3, N, K]."""
+
+    def gemm(op, **options):
+        def run(b, b_scales, **kwargs):
+            grouped = "grouped" in op.__name__
+            a = quantize_1x128(torch.ones(6, b.shape[-1]))
+            groups = dict(offsets=ints(0, 2, 4, 6)) if grouped else {}
+            return op(*a, *((b, b_scales) if grouped else (b[0], b_scales[0])), **groups, **options, **kwargs)
+
+        return run
+
+    for op in (fp8_gemm, grouped_fp8_gemm, k2kernels.fp8_gemm_swiglu, k2kernels.grouped_fp8_gemm_swiglu):
+        yield op.__name__, gemm(op)
+    yield "dequantize", lambda b, b_scales: dequantize(b, b_scales, block=(128, 128))
+
+
+CUTS = dict(cut_products())
+
+
+@pytest.mark.parametrize("op", CUTS)
+def test_a_shard_that_begins_inside_a_block_of_k_is_refused(op):
+    """Its products would be summed in other blocks than those of the scales: wrong numbers, and nothing to see."""
+    b, b_scales = quantize_128x128(torch.randn(3, 256, 640))
+    run = CUTS[op]
+    for column, block in ((192, 1), (16, 0), (576, 4)):
+        shard = b[..., column:], b_scales[..., block:]
+        wanted = rf"{op}: \w+ must be cut along K at a multiple of 128.* from column {column} on; take it from column "
+        with pytest.raises(ValueError, match=wanted + str(block * 128)):
+            run(*shard)
+        run(shard[0].contiguous(), shard[1])  # cannot be told from a weight of its own
+    assert torch.equal(run(b[..., 256:], b_scales[..., 2:])[0], run(b[..., 256:].clone(), b_scales[..., 2:].clone())[0])
+    # No matrix begins where the storage does: nothing is known about the view's first column.
+    flat = torch.cat([torch.zeros(7, dtype=torch.uint8), b.view(torch.uint8).flatten()]).view(E4M3)[7:]
+    run(flat.view(b.shape), b_scales)
+    run(flat.view(b.shape)[..., 128:], b_scales[..., 1:])
+
+
+def test_zeros_in_front_of_k_serve_a_shard_that_begins_inside_a_block():
+    """The remedy of the message: exact, where the shard alone is not."""
+    w, x = torch.randn(128, 384) * torch.exp2(torch.arange(384) // 128 * 4), torch.randn(8, 384)
+    b, b_scales = quantize_128x128(w)
+    a, a_scales = quantize_1x128(torch.nn.functional.pad(x[:, 192:], (64, 0)))
+    got = fp8_gemm(a, a_scales, b[:, 128:], b_scales[:, 1:], out_dtype=torch.float32)
+    want, magnitude = exact(a, a_scales, b[:, 128:], b_scales[:, 1:])
+    check_gemm(got, want, magnitude)
+    assert cos_diff(got, x[:, 192:].double() @ w[:, 192:].double().T) < 2e-3  # the rounding of codes
+
+
+@pytest.mark.parametrize("op", CUTS)
+def test_rows_that_visibly_begin_inside_a_block_need_their_offset(op):
+    b, b_scales = quantize_128x128(torch.randn(3, 384, 256))
+    run = CUTS[op]
+    shard = b[:, 192:], b_scales[:, 1:]
+    with pytest.raises(ValueError, match=rf"{op}: \w+ must begin with a block of 128 rows.* 64 rows into its block"):
+        run(*shard)
+    run(b[:, 256:], b_scales[:, 2:])
+    if op in ("fp8_gemm", "grouped_fp8_gemm"):
+        run(*shard, b_row_offset=64)
+    # A later one of several matrices begins inside a block of the storage's rows, but not of its own.
+    for n, first in itertools.product((192, 130, 200, 255), (0, 128)):
+        b, b_scales = quantize_128x128(torch.randn(3, n, 256))
+        for matrix in range(3):
+            later = b[matrix : matrix + 1, first : n // 2 * 2], b_scales[matrix : matrix + 1, first // 128 :]
+            run(*(x.expand(3, -1, -1) for x in later))
+
+
 OTHER_LARGE = "sm90_128x128_fine", "sm90_pingpong_128x128"
 SCHEDULED = {  # every kernel, its chip, which factor the blocks of a cluster share, parts of K
     "portable_128x128": ("portable_128x128", "sm_80"),
@@ -551,6 +618,50 @@ def test_plans(h100):
         kernel = ops.fp8_gemm_plan(4096, n, k).kernel
         assert kernel == "sm90_pingpong_128x128" if k <= 2048 else kernel in ("sm90_128x192", "sm90_256x128")
     assert ops.fp8_gemm_plan(5, 7, 0).kernel.startswith("portable")
+    # Blocks that share a factor do not meet in each of many tiles of few blocks of K.
+    assert ops.fp8_gemm_plan(4096, 32768, 512) == ("sm90_pingpong_128x128", "a", 1)
+
+
+def tile_work(plan, m, n, sms):
+    """Elements of D that an SM multiplies, padding counted, and the share of SMs that get a tile at all."""
+    rows, columns = map(int, plan.kernel.split("_")[-1].split("x"))
+    small = "small" in plan.kernel
+    cluster = plan.split if small else 2 if plan.share else 1
+    units = -(-m // (rows * (2 if plan.share == "b" else 1))) * -(-n // (columns * (2 if plan.share == "a" else 1)))
+    resident = 2 if small and units * cluster > sms else 1  # blocks on an SM
+    at_once = resident * sms // cluster
+    return -(-units // at_once) * rows * columns, min(units, at_once) * cluster / (sms * resident)
+
+
+@pytest.mark.parametrize("sms", [132, 108, 78])  # H100, and parts of one, or the 78 of an H20
+def test_plans_use_the_sms_there_are(sms):
+    """Beside the model that chooses: counted tiles. What bounds the ratio for few rows is the menu of tiles."""
+    chip = _launch.Chip(90, sms, 227 * 1024)
+    for m in (1, 8, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192):
+        for n, k in (*K2_LINEARS, (24576, 1536), (32768, 512), (7168, 16384)):
+            costs = ops.plans_on(chip, 1, m, n, k)
+            (plan, clocks), least = costs[0], min(clocks for _, clocks in costs)
+            assert clocks == least
+            work, used = tile_work(plan, m, n, sms)
+            where = f"{m} x {n} x {k}: {plan}"
+            assert used >= (0.5 if m <= 64 or m >= 512 else 0.25), where  # 46 bytes a clock each: enough to read weights
+            if m > 64:
+                best = min(tile_work(p, m, n, sms)[0] for p, _ in costs if "small" not in p.kernel)
+                assert work <= best * (1.1 if m >= 512 else 1.5), where
+                assert work <= m * n / sms * (1.25 if m >= 4096 else 2.0 if m >= 512 else 3.5), where
+
+
+def test_groups_that_must_be_empty_are_not_planned_for(monkeypatch):
+    """Of 384 groups one row fills one: the weights of the others are not read."""
+    plans = []
+    monkeypatch.setattr(ops, "_launch_gemm", lambda *args, plan, **kwargs: plans.append(plan))
+    a, a_scales = quantize_1x128(torch.zeros(1, 1024))
+    b, b_scales = (x.expand(384, -1, -1) for x in quantize_128x128(torch.zeros(1, 1024, 1024)))
+    with k2kernels.emulated("sm_90a"):
+        k2kernels.grouped_fp8_gemm_swiglu(a, a_scales, b, b_scales, offsets=torch.zeros(385, dtype=torch.int32))
+        few, many = (ops.fp8_gemm_plan(1, 1024, 1024, groups=groups, swiglu=True) for groups in (1, 384))
+    assert few != many
+    assert plans == [ops._numbers("test", *few)]
 
 
 def test_plans_of_other_chips():

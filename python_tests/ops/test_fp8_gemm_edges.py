@@ -23,8 +23,23 @@ from test_fp8_gemm import (
 
 import k2kernels
 from k2kernels.ops.fp8_gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
-from k2kernels.ops.quant import quantize_1x128
+from k2kernels.ops.quant import quantize_1x128, quantize_128x128
 from k2kernels.testing.compare import cos_diff, worst_tile
+
+
+@pytest.mark.parametrize("kernel", ["portable_64x128", "sm90_128x128", "sm90_small_16x64"])
+def test_operands_may_repeat_or_interleave(kernel):
+    """One B for all groups, one row for all of A, groups inside the rows of A: tensor maps take no stride 0."""
+    a, a_scales = (x.transpose(0, 1) for x in quantize_1x128(torch.randn(70, 3, 256)))
+    b, b_scales = (x.expand(3, -1, -1) for x in quantize_128x128(torch.randn(72, 256)))
+    copies = [torch.stack(list(x.unbind())) for x in (a, a_scales, b, b_scales)]
+    masked = dict(masked_m=ints(70, 0, 33))
+    row, scale = (x.expand(5, -1) for x in quantize_1x128(torch.randn(1, 256)))
+    with running(kernel, "sm_90a", 1):
+        got, want = (grouped_fp8_gemm(*x, **masked) for x in ((a, a_scales, b, b_scales), copies))
+        assert torch.equal(got[0], want[0]) and torch.equal(got[2, :33], want[2, :33])
+        want = fp8_gemm(torch.stack(list(row.unbind())), scale, b[0], b_scales[0])
+        assert torch.equal(fp8_gemm(row, scale, b[0], b_scales[0]), want)
 
 
 @with_kernels

@@ -9,6 +9,7 @@
 #include "arch/warp.cuh"
 #include "arch/wgmma.cuh"
 #include "emulated_together.h"
+#include "emulator/tensor_map.h"
 #include "support.h"
 
 using arch::Mbarrier;
@@ -155,6 +156,36 @@ extern "C" int double_tiles(const float* x, float* y, int rows, int columns) {
     });
 }
 
+// ---- tensor maps, which are kept: more than there is room for, and such as differ in one argument
+//
+// wrong[0]: maps that are not those of their arguments; wrong[1]: maps that were asked for.
+
+extern "C" int tensor_maps(uint32_t* wrong, int count) {
+    return guard([=] {
+        for (int i = 0; i < 2 * count; ++i) {
+            const int n = i % count, one = n % 8;  // the argument that is another than usual
+            const uint64_t base = 0x7f0000000000 + n / 8 * 4096ull + (one == 1 ? 16 : 0);
+            const uint64_t sizes[3] = {64u + (one == 2), 8u + (one == 3),
+                                       (one == 4) ? uint64_t(1) << 32 : 5};
+            const uint64_t stride = 1024 + (one == 5 ? 16 : 0);
+            const Type type = one == 6 ? Type::kF32 : Type::kBf16;
+            const uint16_t rows = one == 7 ? 16 : 8;
+            const TensorMap map = arch::make_tensor_map(
+                type, reinterpret_cast<void*>(base), {sizes[0], sizes[1], sizes[2]}, {stride, 8192},
+                {16, rows, 1}, n % 16 < 8 ? Swizzle::k64 : Swizzle::k128);
+            emulator::TensorMapFields is;
+            std::memcpy(&is, &map, sizeof is);
+            const bool right = is.base == base && is.sizes[0] == sizes[0] &&
+                               is.sizes[1] == sizes[1] && is.sizes[2] == sizes[2] &&
+                               is.stride_bytes[0] == stride && is.stride_bytes[1] == 8192 &&
+                               is.type == static_cast<uint8_t>(type) && is.box[1] == rows &&
+                               is.rank == 3 && is.swizzle_bytes == (n % 16 < 8 ? 64 : 128);
+            wrong[0] += !right;
+            wrong[1] += 1;
+        }
+    });
+}
+
 // ---- blocks that wait for one another, within a grid or across grids ("ranks")
 //
 // Each block writes its number, raises its flag, and sums what all have written.
@@ -244,22 +275,22 @@ __global__ void __launch_bounds__(32) pass_on_kernel(const float* x, float* y, i
     const uint32_t next = (rank + 1) % 4, previous = (rank + 3) % 4;
     if (lane == 0) {
         arch::mbarrier_init(smem.full, 1);
-        arch::mbarrier_init(smem.empty, 2);
+        arch::mbarrier_init(smem.empty, 1);
         arch::fence_mbarrier_init();
     }
-    if (BUG != 57) arch::cluster_sync();  // BUG 57: the neighbour's barriers are not made yet
+    if (BUG != 57) arch::cluster_sync_relaxed();  // BUG 57: the neighbour's barriers do not exist
     for (int i = 0; i < rounds; ++i) {
         const int parity = i % 2;
         if (lane == 0) arch::mbarrier_arrive_expect_tx(smem.full, sizeof smem.row);
-        if (i > 0 && BUG != 58) arch::mbarrier_wait_cluster(smem.empty, parity ^ 1);
+        if (i > 0 && BUG != 58) arch::mbarrier_wait(smem.empty, parity ^ 1);
         const float value = x[(rank * rounds + i) * 32 + lane];
         arch::store_async(&smem.row[lane], value, smem.full, next);  // @57
         if (BUG != 59) arch::mbarrier_wait_cluster(smem.full, parity);
         y[(rank * rounds + i) * 32 + lane] = smem.row[lane];
         arch::sync_warp();
-        if (lane == 0) arch::mbarrier_arrive_cluster(smem.empty, previous, 2);
+        if (lane == 0) arch::mbarrier_arrive_remote(smem.empty, previous);
     }
-    arch::cluster_sync();
+    arch::cluster_sync_relaxed();
 }
 
 extern "C" int pass_on(const float* x, float* y, int rounds) {

@@ -1,0 +1,227 @@
+"""What the emulator cannot see of a kernel and what costs time, or a wrong result, on a GPU: from its machine code.
+
+Loops around tensor-core instructions hold no fence beyond the block and invalidate no L1; accumulators are not touched
+before the wait for them; code is small enough for the instruction caches; loads are in flight together where a kernel
+lives from that. Each check is also run on a listing that holds the fault. test_sass.py counts what must be there.
+"""
+
+from collections import Counter
+
+import pytest
+from sass import Code, fences, fences_in_gmma_loops, loads_in_flight, touched_early
+from test_sass import KERNELS, needs_kernels, short
+
+TENSOR = ("fp8_gemm_sm90", "mla_decode_sm90", "newton_schulz_sm90")  # what these names begin holds GMMAs
+
+# The fences beyond a block and invalidations of L1 that a kernel may have, none of them in a loop around GMMAs.
+CLUSTER_MEETS = Counter({"CCTL.IVALL": 2})  # cluster_wait, once at the start and once at the end of the kernel
+STORES_END = Counter({"CCTL.IVALL": 1})  # bulk_wait<0>, once at the end, for the last TMA stores
+# A part of K, once a tile: mbarrier_arrive_cluster publishes it (the first two), mbarrier_wait_cluster reads others'.
+PARTS_CHANGE_HANDS = Counter({"MEMBAR.ALL.GPU": 1, "ERRBAR": 1, "CGAERRBAR": 1, "CCTL.IVALL": 1})
+FENCES = {
+    "fp8_gemm_sm90_kernel": CLUSTER_MEETS + STORES_END,
+    "fp8_gemm_sm90_small_kernel": CLUSTER_MEETS + PARTS_CHANGE_HANDS,
+    "mla_decode_sm90_kernel<bf16, true>": CLUSTER_MEETS,
+    "mla_decode_sm90_kernel<fp16, true>": CLUSTER_MEETS,
+}
+
+# The most bytes of code. An SM has about 128 KB of instruction cache (L1.5), shared by all that runs on it; what a tile
+# executes should fit with room to spare. Half as much again as today, where nothing else is said.
+SIZES = {
+    "fp8_gemm_sm90_kernel<SwigluTile": 96,  # 64 exps, quotients and codes of a thread, unrolled
+    "fp8_gemm_sm90_kernel": 56,
+    "fp8_gemm_sm90_small_kernel": 48,
+    "mla_decode_sm90_kernel": 112,
+    "newton_schulz_sm90_kernel": 80,
+}
+
+# Loads of 16 bytes that are in flight together: what hides the latency of memory in kernels that only move data. A
+# kernel for several types has a row for each. Add a row for each kernel whose header says "so many loads in flight".
+IN_FLIGHT = {
+    "quantize_rows_kernel<bf16, false>": 2,
+    "quantize_rows_kernel<float, false>": 4,
+    "swiglu_backward_kernel<bf16>": 6,
+    "swiglu_backward_kernel<float>": 8,
+    "mla_append_kernel<bf16, bf16>": 2,
+    "mla_gather_kernel<bf16, bf16>": 2,
+    "mla_combine_kernel<bf16>": 3,
+    "newton_schulz_norm_kernel<false>": 4,
+    "newton_schulz_cast_kernel<bf16, false>": 4,
+    # moe: dispatch, combine, routing
+    "moe_move_kernel<bf16, false, false>": 2,
+    "moe_combine_kernel<bf16>": 4,
+}
+
+
+def row(table, name):
+    """Of the longest key that the name begins with."""
+    fitting = [key for key in table if name.startswith(key)]
+    return table[max(fitting, key=len)] if fitting else None
+
+
+def with_tensor_cores():
+    return [kernel for kernel in KERNELS if short(kernel).startswith(TENSOR)]
+
+
+def named(kernel):
+    return f"{short(kernel)}-{kernel['arch']}"
+
+
+@pytest.fixture(scope="session")
+def codes(listings):
+    """{(arch, symbol): Code} of the kernels with GMMAs."""
+    of_package = {kernel: text for kernel, text in listings.items() if "conformance" not in kernel[1]}
+    return {kernel: Code(text) for kernel, text in of_package.items() if "GMMA" in text}
+
+
+@needs_kernels
+def test_the_names_are_those_of_the_kernels_with_tensor_cores(codes):
+    assert {(k["arch"], k["symbol"]) for k in with_tensor_cores()} == set(codes)
+    for table in (FENCES, SIZES):
+        assert [key for key in table if not any(short(k).startswith(key) for k in KERNELS)] == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", with_tensor_cores(), ids=named)
+def test_tensor_cores_are_not_kept_waiting(kernel, codes):
+    code = codes[kernel["arch"], kernel["symbol"]]
+    assert code.gmma_loops, "GMMAs stand in loops"
+    assert [f"{one.opcode} at {one.address:#x}" for one in fences_in_gmma_loops(code)] == []
+    # Neither more, nor fewer: without its release another block would read a part that is not there yet.
+    assert Counter(one.opcode for one in fences(code)) == (row(FENCES, short(kernel)) or Counter())
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", with_tensor_cores(), ids=named)
+def test_accumulators_are_read_after_the_wait(kernel, codes):
+    early = touched_early(codes[kernel["arch"], kernel["symbol"]])
+    assert [f"{one.opcode} {one.operands} at {one.address:#x}" for _, one in early] == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", with_tensor_cores(), ids=named)
+def test_code_is_small(kernel, codes):
+    assert codes[kernel["arch"], kernel["symbol"]].size <= row(SIZES, short(kernel)) * 1024
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", IN_FLIGHT)
+def test_loads_are_in_flight_together(name, listings):
+    kernels = [kernel for kernel in KERNELS if short(kernel) == name]
+    assert kernels, "no kernel has this name"
+    for kernel in kernels:
+        assert loads_in_flight(Code(listings[kernel["arch"], kernel["symbol"]])) >= IN_FLIGHT[name], kernel["arch"]
+
+
+# ---- the checks themselves, on short listings
+
+
+def listing(*lines):
+    """As cuobjdump prints it, from address 0 on."""
+    return "\n".join(f"        /*{16 * i:04x}*/                   {line} ;   /* 0x0 */" for i, line in enumerate(lines))
+
+
+# A pipeline's loop: wait for a stage, multiply, wait for the products, add them, hand the stage back.
+LOOP = [
+    "MOV R1, R2",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R142+URZ+0x30a98], R25",  # 10
+    "@!P0 BRA 0xd0",
+    "WARPGROUP.ARRIVE",
+    "QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR8], RZ, !UPT",
+    "QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24, gsb0",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x0",  # 60
+    "FFMA R4, R24, R153, R4",
+    "SYNCS.ARRIVE.TRANS64.RED.A1T0 RZ, [R133+URZ], RZ",  # 80
+    "ISETP.GE.AND P0, PT, R134, R135, PT",
+    "@!P0 BRA 0x10",  # a0
+    "MOV R3, R2",
+    "EXIT",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R142+URZ+0x30a98], R25",  # d0: out of line
+    "@!P0 BRA 0xd0",
+    "BRA 0x30",
+]
+
+
+def changed(place, line):
+    """LOOP with another line at a place."""
+    return [*LOOP[:place], line, *LOOP[place + 1 :]]
+
+
+def test_a_clean_loop_passes():
+    code = Code(listing(*LOOP))
+    assert [sorted(code[i].address for i in loop) for loop in code.gmma_loops] == [
+        [*range(0x10, 0xB0, 16), *range(0xD0, 0x100, 16)]
+    ]
+    assert fences(code) == fences_in_gmma_loops(code) == touched_early(code) == []
+    assert code.size == len(LOOP) * 16
+
+
+@pytest.mark.parametrize("fence", ["MEMBAR.ALL.GPU", "MEMBAR.SC.SYS", "ERRBAR", "CGAERRBAR", "CCTL.IVALL"])
+@pytest.mark.parametrize("place", [7, 13], ids=["in line", "out of line"])
+def test_a_fence_in_a_loop_is_found(fence, place):
+    code = Code(listing(*changed(place, fence)))
+    assert [one.opcode for one in fences_in_gmma_loops(code)] == [fence]
+
+
+@pytest.mark.parametrize("place", [0, 11], ids=["before", "behind"])
+def test_a_fence_around_a_loop_is_told_from_one_in_it(place):
+    code = Code(listing(*changed(place, "MEMBAR.ALL.GPU")))
+    assert fences_in_gmma_loops(code) == [] and len(fences(code)) == 1
+    assert fences(Code(listing(*changed(7, "MEMBAR.ALL.CTA")))) == []
+
+
+def test_an_outer_loop_may_have_fences_where_an_inner_one_may_not():
+    outer = changed(11, "@P1 BRA 0x0")
+    for place, found in ((0, 0), (7, 1)):
+        code = Code(listing(*outer[:place], "CCTL.IVALL", *outer[place + 1 :]))
+        assert len(code.gmma_loops) == 1 and len(code.loops) == 3  # the third waits, out of line
+        assert len(fences_in_gmma_loops(code)) == found and len(fences(code)) == 1
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        "FFMA R4, R31, R153, R4",  # the last of eight accumulators
+        "MOV R24, RZ",
+        "STSM.16.M88.4 [R2], R28",
+        "STG.E.128 desc[UR4][R2.64], R24",
+        "@P3 F2FP.BF16.F32.PACK_AB R5, R25, R26",
+    ],
+)
+def test_an_accumulator_touched_before_the_wait_is_found(reads):
+    early = touched_early(Code(listing(*changed(6, reads))))
+    assert {one.operands for _, one in early} == {Code(listing(reads))[0].operands}
+    assert touched_early(Code(listing(*changed(7, reads)))) == []
+
+
+def test_a_missing_or_weaker_wait_is_found():
+    assert touched_early(Code(listing(*changed(6, "NOP"))))
+    assert touched_early(Code(listing(*changed(6, "WARPGROUP.DEPBAR.LE gsb0, 0x1"))))
+    # One group may stay in flight: of two with accumulators of their own, the first is ready.
+    two = [
+        "HGMMA.64x8x16.F32 R24, gdesc[UR8], RZ, !UPT, gsb0",
+        "HGMMA.64x8x16.F32 R32, gdesc[UR8], RZ, !UPT, gsb0",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+    ]
+    assert touched_early(Code(listing(*two, "FADD R4, R27, R4", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "EXIT"))) == []
+    assert touched_early(Code(listing(*two, "FADD R4, R32, R4", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "EXIT")))
+
+
+def test_a_written_operand_of_a_product_in_flight_is_found():
+    product = "HGMMA.64x8x16.F32.BF16 R24, R152, gdesc[UR16].tnspB, R24, gsb0"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    assert touched_early(Code(listing(product, "FADD R4, R155, R155", wait, "EXIT"))) == []
+    assert touched_early(Code(listing(product, "FADD R155, R4, R4", wait, "EXIT")))
+
+
+def test_loads_that_wait_for_one_another_are_not_in_flight_together():
+    loads = [f"LDG.E.128 R{4 * i}, desc[UR4][R{40 + 2 * i}.64]" for i in range(1, 5)]
+    use = "FADD R60, R7, R61"  # of the first
+    assert loads_in_flight(Code(listing(*loads, use, "EXIT"))) == 4
+    assert loads_in_flight(Code(listing(*loads[:2], use, *loads[2:], "EXIT"))) == 3
+    one_by_one = [line for i, load in enumerate(loads, 1) for line in (load, f"FADD R60, R{4 * i + 3}, R61")]
+    assert loads_in_flight(Code(listing(*one_by_one, "EXIT"))) == 1
+    overwritten = ["LDG.E.128 R4, desc[UR4][R40.64]", "STS.128 [R2], R4"] * 3
+    assert loads_in_flight(Code(listing(*overwritten, "EXIT"))) == 1
+    # Two ways of which one is taken.
+    assert loads_in_flight(Code(listing("@P0 BRA 0x40", *loads[:2], "BRA 0x60", *loads[2:], "EXIT"))) == 2
