@@ -37,6 +37,7 @@ void bind_runtime(py::module_& m) {
     m.def("device_count", &device_count, "GPUs that the CUDA runtime sees; 0 without a driver.");
     m.def("compute_capability", &compute_capability, py::arg("device"), "(major, minor).");
     m.def("cudart_version", &cudart_version, "Of the CUDA runtime in this module: 13000 is 13.0.");
+    bind_types(m);
     bind_shared_memory(m);
     bind_quant(m);
     bind_mla_cache(m);

@@ -65,6 +65,7 @@ void bind_runtime(py::module_& m) {
     m.def(
         "release", [](Address address) { emulator::release(pointer<void>(address)); },
         py::arg("address"), "Gives memory of `allocate` back.");
+    bind_types(m);
     bind_shared_memory(m);
     bind_quant(m);
     bind_mla_cache(m);

@@ -4,6 +4,8 @@
 
 #include "bind/bind.h"
 #include "common/device.h"
+#include "common/dtypes.h"
+#include "tile/groups.h"
 
 namespace k2k::bind {
 
@@ -15,6 +17,17 @@ long run(int device, Launch&& launch) {
     const long before = num_launches;
     launch();
     return num_launches - before;
+}
+
+inline void bind_types(py::module_& m) {
+    constant(m, "TYPE_F32", Type::kF32);
+    constant(m, "TYPE_BF16", Type::kBf16);
+    constant(m, "TYPE_FP16", Type::kFp16);
+    constant(m, "TYPE_E4M3", Type::kE4m3);
+    constant(m, "TYPE_U8", Type::kU8);
+    constant(m, "GROUPS_OF_MATRICES", tile::Groups::Axis::kMatrices);
+    constant(m, "GROUPS_OF_ROWS", tile::Groups::Axis::kRows);
+    constant(m, "GROUPS_OF_K", tile::Groups::Axis::kK);
 }
 
 inline void bind_shared_memory(py::module_& m) {
