@@ -42,16 +42,18 @@ constexpr unsigned move_blocks(int64_t rows, int64_t hidden, int64_t most) {
 }
 constexpr int64_t kMostPlanningBlocks = 528;
 constexpr int64_t kMostMovingBlocks = 65536;
+// Rows of other ranks: how many there are only the device knows, and a block without any should not
+// be started. Two waves of 132 SMs of 5.
+constexpr int64_t kMostToldBlocks = 1320;
 static_assert(move_blocks(0, 7168, kMostPlanningBlocks) == 1, "the plan of nothing is written too");
 static_assert(move_blocks(128, 7168, kMostPlanningBlocks) == 224, "a decoding step: one wave");
 static_assert(move_blocks(4096, 7168, kMostMovingBlocks) == 7168, "prefill");
 
-// How many rows combine has on the way at once: 128 bytes of bfloat16 a thread, 96 KiB a
-// multiprocessor of 3 blocks, where bandwidth x latency of DRAM ask for 20 to 36. The rest is for
-// short batches, whose time is the number of trips. Rows of float32 take twice the room, and of
-// float16 too, the compiler giving each of their halves a register: 2 blocks then have 32 KiB.
-constexpr int rows_in_flight(Type type) { return type == Type::kBf16 ? 4 : 2; }
-constexpr int combine_blocks(Type type) { return type == Type::kFp16 ? 2 : 3; }
+// How many rows combine has in flight at once: 128 bytes a thread, 96 KiB on an SM of 3 blocks,
+// where bandwidth x latency of DRAM ask for 20 to 36. The rest is for short batches, whose time is
+// the number of trips. (test_loads_in_flight.py holds the machine code to it.)
+constexpr int rows_in_flight(Type type) { return type == Type::kF32 ? 2 : 4; }
+constexpr int kCombineBlocks = 3;
 
 // The gradient of combine: a block for each token, because its warps add up the dot products. As
 // many warps as give each the same number of pieces.
@@ -106,7 +108,7 @@ static_assert(MoeGemmTile128::kThreads == 256 && MoeGemmTile16::kThreads == 128)
 // weights in L2; a large one would compute 128 rows for them. wgrad has large tiles only.
 constexpr int64_t kFewRows = 32;
 constexpr bool takes_few_rows(const MoeGemmParams& p) {
-    return p.kind != MoeGemm::kWgrad && p.rows <= kFewRows * p.groups.number;
+    return p.kind != MoeGemm::kWgrad && p.expected <= kFewRows * p.groups.number;
 }
 
 // Rows of tiles that blocks go down before they go one column on: 8 x 128 rows of A and as many
