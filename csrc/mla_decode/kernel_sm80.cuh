@@ -152,13 +152,12 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
     const int matrix = lane / 8, matrix_row = lane % 8;
 
     // Of keys as they stand: 16 keys x 16 dims, the dims of step s are chunks 2s and 2s + 1. A warp
-    // has the steps dim_warp, dim_warp + kDimWarps, ...
-    const int first_chunk = 2 * dim_warp + matrix % 2;
-    const uint32_t score_offset = (matrix / 2 * 8 + matrix_row) * kKeyBytes +
-                                  first_chunk / 8 * 128 + (first_chunk % 8 ^ matrix_row) * 16;
-    // Of keys transposed: 16 keys x 16 columns.
-    const uint32_t out_offset = (matrix % 2 * 8 + matrix_row) * kKeyBytes +
-                                dim_warp * (kColumns * 2) + (matrix / 2 ^ matrix_row) * 16;
+    // has the steps dim_warp, dim_warp + kDimWarps, ... And of keys transposed: 16 keys x 16
+    // columns. Both are the same place in the first 16 dims, moved by the warp.
+    const uint32_t offset =
+        (matrix / 2 * 8 + matrix_row) * kKeyBytes + (matrix % 2 ^ matrix_row) * 16;
+    const uint32_t score_offset = (offset ^ dim_warp % 4 * 32) + dim_warp / 4 * 128;
+    const uint32_t out_offset = offset + dim_warp * (kColumns * 2);
 
     const MlaTask& task = storage.task;
     if (warp == 0) {
@@ -307,8 +306,8 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                     uint32_t b[4];
                     arch::ldmatrix<4, true>(
                         b, (out_keys ^ j % 4 * 32) + j / 4 * 128 + half * 16 * kKeyBytes);
-                    arch::mma_sync<T>(out[2 * j], probabilities, {b[0], b[1]});
-                    arch::mma_sync<T>(out[2 * j + 1], probabilities, {b[2], b[3]});
+                    arch::mma_sync<T>(out[2 * j], probabilities, {b[0], b[2]});
+                    arch::mma_sync<T>(out[2 * j + 1], probabilities, {b[1], b[3]});
                 }
             }
             stage = stage + kStageBytes == ring_end ? ring : stage + kStageBytes;
