@@ -2,7 +2,7 @@
 
 // Joins results over disjoint sets of keys.
 //
-//     lse = log sum_i exp(lse_i),  out = sum_i exp(lse_i - lse) out_i
+//     lse = log sum_i exp(lse_i),  out = sum_i w_i out_i / sum_i w_i,  w_i = exp(lse_i - max lse)
 //
 // mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each.
 //   Block   `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
@@ -12,7 +12,8 @@
 //           have all parts of all rows, 17 MB, to itself; here every multiprocessor takes a share.
 // merge_attention_states  two results; a warp a row, 16 bytes a lane.
 //
-// A part that saw nothing has lse -inf, hence weight 0; its out is not looked at.
+// Weights are divided by their sum: exp(lse_i - lse) would scale the result by the rounding error
+// of lse. A part that saw nothing has lse -inf, hence weight 0; its out is not looked at.
 
 #include "arch/convert.cuh"
 #include "arch/ldst.cuh"
@@ -29,9 +30,9 @@ struct MlaCombineStorage {
     float4 sums[kCombineGroups][kLatent / 4];
 };
 
-// exp2(lse - total), where the parts' total is -inf if nobody saw anything.
-K2K_DEVICE float part_weight(float lse, float total) {
-    return lse == -INFINITY ? 0 : arch::exp2_approx(lse - total);
+// exp2(lse - maximum), where the parts' maximum is -inf if nobody saw anything.
+K2K_DEVICE float part_weight(float lse, float maximum) {
+    return lse == -INFINITY ? 0 : arch::exp2_approx(lse - maximum);
 }
 
 template <class T>
@@ -66,13 +67,14 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
         }
         K2K_UNROLL
         for (int mask = 16; mask > 0; mask /= 2) total += arch::shuffle_xor(total, mask);
-        const float lse = maximum == -INFINITY && total == 0 ? -INFINITY : maximum + log2f(total);
+        const float lse = total == 0 ? -INFINITY : maximum + log2f(total);
+        const float normalizer = total == 0 ? 0 : 1 / total;
 
         float4 sum = {};
         K2K_UNROLL_BY(4)
         for (int part = group; part < split.parts; part += kCombineGroups) {
             const int64_t from = part_row(p.plan, split, part);
-            const float weight = part_weight(p.partial_stats[from].x, lse);
+            const float weight = part_weight(p.partial_stats[from].x, maximum);
             const float4 value =
                 reinterpret_cast<const float4*>(p.partial_out + from * kLatent)[four];
             if (weight != 0) {
@@ -91,7 +93,8 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
             T* out = static_cast<T*>(p.out) + row / p.heads * p.out_token_stride +
                      row % p.heads * p.out_head_stride;
             reinterpret_cast<uint2*>(out)[four] =
-                make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
+                make_uint2(pack<T>(sum.x * normalizer, sum.y * normalizer),
+                           pack<T>(sum.z * normalizer, sum.w * normalizer));
         }
         if (threadIdx.x == 0) {
             p.lse[row] = lse * kLn2;

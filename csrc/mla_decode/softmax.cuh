@@ -47,6 +47,14 @@ K2K_DEVICE void mask_row(float (&scores)[kTiles][4], int h, int key, int border)
     }
 }
 
+// What exponents of a row are relative to, base 2: its largest score, scaled and rounded. Were the
+// product fused into a subtraction, the unrounded one would be taken there, and
+// exp2(base - base) would not be 1: an error that grows with the number of blocks.
+// A row that sees nothing yet has no maximum to be relative to.
+K2K_DEVICE float softmax_base(float maximum, float scale2) {
+    return maximum == -INFINITY ? 0 : rounded_product(maximum, scale2);
+}
+
 // A thread's two rows.
 struct MlaRowState {
     float maximum[2];  // largest score so far, unscaled; -inf: none seen
@@ -58,7 +66,7 @@ struct MlaRowState {
     }
 
     // Turns scores into exponentials relative to the new maximum; `factor` turns older ones into
-    // such. False if all factors of the warp are 1. `scale2` is the softmax's scale times log2(e).
+    // such: 1 exactly if the maximum has not grown. False if that holds for the whole warp. `scale2` is the softmax's scale times log2(e).
     template <int kTiles>
     K2K_DEVICE bool update(float (&scores)[kTiles][4], float (&factor)[2], float scale2 K2K_WHERE) {
         bool grew = false;
@@ -71,9 +79,9 @@ struct MlaRowState {
             }
             largest = max_number(largest, arch::shuffle_xor(largest, 1 K2K_PASS_WHERE));
             largest = max_number(largest, arch::shuffle_xor(largest, 2 K2K_PASS_WHERE));
-            // A row that sees nothing yet has no maximum to be relative to.
-            const float base = largest == -INFINITY ? 0 : largest * scale2;
-            factor[h] = arch::exp2_approx(fmaf(maximum[h], scale2, -base));
+            const float base = softmax_base(largest, scale2);
+            // A first maximum makes 0 of the factor.
+            factor[h] = arch::exp2_approx(rounded_product(maximum[h], scale2) - base);
             grew = grew || largest != maximum[h];
             maximum[h] = largest;
             total[h] *= factor[h];
@@ -103,7 +111,7 @@ struct MlaRowState {
     K2K_DEVICE float normalizer(int h) const { return total[h] == 0 ? 0 : 1 / total[h]; }
 
     K2K_DEVICE float lse2(float scale2, int h) const {
-        return total[h] == 0 ? -INFINITY : fmaf(maximum[h], scale2, log2f(total[h]));
+        return total[h] == 0 ? -INFINITY : softmax_base(maximum[h], scale2) + log2f(total[h]);
     }
 
     // A NaN among the scores is passed over by the maximum, but not by the total.

@@ -13,7 +13,7 @@ from k2kernels.ops import _launch
 from k2kernels.ops._launch import Chip
 from k2kernels.ops.mla_decode import merge_attention_states, mla_decode
 from k2kernels.testing.compare import check_close
-from k2kernels.testing.inputs import KIMI_K2, guarded, poisoned_cache
+from k2kernels.testing.inputs import KIMI_K2, PagedCache, guarded, poisoned_cache
 
 SCHEDULES = [("sm_80", 0), ("sm_89", 1), ("sm_80", 2), ("sm_90a", 3)]
 SEQ_LENS = [0, 1, 63, 64, 65, 127, 129]
@@ -195,6 +195,51 @@ def test_large_logits(split, arch, seed):
     check_close(got.max_logits, want.max_logits, budget=1e-6 * want.max_logits.abs(), name="max_logits")
     check_close(got.lse, want.lse, budget=1e-6 * want.lse.abs(), name="lse")
     check_close(got.out, want.out, budget=2e-2, max_cos_diff=1e-5, name="out")
+
+
+# The portable kernel takes 16 rows at a time, Hopper's 64: as few heads as make it the one that serves.
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("keys", [256, 4096])
+def test_errors_do_not_grow_with_the_number_of_keys(keys, arch, heads):
+    """The first key has the largest logit, so no later block may change what the sums are relative to."""
+    cache = torch.randn(keys // 64, 64, 576).bfloat16()
+    q = (torch.randn(1, 1, heads, 576) * 0.02).bfloat16()
+    cache[..., 512:], q[..., 512:] = 0, 0
+    cache[..., 512] = 1  # each logit is raised by q's dim 512 ...
+    cache[0, 0, 512] = 1.0625  # ... the first one by a little more
+    peaks = torch.tensor([100.0, 1000.0]).repeat(heads // 2)
+    q[0, 0, :, 512] = peaks * (0.9 + 0.2 * torch.rand(heads))
+    lengths = torch.tensor([keys], dtype=torch.int32)
+    case = PagedCache(cache, torch.arange(keys // 64, dtype=torch.int32)[None], lengths)
+    got = run(arch, 0, q, case, softmax_scale=1.0, split=keys, launches=1)
+    want = exact(q, case, softmax_scale=1.0)
+    # Roundings of log2(e), of the largest logit times it, of the sum and of the product with ln(2).
+    check_close(got.lse, want.lse, budget=3 * 2.0**-23 * want.lse.abs(), name="lse")
+    out, right = got.out.double(), want.out
+    scale = (out * right).sum(-1) / right.square().sum(-1)
+    check_close(scale, torch.ones_like(scale), budget=5e-4, name="scale of out")
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 8), ("sm_90a", 34)])  # where queries of different rows share a warp
+@pytest.mark.parametrize("gain", [0.1, 0.4])
+def test_fixed_split_makes_bits_independent_of_the_number_of_queries(gain, arch, heads):
+    q = (torch.randn(3, 2, heads, 576) * gain).bfloat16()
+    cache = poisoned_cache([torch.randn(n, 576).bfloat16() for n in (512, 500, 400)], 64)
+    both, alone = (run(arch, 0, x, cache, softmax_scale=1.0, split=512) for x in (q, q[:, 1:]))
+    assert same([x[:, 1:] for x in both], alone)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_joining_keeps_the_scale_of_the_output_at_large_logits(arch):
+    """Three parts of equal keys, whose mean is the row itself. Adding log2(3) to an lse of 2e5 is off by 0.6 %.
+
+    A scale of ln(2) leaves base-2 logits as they are, so that all probabilities of a part are 1 in bfloat16, too.
+    """
+    row = torch.randn(576).clamp(0.1, 1).bfloat16()
+    q = (torch.rand(1, 1, 16, 576) * 3000).bfloat16()
+    got = run(arch, 0, q, poisoned_cache([row.expand(192, -1)], 64), softmax_scale=math.log(2), split=64)
+    assert got.lse.min() > 1e5
+    assert torch.equal(got.out, row[:512].expand(got.out.shape))
 
 
 @pytest.mark.parametrize("arch, seed", SCHEDULES)
