@@ -29,6 +29,11 @@ constexpr int kMinShareBlocks = 2;
 
 // ---- joining parts: see kernel_combine.cuh
 
+// It also writes the rows that no sequence owns, which only a ragged batch can have.
+constexpr bool needs_combine(const MlaDecodeParams& p) {
+    return p.plan.partials > 0 || p.cu_seqlens_q != nullptr;
+}
+
 constexpr int kCombineGroups = 4, kCombineThreads = kCombineGroups * kLatent / 4;
 constexpr int kMergeThreads = 256;
 

@@ -4,7 +4,8 @@
 //
 //     lse = log sum_i exp(lse_i),  out = sum_i w_i out_i / sum_i w_i,  w_i = exp(lse_i - max lse)
 //
-// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each.
+// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each. Rows that
+//                         no sequence owns, which mla_decode does not touch, become 0 and -inf.
 //   Block   `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
 //           four groups that take every fourth part. Parts are added in an order that depends on
 //           their number alone.
@@ -41,9 +42,24 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
     const int lane = arch::lane_id(), four = threadIdx.x % (kLatent / 4);
     const int group = threadIdx.x / (kLatent / 4);
     const int64_t rows = p.tokens * p.heads;
+    int64_t first_owned = 0, end_owned = rows;
+    if (p.cu_seqlens_q != nullptr) {
+        first_owned = int64_t(clamp_to(p.cu_seqlens_q[0], p.tokens)) * p.heads;
+        end_owned = int64_t(clamp_to(p.cu_seqlens_q[p.batch], p.tokens)) * p.heads;
+    }
     for (int i = 0; i < rows_per_block; ++i) {
         const int64_t row = int64_t(blockIdx.x) * rows_per_block + i;
         if (row >= rows) return;
+        T* out = static_cast<T*>(p.out) + row / p.heads * p.out_token_stride +
+                 row % p.heads * p.out_head_stride;
+        if (row < first_owned || row >= end_owned) {
+            if (group == 0) reinterpret_cast<uint2*>(out)[four] = make_uint2(0, 0);
+            if (threadIdx.x == 0) {
+                p.lse[row] = -INFINITY;
+                if (p.max_logits != nullptr) p.max_logits[row] = -INFINITY;
+            }
+            continue;
+        }
         const SplitRow split = p.split_rows[row];
         if (split.parts <= 1) continue;
 
@@ -90,8 +106,6 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
                 const float4 part = storage.sums[other][four];
                 sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
             }
-            T* out = static_cast<T*>(p.out) + row / p.heads * p.out_token_stride +
-                     row % p.heads * p.out_head_stride;
             reinterpret_cast<uint2*>(out)[four] =
                 make_uint2(pack<T>(sum.x * normalizer, sum.y * normalizer),
                            pack<T>(sum.z * normalizer, sum.w * normalizer));

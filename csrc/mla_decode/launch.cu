@@ -30,7 +30,7 @@ void by_tile_rows(const MlaDecodeParams& p, void* stream) {
 }
 
 void launch_combine(const MlaDecodeParams& p, void* stream) {
-    if (p.plan.partials == 0) return;
+    if (!needs_combine(p)) return;
     const int64_t rows = p.tokens * p.heads;
     const int rows_per_block = combine_rows_per_block(rows);
     LaunchShape shape{static_cast<unsigned>(ceil_div(rows, rows_per_block)), kCombineThreads};

@@ -38,7 +38,7 @@ void start(const MlaDecodeParams& p, void* stream) {
         launch<mla_decode_sm90_kernel<T, /*kPair=*/false>, kShared>(shape, p, q_tensor(p),
                                                                     cache_tensor(p));
     }
-    if (p.plan.partials == 0) return;
+    if (!needs_combine(p)) return;
 
     shape = LaunchShape{};
     shape.stream = stream;

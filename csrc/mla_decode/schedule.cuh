@@ -32,6 +32,12 @@ struct MlaTask {
     bool last;    // there is none any more: nothing of the above holds
 };
 
+// Values of query offsets and lengths are not known to the host: they are kept inside q and the
+// block table.
+K2K_DEVICE int clamp_to(int value, int64_t most) {
+    return value < 0 ? 0 : value < most ? value : static_cast<int>(most);
+}
+
 class MlaTasks {
   public:
     MlaTasks() = default;
@@ -78,10 +84,10 @@ class MlaTasks {
             s.first_token = index * s.queries;
         } else {
             const int tokens = static_cast<int>(p.tokens);
-            s.first_token = clamp(p.cu_seqlens_q[index], tokens);
-            s.queries = clamp(p.cu_seqlens_q[index + 1], tokens) - s.first_token;
+            s.first_token = clamp_to(p.cu_seqlens_q[index], tokens);
+            s.queries = clamp_to(p.cu_seqlens_q[index + 1], tokens) - s.first_token;
         }
-        s.seq_len = clamp(p.seq_lens[index], p.capacity);
+        s.seq_len = clamp_to(p.seq_lens[index], p.capacity);
         const int blocks = s.seq_len > 0 ? (s.seq_len + kBlockKeys - 1) / kBlockKeys : 1;
         const int split_blocks = p.plan.split_blocks;
         const int tiles = num_tiles(p, s.queries);
@@ -89,10 +95,6 @@ class MlaTasks {
         s.turn =
             split_blocks > 0 ? (blocks + split_blocks - 1) / split_blocks : kTileOverhead + blocks;
         return s;
-    }
-
-    K2K_DEVICE static int clamp(int value, int most) {
-        return value < 0 ? 0 : value < most ? value : most;
     }
 
     K2K_DEVICE static int num_tiles(const MlaDecodeParams& p, int queries) {
@@ -185,7 +187,7 @@ class MlaTasks {
         task.queries = of.queries;
         task.seq_len = of.seq_len;
         task.first_row = first_row;
-        task.num_rows = clamp(rows_left, p.plan.tile_rows);
+        task.num_rows = clamp_to(rows_left, p.plan.tile_rows);
         task.first_key = keys.begin_block * kBlockKeys;
         task.end_key = end_key < of.seq_len ? end_key : of.seq_len;
         task.border = p.causal ? of.seq_len - of.queries + first_row / p.heads + 1 : of.seq_len;

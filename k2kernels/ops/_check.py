@@ -171,11 +171,16 @@ class Arguments:
         return " ".join(parts)
 
 
-def check_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor, total: int) -> None:
-    """Raises ValueError unless the contents of `cu_seqlens` rise from 0 to `total`; for `validate` of an op."""
+def check_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor, total: int, *, padded: bool = False) -> None:
+    """Raises ValueError unless the contents of `cu_seqlens` rise from 0 to `total`; for `validate` of an op.
+
+    `padded`: tokens may follow that belong to no sequence.
+    """
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"{op}: {name} must rise from 0 to {total} (the number of tokens), got {_brief(ends)}")
+    wrong_end = ends[-1] > total if padded else ends[-1] != total
+    if ends[0] != 0 or wrong_end or any(a > b for a, b in itertools.pairwise(ends)):
+        end = f"at most {total}" if padded else total
+        raise ValueError(f"{op}: {name} must rise from 0 to {end} (the number of tokens), got {_brief(ends)}")
 
 
 def check_groups(

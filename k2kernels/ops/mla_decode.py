@@ -53,7 +53,8 @@ def mla_decode(
             at, nor are cache rows beyond it.
         seq_lens: int32 [B], rows in the cache, *including* those of the new tokens that q belongs to.
         softmax_scale: factor of the logits.
-        cu_seqlens_q: int32 [B + 1]; sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        cu_seqlens_q: int32 [B + 1]; sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Queries behind
+            the last sequence, as in a batch padded for a CUDA graph, belong to none.
         causal: query i of s_q sees the rows < seq_len - s_q + i + 1; otherwise all rows of its sequence.
         head_dim_v: size of the latent, which is the first part of a row.
         split: tokens of a sequence that are worked on as a unit and then merged. An int fixes it: the bits of a
@@ -64,7 +65,8 @@ def mla_decode(
     Returns:
         out like q with head_dim_v in the last axis; lse like q without it, the natural logarithm of the sum of
         exponentials; max_logits, the maximum of the scaled, masked logits in that shape, or None. lse and max_logits
-        are float32 (float64 for float64). A row that sees no key has out 0, lse -inf and max_logits -inf.
+        are float32 (float64 for float64). A row that sees no key, or belongs to no sequence, has out 0, lse -inf and
+        max_logits -inf.
         Not differentiable.
 
     Raises:
@@ -139,7 +141,7 @@ def _validate(
             f"mla_decode: seq_lens must be in [0, {capacity}] (max_pages * page_size), got {int(wrong[0])}"
         )
     if cu_seqlens_q is not None:
-        check_cu_seqlens("mla_decode", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        check_cu_seqlens("mla_decode", "cu_seqlens_q", cu_seqlens_q, q.shape[0], padded=True)
     first_token = torch.arange(block_table.shape[1]) * page_size
     check_pages("mla_decode", block_table, first_token < seq_lens.unsqueeze(-1), pages)
 

@@ -31,7 +31,8 @@ def mla_prefill(
         q: [Tq, H, Dqk]; bfloat16, float16, float32 or float64. Kimi-K2 has Dqk = 192 (128 and 64 rotary), Dv = 128.
         k: [Tk, H, Dqk] in q's dtype.
         v: [Tk, H, Dv] in q's dtype.
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1]; sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1].
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1]; sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1]. Tokens
+            behind the last sequence belong to none.
         softmax_scale: factor of the logits.
         causal: align the ends: query i of s_q sees keys < s_k - s_q + i + 1.
         return_max_logits: also return the largest logit of each row (what QK-clip watches).
@@ -39,12 +40,12 @@ def mla_prefill(
     Returns:
         out [Tq, H, Dv] in q's dtype; lse [Tq, H], the natural logarithm of the sum of exponentials; max_logits [Tq, H],
         the maximum of the scaled, masked logits, or None. lse and max_logits are float32 (float64 for float64).
-        A row that sees no key has out 0, lse -inf and max_logits -inf. Differentiable in q, k and v through out and
-        lse; max_logits carries no gradient.
+        A row that sees no key, or belongs to no sequence, has out 0, lse -inf and max_logits -inf. Differentiable in q,
+        k and v through out and lse; max_logits carries no gradient.
 
     Raises:
-        TypeError, ValueError: for dtypes and shapes, and, on a CPU, for cu_seqlens that do not rise from 0 to the
-            number of tokens.
+        TypeError, ValueError: for dtypes and shapes, and, on a CPU, for cu_seqlens that do not rise from 0 to at
+            most the number of tokens.
 
     Source: FlashAttention-2 (Dao, 2023) for the backward from lse; the varlen argument convention is flash-attention's
     (flash_attn_interface.py).
@@ -64,8 +65,8 @@ def mla_prefill(
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any) -> None:
-    check_cu_seqlens("mla_prefill", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    check_cu_seqlens("mla_prefill", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    check_cu_seqlens("mla_prefill", "cu_seqlens_q", cu_seqlens_q, q.shape[0], padded=True)
+    check_cu_seqlens("mla_prefill", "cu_seqlens_k", cu_seqlens_k, k.shape[0], padded=True)
 
 
 def _fake(

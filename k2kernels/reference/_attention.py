@@ -12,11 +12,15 @@ from torch import Tensor
 
 
 class Sequences:
-    """Cuts packed tokens into sequences: [T, H, D] to [B, H, longest, D] and back; short sequences are zero-padded."""
+    """Cuts packed tokens into sequences: [T, H, D] to [B, H, longest, D] and back; short sequences are zero-padded.
+
+    Tokens behind the last sequence belong to none.
+    """
 
     def __init__(self, lengths: Tensor):
         self.lengths = lengths
         sizes = lengths.tolist()
+        self.tokens = sum(sizes)
         self.longest = max([1, *sizes])  # at least 1, so that reductions over keys have something to reduce
         self.batch = len(sizes)
         self.real = None  # [B, longest], which positions hold a token; None if all do: then no padding is needed
@@ -24,15 +28,19 @@ class Sequences:
             self.real = torch.arange(self.longest, device=lengths.device) < lengths.unsqueeze(-1)
 
     def split(self, x: Tensor) -> Tensor:
+        x = x[: self.tokens]
         if self.real is None:
             return x.unflatten(0, (self.batch, self.longest)).transpose(1, 2).contiguous()
         padded = x.new_zeros(self.batch, self.longest, *x.shape[1:])
         padded[self.real] = x
         return padded.transpose(1, 2).contiguous()
 
-    def join(self, x: Tensor) -> Tensor:
+    def join(self, x: Tensor, tokens: int, fill: float = 0) -> Tensor:
+        """[tokens, H, D]; those of no sequence hold `fill`."""
         x = x.transpose(1, 2)
-        return x.flatten(0, 1).contiguous() if self.real is None else x[self.real]
+        x = x.flatten(0, 1).contiguous() if self.real is None else x[self.real]
+        rest = tokens - self.tokens
+        return torch.cat([x, x.new_full((rest, *x.shape[1:]), fill)]) if rest else x
 
 
 def key_borders(queries: Sequences, key_lengths: Tensor, causal: bool) -> Tensor:

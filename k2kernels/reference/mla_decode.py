@@ -40,11 +40,13 @@ def mla_decode(
         results = [_attend_paged(q_THD, lengths, kv_cache, block_table, seq_lens, TILE, *options)]
     else:
         # Each sequence by itself: a product of batched matrices may round differently at another batch size.
+        sizes = lengths.tolist()
+        sizes[-1] += len(q_THD) - sum(sizes)  # with the tokens that belong to none
         results = [
             _attend_paged(
                 one, lengths[b : b + 1], kv_cache, block_table[b : b + 1], seq_lens[b : b + 1], split, *options
             )
-            for b, one in enumerate(q_THD.split(lengths.tolist()))
+            for b, one in enumerate(q_THD.split(sizes))
         ]
     out, lse, maximum = (torch.cat(parts) for parts in zip(*results))
     rows = q.shape[:-1]
@@ -102,4 +104,5 @@ def _attend_paged(
         state = part if state is None else merge(state, part)
 
     heads = q_BHQD.shape[1:3]
-    return tuple(queries.join(x.unflatten(1, heads)) for x in (state.out, state.lse, state.maximum))
+    parts = ((state.out, 0), (state.lse, -torch.inf), (state.maximum, -torch.inf))
+    return tuple(queries.join(x.unflatten(1, heads), len(q_THD), fill) for x, fill in parts)

@@ -27,9 +27,11 @@ def mla_prefill(
     q_BHQD, k_BHKD = queries.split(wide(q) * softmax_scale), keys.split(wide(k))
     scores_BHQK = _scores(q_BHQD, k_BHKD, queries, keys, causal)
     state = attend(scores_BHQK, keys.split(wide(v)))
-    lse = queries.join(state.lse).squeeze(-1)
-    max_logits = queries.join(state.maximum).squeeze(-1) if return_max_logits else lse.new_empty(0)
-    return queries.join(state.out).to(q.dtype), lse, max_logits
+    tokens = q.shape[0]
+    lse = queries.join(state.lse, tokens, -torch.inf).squeeze(-1)
+    maximum = queries.join(state.maximum, tokens, -torch.inf).squeeze(-1)
+    max_logits = maximum if return_max_logits else lse.new_empty(0)
+    return queries.join(state.out, tokens).to(q.dtype), lse, max_logits
 
 
 def mla_prefill_backward(
@@ -61,7 +63,8 @@ def mla_prefill_backward(
     grad_scores_BHQK = (grad_out_BHQD @ v_BHKD.mT).add_(queries.split(offset.unsqueeze(-1))).mul_(probabilities_BHQK)
     grad_q_BHQD = (grad_scores_BHQK @ k_BHKD).mul_(softmax_scale)
     grad_k_BHKD = grad_scores_BHQK.mT @ q_BHQD
-    return queries.join(grad_q_BHQD).to(q.dtype), keys.join(grad_k_BHKD).to(k.dtype), keys.join(grad_v_BHKD).to(v.dtype)
+    grads = ((queries, grad_q_BHQD, q), (keys, grad_k_BHKD, k), (keys, grad_v_BHKD, v))
+    return tuple(sequences.join(grad, len(x)).to(x.dtype) for sequences, grad, x in grads)
 
 
 def _scores(q_BHQD: Tensor, k_BHKD: Tensor, queries: Sequences, keys: Sequences, causal: bool) -> Tensor:

@@ -45,6 +45,24 @@ def test_ragged_queries_equal_naive_in_float64(split, q_lens, causal):
     check(got, naive(queries, rows, 0.2, causal, 16), (sum(q_lens), 3), budget=1e-13)
 
 
+@pytest.mark.parametrize("split", ["auto", 64])
+@pytest.mark.parametrize("q_lens", [[2, 1, 0, 3, 0, 0, 1], [0] * 7], ids=str)
+def test_queries_that_no_sequence_owns(q_lens, split):
+    queries, rows, cache = make(SEQ_LENS, q_lens, 3, 16, 8, 16)
+    q = torch.cat([*queries, torch.full((4, 3, 24), math.nan, dtype=torch.float64)])
+    out = torch.full((len(q), 3, 16), math.nan, dtype=torch.float64)
+    for given in (None, out):
+        got = mla_decode(
+            q, *cache, cu_seqlens_q=cumulative(q_lens), softmax_scale=0.2, head_dim_v=16, split=split, out=given,
+            return_max_logits=True,
+        )  # fmt: skip
+        owned = sum(q_lens)
+        if owned:
+            check(MlaOutput(*(x[:owned] for x in got)), naive(queries, rows, 0.2, True, 16), (owned, 3), budget=1e-13)
+        assert (got.out[owned:] == 0).all()
+        assert (got.lse[owned:] == -math.inf).all() and (got.max_logits[owned:] == -math.inf).all()
+
+
 TILED = [2500, 1030]  # more than the reference takes at a time when the split is free
 
 
@@ -302,7 +320,7 @@ def int32(*values):
          r"block_table must be in \[0, 4\) .*, got 4 at \[0, 1\]"),
         (dict(block_table=int32([0, 1, 0], [-1, 1, 1])), ValueError, r"block_table .*, got -1 at \[1, 0\]"),
         (dict(q=torch.zeros(2, 3, 6), cu_seqlens_q=int32(0, 1, 3)), ValueError,
-         r"cu_seqlens_q must rise from 0 to 2 .*, got \[0, 1, 3\]"),
+         r"cu_seqlens_q must rise from 0 to at most 2 .*, got \[0, 1, 3\]"),
         (dict(q=torch.zeros(2, 3, 6), cu_seqlens_q=int32(0, 2)), ValueError,
          r"cu_seqlens_q must be \[3\] int32, got \[2\]"),
         (dict(softmax_scale=0.0), ValueError, r"softmax_scale must be positive and finite, got 0.0"),

@@ -1,7 +1,9 @@
 """The kernels of mla_decode in the emulator. What the reference is compared with in test_mla_decode.py; here the
 reference, in float64, is the definition."""
 
+import ctypes
 import math
+import struct
 
 import pytest
 import torch
@@ -324,6 +326,46 @@ def test_lengths_out_of_range_stay_inside_the_block_table(arch, monkeypatch):
     assert (got[0][0] == 0).all() and (got[1][0] == -math.inf).all()
     want = exact(q[2:], cache._replace(block_table=table[2:], seq_lens=lengths[2:]))
     check(mla_output([x[2:] for x in got]), want)
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("split", ["auto", 64, 4096])
+@pytest.mark.parametrize("stale", [struct.pack("f", 1.0), struct.pack("f", math.nan), b"\x7f" * 4], ids=str)
+def test_queries_that_no_sequence_owns(stale, split, arch, heads, monkeypatch):
+    """As in a batch that is padded for a CUDA graph; memory holds what an earlier tensor left there."""
+    q_lens = [2, 0, 1, 0]
+    queries, cache = k2([130, 70, 66, 0], q_lens, heads)
+    q = torch.cat([*queries, torch.full((5, heads, 576), math.nan).bfloat16()])
+    arguments = dict(cu_seqlens_q=cumulative(q_lens), split=split)
+    want = exact(torch.cat(queries), cache, **arguments)
+    leave_stale(monkeypatch, stale)
+    got = run(arch, 0, q, cache, **arguments)
+    check(mla_output([x[:3] for x in got]), want)
+    assert (got.out[3:] == 0).all() and (got.lse[3:] == -math.inf).all() and (got.max_logits[3:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("split", ["auto", 64])
+@pytest.mark.parametrize("stale", [struct.pack("f", 1.0), struct.pack("f", math.nan), b"\x7f" * 4], ids=str)
+def test_results_do_not_depend_on_what_memory_held(stale, split, arch, heads, monkeypatch):
+    queries, cache = k2([300, 0, 70], [1] * 3, heads)
+    q = torch.stack(queries)
+    want = run(arch, 0, q, cache, split=split)
+    leave_stale(monkeypatch, stale)
+    assert same(run(arch, 0, q, cache, split=split), want)
+
+
+def leave_stale(monkeypatch, four_bytes):
+    """Fills what `new_empty` returns."""
+    new_empty = torch.Tensor.new_empty
+
+    def stale(*args, **options):
+        tensor = new_empty(*args, **options)
+        memory = tensor.untyped_storage()
+        ctypes.memmove(memory.data_ptr(), four_bytes * (len(memory) // 4), len(memory) // 4 * 4)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", stale)
 
 
 def mla_output(three):

@@ -81,6 +81,24 @@ def test_equals_naive_in_float64_with_gradients(lengths_q, lengths_k, causal):
         check_close(grad, torch.zeros_like(leaf) if exact is None else exact, budget=1e-13, name=f"grad_{name}")
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_tokens_that_no_sequence_owns(causal):
+    lengths_q, lengths_k = [2, 0, 3], [4, 1, 3]
+    q, k, v = inputs(lengths_q, lengths_k, 3, 6, 4)
+    padded = [torch.cat([x, torch.full_like(x[:2], math.nan)]).requires_grad_() for x in (q, k, v)]
+    cu = dict(cu_seqlens_q=cumulative(lengths_q), cu_seqlens_k=cumulative(lengths_k))
+    options = dict(**cu, softmax_scale=0.3, causal=causal, return_max_logits=True)
+    got = mla_prefill(*padded, **options)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    want = mla_prefill(*leaves, **options)
+    for x, y, fill in zip(got, want, (0, -math.inf, -math.inf)):
+        assert torch.equal(x[:-2], y) and (x[-2:] == fill).all()
+    weights = torch.randn_like(got.out)
+    grads = torch.autograd.grad(got.out, padded, weights)
+    for x, y in zip(grads, torch.autograd.grad(want.out, leaves, weights[:-2])):
+        assert torch.equal(x[:-2], y) and (x[-2:] == 0).all()
+
+
 @pytest.mark.parametrize("lengths", [[4, 4], [2, 5]], ids=str)
 def test_gradcheck(lengths):
     q, k, v = (x.requires_grad_() for x in inputs(lengths, lengths, 2, 4, 3))
@@ -212,12 +230,12 @@ CU = torch.tensor([0, 4], dtype=torch.int32)
             ValueError,
             r"cu_seqlens_q must be of length B \+ 1, got \[0\]",
         ),
-        (dict(cu_seqlens_k=CU + 1), ValueError, r"cu_seqlens_k must rise from 0 to 4 .*, got \[1, 5\]"),
-        (dict(cu_seqlens_q=CU - CU), ValueError, r"cu_seqlens_q must rise from 0 to 4 .*, got \[0, 0\]"),
+        (dict(cu_seqlens_k=CU + 1), ValueError, r"cu_seqlens_k must rise from 0 to at most 4 .*, got \[1, 5\]"),
+        (dict(cu_seqlens_q=-CU), ValueError, r"cu_seqlens_q must rise from 0 to at most 4 .*, got \[0, -4\]"),
         (
             dict(cu_seqlens_q=torch.tensor([0, 5, 4], dtype=torch.int32), cu_seqlens_k=CU[[0, 1, 1]]),
             ValueError,
-            r"cu_seqlens_q must rise from 0 to 4 .*, got \[0, 5, 4\]",
+            r"cu_seqlens_q must rise from 0 to at most 4 .*, got \[0, 5, 4\]",
         ),
         (dict(softmax_scale=math.nan), ValueError, r"softmax_scale must be positive and finite, got nan"),
         (dict(softmax_scale=torch.tensor(1.0)), TypeError, r"softmax_scale must be a number, got Tensor"),
