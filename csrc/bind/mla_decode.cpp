@@ -28,6 +28,21 @@ PlanTuple plan(std::tuple<int, int, int> chip,
     return {p.tile_rows, p.stages, p.teams, p.team_size, p.split_blocks, p.partials, p.hopper};
 }
 
+void set_sizes(MlaDecodeParams& p,
+               const std::tuple<int64_t, int64_t, int64_t>& sizes,
+               int64_t queries_per_sequence,
+               int64_t capacity,
+               const PlanTuple& plan) {
+    const auto [batch, tokens, heads] = sizes;
+    p.batch = static_cast<int32_t>(batch);
+    p.tokens = tokens;
+    p.heads = static_cast<int32_t>(heads);
+    p.queries_per_sequence = static_cast<int32_t>(queries_per_sequence);
+    p.capacity = static_cast<int32_t>(capacity);
+    std::tie(p.plan.tile_rows, p.plan.stages, p.plan.teams, p.plan.team_size, p.plan.split_blocks,
+             p.plan.partials, p.plan.hopper) = plan;
+}
+
 long decode(Address q,
             int type,
             std::tuple<int64_t, int64_t> q_strides,
@@ -64,12 +79,7 @@ long decode(Address q,
     p.table_stride = table_stride;
     p.seq_lens = pointer<const int32_t>(seq_lens);
     p.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
-    const auto [batch, tokens, heads] = sizes;
-    p.batch = static_cast<int32_t>(batch);
-    p.tokens = tokens;
-    p.heads = static_cast<int32_t>(heads);
-    p.queries_per_sequence = static_cast<int32_t>(queries_per_sequence);
-    p.capacity = static_cast<int32_t>(capacity);
+    set_sizes(p, sizes, queries_per_sequence, capacity, plan);
     p.scale = scale;
     p.causal = causal;
     const auto [out, lse, max_logits] = results;
@@ -81,9 +91,26 @@ long decode(Address q,
     p.partial_out = pointer<float>(partial_out);
     p.partial_stats = pointer<float2>(partial_stats);
     p.split_rows = pointer<SplitRow>(split_rows);
-    std::tie(p.plan.tile_rows, p.plan.stages, p.plan.teams, p.plan.team_size, p.plan.split_blocks,
-             p.plan.partials, p.plan.hopper) = plan;
     return run(device, [&] { launch_mla_decode(p, pointer<void>(stream)); });
+}
+
+long schedule(Address seq_lens,
+              Address cu_seqlens_q,
+              std::tuple<int64_t, int64_t, int64_t> sizes,
+              int64_t queries_per_sequence,
+              int64_t capacity,
+              PlanTuple plan,
+              Address tasks,
+              int tasks_of_a_block,
+              int device,
+              Address stream) {
+    MlaDecodeParams p = {};
+    p.seq_lens = pointer<const int32_t>(seq_lens);
+    p.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
+    set_sizes(p, sizes, queries_per_sequence, capacity, plan);
+    return run(device, [&] {
+        launch_mla_schedule(p, pointer<MlaTask>(tasks), tasks_of_a_block, pointer<void>(stream));
+    });
 }
 
 long merge(Address out_a,
@@ -125,6 +152,11 @@ void bind_mla_decode(py::module_& m) {
           py::arg("out_strides"), py::arg("workspace"), py::arg("plan"), py::arg("device"),
           py::arg("stream"),
           "See csrc/mla_decode/params.h; returns the number of kernels started.");
+    m.def("mla_decode_schedule", &schedule, py::arg("seq_lens"), py::arg("cu_seqlens_q"),
+          py::arg("sizes"), py::arg("queries_per_sequence"), py::arg("capacity"), py::arg("plan"),
+          py::arg("tasks"), py::arg("tasks_of_a_block"), py::arg("device"), py::arg("stream"),
+          "Writes the MlaTasks of each block (csrc/mla_decode/params.h), to int32 "
+          "[blocks, tasks_of_a_block, 13]; returns the number of kernels started.");
     m.def("merge_attention_states", &merge, py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
           py::arg("lse_b"), py::arg("out"), py::arg("lse"), py::arg("type"), py::arg("rows"),
           py::arg("columns"), py::arg("device"), py::arg("stream"),

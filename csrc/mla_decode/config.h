@@ -19,13 +19,35 @@ constexpr int kQuantizedRow = 656, kScalesAt = 512, kRopeAt = 528;
 // portable one, and the page of most servers.
 constexpr int kBlockKeys = 64;
 
-// What a tile costs besides its keys, in blocks of keys: reading q, writing the result, and the
-// merge of what was split. FlashMLA charges 5 (csrc/smxx/decode/get_decoding_sched_meta).
+// What a piece of a tile costs besides its keys, in blocks of keys: reading q, writing the result,
+// and the merge of what was split. FlashMLA charges 5 (csrc/smxx/decode/get_decoding_sched_meta).
 constexpr int kTileOverhead = 5;
 
-// A share is not cut finer than this: writing and reading a partial result of 64 rows moves
-// 256 KiB, as much as three and a half blocks of keys.
-constexpr int kMinShareBlocks = 2;
+// How many partial results are written, and read again to be joined, in the time of a block of
+// keys: 64 rows are 128 KiB, 84 clocks for an L2 of 3,100 bytes a clock there and back; a block
+// takes about 3,000. An estimate.
+constexpr int kPartialsPerBlock = 36;
+
+// The length, in blocks of keys, of the full pieces that turns are cut into (schedule.cuh). There
+// are `turns` of them, which have `blocks` together, the longest `longest`. At most an equal share,
+// as with FlashMLA; less while there are more teams than pieces.
+K2K_HOST_DEVICE constexpr int piece_blocks(int turns, int blocks, int longest, int teams) {
+    const int even = (blocks + kTileOverhead * turns + teams - 1) / teams;
+    int piece = even > 0 ? even : 1;
+    if (turns == 0 || turns > teams) return piece;
+    // As many teams for each turn.
+    const int teams_a_turn = teams / turns;
+    const int by_longest = (longest + teams_a_turn - 1) / teams_a_turn;
+    if (by_longest < piece) piece = by_longest;
+    // A team for the rest of each turn, the others for full pieces.
+    if (turns < teams) {
+        const int by_all = (blocks + teams - turns - 1) / (teams - turns);
+        if (by_all < piece) piece = by_all;
+    }
+    // No pieces so short that joining takes longer than they save.
+    while (piece < even && int64_t(kPartialsPerBlock) * piece * (piece + 1) < blocks) ++piece;
+    return piece;
+}
 
 // ---- joining parts: see kernel_combine.cuh
 
@@ -133,7 +155,7 @@ constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape)
     plan.teams = chip.multiprocessors / plan.team_size;
     plan.split_blocks = static_cast<int>(ceil_div(shape.split_keys, kBlockKeys));
     if (plan.split_blocks == 0) {
-        plan.partials = int64_t(2) * plan.teams * plan.team_size;  // a share's first and last tile
+        plan.partials = int64_t(2) * plan.teams * plan.team_size;  // see schedule.cuh
     } else {
         // At most so many rounds of a team over all sequences, each with so many splits.
         const int64_t rounds = shape.queries_per_sequence > 0

@@ -4,7 +4,8 @@
 //
 //     lse = log sum_i exp(lse_i),  out = sum_i w_i out_i / sum_i w_i,  w_i = exp(lse_i - max lse)
 //
-// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each. Rows that
+// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each. Rows
+// that
 //                         no sequence owns, which mla_decode does not touch, become 0 and -inf.
 //   Block   `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
 //           four groups that take every fourth part. Parts are added in an order that depends on
@@ -41,31 +42,23 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
     MlaCombineStorage& storage = arch::shared_storage<MlaCombineStorage>();
     const int lane = arch::lane_id(), four = threadIdx.x % (kLatent / 4);
     const int group = threadIdx.x / (kLatent / 4);
-    const int64_t rows = p.tokens * p.heads;
-    int64_t first_owned = 0, end_owned = rows;
+    const int rows = static_cast<int>(p.tokens * p.heads);  // no more than q's bytes / 1,152
+    int first_owned = 0, end_owned = rows;
     if (p.cu_seqlens_q != nullptr) {
-        first_owned = int64_t(clamp_to(p.cu_seqlens_q[0], p.tokens)) * p.heads;
-        end_owned = int64_t(clamp_to(p.cu_seqlens_q[p.batch], p.tokens)) * p.heads;
+        first_owned = clamp_to(p.cu_seqlens_q[0], p.tokens) * p.heads;
+        end_owned = clamp_to(p.cu_seqlens_q[p.batch], p.tokens) * p.heads;
     }
     for (int i = 0; i < rows_per_block; ++i) {
-        const int64_t row = int64_t(blockIdx.x) * rows_per_block + i;
+        const int row = static_cast<int>(blockIdx.x) * rows_per_block + i;
         if (row >= rows) return;
-        T* out = static_cast<T*>(p.out) + row / p.heads * p.out_token_stride +
-                 row % p.heads * p.out_head_stride;
-        if (row < first_owned || row >= end_owned) {
-            if (group == 0) reinterpret_cast<uint2*>(out)[four] = make_uint2(0, 0);
-            if (threadIdx.x == 0) {
-                p.lse[row] = -INFINITY;
-                if (p.max_logits != nullptr) p.max_logits[row] = -INFINITY;
-            }
-            continue;
-        }
-        const SplitRow split = p.split_rows[row];
-        if (split.parts <= 1) continue;
+        SplitRow split = {0, 0};  // no parts: 0 and -inf
+        if (row >= first_owned && row < end_owned) split = p.split_rows[row];
+        if (split.parts == 1) continue;
 
         // Every warp finds the sum of all parts.
         float maximum = -INFINITY, largest = -INFINITY, total = 0;
         bool is_nan = false;
+        K2K_NO_UNROLL
         for (int part = lane; part < split.parts; part += 32) {
             const float2 stats = p.partial_stats[part_row(p.plan, split, part)];
             maximum = max_number(maximum, stats.x);
@@ -78,6 +71,7 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
             largest = max_number(largest, arch::shuffle_xor(largest, mask));
         }
         is_nan = arch::any(is_nan);
+        K2K_NO_UNROLL
         for (int part = lane; part < split.parts; part += 32) {
             total += part_weight(p.partial_stats[part_row(p.plan, split, part)].x, maximum);
         }
@@ -106,6 +100,8 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
                 const float4 part = storage.sums[other][four];
                 sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
             }
+            const int token = row / p.heads, head = row - token * p.heads;
+            T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
             reinterpret_cast<uint2*>(out)[four] =
                 make_uint2(pack<T>(sum.x * normalizer, sum.y * normalizer),
                            pack<T>(sum.z * normalizer, sum.w * normalizer));

@@ -1,6 +1,7 @@
 #include "common/dispatch.h"
 #include "common/launch.h"
 #include "mla_decode/kernel_combine.cuh"
+#include "mla_decode/kernel_schedule.cuh"
 #include "mla_decode/kernel_sm80.cuh"
 #include "mla_decode/launch.h"
 
@@ -55,6 +56,12 @@ void launch_mla_decode(const MlaDecodeParams& p, void* stream) {
         by_tile_rows<fp16, /*kQuantized=*/false>(p, stream);
     }
     launch_combine(p, stream);
+}
+
+void launch_mla_schedule(const MlaDecodeParams& p, MlaTask* tasks, int capacity, void* stream) {
+    LaunchShape shape{static_cast<unsigned>(p.plan.teams * p.plan.team_size), 32};
+    shape.stream = stream;
+    launch<mla_schedule_kernel, sizeof(MlaScheduleStorage)>(shape, p, tasks, capacity);
 }
 
 void launch_merge_attention_states(const MergeParams& p, void* stream) {

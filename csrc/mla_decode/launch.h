@@ -11,6 +11,9 @@ void launch_mla_decode(const MlaDecodeParams& params, void* stream);
 // The same by Hopper's kernels, where plan.hopper.
 void launch_mla_decode_sm90(const MlaDecodeParams& params, void* stream);
 
+// Writes each block's tasks to tasks[block, capacity]; of `params`, sizes, lengths and plan count.
+void launch_mla_schedule(const MlaDecodeParams& params, MlaTask* tasks, int capacity, void* stream);
+
 void launch_merge_attention_states(const MergeParams& params, void* stream);
 
 }  // namespace k2k

@@ -50,6 +50,20 @@ struct MlaDecodeParams {
     MlaDecodePlan plan;
 };
 
+// Some keys of one tile of rows.
+struct MlaTask {
+    int sequence;
+    int first_token;  // of the sequence, in q
+    int queries;      // of the sequence
+    int seq_len;
+    int first_row, num_rows;  // of the tile; rows of the sequence are query * heads + head
+    int first_key, end_key;
+    int border;  // all rows see the keys before it; later rows may see more
+    int split, num_splits;
+    int partial;  // tile of the workspace; -1 if the tile is not split
+    bool last;    // there are no more tasks: the other fields have no meaning
+};
+
 // Results over two sets of keys, joined: merge_attention_states.
 struct MergeParams {
     const void *out_a, *out_b;   // [rows, columns], contiguous

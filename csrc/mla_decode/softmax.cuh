@@ -66,7 +66,8 @@ struct MlaRowState {
     }
 
     // Turns scores into exponentials relative to the new maximum; `factor` turns older ones into
-    // such: 1 exactly if the maximum has not grown. False if that holds for the whole warp. `scale2` is the softmax's scale times log2(e).
+    // such: 1 exactly if the maximum has not grown. False if that holds for the whole warp.
+    // `scale2` is the softmax's scale times log2(e).
     template <int kTiles>
     K2K_DEVICE bool update(float (&scores)[kTiles][4], float (&factor)[2], float scale2 K2K_WHERE) {
         bool grew = false;

@@ -60,6 +60,7 @@ for row, row_bytes in BYTES.items():
     PLANS[f"mla_append_kernel<{row}, unsigned char>"] = (48, 2 * row_bytes, 3, ENCODE)  # latent and rope
     PLANS[f"mla_gather_kernel<{row}, unsigned char>"] = (48, 3, 3 * row_bytes, {})
     PLANS[f"merge_attention_states_kernel<{row}>"] = (64, 2 * row_bytes, row_bytes, {})
+PLANS["mla_schedule_kernel"] = (48, 0, 0, {})
 # A round of the portable mla_decode: 36 steps of 16 dims over 4 x 8 keys, of which a warp has its share;
 # 2 x 16 keys over its share of 512 columns. Copies stand twice, before the rounds and in them, and count as loads.
 for row in ("bf16", "fp16"):
@@ -227,6 +228,7 @@ SHARED = {
     **{f"mla_decode_sm80_kernel<{t}, {w}, false>": 163968 for t in ("bf16", "fp16") for w in (1, 2, 4)},
     **{f"mla_decode_sm80_kernel<bf16, {w}, true>": 137344 for w in (1, 2, 4)},
     **{f"mla_combine{chip}_kernel<{t}>": 4 * 512 * 4 for chip in ("", "_sm90") for t in ("bf16", "fp16")},
+    "mla_schedule_kernel": 13 * 4,  # a task
     # q, two stages of keys and probabilities in boxes of 8 KB, and what roles tell each other: 227 KiB are allowed.
     **{f"mla_decode_sm90_kernel<{t}, {pair}>": 230400 for t in ("bf16", "fp16") for pair in ("false", "true")},
     # Stages of 132 bytes a row; those of sm_90a fill 227 KiB, or, in the small tiles, half of it.
@@ -362,6 +364,14 @@ def test_kernel_meets_its_plan(kernel, sass):
     check(kernel, PLANS[short(kernel)], sass)
     assert kernel["dynamic_shared_bytes"] is not None, "launch it as launch<kernel, Storage>(shape, ...)"
     assert kernel["shared_bytes"] + kernel["dynamic_shared_bytes"] == SHARED.get(short(kernel), 0)
+
+
+@needs_kernels
+@pytest.mark.skipif("sm_90a" not in ARCHS, reason="not built for sm_90a")
+def test_copies_of_mla_decode_start_without_a_loop_over_lanes(sass):
+    """As they do where the compiler does not know that one lane alone is there: it elects them one after the other."""
+    kernels = [k for k in KERNELS if "mla_decode_sm90_kernel" in k["kernel"]]
+    assert len(kernels) == 4 and all(count(sass["sm_90a", k["symbol"]], "BRA.U.ANY") == 0 for k in kernels)
 
 
 @needs_kernels

@@ -12,6 +12,7 @@ from decode_cases import cumulative, dequantised_rows, e4m3, make
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import _launch
+from k2kernels.ops import mla_decode as module
 from k2kernels.ops._launch import Chip
 from k2kernels.ops.mla_decode import merge_attention_states, mla_decode
 from k2kernels.testing.compare import check_close
@@ -305,8 +306,6 @@ def test_pages_that_do_not_exist_give_nan_and_no_fault(heads, quantize, arch, se
 
 
 def run_unchecked(monkeypatch, arch, seed, q, cache, **arguments):
-    from k2kernels.ops import mla_decode as module
-
     request = (q, *cache, SCALE, None, True, 512, 0, True)
     with k2kernels.emulated(arch, seed=seed):
         return module._kernel(*request)
@@ -328,9 +327,12 @@ def test_lengths_out_of_range_stay_inside_the_block_table(arch, monkeypatch):
     check(mla_output([x[2:] for x in got]), want)
 
 
+STALE = [pytest.param(x, id=x.hex()) for x in (struct.pack("f", 1.0), struct.pack("f", math.nan), b"\x7f" * 4)]
+
+
 @pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
 @pytest.mark.parametrize("split", ["auto", 64, 4096])
-@pytest.mark.parametrize("stale", [struct.pack("f", 1.0), struct.pack("f", math.nan), b"\x7f" * 4], ids=str)
+@pytest.mark.parametrize("stale", STALE)
 def test_queries_that_no_sequence_owns(stale, split, arch, heads, monkeypatch):
     """As in a batch that is padded for a CUDA graph; memory holds what an earlier tensor left there."""
     q_lens = [2, 0, 1, 0]
@@ -346,13 +348,31 @@ def test_queries_that_no_sequence_owns(stale, split, arch, heads, monkeypatch):
 
 @pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
 @pytest.mark.parametrize("split", ["auto", 64])
-@pytest.mark.parametrize("stale", [struct.pack("f", 1.0), struct.pack("f", math.nan), b"\x7f" * 4], ids=str)
+@pytest.mark.parametrize("stale", STALE)
 def test_results_do_not_depend_on_what_memory_held(stale, split, arch, heads, monkeypatch):
     queries, cache = k2([300, 0, 70], [1] * 3, heads)
     q = torch.stack(queries)
     want = run(arch, 0, q, cache, split=split)
     leave_stale(monkeypatch, stale)
     assert same(run(arch, 0, q, cache, split=split), want)
+
+
+@pytest.mark.parametrize("arch, heads", [("sm_80", 16), ("sm_90a", 34)])
+@pytest.mark.parametrize("split", [0, 64])
+def test_offsets_out_of_order_stay_inside_q(split, arch, heads, monkeypatch):
+    """On a GPU the host does not look at them. Those that fall count as the largest before them."""
+    queries, cache = k2([130, 70, 300, 66, 64], [2, 0, 3, 0, 0], heads)
+    q = torch.cat([*queries, queries[0]])
+    want = exact(torch.cat(queries), cache, cu_seqlens_q=cumulative([2, 0, 3, 0, 0]))
+    leave_stale(monkeypatch, struct.pack("f", 1.0))
+    offsets = torch.tensor([-9, 2, 0, 5, 1, 5], dtype=torch.int32)
+    with k2kernels.emulated(arch):
+        got = module._kernel(q, *cache, SCALE, offsets, True, 512, split, True)
+    check(mla_output([x[:5] for x in got]), want)
+    assert (got[0][5:] == 0).all() and (got[1][5:] == -math.inf).all() and (got[2][5:] == -math.inf).all()
+    for wild in ([0, 7, 0, 7, 0, 7], [2**31 - 1, 3, -5, 4, 9, 6]):
+        with k2kernels.emulated(arch):
+            module._kernel(q, *cache, SCALE, torch.tensor(wild, dtype=torch.int32), True, 512, split, True)
 
 
 def leave_stale(monkeypatch, four_bytes):
