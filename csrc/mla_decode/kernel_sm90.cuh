@@ -195,7 +195,8 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
                            const MlaDecodeParams& p,
                            const TensorMap& q_map,
                            const TensorMap& cache_map) {
-    const bool leader = arch::lane_id() == 0;
+    // Elected, so that the compiler knows that one lane alone starts the copies.
+    const bool leader = arch::elect_one();
     const uint32_t rank = rank_of_pair<kPair>();
     const int box_rows = hopper_box_rows(p.page_size);
     const int parts = kBlockKeys / box_rows;  // of a box, each from its page
@@ -210,11 +211,13 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
         int box = 0;  // of the 32 whose pages are known
         for (int key = first_key; key < end_key; key += kBlockKeys, keys.advance()) {
             if (box == 0 && pages.advance(p.pages) && leader) smem.bad_page[place.stage] = true;
-            int page[kBlockKeys / kHopperMinBoxRows];
+            int page[kBlockKeys / kHopperMinBoxRows], slot[kBlockKeys / kHopperMinBoxRows];
             uint32_t bytes = 0;
             K2K_UNROLL
             for (int i = 0; i < kBlockKeys / kHopperMinBoxRows; ++i) {
                 page[i] = i < parts ? pages(box + i) : -1;
+                slot[i] = i == 0 ? key % p.page_size : slot[i - 1] + box_rows;
+                if (slot[i] == p.page_size) slot[i] = 0;
                 if (page[i] >= 0) bytes += box_rows * (kBoxBytes / kBlockKeys);
             }
             box = (box + parts) % 32;
@@ -236,13 +239,13 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
                     if (page[j] < 0) continue;
                     uint4* target = smem.keys[keys.stage][i].chunks + j * box_rows * 8;
                     const int column = i * kHopperColumns;
-                    const int slot = (key + j * box_rows) % p.page_size;
                     const auto hint = arch::CacheHint::kEvictFirst;
                     if constexpr (kPair) {
-                        arch::tma_load_3d_multicast(target, cache_map, landed, 3, column, slot,
+                        arch::tma_load_3d_multicast(target, cache_map, landed, 3, column, slot[j],
                                                     page[j], hint);
                     } else {
-                        arch::tma_load_3d(target, cache_map, landed, column, slot, page[j], hint);
+                        arch::tma_load_3d(target, cache_map, landed, column, slot[j], page[j],
+                                          hint);
                     }
                 }
             }
