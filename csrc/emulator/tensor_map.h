@@ -15,7 +15,7 @@ struct TensorMapFields {
     uint16_t swizzle_bytes;  // 0, 32, 64 or 128
     uint64_t base;
     uint64_t stride_bytes[4];  // of dimensions 1, 2, ...
-    uint64_t sizes[5];         // up to 2^32
+    uint64_t sizes[5];
     uint16_t box[5];
 };
 static_assert(sizeof(TensorMapFields) <= 128);
