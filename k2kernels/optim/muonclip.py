@@ -53,7 +53,10 @@ class MuonClip(Muon):
     nothing else happens; a loop that skips steps by itself calls `reset_max_logits()`.
 
     Over several ranks that hold copies of the parameters, average the gradients before the step, and give QK-Clip the
-    maxima of all ranks; those of a model are its own rank's, and are refused:
+    maxima of all ranks; those of a model are its own rank's, and are refused. (Maxima and loads of experts are buffers,
+    which must not be replaced by those of rank 0.)
+
+        copies = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
         def max_logits():
             maxima = model.max_logits()
