@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -212,6 +211,7 @@ class MuonClip(Muon):
         """Refuses to clip by one rank's own maxima where there are several ranks."""
         if self._clip is None or self._clip.max_logits is not None:
             return
+        dist = torch.distributed
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if ranks > 1:
             raise ValueError(
