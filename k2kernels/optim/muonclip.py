@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -53,7 +52,10 @@ class MuonClip(Muon):
     nothing else happens; a loop that skips steps by itself calls `reset_max_logits()`.
 
     Over several ranks that hold copies of the parameters, average the gradients before the step, and give QK-Clip the
-    maxima of all ranks; those of a model are its own rank's, and are refused:
+    maxima of all ranks; those of a model are its own rank's, and are refused. (Maxima and loads of experts are buffers,
+    which must not be replaced by those of rank 0.)
+
+        copies = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
         def max_logits():
             maxima = model.max_logits()
@@ -209,6 +211,7 @@ class MuonClip(Muon):
         """Refuses to clip by one rank's own maxima where there are several ranks."""
         if self._clip is None or self._clip.max_logits is not None:
             return
+        dist = torch.distributed
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if ranks > 1:
             raise ValueError(

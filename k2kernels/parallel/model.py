@@ -28,8 +28,9 @@ def expert_parallel(
 
     Each `Moe` keeps the weights of this rank's experts alone, as parameters of the old names; everything else stays on
     every rank. Call it on every rank, with the same full weights, before the optimizer is made. Each rank then runs the
-    model on its own tokens. An expert's gradient holds the tokens of all ranks; other gradients, and
-    `gate.expert_counts`, hold this rank's: to add them up over the ranks is the trainer's.
+    model on its own tokens. An expert's gradient holds the tokens of all ranks; other gradients, `gate.expert_counts`
+    and `max_logits` hold this rank's: to add them up over the ranks (of the maxima, to take the largest: see
+    `MuonClip`) is the trainer's.
 
     Args:
         model: changed in place.

@@ -31,6 +31,7 @@ from rank_checks import (
     same_rows,
     through,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from k2kernels import PeerTimeout
 from k2kernels.ops._exchange import Rank
@@ -80,15 +81,14 @@ def clipped_copies(rank, world, folder):
             dist.all_reduce(s, dist.ReduceOp.MAX)
         return maxima
 
+    copies = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = MuonClip(model, 0.02, qk_clip=QKClip(0.5, max_logits=max_logits))
     clips = 0
     for step in range(2):
-        torch.manual_seed(10 * step + rank)
-        ids = torch.randint(0, model.config.vocab_size, (1, 12))
-        model(ids).float().square().mean().backward()
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+        for micro_batch in range(2):
+            torch.manual_seed(100 * step + 10 * micro_batch + rank)
+            ids = torch.randint(0, model.config.vocab_size, (1, 12))
+            copies(ids).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         clips += sum(int((report.gamma < 1).sum()) for report in optimizer.last_clip.values())

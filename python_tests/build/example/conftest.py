@@ -32,7 +32,11 @@ def _built():
         text = re.sub(r".*\bbind_(?!runtime|kernels|scale_rows)\w+\(.*\n", "", text)
         (folder / "bind" / name).write_text(text)
     sources = [folder / "bind/kernels.cpp", ROOT / "csrc/bind/emulator.cpp", ROOT / "csrc/bind/module.cpp"]
-    sources += [ROOT / "csrc/common/selfcheck.cpp", HERE / "csrc/bind/scale_rows.cpp", HERE / "csrc/scale_rows/launch.cu"]
+    sources += [
+        ROOT / "csrc/common/selfcheck.cpp",
+        HERE / "csrc/bind/scale_rows.cpp",
+        HERE / "csrc/scale_rows/launch.cu",
+    ]
     digests = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
     together = "".join(f'#include "{source}" // {digest}\n' for source, digest in zip(sources, digests))
     (folder / "scale_rows.cpp").write_text(together)
