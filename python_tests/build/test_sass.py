@@ -104,7 +104,7 @@ for tile, (registers, copies, stores, products) in {
     )
 # For sm_90a alone: rows of columns, and a scale of B for 128 columns or (fine) for each. 168 registers are what 384
 # threads share before they change hands. A block's products, and the FFMA that add it; of panels, those of two types,
-# for one wave of rows: the other takes its place. Row by row, four floats of bias and of C are loaded, four of D stored.
+# for one wave of rows: the other takes its place. By rows, four floats of bias and of C are loaded, four of D stored.
 for tile, (panels, products, added) in {
     "128, 128, 5, 2, false": (16, "64x128x32", 64),
     "128, 128, 5, 2, true": (16, "64x128x32", 64),

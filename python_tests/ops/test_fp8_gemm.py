@@ -644,7 +644,7 @@ def test_plans_use_the_sms_there_are(sms):
             assert clocks == least
             work, used = tile_work(plan, m, n, sms)
             where = f"{m} x {n} x {k}: {plan}"
-            assert used >= (0.5 if m <= 64 or m >= 512 else 0.25), where  # 46 bytes a clock each: enough to read weights
+            assert used >= (0.5 if m <= 64 or m >= 512 else 0.25), where  # each may read 46 bytes a clock
             if m > 64:
                 best = min(tile_work(p, m, n, sms)[0] for p, _ in costs if "small" not in p.kernel)
                 assert work <= best * (1.1 if m >= 512 else 1.5), where
