@@ -20,6 +20,14 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Adds a number to the module's `constants`: Python reads it there and types it nowhere (see
+// k2kernels/ops/_constants.py).
+template <class T>
+void constant(py::module_& m, const char* name, T value) {
+    if (!py::hasattr(m, "constants")) m.attr("constants") = py::dict();
+    m.attr("constants")[name] = py::int_(static_cast<int64_t>(value));
+}
+
 void bind_runtime(py::module_& m);  // device.cpp, emulator.cpp or no_device.cpp
 void bind_kernels(py::module_& m);  // kernels.cpp: all that follow
 void bind_quant(py::module_& m);

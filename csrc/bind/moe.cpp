@@ -1,4 +1,5 @@
 #include "bind/run.h"
+#include "moe/config.h"
 #include "moe/launch.h"
 
 namespace k2k::bind {
@@ -7,6 +8,21 @@ namespace {
 
 // The values' address, type and row stride; zeros for none.
 using Rows = std::tuple<Address, int, int64_t>;
+
+// The half's number, in device memory, and the stride in elements; zeros for none.
+using HalfOf = std::tuple<Address, int64_t>;
+// How many rows of each source exist, in device memory, and the number of sources; zeros for none.
+using Told = std::tuple<Address, int>;
+
+Half half_of(const HalfOf& half) {
+    return {pointer<const int32_t>(std::get<0>(half)), std::get<1>(half)};
+}
+
+ToldRows told_rows(const Told& told, int64_t tokens) {
+    const auto [rows, sources] = told;
+    if (rows == 0) return {nullptr, 1, tokens};
+    return {pointer<const int32_t>(rows), sources, tokens / sources};
+}
 
 FloatRows float_rows(const Rows& rows) {
     const auto [values, type, row_stride] = rows;
@@ -68,6 +84,8 @@ long moe_route_backward(Address grad,
 }
 
 long moe_dispatch(Rows x,
+                  HalfOf half,
+                  Told told,
                   Address indices,
                   bool wide_indices,
                   std::tuple<int64_t, int, int64_t, int> sizes,
@@ -87,9 +105,11 @@ long moe_dispatch(Rows x,
     p.x = rows.values;
     p.type = rows.type;
     p.x_row_stride = rows.row_stride;
+    p.x_half = half_of(half);
     p.indices = pointer<const void>(indices);
     p.wide_indices = wide_indices;
     std::tie(p.tokens, p.top_k, p.hidden, p.experts) = sizes;
+    p.told = told_rows(told, p.tokens);
     p.alignment = alignment;
     p.capacity = capacity;
     p.data = pointer<void>(data);
@@ -108,6 +128,7 @@ long moe_dispatch(Rows x,
 }
 
 long moe_combine(Rows y,
+                 HalfOf half,
                  Address slot_of,
                  Address weights,
                  Rows shared,
@@ -122,6 +143,7 @@ long moe_combine(Rows y,
     p.y = rows.values;
     p.type = rows.type;
     p.y_row_stride = rows.row_stride;
+    p.y_half = half_of(half);
     p.slot_of = pointer<const int32_t>(slot_of);
     p.weights = pointer<const float>(weights);
     p.shared = float_rows(shared);
@@ -133,6 +155,8 @@ long moe_combine(Rows y,
 }
 
 long moe_combine_backward(Rows grad,
+                          HalfOf half,
+                          Told told,
                           Rows y,
                           Address slot_of,
                           Address token_of_slot,
@@ -145,6 +169,7 @@ long moe_combine_backward(Rows grad,
     MoeCombineBackwardParams p;
     const FloatRows rows = float_rows(y);
     p.grad = float_rows(grad);
+    p.grad_half = half_of(half);
     p.y = rows.values;
     p.type = rows.type;
     p.y_row_stride = rows.row_stride;
@@ -154,6 +179,7 @@ long moe_combine_backward(Rows grad,
     p.d_y = pointer<void>(d_y);
     p.d_weights = pointer<float>(d_weights);
     std::tie(p.tokens, p.top_k, p.hidden, p.slots) = sizes;
+    p.told = told_rows(told, p.tokens);
     return run(device, [&] { launch_moe_combine_backward(p, pointer<void>(stream)); });
 }
 
@@ -209,7 +235,7 @@ long moe_update_bias(Address bias,
 long moe_gemm(int kind,
               int type,
               std::tuple<Address, Address, Address> matrices,
-              std::tuple<int64_t, int64_t, int64_t> sizes,
+              std::tuple<int64_t, int64_t, int64_t, int64_t> sizes,
               std::tuple<int64_t, int64_t, int64_t, int64_t> strides,
               std::tuple<Address, Address, int> groups,
               int multiprocessors,
@@ -221,7 +247,7 @@ long moe_gemm(int kind,
     p.a = pointer<const void>(std::get<0>(matrices));
     p.b = pointer<const void>(std::get<1>(matrices));
     p.d = pointer<void>(std::get<2>(matrices));
-    std::tie(p.rows, p.columns, p.depth) = sizes;
+    std::tie(p.rows, p.columns, p.depth, p.expected) = sizes;
     std::tie(p.a_row_stride, p.b_row_stride, p.b_matrix_stride, p.d_matrix_stride) = strides;
     const auto [offsets, counts, number] = groups;
     p.groups = {pointer<const int32_t>(offsets), pointer<const int32_t>(counts), number,
@@ -234,6 +260,15 @@ const char* const kSeeParams = "See csrc/moe/params.h; returns the number of ker
 }  // namespace
 
 void bind_moe(py::module_& m) {
+    constant(m, "MOE_MOST_EXPERTS", kMostExperts);
+    constant(m, "MOE_MOST_TOP_K", kMostTopK);
+    constant(m, "MOE_MOST_GROUPS", kMostGroups);
+    constant(m, "MOE_PLAN_TILE", kPlanTile);
+    constant(m, "MOE_ROUTE_WARPS", kRouteWarps);
+    constant(m, "MOE_LOSS_BLOCKS", kMostRouteBlocks);
+    constant(m, "MOE_GEMM_FORWARD", MoeGemm::kForward);
+    constant(m, "MOE_GEMM_DGRAD", MoeGemm::kDgrad);
+    constant(m, "MOE_GEMM_WGRAD", MoeGemm::kWgrad);
     m.def("moe_route", &moe_route, py::arg("logits"), py::arg("bias"), py::arg("sizes"),
           py::arg("groups"), py::arg("softmax"), py::arg("normalize"), py::arg("scale"),
           py::arg("indices"), py::arg("weights"), py::arg("counts"), py::arg("device"),
@@ -241,14 +276,15 @@ void bind_moe(py::module_& m) {
     m.def("moe_route_backward", &moe_route_backward, py::arg("grad"), py::arg("logits"),
           py::arg("indices"), py::arg("d_logits"), py::arg("sizes"), py::arg("softmax"),
           py::arg("normalize"), py::arg("scale"), py::arg("device"), py::arg("stream"), kSeeParams);
-    m.def("moe_dispatch", &moe_dispatch, py::arg("x"), py::arg("indices"), py::arg("wide_indices"),
-          py::arg("sizes"), py::arg("alignment"), py::arg("capacity"), py::arg("data"),
+    m.def("moe_dispatch", &moe_dispatch, py::arg("x"), py::arg("half"), py::arg("told"),
+          py::arg("indices"), py::arg("wide_indices"), py::arg("sizes"), py::arg("alignment"), py::arg("capacity"), py::arg("data"),
           py::arg("quantize"), py::arg("power_of_two"), py::arg("scales"), py::arg("scale_strides"),
           py::arg("plan"), py::arg("workspace"), py::arg("device"), py::arg("stream"), kSeeParams);
-    m.def("moe_combine", &moe_combine, py::arg("y"), py::arg("slot_of"), py::arg("weights"),
+    m.def("moe_combine", &moe_combine, py::arg("y"), py::arg("half"), py::arg("slot_of"), py::arg("weights"),
           py::arg("shared"), py::arg("residual"), py::arg("out"), py::arg("out_type"),
           py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
-    m.def("moe_combine_backward", &moe_combine_backward, py::arg("grad"), py::arg("y"),
+    m.def("moe_combine_backward", &moe_combine_backward, py::arg("grad"), py::arg("half"),
+          py::arg("told"), py::arg("y"),
           py::arg("slot_of"), py::arg("token_of_slot"), py::arg("weights"), py::arg("d_y"),
           py::arg("d_weights"), py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
     m.def("moe_sequence_loss", &moe_sequence_loss, py::arg("logits"), py::arg("indices"),

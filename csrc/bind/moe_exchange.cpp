@@ -1,3 +1,5 @@
+#include <cstddef>
+
 #include "bind/run.h"
 #include "moe/exchange.h"
 
@@ -5,10 +7,11 @@ namespace k2k::bind {
 
 namespace {
 
-using Peers = std::tuple<Address, Address, Address>;                    // buffers, state, error
-using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // as ExchangePlace
-// world, rank, live, half, experts, top_k, most_tokens, timeout
-using Ranks = std::tuple<int, int, uint64_t, int, int, int, int64_t, uint64_t>;
+using Peers = std::tuple<Address, Address, Address>;  // buffers, state, error
+// As ExchangePlace: abort, flags, numbers, rows, half, pitch.
+using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// world, rank, live, call, experts, top_k, most_tokens, timeout
+using Ranks = std::tuple<int, int, uint64_t, uint32_t, int, int, int64_t, uint64_t>;
 using Rows = std::tuple<Address, int64_t, int64_t>;  // as ByteRows
 using Indices = std::tuple<Address, bool, int64_t>;  // address, int64, tokens
 
@@ -17,8 +20,8 @@ Exchange exchange(const Peers& peers, const Place& place, const Ranks& ranks) {
     x.peers = pointer<uint8_t* const>(std::get<0>(peers));
     x.state = pointer<ExchangeState>(std::get<1>(peers));
     x.error = pointer<ExchangeError>(std::get<2>(peers));
-    std::tie(x.at.flags, x.at.abort, x.at.numbers, x.at.rows, x.at.pitch) = place;
-    std::tie(x.world, x.rank, x.live, x.half, x.experts, x.top_k, x.most_tokens, x.timeout) = ranks;
+    std::tie(x.at.abort, x.at.flags, x.at.numbers, x.at.rows, x.at.half, x.at.pitch) = place;
+    std::tie(x.world, x.rank, x.live, x.call, x.experts, x.top_k, x.most_tokens, x.timeout) = ranks;
     return x;
 }
 
@@ -52,11 +55,13 @@ long moe_scatter_wait(const Peers& peers,
                       const Place& place,
                       const Ranks& ranks,
                       Address experts,
+                      Address told,
                       int device,
                       Address stream) {
     MoeScatterWaitParams p;
     p.exchange = exchange(peers, place, ranks);
     p.experts = pointer<int32_t>(experts);
+    p.told = pointer<int32_t>(told);
     return run(device, [&] { launch_moe_scatter_wait(p, pointer<void>(stream)); });
 }
 
@@ -66,6 +71,7 @@ long moe_gather(const Peers& peers,
                 const Rows& rows,
                 Address experts,
                 Address slot_of,
+                Address told,
                 unsigned blocks,
                 int device,
                 Address stream) {
@@ -74,6 +80,7 @@ long moe_gather(const Peers& peers,
     p.rows = byte_rows(rows);
     p.experts = pointer<const int32_t>(experts);
     p.slot_of = pointer<const int32_t>(slot_of);
+    p.told = pointer<const int32_t>(told);
     return run(device, [&] { launch_moe_gather(p, blocks, pointer<void>(stream)); });
 }
 
@@ -84,6 +91,7 @@ long moe_gather_wait(const Peers& peers,
                      Address weights,
                      Address slot_of,
                      Address poison_weights,
+                     Address turn,
                      int device,
                      Address stream) {
     MoeGatherWaitParams p;
@@ -94,6 +102,7 @@ long moe_gather_wait(const Peers& peers,
     p.weights = pointer<const float>(weights);
     p.slot_of = pointer<int32_t>(slot_of);
     p.poison_weights = pointer<float>(poison_weights);
+    p.turn = pointer<int32_t>(turn);
     return run(device, [&] { launch_moe_gather_wait(p, pointer<void>(stream)); });
 }
 
@@ -102,17 +111,33 @@ const char* const kSeeExchange = "See csrc/moe/exchange.h; returns the number of
 }  // namespace
 
 void bind_moe_exchange(py::module_& m) {
+    constant(m, "EXCHANGE_MOST_RANKS", kMostRanks);
+    constant(m, "EXCHANGE_MOST_TOKENS", kMostFlagRows);
+    constant(m, "EXCHANGE_FLAG_BYTES", kFlagBytes);
+    constant(m, "EXCHANGE_FLAG_ROWS_BITS", kFlagRowsBits);
+    constant(m, "EXCHANGE_STATE_WORDS", sizeof(ExchangeState) / 4);
+    constant(m, "EXCHANGE_ERROR_WORDS", sizeof(ExchangeError) / 4);
+    constant(m, "EXCHANGE_ERROR_CALL", offsetof(ExchangeError, call) / 4);
+    constant(m, "EXCHANGE_ERROR_WHO", offsetof(ExchangeError, who) / 4);
+    constant(m, "EXCHANGE_ERROR_NUMBER", offsetof(ExchangeError, number) / 4);
+    constant(m, "EXCHANGE_ERROR_FAULT", offsetof(ExchangeError, fault) / 4);
+    constant(m, "EXCHANGE_PEER_SILENT", kPeerSilent);
+    constant(m, "EXCHANGE_PEER_ABORTED", kPeerAborted);
+    constant(m, "EXCHANGE_BAD_INDEX", kBadIndex);
+    constant(m, "EXCHANGE_OTHER_CALL", kOtherCall);
+
     m.def("moe_scatter", &moe_scatter, py::arg("peers"), py::arg("place"), py::arg("ranks"),
           py::arg("first"), py::arg("second"), py::arg("second_at"), py::arg("indices"),
           py::arg("blocks"), py::arg("device"), py::arg("stream"), kSeeExchange);
     m.def("moe_scatter_wait", &moe_scatter_wait, py::arg("peers"), py::arg("place"),
-          py::arg("ranks"), py::arg("experts"), py::arg("device"), py::arg("stream"), kSeeExchange);
+          py::arg("ranks"), py::arg("experts"), py::arg("told"), py::arg("device"),
+          py::arg("stream"), kSeeExchange);
     m.def("moe_gather", &moe_gather, py::arg("peers"), py::arg("place"), py::arg("ranks"),
-          py::arg("rows"), py::arg("experts"), py::arg("slot_of"), py::arg("blocks"),
-          py::arg("device"), py::arg("stream"), kSeeExchange);
+          py::arg("rows"), py::arg("experts"), py::arg("slot_of"), py::arg("told"),
+          py::arg("blocks"), py::arg("device"), py::arg("stream"), kSeeExchange);
     m.def("moe_gather_wait", &moe_gather_wait, py::arg("peers"), py::arg("place"), py::arg("ranks"),
           py::arg("indices"), py::arg("weights"), py::arg("slot_of"), py::arg("poison_weights"),
-          py::arg("device"), py::arg("stream"), kSeeExchange);
+          py::arg("turn"), py::arg("device"), py::arg("stream"), kSeeExchange);
 }
 
 }  // namespace k2k::bind

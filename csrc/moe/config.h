@@ -42,6 +42,9 @@ constexpr unsigned move_blocks(int64_t rows, int64_t hidden, int64_t most) {
 }
 constexpr int64_t kMostPlanningBlocks = 528;
 constexpr int64_t kMostMovingBlocks = 65536;
+// Rows of other ranks: how many there are only the device knows, and a block without any should not
+// be started. Two waves of 132 SMs of 5.
+constexpr int64_t kMostToldBlocks = 1320;
 static_assert(move_blocks(0, 7168, kMostPlanningBlocks) == 1, "the plan of nothing is written too");
 static_assert(move_blocks(128, 7168, kMostPlanningBlocks) == 224, "a decoding step: one wave");
 static_assert(move_blocks(4096, 7168, kMostMovingBlocks) == 7168, "prefill");
@@ -106,7 +109,7 @@ static_assert(MoeGemmTile128::kThreads == 256 && MoeGemmTile16::kThreads == 128)
 // weights in L2; a large one would compute 128 rows for them. wgrad has large tiles only.
 constexpr int64_t kFewRows = 32;
 constexpr bool takes_few_rows(const MoeGemmParams& p) {
-    return p.kind != MoeGemm::kWgrad && p.rows <= kFewRows * p.groups.number;
+    return p.kind != MoeGemm::kWgrad && p.expected <= kFewRows * p.groups.number;
 }
 
 // Rows of tiles that blocks go down before they go one column on: 8 x 128 rows of A and as many

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the kernels are told that carry rows between ranks. Every rank has a buffer of the same
-// layout, which all ranks can write: over NVLink, or of one process. -1 stands for "none".
+// Parameters of the kernels that carry rows between ranks. Every rank has a buffer of the same
+// layout, which all ranks can write: over NVLink, or in one process. -1 stands for "none".
 
 #include "common/dtypes.h"
 
@@ -13,40 +13,49 @@ constexpr int kExchangeWarps = kExchangeThreads / 32;
 // A warp moves 2 KiB of a row: 64 bytes a thread, of four loads that are on their way at once.
 constexpr int kExchangeVectors = 4;
 constexpr int kExchangeBytes = kExchangeVectors * 512;
-constexpr int kExchangeBlocksResident = 3;  // a multiprocessor: 48 KiB on their way
-constexpr int kFlagBytes = 128;             // flags lie in lines of their own
+constexpr int kExchangeBlocksResident = 3;  // on one SM: 48 KiB in flight
+constexpr int kFlagBytes = 128;             // each flag has a line of its own
+
+// A flag is a uint64 {epoch : 32, call : 8, rows : 24}.
+constexpr int kFlagRowsBits = 24, kFlagCallBits = 8;
+constexpr uint32_t kMostFlagRows = (1u << kFlagRowsBits) - 1;
 
 // Kinds of exchange; each counts its epochs.
 enum ExchangeKind : int { kScatter = 0, kGather = 1 };
 
-// This rank's own: epochs that were sent, and blocks that have sent their part.
+// This rank's own: epochs sent, blocks that have sent their part, and whether a wait has failed.
 struct ExchangeState {
     uint32_t epoch[2];
     uint32_t done[2];
+    uint32_t failed;  // this rank sends and waits no more
 };
 
 enum ExchangeFault : uint32_t {
     kNoFault = 0,
-    kPeerSilent = 1,   // who: the rank that did not come
-    kPeerAborted = 2,  // who: the rank that another one missed
+    kPeerSilent = 1,   // who: the rank whose flag did not come
+    kPeerAborted = 2,  // who: the rank whose flag another rank missed
     kBadIndex = 3,     // who: the token; number: the index
-    kBadHalf = 4,      // a graph was recorded with an odd number of exchanges
+    kOtherCall = 4,    // who: the rank that made another call
 };
 
-// The first thing that went wrong here; the host reads it.
+// The first thing that went wrong here; the host reads it, `fault` first.
 struct ExchangeError {
-    uint32_t claimed, kind, who, number;
+    uint32_t claimed;
+    uint32_t call;  // of this rank, when it went wrong
+    uint32_t who, number;
     uint32_t fault;  // written last
 };
 
-// Where things lie in each rank's buffer, in bytes, for this kind and half.
+// Where things lie in each rank's buffer, in bytes, for this kind. All but the abort word have two
+// halves: even epochs use the first, odd ones the second, which lies `half` bytes behind it.
 struct ExchangePlace {
-    int64_t flags;    // uint64 {epoch : 32, rows : 32} of each rank, kFlagBytes apart
-    int64_t abort;    // uint64 {epoch : 32, missed rank + 1 : 32}
+    int64_t abort;    // uint64 {epoch : 32, ExchangeFault : 16, rank + 1 : 16}
+    int64_t flags;    // of each rank, kFlagBytes apart
     int64_t numbers;  // scatter: int32 [world, most_tokens, top_k], local experts
                       // gather: int32 [most_tokens, top_k], the row that returned for a pair
     int64_t rows;     // scatter: [world, most_tokens] rows; gather: [most_tokens, top_k] rows
-    int64_t pitch;    // bytes from row to row, a multiple of 16
+    int64_t half;
+    int64_t pitch;  // bytes from row to row, a multiple of 16
 };
 
 struct Exchange {
@@ -56,7 +65,7 @@ struct Exchange {
     ExchangePlace at;
     int world, rank;
     uint64_t live;  // a bit for each rank that takes part
-    int half;       // epoch % 2, as the host counts
+    uint32_t call;  // below 2^kFlagCallBits: what must be the same on all ranks, as the host codes it
     int experts, top_k;
     int64_t most_tokens;
     uint64_t timeout;  // nanoseconds
@@ -80,6 +89,7 @@ struct MoeScatterParams {
 struct MoeScatterWaitParams {
     Exchange exchange;
     int32_t* experts;  // [world, most_tokens, top_k]: the local expert of each pair, or -1
+    int32_t* told;     // [world + 1]: rows that each source has; then the half in which they lie
 };
 
 struct MoeGatherParams {
@@ -87,6 +97,7 @@ struct MoeGatherParams {
     ByteRows rows;           // [slots, bytes]
     const int32_t* experts;  // [world, most_tokens, top_k]
     const int32_t* slot_of;  // the same; -1: no room
+    const int32_t* told;     // [world]: rows of each source; the others of `experts` are not read
 };
 
 struct MoeGatherWaitParams {
@@ -97,6 +108,7 @@ struct MoeGatherWaitParams {
     const float* weights;   // [tokens, top_k], or null: ones
     int32_t* slot_of;       // [tokens, top_k]: the returned row of each pair, or -1
     float* poison_weights;  // the weights, NaN for pairs whose rank did not answer
+    int32_t* turn;          // one number: the half in which the rows lie
 };
 
 // Each starts one kernel on `stream`, of the current device. `blocks`: at most so many send.

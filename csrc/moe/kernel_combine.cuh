@@ -10,7 +10,7 @@
 //           are, then shared, then residual; one rounding. No other token, nor the grid, comes in.
 // Warp      of combine: 512 columns of one token, 16 a lane; slots and weights lie in the lanes,
 //           one for each k. 4 rows of bfloat16 (else 2) are on their way at once.
-// Block     of the gradient: one token. A warp takes pieces of 512 columns of it, the token's row
+// Block     of the gradient: one token; of another rank's, one that came. A warp takes pieces of 512 columns of it, the token's row
 //           once, its slots' rows one after the other; each lane k adds up d_w[t, k], first over
 //           the pieces of its warp, then, in one thread, over the warps: an order that depends on H
 //           alone. Blocks end with the pad rows, 32 slots a warp and round.
@@ -24,6 +24,7 @@
 #include "arch/warp.cuh"
 #include "moe/config.h"
 #include "moe/params.h"
+#include "moe/plan.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(kMoeThreads, combine_blocks(type_of<Y>))
     moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
     constexpr int kRows = rows_in_flight(type_of<Y>);
     const int lane = arch::lane_id();
+    const Y* all = static_cast<const Y*>(p.y) + offset_of(p.y_half);
     const int64_t pieces = row_pieces(p.hidden);
 
     for (int64_t task = int64_t(blockIdx.x) * kMoeWarps + arch::warp_id(); task < p.tokens * pieces;
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kMoeThreads, combine_blocks(type_of<Y>))
             for (int i = 0; i < kRows; ++i) {
                 const int64_t from = arch::shuffle(slot, first + i);
                 if (from < 0 || !here) continue;
-                const Y* y = static_cast<const Y*>(p.y) + from * p.y_row_stride;
+                const Y* y = all + from * p.y_row_stride;
                 rows[i] = tile::load_sixteen(y, column, p.hidden);
             }
             K2K_UNROLL
@@ -141,16 +143,22 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
     const int lane = arch::lane_id(), warp = arch::warp_id(), warps = blockDim.x / 32;
     const int64_t step = int64_t(warps) * kWarpColumns;
 
+    FloatRows all_grads = p.grad;
+    all_grads.values = static_cast<const uint8_t*>(p.grad.values) +
+                       offset_of(p.grad_half) * bytes_of(p.grad.type);
     int round = 0;
-    for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x, round ^= 1) {
+    ToldWalk walk(blockIdx.x);
+    for (; walk.find(p.told, 1); walk.step(gridDim.x), round ^= 1) {
+        const int64_t token = walk.row(p.told, 1);
         const int32_t slot = lane_slot(p.slot_of, token, p.top_k, p.slots);
         const float weight = lane_weight(p.weights, token, p.top_k);
+        const bool exists = p.told.told == nullptr || arch::any(slot >= 0);
         float d_weight = 0;  // of k = lane
         for (int64_t first = int64_t(warp) * kWarpColumns; first < p.hidden; first += step) {
             const int64_t column = first + lane * 16;
             const bool here = column < p.hidden;
             float grad[16] = {};
-            if (here) load_floats(grad, p.grad, token, column, p.hidden);
+            if (here && exists) load_floats(grad, all_grads, token, column, p.hidden);
             for (int k = 0; k < p.top_k; k += kRows) {
                 tile::Sixteen<Y> rows[kRows];
                 K2K_UNROLL

@@ -13,7 +13,8 @@
 // In flight 32 bytes of bfloat16 a thread: with 48 registers a multiprocessor holds five blocks, 40
 //           KiB; the stores, 4 (8 where it copies) times as many for K = 8, wait for nobody.
 // Order     x is loaded first; what the slots are made of comes through L2 meanwhile, and so does
-//           everything else than rows: 20 bytes a pair.
+//           everything else than rows: 20 bytes a pair. Rows of other ranks are loaded after their
+//           experts, because not all of them came.
 // Scales    "row": the four of a warp are neighbours. "column": 4 bytes here and there; rows of an
 //           expert follow one another in slots but not in time, so L2 is left to merge them.
 // Padding   is not written, except -1 into token_of_slot, by the warps in turns.
@@ -136,6 +137,13 @@ K2K_DEVICE void mark_padding(const MoeDispatchParams& p,
     }
 }
 
+// Whether x has this row. Of the rows of other ranks only those that have an expert here came.
+K2K_DEVICE bool exists(const MoeDispatchParams& p, int64_t token K2K_WHERE) {
+    if (p.told.told == nullptr) return true;
+    const int lane = arch::lane_id();
+    return arch::any(lane < p.top_k && expert_of(p, token * p.top_k + lane) >= 0 K2K_PASS_WHERE);
+}
+
 // Without kQuantize rows are copied, and T is any type of their elements' size.
 template <class T, bool kQuantize, bool kPlans>
 __global__ void __launch_bounds__(kMoeThreads, kPlans ? 4 : 5)
@@ -148,14 +156,14 @@ __global__ void __launch_bounds__(kMoeThreads, kPlans ? 4 : 5)
     const int lane = arch::lane_id();
     const int64_t pieces = row_pieces(p.hidden);
 
-    for (int64_t task = int64_t(blockIdx.x) * kMoeWarps + arch::warp_id(); task < p.tokens * pieces;
-         task += int64_t(gridDim.x) * kMoeWarps) {
-        const int64_t token = task / pieces, piece = task - token * pieces;
+    ToldWalk walk(int64_t(blockIdx.x) * kMoeWarps + arch::warp_id());
+    for (; walk.find(p.told, pieces); walk.step(int64_t(gridDim.x) * kMoeWarps)) {
+        const int64_t token = walk.row(p.told, pieces), piece = walk.task % pieces;
         const int64_t column = piece * kWarpColumns + lane * 16;
-        const bool here = column < p.hidden;
+        const bool here = exists(p, token) && column < p.hidden;
         const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride;
         tile::Sixteen<T> sixteen = {};
-        if (here) sixteen = tile::load_sixteen(x, column, p.hidden);
+        if (here) sixteen = tile::load_sixteen(x + offset_of(p.x_half), column, p.hidden);
 
         int32_t slot = -1;
         if (lane < p.top_k) {

@@ -1,33 +1,41 @@
 #pragma once
 
-// Rows between ranks, written by their sender into buffers of their receivers.
+// Rows between ranks, written by the sender into buffers of the receivers.
 //
 // Scatter   token t of rank s goes once to every rank that has one of its experts: row
-//           (s, t) there. Every rank is told of every token, for each k, the local expert or -1.
-// Gather    slot s of pair (t, k) of rank r goes back to row (t, k) there. A row that no token is
-//           in says for each k whether there is one (a pair may have had no room).
+//           (s, t) there. Every rank gets, for each token and each k, the local expert or -1.
+// Gather    slot s of pair (t, k) of rank r goes back to row (t, k) there. `numbers[t, k]` says
+//           whether a row was returned: -1 if the pair was dropped for lack of capacity.
 //
-// Row places are the token's own: nothing is counted or drawn before rows are written, and what
-// arrives is in the order of ranks and tokens, whoever was first.
+// A row's place is given by its token: nothing is counted or allocated before rows are written, and
+// what arrives is in the order of ranks and tokens, whichever rank was first.
 //
 // Send      blocks walk over tasks: 2 KiB of a row for a warp, loaded once, stored to each of its
-//           ranks. A block that has done its part counts itself; the last one sets the flag
-//           {epoch, rows} on every rank, release at system scope.
+//           ranks. Gather walks over the rows that scatter announced, not over those that could
+//           have come. A block that has done its part counts itself; the last one sets the flag
+//           {epoch, call, rows} on every rank, release at system scope.
 // Wait      a kernel of its own, so that work may lie between: a block for each rank. One thread
-//           polls (acquire at system scope) until the flag has this epoch, or the time is over, or
-//           another rank gave up; then the block copies what it was told out of the buffer. Rows
+//           polls (acquire at system scope) until the flag carries this epoch, the timeout expires,
+//           or a peer aborts; the block then copies the received indices out of the buffer. Rows
 //           stay, for the kernels that follow on the stream.
-// Epochs    count up in device memory; a flag is compared for equality and never cleared. Flags
-//           and rows have two halves, used in turns: a rank sends epoch e + 2 after it has seen
-//           everybody's flag e + 1, which everybody sends, on its stream, after having used what
-//           epoch e brought. So nobody waits before sending.
-// Faults    a wait that ends without its flag says so in the error record, tells all ranks, and
-//           hands on "no rows" (scatter) or weights that are NaN (gather). Nothing traps.
+// Epochs    count up in device memory, modulo 2^32; a flag is compared for equality and never
+//           cleared. Flags and rows have two halves, used in turns, as the epoch is even or odd:
+//           a rank sends epoch e + 2 after it has seen everybody's flag e + 1, which each rank
+//           sends, on its stream, after having used what epoch e brought. So nobody waits before
+//           sending. The kernels compute the half, and hand it on to those that read the rows: the
+//           host need not know it, and a recorded graph may hold any number of exchanges.
+// Faults    a wait ends without a usable flag if the rank is late, if another rank aborted, or if
+//           the flag is of another call (another dtype, say). It then writes the error record and
+//           the abort word of every rank, the late one too, and hands on "no rows" (scatter) or
+//           weights that are NaN (gather). From then on this rank sends nothing: its peers cannot
+//           get past the next epoch, so no row is overwritten that a late rank still reads. Nothing
+//           traps.
 //
 // Order     data | sync_block | thread 0: fence, count (acq_rel)           of each block
 //           last count (acq_rel) | sync_warp | a flag a lane (release)     of the last block
-//           flag (acquire) by thread 0 | sync_block | told numbers         of a waiting block
-// Limits    64 ranks, top-32. Rows that do not begin on 16 bytes are read byte by byte.
+//           flag (acquire) by thread 0 | sync_block | numbers              of a waiting block
+// Limits    64 ranks, top-32, 2^24 - 1 tokens. Rows that do not begin on 16 bytes are read byte by
+//           byte.
 
 #include "arch/control.cuh"
 #include "arch/fence.cuh"
@@ -36,6 +44,7 @@
 #include "arch/warp.cuh"
 #include "common/math.h"
 #include "moe/exchange.h"
+#include "moe/told_rows.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -69,27 +78,26 @@ K2K_DEVICE T* in_buffer(const Exchange& x, int rank, int64_t offset) {
     return reinterpret_cast<T*>(x.peers[rank] + offset);
 }
 
-K2K_DEVICE uint64_t* flag_of(const Exchange& x, int there, int source) {
-    return in_buffer<uint64_t>(x, there, x.at.flags + int64_t(source) * kFlagBytes);
+// Where the half of an epoch begins, behind the first one.
+K2K_DEVICE int64_t half_of(const Exchange& x, uint32_t epoch) {
+    return epoch % 2 == 0 ? 0 : x.at.half;
+}
+
+K2K_DEVICE uint64_t* flag_of(const Exchange& x, uint32_t epoch, int there, int source) {
+    return in_buffer<uint64_t>(x, there,
+                               half_of(x, epoch) + x.at.flags + int64_t(source) * kFlagBytes);
 }
 
 // Only the first thing that goes wrong is kept.
 K2K_DEVICE void record(const Exchange& x,
-                       ExchangeKind kind,
                        ExchangeFault fault,
                        uint32_t who,
                        uint32_t number K2K_WHERE) {
     if (arch::atomic_cas<arch::Scope::kSystem>(&x.error->claimed, 0, 1 K2K_PASS_WHERE) != 0) return;
-    x.error->kind = kind;
+    x.error->call = x.call;
     x.error->who = who;
     x.error->number = number;
     arch::store_release<arch::Scope::kSystem>(&x.error->fault, uint32_t(fault) K2K_PASS_WHERE);
-}
-
-// The number of this exchange; 0 if the host, or the graph it recorded, has lost count.
-K2K_DEVICE uint32_t next_epoch(const Exchange& x, ExchangeKind kind) {
-    const uint32_t epoch = x.state->epoch[kind] + 1;
-    return int(epoch % 2) == x.half ? epoch : 0;
 }
 
 // Sixteen bytes of a row from `first` on, zeros beyond `bytes`. Of a row that does not begin on 16
@@ -158,6 +166,7 @@ K2K_DEVICE void store_piece(uint8_t* row,
 K2K_DEVICE void finish_sending(const Exchange& x,
                                ExchangeKind kind,
                                uint32_t epoch,
+                               bool failed,
                                int64_t rows K2K_WHERE) {
     arch::sync_block(K2K_PASS_WHERE_ONLY);
     if (arch::warp_id() != 0) return;
@@ -174,39 +183,59 @@ K2K_DEVICE void finish_sending(const Exchange& x,
         }
     }
     arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);  // what lane 0 has acquired, all have
-    if (!arch::any(last K2K_PASS_WHERE)) return;
-    const uint64_t flag = uint64_t(epoch) << 32 | static_cast<uint32_t>(rows);
+    if (!arch::any(last K2K_PASS_WHERE) || failed) return;
+    const uint64_t flag =
+        uint64_t(epoch) << 32 | uint64_t(x.call) << kFlagRowsBits | static_cast<uint32_t>(rows);
     for (int rank = lane; rank < x.world; rank += 32) {
         if (!(x.live >> rank & 1)) continue;
-        arch::store_release<arch::Scope::kSystem>(flag_of(x, rank, x.rank), flag K2K_PASS_WHERE);
+        arch::store_release<arch::Scope::kSystem>(flag_of(x, epoch, rank, x.rank),
+                                                  flag K2K_PASS_WHERE);
+    }
+}
+
+// This rank sends no more, and all ranks, this one too, wait no more: because of `who`.
+K2K_DEVICE void abort_all(const Exchange& x,
+                          ExchangeFault fault,
+                          uint32_t epoch,
+                          uint32_t who K2K_WHERE) {
+    const uint64_t word = uint64_t(epoch) << 32 | uint32_t(fault) << 16 | (who + 1);
+    K2K_NO_UNROLL
+    for (int rank = 0; rank < x.world; ++rank) {
+        if (!(x.live >> rank & 1)) continue;
+        arch::store_release<arch::Scope::kSystem>(in_buffer<uint64_t>(x, rank, x.at.abort),
+                                                  word K2K_PASS_WHERE);
     }
 }
 
 // How many rows `source` announces for this epoch; -1 if it does not. One thread calls it.
-K2K_DEVICE int64_t await_flag(const Exchange& x, ExchangeKind kind, int source K2K_WHERE) {
-    const uint32_t epoch = x.state->epoch[kind];  // the send before this has counted
-    const uint64_t* flag = flag_of(x, x.rank, source);
+K2K_DEVICE int64_t await_flag(const Exchange& x, uint32_t epoch, int source K2K_WHERE) {
+    const uint64_t* flag = flag_of(x, epoch, x.rank, source);
     const uint64_t* abort = in_buffer<uint64_t>(x, x.rank, x.at.abort);
     const uint64_t begin = arch::globaltimer();
     for (;;) {
         const uint64_t word = arch::load_acquire<arch::Scope::kSystem>(flag K2K_PASS_WHERE);
-        if (word >> 32 == epoch) return static_cast<uint32_t>(word);
-        const uint64_t missed = arch::load_acquire<arch::Scope::kSystem>(abort K2K_PASS_WHERE);
-        if (missed != 0) {
-            record(x, kind, kPeerAborted, static_cast<uint32_t>(missed) - 1, epoch K2K_PASS_WHERE);
-            return -1;
+        if (word >> 32 == epoch) {
+            const auto told = static_cast<uint32_t>(word);
+            if (told >> kFlagRowsBits == x.call) return told & kMostFlagRows;
+            record(x, kOtherCall, source, epoch K2K_PASS_WHERE);
+            abort_all(x, kOtherCall, epoch, source K2K_PASS_WHERE);
+            break;
         }
-        if (arch::globaltimer() - begin > x.timeout) break;
+        const uint64_t aborted = arch::load_acquire<arch::Scope::kSystem>(abort K2K_PASS_WHERE);
+        if (aborted != 0) {
+            const uint32_t why = static_cast<uint32_t>(aborted) >> 16;
+            record(x, why == kOtherCall ? kOtherCall : kPeerAborted, (aborted & 0xffff) - 1,
+                   epoch K2K_PASS_WHERE);
+            break;
+        }
+        if (arch::globaltimer() - begin > x.timeout) {
+            record(x, kPeerSilent, source, epoch K2K_PASS_WHERE);
+            abort_all(x, kPeerSilent, epoch, source K2K_PASS_WHERE);
+            break;
+        }
         arch::nanosleep(100 K2K_PASS_WHERE);
     }
-    record(x, kind, kPeerSilent, source, epoch K2K_PASS_WHERE);
-    K2K_NO_UNROLL
-    for (int rank = 0; rank < x.world; ++rank) {
-        if (rank == source || !(x.live >> rank & 1)) continue;
-        arch::store_release<arch::Scope::kSystem>(
-            in_buffer<uint64_t>(x, rank, x.at.abort),
-            uint64_t(epoch) << 32 | (source + 1) K2K_PASS_WHERE);
-    }
+    arch::store_release<arch::Scope::kGpu>(&x.state->failed, uint32_t(1) K2K_PASS_WHERE);
     return -1;
 }
 
@@ -216,16 +245,14 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
     moe_scatter_kernel(const __grid_constant__ MoeScatterParams p) {
     const Exchange& x = p.exchange;
     const int lane = arch::lane_id();
-    const uint32_t epoch = next_epoch(x, kScatter);
-    if (epoch == 0) {
-        if (threadIdx.x == 0) record(x, kScatter, kBadHalf, x.rank, x.state->epoch[kScatter] + 1);
-        return;
-    }
+    const uint32_t epoch = x.state->epoch[kScatter] + 1;
+    const bool failed = x.state->failed != 0;
+    const int64_t half = half_of(x, epoch);
     const int64_t first_pieces = pieces_of(p.parts[0]);
     const int64_t pieces = first_pieces + pieces_of(p.parts[1]);
 
     for (int64_t task = int64_t(blockIdx.x) * kExchangeWarps + arch::warp_id();
-         task < p.tokens * pieces; task += int64_t(gridDim.x) * kExchangeWarps) {
+         task < p.tokens * pieces && !failed; task += int64_t(gridDim.x) * kExchangeWarps) {
         const int64_t token = task / pieces, piece = task - token * pieces;
         const bool second = piece >= first_pieces;
         const ByteRows& part = p.parts[second];
@@ -238,7 +265,7 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
             const int64_t index = index_at(p.indices, p.wide_indices, token * x.top_k + lane);
             place = place_of(x, index);
             if ((index < -1 || index >= x.experts) && piece == 0) {
-                record(x, kScatter, kBadIndex, static_cast<uint32_t>(token),
+                record(x, kBadIndex, static_cast<uint32_t>(token),
                        static_cast<uint32_t>(index));
             }
         }
@@ -246,7 +273,7 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
         if (piece == 0) {
             for (int rank = 0; rank < x.world; ++rank) {
                 if (!(x.live >> rank & 1) || lane >= x.top_k) continue;
-                int32_t* numbers = in_buffer<int32_t>(x, rank, x.at.numbers);
+                int32_t* numbers = in_buffer<int32_t>(x, rank, half + x.at.numbers);
                 numbers[row * x.top_k + lane] = place.rank == rank ? place.number : -1;
             }
         }
@@ -257,11 +284,11 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
         for (int k = 0; k < x.top_k; ++k) {
             const int rank = arch::shuffle(place.rank, k);
             if (!(leaders >> k & 1)) continue;
-            uint8_t* target = in_buffer<uint8_t>(x, rank, x.at.rows + row * x.at.pitch);
+            uint8_t* target = in_buffer<uint8_t>(x, rank, half + x.at.rows + row * x.at.pitch);
             store_piece(target + (second ? p.second : 0), column, part.bytes, values);
         }
     }
-    finish_sending(x, kScatter, epoch, p.tokens);
+    finish_sending(x, kScatter, epoch, failed, p.tokens);
 }
 
 struct Announced {
@@ -274,13 +301,17 @@ __global__ void __launch_bounds__(kExchangeThreads)
     auto& smem = arch::shared_storage<Announced>();
     const Exchange& x = p.exchange;
     const int source = blockIdx.x;
+    const uint32_t epoch = x.state->epoch[kScatter];  // the send before this has counted
     if (threadIdx.x == 0) {
-        smem.rows = x.live >> source & 1 ? await_flag(x, kScatter, source) : 0;
+        const int64_t rows = x.live >> source & 1 ? await_flag(x, epoch, source) : 0;
+        smem.rows = rows < 0 ? 0 : rows < x.most_tokens ? rows : x.most_tokens;
+        p.told[source] = static_cast<int32_t>(smem.rows);
+        if (source == 0) p.told[x.world] = epoch % 2;
     }
     arch::sync_block();
-    const int64_t first = source * x.most_tokens * x.top_k;
-    const int64_t told = (smem.rows < x.most_tokens ? smem.rows : x.most_tokens) * x.top_k;
-    const int32_t* numbers = in_buffer<int32_t>(x, x.rank, x.at.numbers) + first;
+    const int64_t first = source * x.most_tokens * x.top_k, told = smem.rows * x.top_k;
+    const int32_t* numbers =
+        in_buffer<int32_t>(x, x.rank, half_of(x, epoch) + x.at.numbers) + first;
     for (int64_t i = threadIdx.x; i < x.most_tokens * x.top_k; i += kExchangeThreads) {
         p.experts[first + i] = i < told ? numbers[i] : -1;
     }
@@ -290,30 +321,30 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
     moe_gather_kernel(const __grid_constant__ MoeGatherParams p) {
     const Exchange& x = p.exchange;
     const int lane = arch::lane_id();
-    const uint32_t epoch = next_epoch(x, kGather);
-    if (epoch == 0) {
-        if (threadIdx.x == 0) record(x, kGather, kBadHalf, x.rank, x.state->epoch[kGather] + 1);
-        return;
-    }
+    const uint32_t epoch = x.state->epoch[kGather] + 1;
+    const bool failed = x.state->failed != 0;
+    const int64_t half = half_of(x, epoch);
     const int64_t pieces = pieces_of(p.rows);
 
-    for (int64_t task = int64_t(blockIdx.x) * kExchangeWarps + arch::warp_id();
-         task < x.world * x.most_tokens * pieces; task += int64_t(gridDim.x) * kExchangeWarps) {
-        const int64_t row = task / pieces, piece = task - row * pieces;
-        const int home = static_cast<int>(row / x.most_tokens);
-        const int64_t token = row - home * x.most_tokens;
+    const ToldRows rows = {p.told, x.world, x.most_tokens};
+    ToldWalk walk(int64_t(blockIdx.x) * kExchangeWarps + arch::warp_id());
+    for (; !failed && walk.find(rows, pieces); walk.step(int64_t(gridDim.x) * kExchangeWarps)) {
+        const int64_t token = walk.task / pieces, piece = walk.task - token * pieces;
+        const int home = walk.source;
+        const int64_t row = home * x.most_tokens + token;
         if (!(x.live >> home & 1)) continue;
         int32_t slot = -1;
         if (lane < x.top_k && p.experts[row * x.top_k + lane] >= 0) {
             const int64_t pair = token * x.top_k + lane;
             slot = p.slot_of[row * x.top_k + lane];
             if (piece == 0) {
-                int32_t* numbers = in_buffer<int32_t>(x, home, x.at.numbers);
+                int32_t* numbers = in_buffer<int32_t>(x, home, half + x.at.numbers);
                 numbers[pair] = slot >= 0 ? static_cast<int32_t>(pair) : -1;
             }
         }
         const int64_t column = piece * kExchangeBytes;
-        uint8_t* target = in_buffer<uint8_t>(x, home, x.at.rows + token * x.top_k * x.at.pitch);
+        uint8_t* target =
+            in_buffer<uint8_t>(x, home, half + x.at.rows + token * x.top_k * x.at.pitch);
         for (int k = 0; k < x.top_k; ++k) {
             const int64_t from = arch::shuffle(slot, k);
             if (from < 0) continue;
@@ -322,7 +353,7 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
             store_piece(target + k * x.at.pitch, column, p.rows.bytes, values);
         }
     }
-    finish_sending(x, kGather, epoch, 0);
+    finish_sending(x, kGather, epoch, failed, 0);
 }
 
 // A block for each rank: the pairs of this rank's tokens whose experts are there.
@@ -331,11 +362,13 @@ __global__ void __launch_bounds__(kExchangeThreads)
     auto& smem = arch::shared_storage<Announced>();
     const Exchange& x = p.exchange;
     const int source = blockIdx.x;
+    const uint32_t epoch = x.state->epoch[kGather];
+    if (source == 0 && threadIdx.x == 0) *p.turn = epoch % 2;
     if (!(x.live >> source & 1)) return;
-    if (threadIdx.x == 0) smem.rows = await_flag(x, kGather, source);
+    if (threadIdx.x == 0) smem.rows = await_flag(x, epoch, source);
     arch::sync_block();
     const bool came = smem.rows >= 0;
-    const int32_t* numbers = in_buffer<int32_t>(x, x.rank, x.at.numbers);
+    const int32_t* numbers = in_buffer<int32_t>(x, x.rank, half_of(x, epoch) + x.at.numbers);
     for (int64_t pair = threadIdx.x; pair < p.tokens * x.top_k; pair += kExchangeThreads) {
         const int rank = place_of(x, index_at(p.indices, p.wide_indices, pair)).rank;
         if (rank != source && !(rank < 0 && source == x.rank)) continue;

@@ -43,9 +43,10 @@ void by_vectors(int experts, F&& f) {
 template <bool kPlans>
 void launch_move(const MoeDispatchParams& p, void* stream) {
     constexpr std::size_t kShared = kPlans ? sizeof(MovePlan) : 0;
-    LaunchShape shape{
-        move_blocks(p.tokens, p.hidden, kPlans ? kMostPlanningBlocks : kMostMovingBlocks),
-        kMoeThreads};
+    const int64_t most = kPlans                     ? kMostPlanningBlocks
+                         : p.told.told != nullptr ? kMostToldBlocks
+                                                    : kMostMovingBlocks;
+    LaunchShape shape{move_blocks(p.tokens, p.hidden, most), kMoeThreads};
     shape.stream = stream;
     if (p.quantize) {
         by_float_type(p.type, [&](auto* type) {

@@ -9,6 +9,9 @@ void check(const Exchange& x) {
     if (x.world < 1 || x.world > kMostRanks || x.top_k < 0 || x.top_k > 32 || x.experts < x.world) {
         throw Error("k2kernels: exchanges take 1 to 64 ranks, each with an expert, and top-32");
     }
+    if (x.most_tokens > kMostFlagRows || x.call >> kFlagCallBits != 0) {
+        throw Error("k2kernels: exchanges take up to 2^24 - 1 tokens a rank, and calls up to 255");
+    }
 }
 
 LaunchShape blocks_for(int64_t tasks, unsigned most, void* stream) {

@@ -1,9 +1,10 @@
 #pragma once
 
-// What the kernels of this folder are told. Sizes and strides are in elements; -1 stands for "no
+// Parameters of the kernels of this folder. Sizes and strides are in elements; -1 stands for "no
 // slot", "no token", "no expert".
 
 #include "common/dtypes.h"
+#include "moe/told_rows.cuh"
 #include "tile/groups.h"
 
 namespace k2k {
@@ -13,6 +14,13 @@ struct FloatRows {
     const void* values;  // [rows, columns], neighbouring columns side by side; or null
     Type type;
     int64_t row_stride;
+};
+
+// Rows that came through a buffer of two halves (moe/exchange.h) begin `stride` elements behind
+// the given address if *half is 1. Null: at the address.
+struct Half {
+    const int32_t* half;  // in device memory
+    int64_t stride;
 };
 
 struct MoeRouteParams {
@@ -49,6 +57,10 @@ struct MoeDispatchParams {
     const void* x;  // [tokens, hidden]
     Type type;      // of x, and of data where it is not quantised
     int64_t x_row_stride;
+    Half x_half;
+    // Null: all tokens exist. Else those that exist, sources * each = tokens. Indices of the others
+    // are -1, and x is read neither there nor where a token has no expert.
+    ToldRows told;
     const void* indices;  // [tokens, top_k], contiguous: int32, or int64
     bool wide_indices;
     int64_t tokens, hidden;
@@ -74,6 +86,7 @@ struct MoeCombineParams {
     const void* y;  // [slots, hidden]
     Type type;      // of y
     int64_t y_row_stride;
+    Half y_half;
     const int32_t* slot_of;      // [tokens, top_k]
     const float* weights;        // [tokens, top_k], or null: ones
     FloatRows shared, residual;  // [tokens, hidden]
@@ -87,7 +100,9 @@ struct MoeCombineParams {
 // The gradients of combine; with neither d_weights nor weights, rows moved to their slots.
 struct MoeCombineBackwardParams {
     FloatRows grad;  // [tokens, hidden]
-    const void* y;   // [slots, hidden]; not read where d_weights is null
+    Half grad_half;
+    ToldRows told;  // as in MoeDispatchParams; d_weights of tokens that do not exist are not written
+    const void* y;  // [slots, hidden]; not read where d_weights is null
     void* d_y;       // [slots, hidden], contiguous
     Type type;       // of y and d_y
     int64_t y_row_stride;
@@ -138,11 +153,11 @@ struct MoeGemmParams {
     MoeGemm kind;
     Type type;      // of all three
     const void* a;  // [slots, summed axis], for wgrad [slots, rows]
-    const void*
-        b;    // [groups, columns, K] or, for dgrad, [groups, N, columns]; wgrad [slots, columns]
-    void* d;  // [slots, columns] or [groups, rows, columns], contiguous
+    const void* b;  // [groups, columns, K]; dgrad: [groups, N, columns]; wgrad: [slots, columns]
+    void* d;        // [slots, columns] or [groups, rows, columns], contiguous
     int64_t rows, columns;  // of D: all slots, or a group's
     int64_t depth;          // of the summed axis; for wgrad all slots
+    int64_t expected;       // slots in use, as far as the host can tell: chooses the tile
     int64_t a_row_stride, b_row_stride, b_matrix_stride, d_matrix_stride;
     tile::Groups groups;
 };

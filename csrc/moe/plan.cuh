@@ -17,6 +17,10 @@
 
 namespace k2k {
 
+K2K_DEVICE int64_t offset_of(const Half& x) {
+    return x.half != nullptr && *x.half != 0 ? x.stride : 0;
+}
+
 // The expert of a pair, -1 for one that no expert serves.
 K2K_DEVICE int expert_of(const MoeDispatchParams& p, int64_t pair) {
     const int64_t expert = p.wide_indices ? static_cast<const int64_t*>(p.indices)[pair]

@@ -11,6 +11,7 @@ from torch import Tensor
 from k2kernels.model.attention import Decode
 from k2kernels.model.cache import LatentCache
 from k2kernels.model.layer import DecoderLayer
+from k2kernels.model.moe import exchanges
 from k2kernels.model.replay import CudaRecorder, Replay
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class DecodePass:
             parts.append((f"layers.{index}.self_attn", lambda layer=layer: self._attend(layer)))
             parts.append((f"layers.{index}.mlp", lambda layer=layer: self._feed_forward(layer)))
         self.replay = Replay([*parts, ("lm_head", self._end)], recorder)
+        self.exchanges = exchanges(model)
 
     def __call__(self, tokens: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Runs the pass.
@@ -73,7 +75,11 @@ class DecodePass:
         Args:
             tokens: int64 [at least n, width]; the first n go to the n sequences.
             rows: of the cache, n of them, with room for the tokens; lengths: tokens that each has in it.
+
+        Raises:
+            PeerTimeout, ValueError: what `check` finds, of earlier passes.
         """
+        self.check()
         count, idle = len(rows), self.tokens.shape[0] - len(rows)
         self.tokens[:count].copy_(tokens[:count])
         sequences = torch.tensor([[*rows, *[0] * idle], [*lengths, *[-1] * idle]])
@@ -81,6 +87,12 @@ class DecodePass:
             sequences = sequences.pin_memory()  # else the copy waits
         self.sequences.copy_(sequences, non_blocking=True)
         self.replay()
+
+    def check(self) -> None:
+        """Raises what exchanges between ranks have reported, PeerTimeout for one: a replayed pass runs no Python that
+        would. What a pass reports is there once the host has waited for it; its results mean nothing then."""
+        for exchange in self.exchanges:
+            exchange.check()
 
     def _begin(self) -> None:
         step, (rows, lengths) = self.step, self.sequences

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from k2kernels.model.attention import Prefill
 from k2kernels.model.cache import LatentCache, pages_for
 from k2kernels.model.decode_pass import DecodePass
+from k2kernels.model.moe import exchanges
 from k2kernels.model.mtp import draft
 from k2kernels.model.replay import CudaRecorder
 from k2kernels.ops._check import Arguments
@@ -62,6 +63,7 @@ def generate(
     Raises:
         TypeError, ValueError: for any argument of another type or out of range; a sequence longer than
             config.max_position_embeddings; `speculative` without MTP layers or with a temperature.
+        PeerTimeout: where ranks share the experts, when one of them does not take part in time.
     """
     model.check_ids("generate", input_ids, wait=True)
     config = model.config
@@ -111,6 +113,7 @@ def generate(
         following[each, last] = newest
         drafts = draft(model, hidden, following, last, step) if speculative else prompts[:, :0]
         ready = [[token] for token in newest.tolist()]
+        session.check()
 
         while going := result.add(rows, ready):
             if len(going) < len(rows):
@@ -123,6 +126,7 @@ def generate(
             newest = chosen.gather(1, last[:, None]).squeeze(1)
             drafts = draft(model, decode.hidden, chosen, last, decode.step) if speculative else chosen[:, :0]
             accepted = torch.cat([chosen, last[:, None] + 1], dim=1)[: len(rows)].tolist()
+            session.check()  # before a token of a pass that went wrong gets out
             ready = [tokens[:count] for *tokens, count in accepted]
             session.advance(rows, [len(tokens) for tokens in ready])
     return torch.cat([input_ids.long(), result.columns(0, result.reported).to(input_ids.device)], dim=1)
@@ -159,6 +163,7 @@ class Session:
         self.absorbed = [layer.self_attn.absorbed(weight.dtype) for layer in layers]
         self.recorder = CudaRecorder(self.device) if cuda_graphs and self.device.type == "cuda" else None
         self.passes: dict[tuple[int, int], DecodePass] = {}  # by slots and width
+        self.exchanges = exchanges(model)
 
     def prefill(self, width: int) -> Prefill:
         """The pass over the prompts, padded on the right to `width` tokens: padding is computed, but not cached."""
@@ -189,6 +194,11 @@ class Session:
         decode = self.passes[slots, width]
         decode(tokens, rows, [self.lengths[row] for row in rows])
         return decode
+
+    def check(self) -> None:
+        """Raises what exchanges between ranks have reported, of everything that the host has waited for."""
+        for exchange in self.exchanges:
+            exchange.check()
 
     def advance(self, rows: list[int], tokens: list[int]) -> None:
         """Keeps the first so many tokens of each row of the last pass."""

@@ -83,7 +83,9 @@ class Moe(nn.Module):
     A forward pass in training mode adds to `gate.expert_counts` int64 [E] how many tokens each expert got, and keeps
     the logits for `sequence_loss`. Activation checkpointing runs it a second time; that is not counted.
 
-    Where some experts are elsewhere, `exchange` carries rows to them (see `moe_mlp`), and `experts` holds the others.
+    Where some experts are elsewhere, `exchange` carries rows to them (see `moe_mlp`), and `experts` holds the others;
+    `capacity` is then how many rows these take, None: as many as could come. What an exchange reports later than it
+    happened, `exchange.check()` raises.
     """
 
     def __init__(self, config: K2Config):
@@ -94,6 +96,7 @@ class Moe(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = Mlp(config, shared) if shared else None
         self.exchange: Any = None
+        self.capacity: int | None = None
         self._logits: Tensor | None = None  # [B, T, E] of the last pass in training mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +119,8 @@ class Moe(nn.Module):
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
         options = dict(fp8=True, power_of_two=True) if self.experts.fp8 else {}
-        out = moe_mlp(flat, routing, *self.experts.weights(), shared=shared, exchange=self.exchange, **options)
+        options |= dict(exchange=self.exchange, capacity=self.capacity)
+        out = moe_mlp(flat, routing, *self.experts.weights(), shared=shared, **options)
         return out.view_as(x)
 
     def sequence_loss(self, alpha: float) -> Tensor:
@@ -147,6 +151,12 @@ class Moe(nn.Module):
     def __getstate__(self) -> dict:
         # The logits belong to a graph, which can be neither copied nor pickled.
         return {**self.__dict__, "_logits": None}
+
+
+def exchanges(model: nn.Module) -> list[Any]:
+    """What carries rows between the tokens and the experts of a model, each once."""
+    layers = (module for module in model.modules() if isinstance(module, Moe) and module.exchange is not None)
+    return list({id(layer.exchange): layer.exchange for layer in layers}.values())
 
 
 def _recomputing() -> bool:

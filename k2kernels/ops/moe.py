@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_groups
+from k2kernels.ops._constants import constants
 from k2kernels.ops._launch import TYPES, address, chip, launch, matrices
 from k2kernels.ops._register import register
 from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm, grouped_fp8_gemm_swiglu, grouped_fp8_linear
@@ -20,14 +21,6 @@ from k2kernels.reference import moe as reference
 from k2kernels.reference._numeric import wide_dtype
 
 INDICES = (torch.int32, torch.int64)
-
-# What the kernels take, as in csrc/moe/config.h.
-MOST_EXPERTS = 1024
-MOST_TOP_K = 32
-MOST_GROUPS = 32
-PLAN_TILE = 2048  # pairs (token, k) that one block ranks; up to so many are dispatched in one launch
-ROUTE_WARPS = 8  # tokens of a block that routes
-LOSS_BLOCKS = 528  # at most so many blocks add up the sequence loss
 
 
 class Routing(NamedTuple):
@@ -339,7 +332,8 @@ def moe_mlp(
         fp8: multiply by `grouped_fp8_linear`: weights in high precision (x's dtype or not) are quantised on the fly,
             like activations and gradients. Then power_of_two is of them all.
         exchange: what carries rows to experts that are elsewhere, and back: an object with `dispatch` and `combine`, as
-            `k2kernels.parallel.ExpertParallel`. E of gate_up and down are then the experts that are here.
+            `k2kernels.parallel.ExpertParallel`. E of gate_up and down are then the experts that are here, and
+            `capacity` is of the rows that arrive for them.
 
     Returns:
         [T, H] in out_dtype (x's by default). Differentiable in x, the routing weights, gate_up, down, shared and
@@ -395,8 +389,10 @@ def moe_mlp(
         inner = swiglu(grouped_fp8_linear(data, gate_up, **groups))
         y = grouped_fp8_linear(inner, down, **groups)
     else:
-        inner = swiglu(_grouped_gemm(data, gate_up, offsets, counts))
-        y = _grouped_gemm(inner, down, offsets, counts)
+        # As many rows as this rank sends out are expected here; the host does not know how many came.
+        expected = min(indices.numel(), data.shape[0])
+        inner = swiglu(_grouped_gemm(data, gate_up, offsets, counts, expected))
+        y = _grouped_gemm(inner, down, offsets, counts, expected)
     combine = moe_combine if exchange is None else exchange.combine
     return combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
 
@@ -412,6 +408,24 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, Rows]:
     return x, (x.data_ptr(), TYPES[x.dtype], row_stride)
 
 
+class Arrival(NamedTuple):
+    """Of rows that came from other ranks into a buffer of two halves: which one holds them, and which rows exist."""
+
+    half: Tensor  # int32 [1]
+    stride: int  # elements from the first half to the second
+    told: Tensor | None = None  # int32 [W]: of W equal runs of rows, how many exist; None: all
+
+
+def _half(arrival: Arrival | None) -> tuple[int, int]:
+    return (0, 0) if arrival is None else (arrival.half.data_ptr(), arrival.stride)
+
+
+def _told(arrival: Arrival | None) -> tuple[int, int]:
+    if arrival is None or arrival.told is None:
+        return 0, 0
+    return arrival.told.data_ptr(), arrival.told.shape[0]
+
+
 def _float32(x: Tensor | None) -> Tensor | None:
     """Contiguous, in float32: mostly as it is."""
     if x is None:
@@ -423,12 +437,12 @@ def _too_much(top_k: int, *, experts: int = 1, groups: int = 1, float64: bool) -
     """What no kernel serves."""
     if float64:
         return "no kernel computes in float64"
-    if experts > MOST_EXPERTS:
-        return f"the kernels take up to {MOST_EXPERTS} experts"
-    if top_k > MOST_TOP_K:
-        return f"the kernels take up to {MOST_TOP_K} experts for a token"
-    if groups > MOST_GROUPS:
-        return f"the kernel takes up to {MOST_GROUPS} groups"
+    if experts > constants.MOE_MOST_EXPERTS:
+        return f"the kernels take up to {constants.MOE_MOST_EXPERTS} experts"
+    if top_k > constants.MOE_MOST_TOP_K:
+        return f"the kernels take up to {constants.MOE_MOST_TOP_K} experts for a token"
+    if groups > constants.MOE_MOST_GROUPS:
+        return f"the kernel takes up to {constants.MOE_MOST_GROUPS} groups"
     return None
 
 
@@ -465,7 +479,7 @@ def _route_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights, indices, counts = _route_fake(logits, bias, top_k)
     tokens, experts = logits.shape
-    if tokens > ROUTE_WARPS:
+    if tokens > constants.MOE_ROUTE_WARPS:
         counts.zero_()  # several blocks will add to them; one writes them
     logits, rows = _rows(logits)
     bias = _float32(bias)
@@ -572,7 +586,7 @@ def _launch_loss(
     (tokens, experts), top_k = logits.shape, indices.shape[1]
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     hits = logits.new_zeros((sequences, experts), dtype=torch.int32)
-    sums = None if loss is None else logits.new_empty(LOSS_BLOCKS, dtype=torch.float32)
+    sums = None if loss is None else logits.new_empty(constants.MOE_LOSS_BLOCKS, dtype=torch.float32)
     (logits, rows), indices = _rows(logits), indices.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     launch(
@@ -709,19 +723,22 @@ def _launch_dispatch(
     scales: Tensor | None,
     power_of_two: bool,
     plan: tuple[Tensor, ...],
+    arrival: Arrival | None = None,
 ) -> None:
     (tokens, top_k), hidden = indices.shape, x.shape[1]
     x, rows = _rows(x)
     indices = indices.contiguous()
     ranks = before_tile = None
-    if (pairs := tokens * top_k) > PLAN_TILE:
+    if (pairs := tokens * top_k) > (tile := constants.MOE_PLAN_TILE):
         ranks = indices.new_empty(pairs, dtype=torch.int16)
-        before_tile = indices.new_empty((-(-pairs // PLAN_TILE), num_experts), dtype=torch.int32)
+        before_tile = indices.new_empty((-(-pairs // tile), num_experts), dtype=torch.int32)
     launch(
         op,
         "moe_dispatch",
         x.device,
         rows,
+        _half(arrival),
+        _told(arrival),
         indices.data_ptr(),
         indices.dtype == torch.int64,
         (tokens, top_k, hidden, num_experts),
@@ -737,9 +754,11 @@ def _launch_dispatch(
     )
 
 
-def _dispatch_kernel(x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
+def _dispatch_kernel(
+    x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int, arrival: Arrival | None = None
+) -> tuple[Tensor, ...]:
     data, *plan = _dispatch_fake(x, indices, num_experts, alignment, capacity)
-    _launch_dispatch("moe_dispatch", x, indices, num_experts, alignment, capacity, data, None, False, plan)
+    _launch_dispatch("moe_dispatch", x, indices, num_experts, alignment, capacity, data, None, False, plan, arrival)
     return data, *plan
 
 
@@ -800,10 +819,14 @@ _moe_dispatch_quantize = register(
 # moe_permute: rows to the slots of a handle, the gradient of a combine without weights
 
 
-def _permute_kernel(x: Tensor, slot_of: Tensor, token_of_slot: Tensor) -> Tensor:
+def _permute_kernel(x: Tensor, slot_of: Tensor, token_of_slot: Tensor, arrival: Arrival | None = None) -> Tensor:
     data = x.new_empty((token_of_slot.shape[0], x.shape[1]))
-    _launch_combine_backward("moe_permute", x, None, slot_of, token_of_slot, None, data, None)
+    _launch_combine_backward("moe_permute", x, None, slot_of, token_of_slot, None, data, None, arrival)
     return data
+
+
+def _permute_unserved(x: Tensor, slot_of: Tensor, token_of_slot: Tensor) -> str | None:
+    return _too_much(slot_of.shape[1], float64=x.dtype == torch.float64)
 
 
 def _permute_grad(ctx: Any, grad: Tensor) -> tuple:
@@ -815,7 +838,7 @@ _moe_permute = register(
     reference=reference.moe_permute,
     fake=lambda x, slot_of, token_of_slot: x.new_empty((token_of_slot.shape[0], x.shape[1])),
     kernel=_permute_kernel,
-    unserved=lambda x, slot_of, token_of_slot: _too_much(slot_of.shape[1], float64=x.dtype == torch.float64),
+    unserved=_permute_unserved,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     backward=_permute_grad,
 )
@@ -869,6 +892,7 @@ def _combine_kernel(
     shared: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    arrival: Arrival | None = None,
 ) -> Tensor:
     out = _combine_fake(y, slot_of, out_dtype)
     (slots, hidden), (tokens, top_k) = y.shape, slot_of.shape
@@ -879,6 +903,7 @@ def _combine_kernel(
         "moe_combine",
         y.device,
         y_rows,
+        _half(arrival),
         slot_of.data_ptr(),
         address(weights),
         shared_rows,
@@ -912,6 +937,7 @@ def _launch_combine_backward(
     weights: Tensor | None,
     d_y: Tensor,
     d_weights: Tensor | None,
+    arrival: Arrival | None = None,
 ) -> None:
     (slots, hidden), (tokens, top_k) = d_y.shape, slot_of.shape
     (grad, grad_rows), (y, y_rows) = _rows(grad), _rows(y)
@@ -923,6 +949,8 @@ def _launch_combine_backward(
         "moe_combine_backward",
         grad.device,
         grad_rows,
+        _half(arrival),
+        _told(arrival),
         y_rows,
         slot_of.data_ptr(),
         token_of_slot.data_ptr(),
@@ -934,11 +962,20 @@ def _launch_combine_backward(
 
 
 def _combine_backward_kernel(
-    grad: Tensor, y: Tensor, slot_of: Tensor, token_of_slot: Tensor, weights: Tensor
+    grad: Tensor,
+    y: Tensor,
+    slot_of: Tensor,
+    token_of_slot: Tensor,
+    weights: Tensor,
+    arrival: Arrival | None = None,
 ) -> tuple[Tensor, Tensor]:
     d_y, d_weights = y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=torch.float32)
-    _launch_combine_backward("moe_combine_backward", grad, y, slot_of, token_of_slot, weights, d_y, d_weights)
+    _launch_combine_backward("moe_combine_backward", grad, y, slot_of, token_of_slot, weights, d_y, d_weights, arrival)
     return d_y, d_weights.to(weights.dtype)
+
+
+def _combine_backward_unserved(grad: Tensor, y: Tensor, slot_of: Tensor, *_: Tensor) -> str | None:
+    return _too_much(slot_of.shape[1], float64=torch.float64 in (grad.dtype, y.dtype))
 
 
 _moe_combine = register(
@@ -958,29 +995,27 @@ _moe_combine_backward = register(
     reference=reference.moe_combine_backward,
     fake=lambda grad, y, slot_of, token_of_slot, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
     kernel=_combine_backward_kernel,
-    unserved=lambda grad, y, slot_of, *_: _too_much(slot_of.shape[1], float64=torch.float64 in (grad.dtype, y.dtype)),
+    unserved=_combine_backward_unserved,
 )
 
 
 # The grouped GEMM of unquantised experts
 
 
-def _gemm_validate(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> None:
+def _gemm_validate(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> None:
     check_groups("grouped_gemm", offsets, counts, a.shape[0])
 
 
 def _gemm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.expected = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gemm_grad(ctx: Any, grad: Tensor) -> tuple:
     a, b, offsets, counts = ctx.saved_tensors
-    d_a = _grouped_gemm_dgrad(grad, b, offsets, counts) if ctx.needs_input_grad[0] else None
+    d_a = _grouped_gemm_dgrad(grad, b, offsets, counts, ctx.expected) if ctx.needs_input_grad[0] else None
     d_b = _grouped_gemm_wgrad(grad, a, offsets, counts) if ctx.needs_input_grad[1] else None
-    return d_a, d_b, None, None
-
-
-FORWARD, DGRAD, WGRAD = range(3)  # k2k::MoeGemm
+    return d_a, d_b, None, None, None
 
 
 def _rows_on_16_bytes(x: Tensor) -> Tensor:
@@ -993,8 +1028,17 @@ def _rows_on_16_bytes(x: Tensor) -> Tensor:
 
 
 def _launch_gemm(
-    op: str, kind: int, a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, d: Tensor, depth: int
+    op: str,
+    kind: int,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    d: Tensor,
+    depth: int,
+    expected: int | None = None,
 ) -> None:
+    wgrad = kind == constants.MOE_GEMM_WGRAD
     a, b, offsets, counts = _rows_on_16_bytes(a), _rows_on_16_bytes(b), offsets.contiguous(), counts.contiguous()
     launch(
         op,
@@ -1003,30 +1047,30 @@ def _launch_gemm(
         kind,
         TYPES[a.dtype],
         (a.data_ptr(), b.data_ptr(), d.data_ptr()),
-        (*d.shape[-2:], depth),
-        (a.stride(0), b.stride(-2), 0 if kind == WGRAD else b.stride(0), d.stride(0) if kind == WGRAD else 0),
+        (*d.shape[-2:], depth, a.shape[0] if expected is None else expected),
+        (a.stride(0), b.stride(-2), 0 if wgrad else b.stride(0), d.stride(0) if wgrad else 0),
         (offsets.data_ptr(), counts.data_ptr(), counts.shape[0]),
         chip(a.device).multiprocessors,
     )
 
 
-def _gemm_fake(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+def _gemm_fake(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
-def _gemm_kernel(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-    d = _gemm_fake(a, b, offsets, counts)
-    _launch_gemm("grouped_gemm", FORWARD, a, b, offsets, counts, d, a.shape[1])
+def _gemm_kernel(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
+    d = _gemm_fake(a, b, offsets, counts, expected)
+    _launch_gemm("grouped_gemm", constants.MOE_GEMM_FORWARD, a, b, offsets, counts, d, a.shape[1], expected)
     return d
 
 
-def _dgrad_fake(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+def _dgrad_fake(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
     return grad.new_empty((grad.shape[0], b.shape[2]))
 
 
-def _dgrad_kernel(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-    d = _dgrad_fake(grad, b, offsets, counts)
-    _launch_gemm("grouped_gemm_dgrad", DGRAD, grad, b, offsets, counts, d, grad.shape[1])
+def _dgrad_kernel(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
+    d = _dgrad_fake(grad, b, offsets, counts, expected)
+    _launch_gemm("grouped_gemm_dgrad", constants.MOE_GEMM_DGRAD, grad, b, offsets, counts, d, grad.shape[1], expected)
     return d
 
 
@@ -1036,18 +1080,19 @@ def _wgrad_fake(grad: Tensor, a: Tensor, offsets: Tensor, counts: Tensor) -> Ten
 
 def _wgrad_kernel(grad: Tensor, a: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
     d = _wgrad_fake(grad, a, offsets, counts)
-    _launch_gemm("grouped_gemm_wgrad", WGRAD, grad, a, offsets, counts, d, grad.shape[0])
+    _launch_gemm("grouped_gemm_wgrad", constants.MOE_GEMM_WGRAD, grad, a, offsets, counts, d, grad.shape[0])
     return d
 
 
-def _gemm_unserved(a: Tensor, b: Tensor, *_: Tensor) -> str | None:
+def _gemm_unserved(a: Tensor, b: Tensor, *_: Any) -> str | None:
     if a.dtype not in (torch.bfloat16, torch.float16) or b.dtype != a.dtype:
         return f"the kernels multiply bfloat16 and float16, not {a.dtype} by {b.dtype}"
     return None
 
 
 _grouped_gemm = register(
-    "grouped_gemm(Tensor a, Tensor b, Tensor offsets, Tensor counts) -> Tensor",
+    # expected: slots in use, as far as the host can tell; it chooses a kernel's tile and changes no bit.
+    "grouped_gemm(Tensor a, Tensor b, Tensor offsets, Tensor counts, SymInt? expected=None) -> Tensor",
     reference=reference.grouped_gemm,
     fake=_gemm_fake,
     kernel=_gemm_kernel,
@@ -1057,7 +1102,7 @@ _grouped_gemm = register(
     backward=_gemm_grad,
 )
 _grouped_gemm_dgrad = register(
-    "grouped_gemm_dgrad(Tensor grad, Tensor b, Tensor offsets, Tensor counts) -> Tensor",
+    "grouped_gemm_dgrad(Tensor grad, Tensor b, Tensor offsets, Tensor counts, SymInt? expected=None) -> Tensor",
     reference=reference.grouped_gemm_dgrad,
     fake=_dgrad_fake,
     kernel=_dgrad_kernel,

@@ -1,8 +1,9 @@
 """Dispatch and combine over ranks that write into one another's buffers: all of a process, or of an NVLink domain.
 
 What `exchange` describes holds here too; the steps are those of `k2kernels.ops._exchange`. Shapes depend on shapes
-alone: as many rows arrive as ranks could send, W * max_tokens, those that did not come without experts. Nothing waits
-for the device.
+alone: as many rows arrive as ranks could send, W * max_tokens, those that did not come without experts. How many did
+come, and in which half of the buffers they lie, the device knows and kernels read there: nothing waits for it, and a
+recorded graph may be replayed any number of times, whatever it holds.
 
 A program is what one rank does in an exchange, written as a generator with two stops: after it has sent, and after it
 has started everything that others may run beside. One process may hold several ranks; their programs go from stop to
@@ -21,22 +22,24 @@ from torch.autograd.function import once_differentiable
 
 from k2kernels import _backend
 from k2kernels._backend import PeerTimeout, UnsupportedError
-from k2kernels.ops import _exchange, _launch, moe
+from k2kernels.ops import _launch, moe
 from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops._exchange import GATHER, SCATTER, Layout, Rank, to_16
+from k2kernels.ops._constants import constants
+from k2kernels.ops._exchange import Call, Halves, Layout, Rank, to_16
 from k2kernels.ops.quant import QUANTIZABLE, quantize_1x128
 from k2kernels.parallel.exchange import Handle, Options
 from k2kernels.parallel.split import Split
 from k2kernels.reference.quant import store_scales
 
 EMULATED_TIMEOUT = 10**8  # of the emulator's clock, which runs on when nobody else does
-BLOCKS = 48  # 24 multiprocessors of 2: what the kernels that send take
+BLOCKS = 48  # of a kernel that sends: they find room on 48 SMs of an H100's 132, or beside one another on 16
 
 
 class Route(NamedTuple):
     """What combine needs of a dispatch."""
 
     experts: Tensor  # int32 [W * max_tokens, K]: the local expert of each pair that arrived, or -1
+    told: Tensor  # int32 [W]: how many rows of each rank arrived
     indices: Tensor  # [T, K], of this rank's tokens
 
 
@@ -58,7 +61,7 @@ class Ranks:
         self.withheld: frozenset[int] = frozenset()  # of these ranks nothing is run, as if they had died
         self.timeout = 10**10  # nanoseconds that a kernel waits
         self.keep: Any = None  # what keeps the buffers open
-        self._phases: dict[tuple[int, int], str] = {}
+        self._stream: Any = None  # of the last exchange
 
     # ---- what callers call
 
@@ -92,38 +95,37 @@ class Ranks:
         """Raises what a kernel has reported: PeerTimeout, or ValueError for an index that names no expert."""
         faults = {m.rank: fault for m in self.members if m.rank not in self.withheld and (fault := m.fault())}
         for rank, fault in faults.items():
-            if fault.fault == _exchange.BAD_INDEX:
+            if fault.fault == constants.EXCHANGE_BAD_INDEX:
                 raise ValueError(
                     f"ExpertParallel.dispatch: indices must be from -1 (none) to E-1, got {fault.number} for token "
                     f"{fault.who} of rank {rank}; it was taken for -1"
                 )
-            if fault.fault == _exchange.BAD_HALF:
-                raise RuntimeError(
-                    f"ExpertParallel: rank {rank} replayed a graph with an odd number of exchanges; record an even one"
+            if fault.fault == constants.EXCHANGE_OTHER_CALL:
+                other = "the others" if fault.who == rank else f"rank {fault.who}"
+                raise ValueError(
+                    f"ExpertParallel: the ranks must make the same calls; rank {rank} differs from {other} in "
+                    f"{fault.phase!r}, epoch {fault.number}, or in its dtype or quantisation"
                 )
         for rank, fault in faults.items():
-            phase = self._phases.get((fault.kind, fault.number), ("dispatch", "combine")[fault.kind])
-            how = " (another rank found out)" if fault.fault == _exchange.PEER_ABORTED else ""
+            how = " (another rank found out)" if fault.fault == constants.EXCHANGE_PEER_ABORTED else ""
             raise PeerTimeout(
-                f"ExpertParallel: rank {rank} waited in vain in {phase!r}, epoch {fault.number}: rank {fault.who} did "
+                f"ExpertParallel: rank {rank} timed out in {fault.phase!r}, epoch {fault.number}: rank {fault.who} did "
                 f"not send{how}; results of this call are NaN; mask the rank, or make a new group",
-                phase=phase,
+                phase=fault.phase,
                 ranks=(fault.who,),
                 epoch=fault.number,
             )
 
     # ---- programs
 
-    def run(self, kind: int, phase: str, here: list[int], programs: list[Generator]) -> list:
+    def run(self, here: list[int], programs: list[Generator]) -> list:
         """What the programs of members `here` return."""
         self.check()
-        for i in here:
-            epoch = self.members[i].epochs[kind] + 1
-            self._phases[kind, epoch] = phase
-            self._phases.pop((kind, epoch - 8), None)
         emulated = _backend.mode().backend == "emulated"
         for i in here:
             self.members[i].timeout = EMULATED_TIMEOUT if emulated else self.timeout
+        if self.members[0].buffer.is_cuda:
+            self._stream = follow(torch.cuda.current_stream(self.members[0].buffer.device), self._stream)
         running = [(i, p) for i, p in zip(here, programs) if self.members[i].rank not in self.withheld]
         with _launch.emulated_together() if emulated else contextlib.nullcontext():
             for _stop in range(2):
@@ -131,10 +133,29 @@ class Ranks:
                     with _launch.emulated_stream(i + 1):
                         next(program)
         if len(self.members) > 1 and self.members[0].buffer.is_cuda:
-            torch.cuda.current_stream(self.members[0].buffer.device).synchronize()
+            self._stream.synchronize()
         if len(self.members) > 1:
             self.check()
         return [_end(program) for program in programs]
+
+
+def follow(stream: Any, last: Any) -> Any:
+    """Returns `stream`, having made it wait for what was launched on `last`, the stream of the exchange before.
+
+    Epochs are counted on the device, and a send releases what this rank has read: exchanges of a rank must follow one
+    another. Between a stream that is recorded and one that is not, CUDA allows no such order; whoever replays a graph
+    must put it in order himself.
+    """
+    if last is not None and last != stream:
+        recorded = [_is_recorded(s) for s in (stream, last)]
+        if recorded[0] == recorded[1]:
+            stream.wait_stream(last)
+    return stream
+
+
+def _is_recorded(stream: Any) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class _Dispatch(torch.autograd.Function):
@@ -145,8 +166,9 @@ class _Dispatch(torch.autograd.Function):
             x = x.contiguous()
             parts = list(quantize_1x128(x, power_of_two=options.power_of_two)) if options.quantize else [x]
             split = ranks.splits[i]
-            programs.append(_dispatch(ranks.members[i], parts, index, options, split.num_local_experts))
-        results = ranks.run(SCATTER, "dispatch", here, programs)
+            call = Call("dispatch", x.dtype, options.quantize, options.power_of_two)
+            programs.append(_dispatch(ranks.members[i], parts, index, options, split.num_local_experts, call))
+        results = ranks.run(here, programs)
         ctx.ranks, ctx.here, ctx.quantize = ranks, here, options.quantize
         ctx.plans = [(route, plan[0]) for _, _, route, plan in results]
         handles = [Handle(*plan[:4], None, plan[4], route, bool(ranks.masked)) for _, _, route, plan in results]
@@ -158,10 +180,13 @@ class _Dispatch(torch.autograd.Function):
         if ctx.quantize:
             raise RuntimeError("ExpertParallel.dispatch: with quantize=True there is no gradient of x; detach x")
         programs = [
-            _returned_sums(ctx.ranks.members[i], grad.contiguous(), route, slot_of, None, None, None, grad.dtype)
+            _returned_sums(
+                ctx.ranks.members[i], "dispatch backward", grad.contiguous(), route, slot_of, None, None, None,
+                grad.dtype,
+            )
             for i, grad, (route, slot_of) in zip(ctx.here, grads, ctx.plans)
-        ]
-        d_xs = ctx.ranks.run(GATHER, "dispatch backward", ctx.here, programs)
+        ]  # fmt: skip
+        d_xs = ctx.ranks.run(ctx.here, programs)
         return None, None, None, None, *d_xs
 
 
@@ -173,12 +198,12 @@ class _Combine(torch.autograd.Function):
         ys, weights, shared, residual = (tensors[i::4] for i in range(4))
         programs = [
             _returned_sums(
-                ranks.members[i], ys[n].contiguous(), handle.route, handle.slot_of, weights[n].float().contiguous(),
-                *[None if t is None else t.contiguous() for t in (shared[n], residual[n])], out_dtype,
+                ranks.members[i], "combine", ys[n].contiguous(), handle.route, handle.slot_of,
+                weights[n].float().contiguous(), *[None if t is None else t.contiguous() for t in (shared[n], residual[n])], out_dtype,
             )
             for n, (i, handle) in enumerate(zip(here, handles))
         ]  # fmt: skip
-        out = ranks.run(GATHER, "combine", here, programs)
+        out = ranks.run(here, programs)
         ctx.ranks, ctx.here = ranks, here
         ctx.routes = [handle.route for handle in handles]
         ctx.plans = [(handle.slot_of, handle.token_of_slot) for handle in handles]
@@ -192,8 +217,6 @@ class _Combine(torch.autograd.Function):
         ranks, here, n = ctx.ranks, ctx.here, len(ctx.here)
         ys, weights = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         arrived = ranks.run(
-            SCATTER,
-            "combine backward",
             here,
             [
                 _rows_and_weights(ranks.members[i], grad.contiguous(), w.float().contiguous(), route.indices)
@@ -202,14 +225,14 @@ class _Combine(torch.autograd.Function):
         )
         d_ys, programs = [], []
         for i, (rows, factors), y, (slot_of, token_of_slot), route in zip(here, arrived, ys, ctx.plans, ctx.routes):
-            factors = factors.contiguous()
-            d_y, d_factors = moe._moe_combine_backward(rows, y, slot_of, token_of_slot, factors)
+            d_y, d_factors = _gradients(
+                ranks.members[i], rows, y, slot_of, token_of_slot, factors.copy(), told=route.told
+            )
             d_ys.append(d_y)
             places = torch.arange(slot_of.numel(), dtype=torch.int32, device=y.device).view(slot_of.shape)
             places = torch.where(slot_of >= 0, places, -1)
             programs.append(_returned_numbers(ranks.members[i], d_factors.reshape(-1, 1), route, places))
-        phase = "combine backward, gradient of the weights"
-        d_weights = ranks.run(GATHER, phase, here, programs)
+        d_weights = ranks.run(here, programs)
         found: list = [None] * 4
         for m in range(n):
             d_terms = (
@@ -220,11 +243,13 @@ class _Combine(torch.autograd.Function):
         return tuple(found)
 
 
-def _dispatch(rank: Rank, parts: list[Tensor], indices: Tensor, options: Options, num_experts: int) -> Generator:
+def _dispatch(
+    rank: Rank, parts: list[Tensor], indices: Tensor, options: Options, num_experts: int, call: Call
+) -> Generator:
     """Data, scales, the route, and the plan: slot_of ... overflow."""
-    rank.scatter(parts, indices)
+    rank.scatter(parts, indices, call)
     yield
-    experts = rank.scatter_wait()
+    experts, told = rank.scatter_wait()
     rows, width = parts[0], parts[0].shape[1]
     if options.quantize:  # bytes, as words of four: what follows in a row's last word is dropped again
         arrived = rank.arrived(0, -(-width // 4), torch.float32)
@@ -236,22 +261,24 @@ def _dispatch(rank: Rank, parts: list[Tensor], indices: Tensor, options: Options
         capacity = pairs + min(num_experts, pairs) * (options.alignment - 1)
         capacity = -(-capacity // options.alignment) * options.alignment
     place = num_experts, options.alignment, capacity
-    at_once = experts.numel() <= moe.PLAN_TILE  # without a workspace, which would have to live on
+    # While ranks are emulated together, only what needs no workspace, which would have to live on.
+    at_once = experts.numel() <= constants.MOE_PLAN_TILE
     if at_once:
-        data, *plan = _step(moe._moe_dispatch, moe._dispatch_kernel)(arrived, experts, *place)
+        data, *plan = _to_slots(rank, arrived, experts, *place, told=told)
     yield
     if not at_once:
-        data, *plan = moe._moe_dispatch(arrived, experts, *place)
+        data, *plan = _to_slots(rank, arrived, experts, *place, told=told)
     scales = None
     if options.quantize:
         data = data.view(torch.uint8)[:, :width].contiguous().view(rows.dtype)
-        scales = moe._moe_permute(rank.arrived(1, parts[1].shape[1], torch.float32), *plan[:2])
+        scales = _permute(rank, rank.arrived(1, parts[1].shape[1], torch.float32), *plan[:2], told=told)
         scales = store_scales(scales, options.scale_layout)
-    return data, scales, Route(experts, indices), plan
+    return data, scales, Route(experts, told, indices), plan
 
 
 def _returned_sums(
     rank: Rank,
+    phase: str,
     rows: Tensor,
     route: Route,
     slot_of: Tensor,
@@ -261,43 +288,57 @@ def _returned_sums(
     out_dtype: torch.dtype,
 ) -> Generator:
     """Each token's sum of its rows, which come back."""
-    rank.gather(rows, route.experts, slot_of)
+    rank.gather(rows, route.experts, slot_of, route.told, Call(phase, rows.dtype))
     yield
     home_slot_of, factors = rank.gather_wait(route.indices, weights)
     returned = rank.returned(rows.shape[1], rows.dtype)
     tokens, top_k = route.indices.shape
     token_of = torch.arange(tokens * top_k, dtype=torch.int32, device=rows.device) // max(top_k, 1)
-    combine = _step(moe._moe_combine, moe._combine_kernel)
-    out = combine(returned, home_slot_of, token_of, factors, shared, residual, out_dtype)
+    out = _sums(rank, returned, home_slot_of, token_of, factors, shared, residual, out_dtype)
     yield
     return out
 
 
 def _rows_and_weights(rank: Rank, rows: Tensor, weights: Tensor, indices: Tensor) -> Generator:
     """Gradients of tokens, and their weights, where their experts are."""
-    rank.scatter([rows, weights], indices)
+    rank.scatter([rows, weights], indices, Call("combine backward", rows.dtype))
     yield
-    experts = rank.scatter_wait()  # known from dispatch; kept until it is written
+    known = rank.scatter_wait()  # from dispatch; kept until it is written
     yield
-    del experts
+    del known
     return rank.arrived(0, rows.shape[1], rows.dtype), rank.arrived(1, weights.shape[1], torch.float32)
 
 
 def _returned_numbers(rank: Rank, numbers: Tensor, route: Route, places: Tensor) -> Generator:
     """One number for each pair, [T, K]; zeros where there is none."""
-    rank.gather(numbers, route.experts, places)
+    call = Call("combine backward, gradient of the weights", numbers.dtype)
+    rank.gather(numbers, route.experts, places, route.told, call)
     yield
     slot_of, poison = rank.gather_wait(route.indices, None)
     yield
-    returned = rank.returned(1, numbers.dtype)[:, 0]
+    returned = rank.returned(1, numbers.dtype).copy()[:, 0]
     if len(returned) == 0:
         return poison
     return torch.where(slot_of >= 0, returned[slot_of.clamp(min=0)] * poison, 0)
 
 
-def _step(op: Any, kernel: Any) -> Any:
-    """The op, or its kernel alone where what it is about to read is not there yet, so that nothing can be checked."""
-    return kernel if _backend.mode().backend == "emulated" else op
+def _where_it_is(op: Any, kernel: Any, unserved: Any) -> Any:
+    """A function of a rank and an op's arguments, of which the first is `Halves`. The kernel, if one serves, reads
+    these rows where they are; it is called past the op, which might look at what is not there yet. Else the op gets a
+    copy of them."""
+
+    def call(rank: Rank, halves: Halves, *args: Any, told: Tensor | None = None) -> Any:
+        if rank.by_kernels() and unserved(halves.rows[0], *args) is None:
+            return kernel(halves.rows[0], *args, moe.Arrival(halves.half, halves.rows.stride(0), told))
+        return op(halves.copy(), *args)
+
+    return call
+
+
+_to_slots = _where_it_is(moe._moe_dispatch, moe._dispatch_kernel, moe._dispatch_unserved)
+_permute = _where_it_is(moe._moe_permute, moe._permute_kernel, moe._permute_unserved)
+_sums = _where_it_is(moe._moe_combine, moe._combine_kernel, moe._combine_unserved)
+_gradients = _where_it_is(moe._moe_combine_backward, moe._combine_backward_kernel, moe._combine_backward_unserved)
 
 
 def _end(program: Generator) -> Any:
@@ -345,8 +386,9 @@ class VirtualRanks:
         blocks: int = BLOCKS,
     ):
         args = Arguments("VirtualRanks")
-        args.integer("world_size", world_size, 1, _exchange.MOST_RANKS)
+        args.integer("world_size", world_size, 1, constants.EXCHANGE_MOST_RANKS)
         check_sizes(args, num_experts, hidden, top_k, max_tokens, row_dtype)
+        args.integer("max_tokens", max_tokens, 0, constants.EXCHANGE_MOST_TOKENS)
         args.integer("blocks", blocks, 1)
         args.require(num_experts >= world_size, "num_experts", f"at least the {world_size} ranks", num_experts)
         self.world_size, self.top_k, self.max_tokens, self.hidden = world_size, top_k, max_tokens, hidden

@@ -65,7 +65,11 @@ class ExpertParallel:
         PeerTimeout: when a rank does not come.
 
     Attributes: transport, rank, world_size, num_experts, and the experts of this rank: num_local_experts, from
-    first_expert on; degraded: whether a rank is masked.
+    first_expert on; degraded: whether a rank is masked; overflow: pairs that this rank's experts dropped so far for
+    lack of capacity, int64 [] on the device of the rows, or None before a call with `capacity`.
+
+    One object may be used on several CUDA streams: a call waits on the device for the one before. Between graphs that
+    are replayed on several streams the caller must see to that order, which must be the same on all ranks.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class ExpertParallel:
         self._rows: exchange.Transport | None = None  # of "torch"
         self._ranks: Ranks | None = None  # of "symmetric" and "virtual"
         self._row_dtype = row_dtype
+        self.overflow: Tensor | None = None
         self.transport = self._choose(transport)
         if self.transport in ALONE:
             return
@@ -181,7 +186,7 @@ class ExpertParallel:
 
         Raises:
             PeerTimeout: a rank did not send; what came out since is NaN.
-            ValueError: an index named no expert, and was taken for -1.
+            ValueError: an index named no expert, and was taken for -1; or ranks made different calls.
         """
         if self._ranks is not None:
             self._ranks.check()
@@ -216,6 +221,25 @@ class ExpertParallel:
             PeerTimeout: when a rank does not take part in time; with "symmetric" in a later call, or `check`.
             ValueError: for indices that are out of range, on every rank; with "symmetric" on theirs, later.
         """
+        dispatched = self._dispatch(x, indices, weights, alignment, quantize, power_of_two, scale_layout, capacity)
+        if capacity is not None:
+            dropped = dispatched.handle.overflow
+            if self.overflow is None:
+                self.overflow = torch.zeros_like(dropped)
+            self.overflow += dropped
+        return dispatched
+
+    def _dispatch(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        alignment: int,
+        quantize: bool,
+        power_of_two: bool,
+        scale_layout: str,
+        capacity: int | None,
+    ) -> Dispatched:
         args = Arguments("ExpertParallel.dispatch")
         x = args.tensor("x", x, ("T", self.hidden))
         indices = args.tensor("indices", indices, ("T", self.top_k))

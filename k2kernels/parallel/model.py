@@ -18,6 +18,7 @@ def expert_parallel(
     group: ProcessGroup | None,
     *,
     max_tokens: int,
+    capacity: int | None = None,
     transport: str = "auto",
     ranks_per_node: int | None = None,
     init_timeout: float | None = None,
@@ -34,6 +35,11 @@ def expert_parallel(
         model: changed in place.
         group, transport, ranks_per_node, init_timeout, step_timeout: as in `ExpertParallel`.
         max_tokens: the most tokens a rank brings to one call: batch times length.
+        capacity: slots for the rows that arrive here in one call, a multiple of 128 where the model is trained in FP8
+            (`use_fp8`). None: as many as arrive, or, with "symmetric", as could arrive, which is the number of ranks
+            times max_tokens times top-k at most; every buffer between dispatch and combine has so many rows. Routing
+            sends max_tokens times top-k on average; what has no room is dropped, and `ExpertParallel.overflow` counts
+            it.
 
     Returns:
         The ExpertParallel that all layers share.
@@ -64,5 +70,5 @@ def expert_parallel(
         for name, weight in list(layer.experts.named_parameters(recurse=False)):
             part = nn.Parameter(weight.detach()[here].clone(), requires_grad=weight.requires_grad)
             setattr(layer.experts, name, part)
-        layer.exchange = shared_out
+        layer.exchange, layer.capacity = shared_out, capacity
     return shared_out

@@ -1,7 +1,7 @@
 """The other ranks of a group: agreement at the start, and who is missing when a call does not end.
 
 Each rank's thread leaves a sign of life in the group's store a few times per timeout: a count, and how far its calls
-have come. A rank that waits in vain, or whose connection breaks, looks at the others' signs: a count that stands still
+have come. A rank that runs out of time, or whose connection breaks, looks at the others' signs: a count that stands still
 is a process that is gone, an earlier call a rank that is late. What it finds goes into the store, so that all ranks
 name the same culprit, and not one another.
 """
@@ -191,7 +191,7 @@ class Peers:
             why = f"the others gave this rank up: {why}"
         cause = re.sub(r"^\[\S*\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]  # without a place in gloo
         self._failure = PeerTimeout(
-            f"ExpertParallel: rank {self.rank} waited in vain in {self._phase!r}, epoch {self.epoch}: {why} "
+            f"ExpertParallel: rank {self.rank} timed out in {self._phase!r}, epoch {self.epoch}: {why} "
             f"(step_timeout {self.step_timeout:g} s; {cause})",
             phase=self._phase,
             ranks=ranks,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from k2kernels._backend import PeerTimeout
 from k2kernels.ops import _launch
-from k2kernels.ops._exchange import MOST_RANKS, Rank
+from k2kernels.ops._constants import constants
+from k2kernels.ops._exchange import Call, Rank
 from k2kernels.parallel.buffers import BLOCKS, Ranks, layout_of
 from k2kernels.parallel.peers import Peers
 
@@ -26,16 +27,29 @@ def rendezvous(group: ProcessGroup, size: int) -> tuple[Tensor, list[int], Any]:
 
     buffer = _symmetric_memory.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
     handle = _symmetric_memory.rendezvous(buffer, group)
-    return buffer.zero_(), list(handle.buffer_ptrs), handle
+    # A buffer is part of a segment that may hold several; `buffer_ptrs` are where the segments begin.
+    offset = getattr(handle, "offset", 0)  # of an older torch, which has one segment a buffer
+    addresses = [address + offset for address in handle.buffer_ptrs]
+    if addresses[group.rank()] != buffer.data_ptr():
+        raise RuntimeError(
+            f"symmetric memory gives {addresses[group.rank()]:#x} for this rank's buffer at {buffer.data_ptr():#x}"
+        )
+    return buffer.zero_(), addresses, handle
 
 
-def why_not_here(world_size: int) -> str:
+def why_not_here(world_size: int, max_tokens: int) -> str:
     """What keeps this rank from having such a buffer; "" if nothing is known to."""
-    if world_size > MOST_RANKS:
-        return f"{world_size} ranks; the kernels know up to {MOST_RANKS}"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _launch.why_not_cuda(torch.cuda.current_device()) or ""
+    if reason := _launch.why_not_cuda(torch.cuda.current_device()):
+        return reason
+    for name, value, most in (
+        ("ranks", world_size, constants.EXCHANGE_MOST_RANKS),
+        ("tokens a rank", max_tokens, constants.EXCHANGE_MOST_TOKENS),
+    ):
+        if value > most:
+            return f"{value} {name}; the kernels take up to {most}"
+    return ""
 
 
 def open_ranks(
@@ -53,7 +67,7 @@ def open_ranks(
     A rank that cannot take part says so through the group's store, so that none waits for it in the rendezvous.
     """
     world = peers.world_size
-    if reason := peers.first_reason("symmetric", why_not_here(world)):
+    if reason := peers.first_reason("symmetric", why_not_here(world, max_tokens)):
         return reason
     hosts = set(peers.hosts())
     if len(hosts) > 1:
@@ -93,7 +107,7 @@ def why_not_working(ranks: Ranks, peers: Peers) -> str:
         for token, rank in enumerate(there):
             indices[token, 0] = split.bounds(rank)[0]
         try:
-            rows, experts = ranks.run(0, "probe", [0], [_probe(member, x, indices)])[0]
+            rows, experts = ranks.run([0], [_probe(member, x, indices)])[0]
             _wait_for_device(ranks)
             ranks.check()
         except PeerTimeout as error:
@@ -109,11 +123,11 @@ def why_not_working(ranks: Ranks, peers: Peers) -> str:
 
 
 def _probe(member: Rank, x: Tensor, indices: Tensor) -> Any:
-    member.scatter([x], indices)
+    member.scatter([x], indices, Call("probe", x.dtype))
     yield
-    experts = member.scatter_wait()
+    experts, _ = member.scatter_wait()
     yield
-    return member.arrived(0, x.shape[1], x.dtype), experts
+    return member.arrived(0, x.shape[1], x.dtype).copy(), experts
 
 
 def _wait_for_device(ranks: Ranks) -> None:

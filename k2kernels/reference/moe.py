@@ -199,12 +199,14 @@ def moe_combine_backward(
     return d_y, _rows(d_weight_of_slot, slot_of).to(weights.dtype)
 
 
-def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
     """[S, N]: the rows of group g, from offsets[g] on, times b[g] [N, K] transposed; zeros in pad rows."""
     return _grouped_mm(a, b.transpose(1, 2), offsets, counts)
 
 
-def grouped_gemm_dgrad(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+def grouped_gemm_dgrad(
+    grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None
+) -> Tensor:
     """Gradient of `grouped_gemm` with respect to a: [S, N] and [G, N, K] give [S, K]."""
     return _grouped_mm(grad, b, offsets, counts)
 

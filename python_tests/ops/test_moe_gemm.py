@@ -8,6 +8,7 @@ import torch
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import moe
+from k2kernels.ops._constants import constants
 from k2kernels.testing.compare import check_close, check_op
 from k2kernels.testing.inputs import guarded
 
@@ -42,27 +43,27 @@ class Groups:
 def products(kind, groups, a, b, dtype):
     """By torch.mm in `dtype`, group by group; rows of no group are left out."""
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
-    if kind == moe.WGRAD:
+    if kind == WGRAD:
         return torch.stack([a[g].T @ b[g] for g in groups.slices])
-    factors = b if kind == moe.DGRAD else b.mT
+    factors = b if kind == DGRAD else b.mT
     return torch.cat([a[g] @ factor for g, factor in zip(groups.slices, factors)])
 
 
 def operands(kind, groups, n, k, dtype):
     weight = torch.randn(len(groups.sizes), n, k).to(dtype)
-    if kind == moe.FORWARD:
+    if kind == FORWARD:
         return groups.random(k, dtype), weight
-    return groups.random(n, dtype), groups.random(k, dtype) if kind == moe.WGRAD else weight
+    return groups.random(n, dtype), groups.random(k, dtype) if kind == WGRAD else weight
 
 
 def multiply(kind, groups, a, b, schedule):
     """D by the kernel, in guarded memory that held canaries."""
-    if kind == moe.WGRAD:
+    if kind == WGRAD:
         shape = len(groups.sizes), a.shape[1], b.shape[1]
     else:
-        shape = groups.rows, b.shape[1] if kind == moe.FORWARD else b.shape[2]
+        shape = groups.rows, b.shape[1] if kind == FORWARD else b.shape[2]
     d = guarded(torch.full((math.prod(shape) * 2,), CANARY, dtype=torch.uint8)).view(a.dtype).view(shape)
-    depth = a.shape[0] if kind == moe.WGRAD else a.shape[1]
+    depth = a.shape[0] if kind == WGRAD else a.shape[1]
     before = k2kernels.launch_count("test")
     with k2kernels.emulated(schedule[0], seed=schedule[1]):
         moe._launch_gemm("test", kind, a, b, guarded(groups.offsets), guarded(groups.counts), d, depth)
@@ -72,7 +73,7 @@ def multiply(kind, groups, a, b, schedule):
 
 def check(kind, groups, a, b, schedule):
     d = multiply(kind, groups, a, b, schedule)
-    if kind != moe.WGRAD:
+    if kind != WGRAD:
         assert (d[~groups.real].view(torch.uint8) == CANARY).all()
         d = d[groups.real]
     elif (empty := groups.counts == 0).any():
@@ -99,7 +100,8 @@ CASES = {
 }
 
 
-of_each_kind = pytest.mark.parametrize("kind", [moe.FORWARD, moe.DGRAD, moe.WGRAD], ids=["forward", "dgrad", "wgrad"])
+FORWARD, DGRAD, WGRAD = constants.MOE_GEMM_FORWARD, constants.MOE_GEMM_DGRAD, constants.MOE_GEMM_WGRAD
+of_each_kind = pytest.mark.parametrize("kind", [FORWARD, DGRAD, WGRAD], ids=["forward", "dgrad", "wgrad"])
 
 
 @in_all_schedules
@@ -107,7 +109,7 @@ of_each_kind = pytest.mark.parametrize("kind", [moe.FORWARD, moe.DGRAD, moe.WGRA
 @pytest.mark.parametrize("case", CASES)
 def test_products(case, kind, schedule):
     groups, n, k = CASES[case]
-    if case == "no summed axis" and kind == moe.DGRAD:
+    if case == "no summed axis" and kind == DGRAD:
         n, k = k, n
     dtype = F16 if schedule[1] == 2 else BF16
     a, b = (guarded(x) for x in operands(kind, groups, n, k, dtype))
@@ -167,7 +169,7 @@ def test_offsets_beyond_two_to_the_31(kind):
     check(kind, groups, apart(a, 0), apart(b, 0), SCHEDULES[1])
 
 
-@pytest.mark.parametrize("kind", [moe.FORWARD, moe.DGRAD], ids=["forward", "dgrad"])
+@pytest.mark.parametrize("kind", [FORWARD, DGRAD], ids=["forward", "dgrad"])
 def test_a_row_does_not_depend_on_its_batch(kind):
     """Not even on the tile that serves it."""
     groups = Groups([150, 3, 70])
@@ -183,9 +185,9 @@ def test_a_row_does_not_depend_on_its_batch(kind):
 def test_decoding_reads_weights_once():
     """For up to 16 rows a group, 16 bytes at a time."""
     groups = Groups([16, 0, 5, 1])
-    a, weight = operands(moe.FORWARD, groups, 256, 192, BF16)
+    a, weight = operands(FORWARD, groups, 256, 192, BF16)
     before = _emu.counters()
-    multiply(moe.FORWARD, groups, a, weight, SCHEDULES[0])
+    multiply(FORWARD, groups, a, weight, SCHEDULES[0])
     after = _emu.counters()
     tiles = 256 // 128  # each reads the rows
     assert after["bytes_loaded"] - before["bytes_loaded"] == 2 * 192 * (3 * 256 + tiles * 22)

@@ -9,6 +9,7 @@ import torch
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import moe
+from k2kernels.ops._constants import constants
 from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_route
 from k2kernels.reference import moe as reference
 from k2kernels.testing.compare import check_close
@@ -79,7 +80,7 @@ def dispatch_into_canaries(x, indices, experts, alignment, capacity, quantize=Fa
 
 
 def check_dispatch(x, indices, experts, alignment, capacity, schedule, **quantized):
-    launches = 1 if indices.numel() <= moe.PLAN_TILE else 3
+    launches = 1 if indices.numel() <= constants.MOE_PLAN_TILE else 3
     with kernels(schedule, launches):
         data, scales, plan = dispatch_into_canaries(
             guarded(x), guarded(indices), experts, alignment, capacity, **quantized

@@ -36,7 +36,7 @@ def test_a_killed_rank_is_named_and_the_others_go_on_without_it(seen, scenario, 
         assert isinstance(ranks[rank], dict), ranks[rank]
         first, again = ranks[rank]["seen"]
         check_timeout(first, "dispatch", [1], 3, 2)
-        assert f"rank {rank} waited in vain in 'dispatch', epoch 3: rank 1 gave no sign of life" in first["message"]
+        assert f"rank {rank} timed out in 'dispatch', epoch 3: rank 1 gave no sign of life" in first["message"]
         check_timeout(again, "dispatch", [1], 3, 0.5)
         assert "this ExpertParallel cannot go on: mask the rank, or make a new group" in again["message"]
 
