@@ -147,6 +147,8 @@ class Rank:
             record[place]
             for place in (constants.EXCHANGE_ERROR_CALL, constants.EXCHANGE_ERROR_WHO, constants.EXCHANGE_ERROR_NUMBER)
         )
+        if fault != constants.EXCHANGE_BAD_INDEX:
+            number %= 2**32  # an epoch
         return Fault(fault, Call.phase_of(call), who, number)
 
     # ---- the steps
@@ -220,11 +222,12 @@ class Rank:
 
     def _halves(self, kind: str, rows: int, pitch: int) -> Tensor:
         _, _, _, start, half, _ = self.layout.place(kind, pitch)
+        start += self.buffer.storage_offset()  # the buffer may be part of a larger allocation
         return self.buffer.as_strided((2, rows, pitch), (half, pitch, 1), start)
 
     def _begin(self, kind: str, parts: list[Tensor], call: Call) -> tuple[tuple[int, ...], list[int]]:
         self.call = call.code()
-        self.plain_epochs[kind] += 1
+        self.plain_epochs[kind] = (self.plain_epochs[kind] + 1) % 2**32
         widths = [part.shape[1] * part.itemsize for part in parts]
         return self.layout.place(kind, sum(map(to_16, widths))), widths
 
@@ -321,7 +324,7 @@ def _record(rank: Rank, fault: int, who: int, number: int) -> None:
     if not rank.error[constants.EXCHANGE_ERROR_FAULT]:
         rank.error[constants.EXCHANGE_ERROR_CALL] = rank.call
         rank.error[constants.EXCHANGE_ERROR_WHO] = who
-        rank.error[constants.EXCHANGE_ERROR_NUMBER] = number
+        rank.error[constants.EXCHANGE_ERROR_NUMBER] = torch.tensor(number).int()  # its last 32 bits
         rank.error[constants.EXCHANGE_ERROR_FAULT] = fault
 
 
@@ -338,9 +341,9 @@ def _flag(rank: Rank, flags: int, kind: str, source: int) -> int:
     """The rows that `source` announces; -1 if it has not."""
     flag = _view(rank, rank.rank, flags + source * constants.EXCHANGE_FLAG_BYTES, (2,), torch.int32)
     abort = _view(rank, rank.rank, 0, (2,), torch.int32)
-    (word, epoch), now = flag.tolist(), rank.plain_epochs[kind]
-    if epoch == now:
-        call, rows = divmod(word % 2**32, 1 << constants.EXCHANGE_FLAG_ROWS_BITS)
+    word, epoch = (number % 2**32 for number in flag.tolist())
+    if epoch == (now := rank.plain_epochs[kind]):
+        call, rows = divmod(word, 1 << constants.EXCHANGE_FLAG_ROWS_BITS)
         if call == rank.call:
             return rows
         found = constants.EXCHANGE_OTHER_CALL, source
@@ -367,8 +370,7 @@ def _scatter(rank: Rank, place: tuple[int, ...], parts: list[Tensor], indices: T
     bad = (indices < -1) | (indices >= layout.experts)
     if bad.any():
         token, k = bad.nonzero()[0].tolist()
-        index = (int(indices[token, k]) + 2**31) % 2**32 - 2**31
-        _record(rank, constants.EXCHANGE_BAD_INDEX, token, index)
+        _record(rank, constants.EXCHANGE_BAD_INDEX, token, int(indices[token, k]))
     for there in [] if rank.plain_failed else _lives(rank):
         mine = (layout.world, layout.most_tokens)
         numbers = _view(rank, there, numbers_at, (*mine, layout.top_k), torch.int32)

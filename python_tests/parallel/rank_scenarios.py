@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
 import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as _symmetric_memory
 from rank_checks import (
     CHECKS,
     EXPERTS,
@@ -157,30 +160,48 @@ def absent(rank, world, folder):
     return fault(lambda: make(init_timeout=1.0))
 
 
-# ---- "symmetric", with a rendezvous over a file that all ranks map instead of a GPU's memory
+# ---- "symmetric", with files that all ranks map instead of a GPU's memory
 
 
-def fake_rendezvous(folder, lose=None):
-    """Buffers as symmetric memory gives them; rank `lose` gets copies of the others', so that its writes vanish."""
-    mapped = []
+class Segments:
+    """torch.distributed._symmetric_memory, as far as it is used. As there, a buffer lies somewhere in a segment, with
+    others before it, and `buffer_ptrs` are where the ranks' segments begin.
 
-    def rendezvous(group, size):
-        for rank in range(group.size()):
-            path = f"{folder}/buffer{rank}" + (f"lost by {lose}" if lose == group.rank() != rank else "")
-            mapped.append(torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
-        return mapped[group.rank()], [buffer.data_ptr() for buffer in mapped], None
+    Args:
+        lose: this rank gets copies of the others' segments, so that its writes vanish.
+        tells_offset: False as in a torch that has forgotten to.
+    """
 
-    return rendezvous, mapped
+    OFFSET = 4096
+
+    def __init__(self, folder, lose=None, tells_offset=True):
+        self.folder, self.lose, self.tells_offset = folder, lose, tells_offset
+
+    def empty(self, size, *, dtype, device):
+        self.size, rank = size, dist.get_rank()
+        self.mapped = [self._map(other, rank) for other in range(dist.get_world_size())]
+        return self.mapped[rank][self.OFFSET :]
+
+    def _map(self, other, rank):
+        path = f"{self.folder}/buffer{other}" + (f"lost by {rank}" if self.lose == rank != other else "")
+        return torch.from_file(path, shared=True, size=self.OFFSET + self.size, dtype=torch.uint8)
+
+    def rendezvous(self, buffer, group):
+        pointers = [segment.data_ptr() for segment in self.mapped]
+        return SimpleNamespace(buffer_ptrs=pointers, offset=self.OFFSET if self.tells_offset else 0, keep=self.mapped)
+
+
+def at(address, size):
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 @contextlib.contextmanager
-def fake_gpus(folder, lose=None, reason=""):
+def fake_gpus(folder, reason="", **options):
     """No device, so plain PyTorch carries the rows; it cannot wait, so that all meet between sending and waiting."""
-    rendezvous, mapped = fake_rendezvous(folder, lose)
+    segments = Segments(folder, **options)
 
     def after_all(wait):
         def step(self, *args):
-            self.buffers = mapped
             dist.barrier()
             return wait(self, *args)
 
@@ -188,16 +209,18 @@ def fake_gpus(folder, lose=None, reason=""):
 
     def before(send):
         def step(self, *args):
-            self.buffers = mapped
+            self.buffers = [at(address, self.layout.bytes) for address in self.peers.tolist()]
             return send(self, *args)
 
         return step
 
     with contextlib.ExitStack() as patches:
         for target, name, value in (
-            (symmetric, "rendezvous", rendezvous),
-            (symmetric, "why_not_here", lambda world: reason),
-            (Rank, "_kernels", lambda self: False),
+            (_symmetric_memory, "empty", segments.empty),
+            (_symmetric_memory, "rendezvous", segments.rendezvous),
+            (torch.cuda, "current_device", lambda: 0),
+            (symmetric, "why_not_here", lambda world, max_tokens: reason),
+            (Rank, "by_kernels", lambda self: False),
             (Rank, "scatter", before(Rank.scatter)),
             (Rank, "gather", before(Rank.gather)),
             (Rank, "scatter_wait", after_all(Rank.scatter_wait)),
@@ -226,10 +249,10 @@ def symmetric_buffers(rank, world, folder):
 
 
 def symmetric_is_refused(rank, world, folder):
-    """One rank's reason, or writes that vanish, send all ranks to "torch"."""
+    """One rank's reason, writes that vanish, or addresses that are not the buffers' send all ranks to "torch"."""
     join(rank, world, folder)
     seen = []
-    for options in (dict(reason="no luck" if rank == 1 else ""), dict(lose=2)):
+    for options in (dict(reason="no luck" if rank == 1 else ""), dict(lose=2), dict(tells_offset=False)):
         with fake_gpus(folder, **options):
             seen.append(fault(lambda: make(transport="symmetric")))
             with mock.patch.object(ExpertParallel, "_choose", lambda self, transport: "symmetric"):

@@ -15,7 +15,7 @@ def test_bits(seen, world):
 
 
 def test_all_ranks_refuse_together(seen):
-    reasons = "no luck (rank 1)", "writes do not arrive: .* rank 2 did not send"
+    reasons = "no luck (rank 1)", "writes do not arrive", "the rendezvous failed: symmetric memory gives 0x"
     for rank, found in enumerate(seen["symmetric_is_refused/3"]):
         assert isinstance(found, list), found
         for i, reason in enumerate(reasons):
@@ -25,4 +25,4 @@ def test_all_ranks_refuse_together(seen):
             assert instead["transport"] == "torch"
             assert len(instead["warned"]) == (rank == 0)
             text = refused["message"]
-            assert reason in text if i == 0 else "writes do not arrive" in text and "rank 2" in text
+            assert reason in text and (i != 1 or "rank 2" in text)
