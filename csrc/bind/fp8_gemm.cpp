@@ -135,6 +135,10 @@ std::vector<std::string> kernels() {
 }  // namespace
 
 void bind_fp8_gemm(py::module_& m) {
+    constant(m, "GEMM_SHARE_NONE", Share::kNone);
+    constant(m, "GEMM_SHARE_A", Share::kA);
+    constant(m, "GEMM_SHARE_B", Share::kB);
+    constant(m, "GEMM_MOST_SPLIT", kMostSplit);
     m.def("fp8_gemm", &fp8_gemm, py::arg("a"), py::arg("b"), py::arg("k"), py::arg("d"),
           py::arg("d_scales"), py::arg("row_weights"), py::arg("bias"), py::arg("c"),
           py::arg("groups"), py::arg("expected_rows"), py::arg("whole_k"), py::arg("plan"),

@@ -1,6 +1,8 @@
 // What each of the two modules with kernels compiles for itself: where launches go, and which ops there are.
 #include "bind/run.h"
 #include "common/device.h"
+#include "common/dtypes.h"
+#include "tile/groups.h"
 
 namespace k2k::bind {
 
@@ -12,6 +14,14 @@ long run_on(int device, void (*launch)(void*), void* context) {
 }
 
 void bind_kernels(py::module_& m) {
+    constant(m, "TYPE_F32", Type::kF32);
+    constant(m, "TYPE_BF16", Type::kBf16);
+    constant(m, "TYPE_FP16", Type::kFp16);
+    constant(m, "TYPE_E4M3", Type::kE4m3);
+    constant(m, "TYPE_U8", Type::kU8);
+    constant(m, "GROUPS_OF_MATRICES", tile::Groups::Axis::kMatrices);
+    constant(m, "GROUPS_OF_ROWS", tile::Groups::Axis::kRows);
+    constant(m, "GROUPS_OF_K", tile::Groups::Axis::kK);
     m.def(
         "shared_memory",
         [] {

@@ -1,4 +1,5 @@
 #include "bind/run.h"
+#include "mla_cache/config.h"
 #include "mla_cache/launch.h"
 
 namespace k2k::bind {
@@ -41,6 +42,9 @@ void bind_mover(py::module_& m, const char* name, LaunchMlaCache launch) {
 }  // namespace
 
 void bind_mla_cache(py::module_& m) {
+    constant(m, "MLA_LATENT", kLatent);
+    constant(m, "MLA_ROPE", kRope);
+    constant(m, "MLA_ROW_BYTES", kRowBytes);
     bind_mover(m, "mla_append", launch_mla_append);
     bind_mover(m, "mla_gather", launch_mla_gather);
 }

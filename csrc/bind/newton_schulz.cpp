@@ -93,6 +93,7 @@ long newton_schulz(const std::vector<TensorTuple>& tensors,
 }  // namespace
 
 void bind_newton_schulz(py::module_& m) {
+    constant(m, "NS_MOST_STEPS", kNsMostSteps);
     m.def("newton_schulz", &newton_schulz, py::arg("tensors"), py::arg("counts"),
           py::arg("coefficients"), py::arg("restarts"), py::arg("iterate_type"),
           py::arg("workspace"), py::arg("updates"), py::arg("rule"), py::arg("capability"),

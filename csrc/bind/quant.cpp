@@ -1,4 +1,5 @@
 #include "bind/run.h"
+#include "quant/config.h"
 #include "quant/launch.h"
 
 namespace k2k::bind {
@@ -126,6 +127,7 @@ long swiglu_backward(Address grad,
 }  // namespace
 
 void bind_quant(py::module_& m) {
+    constant(m, "QUANT_NORM_MOST_COLUMNS", kNormMostColumns);
     bind_quantizer(m, "quantize_1x128", launch_quantize_1x128);
     bind_quantizer(m, "quantize_1x128_transposed", launch_quantize_1x128_transposed);
     bind_quantizer(m, "quantize_128x128", launch_quantize_128x128);

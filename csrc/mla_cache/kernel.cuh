@@ -98,7 +98,9 @@ __global__ void __launch_bounds__(32 * kCacheWarps)
         const float scale = reinterpret_cast<const float*>(slot + kScalesAt)[lane / 8];
         float values[16];
         K2K_UNROLL
-        for (int i = 0; i < 16; ++i) values[i] = arch::to_float(e4m3{codes.values[i]}) * scale;
+        for (int i = 0; i < 16; ++i) {
+            values[i] = arch::to_float(e4m3{tile::element_of(codes, i)}) * scale;
+        }
         tile::Sixteen<Row> latent;
         tile::narrow(latent, values);
         tile::store_sixteen(row, lane * 16, kLatent, latent);

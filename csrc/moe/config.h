@@ -49,12 +49,11 @@ static_assert(move_blocks(0, 7168, kMostPlanningBlocks) == 1, "the plan of nothi
 static_assert(move_blocks(128, 7168, kMostPlanningBlocks) == 224, "a decoding step: one wave");
 static_assert(move_blocks(4096, 7168, kMostMovingBlocks) == 7168, "prefill");
 
-// How many rows combine has on the way at once: 128 bytes of bfloat16 a thread, 96 KiB a
-// multiprocessor of 3 blocks, where bandwidth x latency of DRAM ask for 20 to 36. The rest is for
-// short batches, whose time is the number of trips. Rows of float32 take twice the room, and of
-// float16 too, the compiler giving each of their halves a register: 2 blocks then have 32 KiB.
-constexpr int rows_in_flight(Type type) { return type == Type::kBf16 ? 4 : 2; }
-constexpr int combine_blocks(Type type) { return type == Type::kFp16 ? 2 : 3; }
+// How many rows combine has in flight at once: 128 bytes a thread, 96 KiB on an SM of 3 blocks,
+// where bandwidth x latency of DRAM ask for 20 to 36. The rest is for short batches, whose time is
+// the number of trips. (test_loads_in_flight.py holds the machine code to it.)
+constexpr int rows_in_flight(Type type) { return type == Type::kF32 ? 2 : 4; }
+constexpr int kCombineBlocks = 3;
 
 // The gradient of combine: a block for each token, because its warps add up the dot products. As
 // many warps as give each the same number of pieces.

@@ -9,7 +9,7 @@
 // Order     of out: float32, k after k, product and sum rounded one after the other as PyTorch's
 //           are, then shared, then residual; one rounding. No other token, nor the grid, comes in.
 // Warp      of combine: 512 columns of one token, 16 a lane; slots and weights lie in the lanes,
-//           one for each k. 4 rows of bfloat16 (else 2) are on their way at once.
+//           one for each k. 4 rows (2 of float32) are in flight at once.
 // Block     of the gradient: one token; of another rank's, one that came. A warp takes pieces of 512 columns of it, the token's row
 //           once, its slots' rows one after the other; each lane k adds up d_w[t, k], first over
 //           the pieces of its warp, then, in one thread, over the warps: an order that depends on H
@@ -74,7 +74,7 @@ K2K_DEVICE float lane_weight(const float* weights, int64_t token, int top_k) {
 }
 
 template <class Y>
-__global__ void __launch_bounds__(kMoeThreads, combine_blocks(type_of<Y>))
+__global__ void __launch_bounds__(kMoeThreads, kCombineBlocks)
     moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
     constexpr int kRows = rows_in_flight(type_of<Y>);
     const int lane = arch::lane_id();

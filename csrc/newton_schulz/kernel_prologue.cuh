@@ -146,8 +146,7 @@ struct NsChunk {
         if (tile::in_vectors(row, column, tensor.n)) {
             K2K_UNROLL
             for (int i = 0; i < tile::Sixteen<M>::kVectors; ++i) {
-                reinterpret_cast<uint4*>(stored.values)[i] =
-                    reinterpret_cast<const uint4*>(row + column)[i];
+                tile::set_vector(stored, i, reinterpret_cast<const uint4*>(row + column)[i]);
             }
         } else {
             stored = tile::load_elements(row, column, tensor.n);

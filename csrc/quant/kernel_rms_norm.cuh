@@ -49,9 +49,10 @@ struct NormStorage {
 // Into this thread's place.
 template <class T>
 K2K_DEVICE void put(SharedSixteens<T>& place, const tile::Sixteen<T>& sixteen) {
-    const auto* vectors = reinterpret_cast<const uint4*>(sixteen.values);
     K2K_UNROLL
-    for (int i = 0; i < tile::Sixteen<T>::kVectors; ++i) place[i][threadIdx.x] = vectors[i];
+    for (int i = 0; i < tile::Sixteen<T>::kVectors; ++i) {
+        place[i][threadIdx.x] = tile::vector_of(sixteen, i);
+    }
 }
 
 // Starts to copy row[column .. column + 15] to this thread's place, zeros beyond `columns`.
@@ -76,9 +77,10 @@ K2K_DEVICE void start_copy(SharedSixteens<T>& place,
 template <class T>
 K2K_DEVICE void get(float (&values)[16], const SharedSixteens<T>& place) {
     tile::Sixteen<T> sixteen;
-    auto* vectors = reinterpret_cast<uint4*>(sixteen.values);
     K2K_UNROLL
-    for (int i = 0; i < tile::Sixteen<T>::kVectors; ++i) vectors[i] = place[i][threadIdx.x];
+    for (int i = 0; i < tile::Sixteen<T>::kVectors; ++i) {
+        tile::set_vector(sixteen, i, place[i][threadIdx.x]);
+    }
     tile::widen(values, sixteen);
 }
 
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_blocks(kSixteens * 16 * siz
             const float scale = tile::scale_of(amax, p.power_of_two);
             const uint4 words = tile::encode16(values, tile::divisor_of(scale));
             tile::store_sixteen(codes, column, p.columns,
-                                reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
+                                tile::sixteen_of(words));
             if (lane % 8 == 0) scales[column / 128 * p.scale_column_stride] = scale;
         }
     }

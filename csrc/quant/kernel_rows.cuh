@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kRowThreads, kSwiglu ? 4 : 5)
             const float scale = tile::scale_of(amax, p.power_of_two);
             const uint4 words = tile::encode16(values, tile::divisor_of(scale));
             tile::store_sixteen(codes, column, p.columns,
-                                reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
+                                tile::sixteen_of(words));
             if (place.lane == 0) scales[block * p.scale_column_stride] = scale;
         }
     }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kRowThreads, 5)
             float values[16];
             K2K_UNROLL
             for (int i = 0; i < 16; ++i) {
-                values[i] = arch::to_float(e4m3{sixteen.values[i]}) * scale;
+                values[i] = arch::to_float(e4m3{tile::element_of(sixteen, i)}) * scale;
             }
             tile::Sixteen<T> result;
             tile::narrow(result, values);

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
                 if (first_column + c >= p.columns) continue;
                 uint8_t* codes_row = codes + (first_column + c) * p.rows;
                 tile::store_sixteen(codes_row, first_row + chunk * 16, p.rows,
-                                    reinterpret_cast<const tile::Sixteen<uint8_t>&>(words));
+                                    tile::sixteen_of(words));
             }
             // The next tile's maxima are free (read before the last barrier); its divisors and
             // codes are written behind its own barriers.

@@ -19,10 +19,23 @@ import torch
 from torch import Tensor
 
 from k2kernels import _backend
+from k2kernels.ops._constants import constants
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.uint8: 4}  # k2k::Type
 
 
+class _Types(dict):
+    """The numbers of k2k::Type, by dtype; filled when a kernel is launched."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        self[torch.float32], self[torch.bfloat16] = constants.TYPE_F32, constants.TYPE_BF16
+        self[torch.float16], self[torch.float8_e4m3fn] = constants.TYPE_FP16, constants.TYPE_E4M3
+        self[torch.uint8] = constants.TYPE_U8
+        if dtype not in self:
+            raise KeyError(dtype)
+        return self[dtype]
+
+
+TYPES = _Types()
 _emulated_stream: contextvars.ContextVar[int] = contextvars.ContextVar("k2kernels_emulated_stream", default=0)
 
 

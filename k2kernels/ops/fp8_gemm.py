@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_counts, check_groups
+from k2kernels.ops._constants import constants
 from k2kernels.ops._launch import TYPES, Chip, address, chip, launch
 from k2kernels.ops._register import register
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu_quantize
@@ -580,7 +581,8 @@ def plans_on(
     best = _extension().fp8_gemm_plan(sizes, chip)
     costs = sorted(_extension().fp8_gemm_costs(sizes, chip), key=lambda cost: (cost[0] != best, cost[1]))
     names = fp8_gemm_kernels()
-    return [(GemmPlan(names[kernel], _SHARES[share], split), clocks) for (kernel, share, split), clocks in costs]
+    shares = {number: share for share, number in _shares().items()}
+    return [(GemmPlan(names[kernel], shares[share], split), clocks) for (kernel, share, split), clocks in costs]
 
 
 @contextlib.contextmanager
@@ -654,12 +656,17 @@ def _numbers(caller: str, kernel: str, share: str | None, split: int) -> tuple[i
     args = Arguments(caller)
     args.choice("kernel", kernel, fp8_gemm_kernels())
     small = kernel.startswith("sm90_small")
-    args.choice("share", share, _SHARES if kernel.startswith("sm90") and not small else (None,))
-    args.choice("split", split, (1, 2, 4, 8) if small else (1,))
-    return fp8_gemm_kernels().index(kernel), _SHARES.index(share), split
+    args.choice("share", share, tuple(_shares()) if kernel.startswith("sm90") and not small else (None,))
+    splits = [1 << i for i in range(constants.GEMM_MOST_SPLIT.bit_length())]
+    args.choice("split", split, tuple(splits) if small else (1,))
+    return fp8_gemm_kernels().index(kernel), _shares()[share], split
 
 
-_SHARES = (None, "a", "b")  # k2k::Share
+def _shares() -> dict[str | None, int]:
+    """k2k::Share."""
+    return {None: constants.GEMM_SHARE_NONE, "a": constants.GEMM_SHARE_A, "b": constants.GEMM_SHARE_B}
+
+
 _forced: contextvars.ContextVar[tuple[int, int, int] | None] = contextvars.ContextVar(
     "k2kernels_fp8_gemm_kernel", default=None
 )
@@ -742,7 +749,8 @@ def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, **i
 
 # ---- the kernels: one function of the extension serves all ops; csrc/fp8_gemm/params.h says what it is told
 
-_MATRICES, _ROWS, _K = range(3)  # GemmGroups::Axis
+def _axis(offsets: Tensor | None) -> int:
+    return constants.GROUPS_OF_MATRICES if offsets is None else constants.GROUPS_OF_ROWS
 
 
 def _launch_gemm(
@@ -884,7 +892,7 @@ def _fp8_gemm_fake(
 def _fp8_gemm_out_kernel(
     a, a_scales, b, b_scales, bias, accumulate, out, b_row_offset=0, batch_invariant=False, row_weights=None
 ) -> None:
-    groups = None, None, 1, _MATRICES
+    groups = None, None, 1, constants.GROUPS_OF_MATRICES
     options = dict(b_row_offset=b_row_offset, batch_invariant=batch_invariant, row_weights=row_weights)
     _launch_gemm("fp8_gemm", a, a_scales, b, b_scales, out, groups, bias=bias, accumulate=accumulate, **options)
 
@@ -944,7 +952,7 @@ def _grouped_fp8_gemm_fake(
 def _grouped_fp8_gemm_out_kernel(
     a, a_scales, b, b_scales, offsets, counts, expected_m, out, b_row_offset=0, batch_invariant=False, row_weights=None
 ) -> None:
-    groups = offsets, counts, b.shape[0], _MATRICES if offsets is None else _ROWS
+    groups = offsets, counts, b.shape[0], _axis(offsets)
     options = dict(b_row_offset=b_row_offset, batch_invariant=batch_invariant, row_weights=row_weights)
     _launch_gemm("grouped_fp8_gemm", a, a_scales, b, b_scales, out, groups, expected_m=expected_m, **options)
 
@@ -1020,13 +1028,13 @@ def _launch_gemm_swiglu(
 
 
 def _fp8_gemm_swiglu_kernel(*args) -> tuple[Tensor, Tensor]:
-    return _launch_gemm_swiglu("fp8_gemm_swiglu", (None, None, 1, _MATRICES), None, *args)
+    return _launch_gemm_swiglu("fp8_gemm_swiglu", (None, None, 1, constants.GROUPS_OF_MATRICES), None, *args)
 
 
 def _grouped_fp8_gemm_swiglu_kernel(
     a, a_scales, b, b_scales, offsets, counts, expected_m, *options
 ) -> tuple[Tensor, Tensor]:
-    groups = offsets, counts, b.shape[0], _MATRICES if offsets is None else _ROWS
+    groups = offsets, counts, b.shape[0], _axis(offsets)
     return _launch_gemm_swiglu("grouped_fp8_gemm_swiglu", groups, expected_m, a, a_scales, b, b_scales, *options)
 
 
@@ -1057,7 +1065,7 @@ def _grouped_fp8_wgrad_fake(a, a_scales, b, b_scales, offsets, counts, out_dtype
 
 def _grouped_fp8_wgrad_kernel(a, a_scales, b, b_scales, offsets, counts, out_dtype, accumulate) -> Tensor:
     out = _grouped_fp8_wgrad_fake(a, a_scales, b, b_scales, offsets, counts, out_dtype, accumulate)
-    groups = offsets, counts, counts.shape[0], _K
+    groups = offsets, counts, counts.shape[0], constants.GROUPS_OF_K
     _launch_gemm("grouped_fp8_wgrad", a, a_scales, b, b_scales, out, groups, accumulate=accumulate)
     return out
 

@@ -381,7 +381,10 @@ def moe_mlp(
         dispatched = exchange.dispatch(x, indices, weights, **place)
     data, scales, offsets, counts, handle = dispatched
     groups = dict(offsets=offsets, counts=counts)
+    # As many rows as this rank sends out are expected here; the host does not know how many came.
+    expected = min(indices.numel(), data.shape[0])
     if codes:
+        groups |= dict(expected_m=-(-expected // experts))
         inner, inner_scales = grouped_fp8_gemm_swiglu(data, scales, gate_up, gate_up_scales, **scaling, **groups)
         y = grouped_fp8_gemm(inner, inner_scales, down, down_scales, out_dtype=x.dtype, **groups)
     elif fp8:
@@ -389,8 +392,6 @@ def moe_mlp(
         inner = swiglu(grouped_fp8_linear(data, gate_up, **groups))
         y = grouped_fp8_linear(inner, down, **groups)
     else:
-        # As many rows as this rank sends out are expected here; the host does not know how many came.
-        expected = min(indices.numel(), data.shape[0])
         inner = swiglu(_grouped_gemm(data, gate_up, offsets, counts, expected))
         y = _grouped_gemm(inner, down, offsets, counts, expected)
     combine = moe_combine if exchange is None else exchange.combine

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_counts, check_groups
+from k2kernels.ops._constants import constants
 from k2kernels.ops._launch import TYPES, address, launch, matrices
 from k2kernels.ops._register import register
 from k2kernels.reference import quant as reference
 
 QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
-NORM_MOST_COLUMNS = 8192  # of a row that rms_norm_quantize's kernel holds: kNormMostColumns of csrc/quant/config.h
 
 
 def quantize_1x128(
@@ -360,9 +360,9 @@ def _rms_norm_quantize_kernel(
 def _rms_norm_quantize_unserved(
     x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
 ) -> str | None:
-    if x.shape[-1] <= NORM_MOST_COLUMNS:
+    if x.shape[-1] <= (most := constants.QUANT_NORM_MOST_COLUMNS):
         return None
-    return f"the kernel takes rows of at most {NORM_MOST_COLUMNS} columns, got {x.shape[-1]}"
+    return f"the kernel takes rows of at most {most} columns, got {x.shape[-1]}"
 
 
 _rms_norm_quantize = register(

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import k2kernels
 from k2kernels.model import attention, replay
 from k2kernels.model.generate import Session
-from k2kernels.model.moe import Experts
+from k2kernels.model.moe import Experts, Moe
 from k2kernels.model.mtp import draft
 from k2kernels.model.replay import Replay
 from k2kernels.ops import moe
@@ -209,6 +209,44 @@ def test_a_pass_with_experts_is_one_recording(experts):
         got = model.generate(PROMPT, **options)
     assert torch.equal(got, want)
     assert recorders[0].recordings == 1 and recorders[0].plays > 20
+
+
+class Exchange:
+    """All experts are here, until `fails`: from then on what comes back is NaN, which `check` alone tells."""
+
+    fails = False
+
+    def dispatch(self, x, indices, weights, **options):
+        return moe.moe_dispatch(x, indices, weights, num_experts=16, **options)
+
+    def combine(self, y, handle, **options):
+        return moe.moe_combine(y, handle, **options)
+
+    def check(self):
+        if self.fails:
+            raise k2kernels.PeerTimeout("rank 1 did not send", ranks=(1,))
+
+
+@pytest.mark.filterwarnings("ignore:generate")
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_fault_in_a_replayed_pass_is_raised_before_its_token_gets_out(after, speculative):
+    """No Python of the exchange runs in a replay."""
+    model, exchange = tiny.model("deepseek", num_nextn_predict_layers=int(speculative)), Exchange()
+    for layer in model.modules():
+        if isinstance(layer, Moe):
+            layer.exchange = exchange
+    free = model.generate(PROMPT, max_new_tokens=20, eos_token_ids=[])
+    columns = []
+
+    def on_token(column):
+        columns.append(column)
+        exchange.fails = len(columns) > after  # in the pass that follows
+
+    with recorded() as recorders, pytest.raises(k2kernels.PeerTimeout, match="rank 1 did not send"):
+        model.generate(PROMPT, max_new_tokens=20, eos_token_ids=[], speculative=speculative, on_token=on_token)
+    assert torch.equal(torch.stack(columns, 1), free[:, 20 : 20 + len(columns)]) and len(columns) < 8
+    assert after == 0 or recorders[0].plays > 0
 
 
 class Refusing(Recorder):

@@ -421,6 +421,17 @@ def one_rank_combine(batch):
     return moe_combine(sent.data, sent.handle)
 
 
+def check_ranks_without_tokens(rank, world):
+    """A sum's gradient is one number, expanded to no rows on the ranks that have no tokens."""
+    ep = make()
+    for tokens in (0 if rank == 0 else 3, 0 if rank > 0 else 3, 0):
+        x = torch.randn(tokens, 40, requires_grad=True)
+        weights = torch.rand(tokens, TOP_K, requires_grad=True)
+        sent = ep.dispatch(x, torch.randint(0, EXPERTS, (tokens, TOP_K)), weights)
+        ep.combine(sent.data, sent.handle).sum().backward()
+        torch.testing.assert_close(x.grad, weights.detach().sum(1, keepdim=True).expand(x.shape))
+
+
 def check_configs_must_agree(rank, world):
     if world > 1:
         with pytest.raises(ValueError, match=r"the ranks must agree on hidden, got 41 on rank 0; 40 on rank"):
