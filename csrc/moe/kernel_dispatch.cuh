@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kScanThreads)
 struct MovePlan {
     TileRanks ranks;
     PlaceExperts<kMoeThreads> place;
-    int32_t offsets[kMostExperts + 1];
-    int32_t counts[kMostExperts];
+    alignas(16) int32_t counts[kMostExperts];
+    alignas(16) int32_t offsets[kMostExperts + 1];
     int32_t slots[kPlanTile];
 };
 
@@ -94,11 +94,12 @@ K2K_DEVICE void plan_block(MovePlan& smem, const MoeDispatchParams& p K2K_WHERE)
     constexpr int kEach = kMostExperts / kMoeThreads;
     const int pairs = static_cast<int>(p.tokens * p.top_k);
     const ThreadPairs mine = rank_tile(smem.ranks, p, 0, pairs K2K_PASS_WHERE);
-    int32_t totals[kEach];
+    static_assert(kEach == 4, "a thread's totals are one vector: no bank conflicts");
+    const uint4 all = reinterpret_cast<const uint4*>(smem.ranks.totals)[threadIdx.x];
+    int32_t totals[kEach] = {int32_t(all.x), int32_t(all.y), int32_t(all.z), int32_t(all.w)};
     K2K_UNROLL
     for (int i = 0; i < kEach; ++i) {
-        const int expert = threadIdx.x * kEach + i;
-        totals[i] = expert < p.experts ? smem.ranks.totals[expert] : 0;
+        if (int(threadIdx.x) * kEach + i >= p.experts) totals[i] = 0;
     }
     int64_t* overflow = blockIdx.x == 0 ? p.overflow : nullptr;
     place_experts(smem.place, p, totals, smem.offsets, smem.counts, overflow K2K_PASS_WHERE);

@@ -106,9 +106,28 @@ struct PlaceExperts {
     uint32_t dropped[kThreads / 32];
 };
 
+// kEach neighbours, of which those before `end` exist: as one vector, which lanes store without
+// bank conflicts, to shared memory that has room for all of them; else one by one.
+template <int kEach>
+K2K_DEVICE void store_neighbours(int32_t* target,
+                                 int first,
+                                 int end,
+                                 const int32_t (&values)[kEach]) {
+    if constexpr (kEach == 4) {
+        reinterpret_cast<uint4*>(target)[first / 4] =
+            make_uint4(values[0], values[1], values[2], values[3]);
+    } else {
+        K2K_UNROLL
+        for (int i = 0; i < kEach; ++i) {
+            if (first + i < end) target[first + i] = values[i];
+        }
+    }
+}
+
 // Offsets and counts, as the reference defines them, of kThreads * kEach experts from their totals;
-// a thread has kEach neighbours. `overflow`, unless null, gets the number of pairs left over. The
-// whole block calls it, and must meet before it reads `offsets` and `counts`.
+// a thread has kEach neighbours. With kEach = 4 both lie in shared memory, on 16 bytes, with room
+// for all experts. `overflow`, unless null, gets the number of pairs left over. The whole block
+// calls it, and must meet before it reads `offsets` and `counts`.
 template <int kThreads, int kEach>
 K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem,
                               const MoeDispatchParams& p,
@@ -137,19 +156,22 @@ K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem,
     for (int w = 0; w < warp; ++w) start += smem.of_warp[w];
 
     uint32_t dropped = 0;
+    const int first = threadIdx.x * kEach;
+    int32_t starts[kEach], kept[kEach];
     K2K_UNROLL
     for (int i = 0; i < kEach; ++i) {
-        const int expert = threadIdx.x * kEach + i;
         const int64_t room = start < p.capacity ? p.capacity - start : 0;
-        const int32_t kept = totals[i] < room ? totals[i] : static_cast<int32_t>(room);
-        dropped += totals[i] - kept;
+        starts[i] = static_cast<int32_t>(p.capacity - room);
+        kept[i] = totals[i] < room ? totals[i] : static_cast<int32_t>(room);
+        dropped += totals[i] - kept[i];
         start += aligned[i];
-        if (expert < p.experts) {
-            counts[expert] = kept;
-            offsets[expert + 1] = static_cast<int32_t>(start < p.capacity ? start : p.capacity);
-        }
     }
-    if (threadIdx.x == 0) offsets[0] = 0;
+    store_neighbours(counts, first, p.experts, kept);
+    store_neighbours(offsets, first, p.experts, starts);
+    // Where all experts begin is written; where the last one ends, only if another one is behind it.
+    if (int(threadIdx.x) == kThreads - 1 && (kEach != 4 || p.experts == kThreads * kEach)) {
+        offsets[p.experts] = static_cast<int32_t>(start < p.capacity ? start : p.capacity);
+    }
     if (overflow == nullptr) return;
     dropped = arch::redux_add(dropped K2K_PASS_WHERE);
     if (lane == 0) smem.dropped[warp] = dropped;

@@ -175,8 +175,8 @@ for x, x_bytes in BYTES.items():
             PLANS[f"moe_move_kernel<{x}, false, {str(plans).lower()}>"] = (registers, x_bytes, x_bytes, match)
     # So many rows are on their way; shared and residual in one loop, the gradient of the result, and the result itself
     # may be of any of the three types. The gradient zeroes pad rows in another place.
-    rows = 4 if x == "bf16" else 2
-    PLANS[f"moe_combine_kernel<{x}>"] = (96 if x == "fp16" else 80, rows * x_bytes + 8, 8, {})
+    rows = 2 if x == "float" else 4
+    PLANS[f"moe_combine_kernel<{x}>"] = (80, rows * x_bytes + 8, 8, {})
     PLANS[f"moe_combine_backward_kernel<{x}>"] = (80, rows // 2 * x_bytes + 8, (rows // 2 + 1) * x_bytes, {})
 for vectors in (1, 2, 3, 4, 8):
     registers, redux = 64 if vectors <= 3 else 128, {arch: {"REDUX": 2} for arch in ("sm_80", "sm_90a")}
@@ -249,7 +249,7 @@ SHARED = {
     "moe_scatter_wait_kernel": 8,
     "moe_gather_wait_kernel": 8,
     "moe_scan_kernel": 32 * 12,
-    **{f"moe_move_kernel<{t}, {q}, true>": 36968 for t in BYTES for q in ("false", "true")},
+    **{f"moe_move_kernel<{t}, {q}, true>": 36976 for t in BYTES for q in ("false", "true")},
     **{f"moe_combine_backward_kernel<{t}>": 2048 for t in BYTES},
     **{f"moe_route_kernel<{n}>": 4096 for n in (1, 2, 3, 4, 8)},
     # Sums of eight warps, numbers of sequences of eight warps; a counter for each of 1,024 experts, sums of 32 warps.

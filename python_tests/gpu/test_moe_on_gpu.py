@@ -132,6 +132,34 @@ def test_bad_logits_give_distinct_experts():
         assert got.weights.isfinite().all()
 
 
+def test_exchange_in_a_graph():
+    """One exchange of each kind: the halves of the buffers differ from replay to replay."""
+    from k2kernels.parallel import ExpertParallel
+
+    ep = ExpertParallel(None, num_experts=EXPERTS, hidden=HIDDEN, top_k=TOP_K, max_tokens=64, transport="virtual")
+    x = torch.randn(64, HIDDEN).bfloat16().cuda()
+    indices, weights = (t.cuda() for t in routing(64))
+
+    def layer():
+        sent = ep.dispatch(x, indices, weights)
+        return ep.combine(sent.data, sent.handle)
+
+    with torch.no_grad():
+        layer()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer()
+        for replay in range(4):
+            x.copy_(torch.randn(64, HIDDEN))
+            graph.replay()
+            want = k.moe_dispatch(x, indices, weights, num_experts=EXPERTS)
+            same(out, k.moe_combine(want.data, want.handle))
+            for _ in range(replay % 3):
+                layer()
+        torch.cuda.synchronize()
+        ep.check()
+
+
 def products(kind, a, b, offsets, counts):
     """Group by group, in a's dtype."""
     groups = [slice(start, start + count) for start, count in zip(offsets.tolist(), counts.tolist())]
