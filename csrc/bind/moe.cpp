@@ -277,16 +277,17 @@ void bind_moe(py::module_& m) {
           py::arg("indices"), py::arg("d_logits"), py::arg("sizes"), py::arg("softmax"),
           py::arg("normalize"), py::arg("scale"), py::arg("device"), py::arg("stream"), kSeeParams);
     m.def("moe_dispatch", &moe_dispatch, py::arg("x"), py::arg("half"), py::arg("told"),
-          py::arg("indices"), py::arg("wide_indices"), py::arg("sizes"), py::arg("alignment"), py::arg("capacity"), py::arg("data"),
-          py::arg("quantize"), py::arg("power_of_two"), py::arg("scales"), py::arg("scale_strides"),
-          py::arg("plan"), py::arg("workspace"), py::arg("device"), py::arg("stream"), kSeeParams);
-    m.def("moe_combine", &moe_combine, py::arg("y"), py::arg("half"), py::arg("slot_of"), py::arg("weights"),
-          py::arg("shared"), py::arg("residual"), py::arg("out"), py::arg("out_type"),
-          py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
+          py::arg("indices"), py::arg("wide_indices"), py::arg("sizes"), py::arg("alignment"),
+          py::arg("capacity"), py::arg("data"), py::arg("quantize"), py::arg("power_of_two"),
+          py::arg("scales"), py::arg("scale_strides"), py::arg("plan"), py::arg("workspace"),
+          py::arg("device"), py::arg("stream"), kSeeParams);
+    m.def("moe_combine", &moe_combine, py::arg("y"), py::arg("half"), py::arg("slot_of"),
+          py::arg("weights"), py::arg("shared"), py::arg("residual"), py::arg("out"),
+          py::arg("out_type"), py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
     m.def("moe_combine_backward", &moe_combine_backward, py::arg("grad"), py::arg("half"),
-          py::arg("told"), py::arg("y"),
-          py::arg("slot_of"), py::arg("token_of_slot"), py::arg("weights"), py::arg("d_y"),
-          py::arg("d_weights"), py::arg("sizes"), py::arg("device"), py::arg("stream"), kSeeParams);
+          py::arg("told"), py::arg("y"), py::arg("slot_of"), py::arg("token_of_slot"),
+          py::arg("weights"), py::arg("d_y"), py::arg("d_weights"), py::arg("sizes"),
+          py::arg("device"), py::arg("stream"), kSeeParams);
     m.def("moe_sequence_loss", &moe_sequence_loss, py::arg("logits"), py::arg("indices"),
           py::arg("cu_seqlens"), py::arg("sizes"), py::arg("alpha"), py::arg("softmax"),
           py::arg("workspace"), py::arg("loss"), py::arg("gradients"), py::arg("device"),

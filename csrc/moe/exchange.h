@@ -65,7 +65,7 @@ struct Exchange {
     ExchangePlace at;
     int world, rank;
     uint64_t live;  // a bit for each rank that takes part
-    uint32_t call;  // below 2^kFlagCallBits: what must be the same on all ranks, as the host codes it
+    uint32_t call;  // kFlagCallBits: what must be the same on all ranks, as the host codes it
     int experts, top_k;
     int64_t most_tokens;
     uint64_t timeout;  // nanoseconds

@@ -10,10 +10,11 @@
 //           are, then shared, then residual; one rounding. No other token, nor the grid, comes in.
 // Warp      of combine: 512 columns of one token, 16 a lane; slots and weights lie in the lanes,
 //           one for each k. 4 rows (2 of float32) are in flight at once.
-// Block     of the gradient: one token; of another rank's, one that came. A warp takes pieces of 512 columns of it, the token's row
-//           once, its slots' rows one after the other; each lane k adds up d_w[t, k], first over
-//           the pieces of its warp, then, in one thread, over the warps: an order that depends on H
-//           alone. Blocks end with the pad rows, 32 slots a warp and round.
+// Block     of the gradient: one token; of other ranks' tokens, one that came. A warp takes pieces
+//           of 512 columns of it, the token's row once, its slots' rows one after the other; each
+//           lane k adds up d_w[t, k], first over the pieces of its warp, then, in one thread, over
+//           the warps: an order that depends on H alone. Blocks end with the pad rows, 32 slots a
+//           warp and round.
 // Barrier   of the gradient, one a token; the sums have two places, taken in turns.
 // Traffic   combine: T K + T rows (T more for shared and for residual). Gradient: T K + T rows
 //           read, S written. Slots and weights come from L2: 8 bytes a pair and piece.

@@ -101,7 +101,7 @@ struct MoeCombineParams {
 struct MoeCombineBackwardParams {
     FloatRows grad;  // [tokens, hidden]
     Half grad_half;
-    ToldRows told;  // as in MoeDispatchParams; d_weights of tokens that do not exist are not written
+    ToldRows told;  // as in MoeDispatchParams; d_weights of tokens that do not exist: not written
     const void* y;  // [slots, hidden]; not read where d_weights is null
     void* d_y;       // [slots, hidden], contiguous
     Type type;       // of y and d_y

@@ -168,7 +168,7 @@ K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem,
     }
     store_neighbours(counts, first, p.experts, kept);
     store_neighbours(offsets, first, p.experts, starts);
-    // Where all experts begin is written; where the last one ends, only if another one is behind it.
+    // Where experts begin is written; where the last one ends, only if there is room for another.
     if (int(threadIdx.x) == kThreads - 1 && (kEach != 4 || p.experts == kThreads * kEach)) {
         offsets[p.experts] = static_cast<int32_t>(start < p.capacity ? start : p.capacity);
     }

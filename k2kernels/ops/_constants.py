@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Constants:
-    """`constants.NAME` is what `constant(m, "NAME", ...)` in csrc/bind exports.
+    """`constants.X` is what `constant(m, "X", ...)` in csrc/bind exports.
 
     Raises:
         ImportError: neither extension module with kernels is built.

@@ -199,7 +199,8 @@ class _Combine(torch.autograd.Function):
         programs = [
             _returned_sums(
                 ranks.members[i], "combine", ys[n].contiguous(), handle.route, handle.slot_of,
-                weights[n].float().contiguous(), *[None if t is None else t.contiguous() for t in (shared[n], residual[n])], out_dtype,
+                weights[n].float().contiguous(),
+                *[None if t is None else t.contiguous() for t in (shared[n], residual[n])], out_dtype,
             )
             for n, (i, handle) in enumerate(zip(here, handles))
         ]  # fmt: skip

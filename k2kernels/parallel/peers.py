@@ -1,9 +1,9 @@
 """The other ranks of a group: agreement at the start, and who is missing when a call does not end.
 
 Each rank's thread leaves a sign of life in the group's store a few times per timeout: a count, and how far its calls
-have come. A rank that runs out of time, or whose connection breaks, looks at the others' signs: a count that stands still
-is a process that is gone, an earlier call a rank that is late. What it finds goes into the store, so that all ranks
-name the same culprit, and not one another.
+have come. A rank that runs out of time, or whose connection breaks, looks at the others' signs: a count that stands
+still is a process that is gone, an earlier call a rank that is late. What it finds goes into the store, so that all
+ranks name the same culprit, and not one another.
 """
 
 from __future__ import annotations
