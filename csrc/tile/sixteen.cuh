@@ -90,8 +90,8 @@ K2K_DEVICE Sixteen<T> load_elements(const T* row, int64_t column, int64_t column
     return result;
 }
 
-// Sixteen elements that exist, the first of them on 16 bytes. `kReused`: other blocks read the same,
-// so that it is worth room in L1.
+// Sixteen elements that exist, the first of them on 16 bytes. `kReused`: other blocks read the
+// same, so that it is worth room in L1.
 template <class T, bool kReused = false>
 K2K_DEVICE Sixteen<T> load_vectors(const T* first K2K_WHERE) {
     Sixteen<T> result;
