@@ -57,7 +57,7 @@ constexpr bool needs_combine(const MlaDecodeParams& p) {
 }
 
 constexpr int kCombineGroups = 4, kCombineThreads = kCombineGroups * kLatent / 4;
-constexpr int kMergeThreads = 256;
+constexpr int kMergeThreads = 256, kMergeBlocks = 4;  // on one SM
 
 // Rows that were not split only cost a look; with many of them a block takes eight.
 constexpr int combine_rows_per_block(int64_t rows) { return rows < 4096 ? 1 : 8; }

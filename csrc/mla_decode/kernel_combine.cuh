@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     merge_attention_states_kernel(const __grid_constant__ MergeParams p) {
     const int64_t row = int64_t(blockIdx.x) * (kMergeThreads / 32) + arch::warp_id();
     if (row >= p.rows) return;

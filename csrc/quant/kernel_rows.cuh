@@ -48,8 +48,16 @@ K2K_DEVICE RowPlace row_place(bool scales_by_column) {
 template <class T>
 K2K_DEVICE void load_swiglu(float (&hidden)[16], const T* row, int64_t column, int64_t columns) {
     const T* up_row = row + columns;
-    const auto gate16 = tile::load_sixteen(row, column, columns);
-    const auto up16 = tile::load_sixteen(up_row, column, columns);
+    tile::Sixteen<T> gate16, up16;
+    // Both begin on 16 bytes, or both are loaded one by one: no branch, at whose end the compiler
+    // would wait for the first, lies between their loads.
+    if (tile::in_vectors(row, column, columns) && tile::in_vectors(up_row, column, columns)) {
+        gate16 = tile::load_vectors(row + column);
+        up16 = tile::load_vectors(up_row + column);
+    } else {
+        gate16 = tile::load_elements(row, column, columns);
+        up16 = tile::load_elements(up_row, column, columns);
+    }
     float gate[16], up[16];
     tile::widen(gate, gate16);
     tile::widen(up, up16);

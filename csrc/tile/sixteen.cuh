@@ -90,13 +90,12 @@ K2K_DEVICE Sixteen<T> load_elements(const T* row, int64_t column, int64_t column
     return result;
 }
 
-// The same, by 16-byte loads if the row begins on 16 bytes. `kReused`: other blocks read the same,
-// so that it is worth room in L1.
+// Sixteen elements that exist, the first of them on 16 bytes. `kReused`: other blocks read the
+// same, so that it is worth room in L1.
 template <class T, bool kReused = false>
-K2K_DEVICE Sixteen<T> load_sixteen(const T* row, int64_t column, int64_t columns K2K_WHERE) {
-    if (!in_vectors(row, column, columns)) return load_elements(row, column, columns);
+K2K_DEVICE Sixteen<T> load_vectors(const T* first K2K_WHERE) {
     Sixteen<T> result;
-    const auto* source = reinterpret_cast<const uint4*>(row + column);
+    const auto* source = reinterpret_cast<const uint4*>(first);
     K2K_UNROLL
     for (int i = 0; i < Sixteen<T>::kVectors; ++i) {
         set_vector(result, i,
@@ -104,6 +103,15 @@ K2K_DEVICE Sixteen<T> load_sixteen(const T* row, int64_t column, int64_t columns
                            : arch::load_nc_no_allocate(source + i K2K_PASS_WHERE));
     }
     return result;
+}
+
+// row[column .. column + 15], zeros beyond `columns`; by 16-byte loads if the row begins on 16
+// bytes.
+template <class T, bool kReused = false>
+K2K_DEVICE Sixteen<T> load_sixteen(const T* row, int64_t column, int64_t columns K2K_WHERE) {
+    return in_vectors(row, column, columns)
+               ? load_vectors<T, kReused>(row + column K2K_PASS_WHERE)
+               : load_elements(row, column, columns);
 }
 
 // Stores the elements that lie before `columns`, in the same way.

@@ -384,7 +384,7 @@ def moe_mlp(
     # As many rows as this rank sends out are expected here; the host does not know how many came.
     expected = min(indices.numel(), data.shape[0])
     if codes:
-        groups |= dict(expected_m=-(-expected // experts))
+        groups |= dict(expected_m=-(-expected // max(experts, 1)))
         inner, inner_scales = grouped_fp8_gemm_swiglu(data, scales, gate_up, gate_up_scales, **scaling, **groups)
         y = grouped_fp8_gemm(inner, inner_scales, down, down_scales, out_dtype=x.dtype, **groups)
     elif fp8:
@@ -417,14 +417,10 @@ class Arrival(NamedTuple):
     told: Tensor | None = None  # int32 [W]: of W equal runs of rows, how many exist; None: all
 
 
-def _half(arrival: Arrival | None) -> tuple[int, int]:
-    return (0, 0) if arrival is None else (arrival.half.data_ptr(), arrival.stride)
-
-
-def _told(arrival: Arrival | None) -> tuple[int, int]:
-    if arrival is None or arrival.told is None:
-        return 0, 0
-    return arrival.told.data_ptr(), arrival.told.shape[0]
+    def numbers(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Half and told as the kernels take them; zeros for none."""
+        told = (0, 0) if self.told is None else (self.told.data_ptr(), self.told.shape[0])
+        return (self.half.data_ptr(), self.stride), told
 
 
 def _float32(x: Tensor | None) -> Tensor | None:
@@ -738,8 +734,7 @@ def _launch_dispatch(
         "moe_dispatch",
         x.device,
         rows,
-        _half(arrival),
-        _told(arrival),
+        *(((0, 0), (0, 0)) if arrival is None else arrival.numbers()),
         indices.data_ptr(),
         indices.dtype == torch.int64,
         (tokens, top_k, hidden, num_experts),
@@ -904,7 +899,7 @@ def _combine_kernel(
         "moe_combine",
         y.device,
         y_rows,
-        _half(arrival),
+        (0, 0) if arrival is None else arrival.numbers()[0],
         slot_of.data_ptr(),
         address(weights),
         shared_rows,
@@ -950,8 +945,7 @@ def _launch_combine_backward(
         "moe_combine_backward",
         grad.device,
         grad_rows,
-        _half(arrival),
-        _told(arrival),
+        *(((0, 0), (0, 0)) if arrival is None else arrival.numbers()),
         y_rows,
         slot_of.data_ptr(),
         token_of_slot.data_ptr(),
