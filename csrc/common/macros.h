@@ -9,10 +9,12 @@
 //   K2K_UNROLL          in front of a loop that must be unrolled (its registers are an array)
 //   K2K_UNROLL_BY(n)    in front of a loop of which n rounds should be in flight
 //   K2K_NO_UNROLL       in front of a loop that must not be
-//   K2K_WHERE           last in a parameter list: the caller's source line, for the emulator's
-//   reports K2K_WHERE_ONLY      the same, for a function that has no other parameter K2K_PASS_WHERE
-//   last in an argument list: hands the caller's line on K2K_PASS_WHERE_ONLY the same, for a call
-//   that has no other argument
+//   K2K_RESIDENT(n)     in __launch_bounds__: the CTAs an SM shall hold. One fewer on sm_120, whose
+//                       code takes more registers and whose SMs hold 1,536 threads, not 2,048
+//   K2K_WHERE           last in a parameter list: the caller's source line, for the emulator
+//   K2K_WHERE_ONLY      the same, for a function that has no other parameter
+//   K2K_PASS_WHERE      last in an argument list: hands the caller's line on
+//   K2K_PASS_WHERE_ONLY the same, for a call that has no other argument
 
 #ifdef K2K_EMULATED
 
@@ -23,6 +25,7 @@
 #define K2K_UNROLL
 #define K2K_UNROLL_BY(n)
 #define K2K_NO_UNROLL
+#define K2K_RESIDENT(n) (n)
 #define K2K_WHERE , ::k2k::Where where = ::k2k::here()
 #define K2K_WHERE_ONLY ::k2k::Where where = ::k2k::here()
 #define K2K_PASS_WHERE , where
@@ -41,6 +44,11 @@
 #define K2K_UNROLL _Pragma("unroll")
 #define K2K_UNROLL_BY(n) K2K_PRAGMA(unroll n)
 #define K2K_NO_UNROLL _Pragma("unroll 1")
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define K2K_RESIDENT(n) ((n) > 1 ? (n) - 1 : 1)
+#else
+#define K2K_RESIDENT(n) (n)
+#endif
 #define K2K_WHERE
 #define K2K_WHERE_ONLY
 #define K2K_PASS_WHERE

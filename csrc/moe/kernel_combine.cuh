@@ -75,7 +75,7 @@ K2K_DEVICE float lane_weight(const float* weights, int64_t token, int top_k) {
 }
 
 template <class Y>
-__global__ void __launch_bounds__(kMoeThreads, kCombineBlocks)
+__global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kCombineBlocks))
     moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
     constexpr int kRows = rows_in_flight(type_of<Y>);
     const int lane = arch::lane_id();

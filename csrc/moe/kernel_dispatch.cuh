@@ -147,7 +147,7 @@ K2K_DEVICE bool exists(const MoeDispatchParams& p, int64_t token K2K_WHERE) {
 
 // Without kQuantize rows are copied, and T is any type of their elements' size.
 template <class T, bool kQuantize, bool kPlans>
-__global__ void __launch_bounds__(kMoeThreads, kPlans ? 4 : 5)
+__global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
     moe_move_kernel(const __grid_constant__ MoeDispatchParams p) {
     MovePlan* plan = nullptr;
     if constexpr (kPlans) {

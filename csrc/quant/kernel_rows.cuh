@@ -66,7 +66,7 @@ K2K_DEVICE void load_swiglu(float (&hidden)[16], const T* row, int64_t column, i
 }
 
 template <class T, bool kSwiglu>
-__global__ void __launch_bounds__(kRowThreads, kSwiglu ? 4 : 5)
+__global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(kSwiglu ? 4 : 5))
     quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
     TileRows& real = arch::shared_storage<TileRows>();
     const bool by_column = p.scale_row_stride == 1;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kRowThreads, kSwiglu ? 4 : 5)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(4))
     swiglu_kernel(const __grid_constant__ SwigluParams p) {
     const RowPlace place = row_place(/*scales_by_column=*/false);
     for (int64_t tile = blockIdx.y; tile < ceil_div(p.rows, kTileRows); tile += gridDim.y) {
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(3))
     swiglu_backward_kernel(const __grid_constant__ SwigluBackwardParams p) {
     const RowPlace place = row_place(/*scales_by_column=*/false);
     for (int64_t tile = blockIdx.y; tile < ceil_div(p.rows, kTileRows); tile += gridDim.y) {
