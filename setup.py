@@ -1,8 +1,8 @@
 """Builds the extension modules k2kernels._C and k2kernels._emu with CMake; everything else is in pyproject.toml.
 
 Environment variables: K2K_CUDA (AUTO: the GPU's kernels if nvcc is found; ON: or fail; OFF), K2K_CUDA_ARCHS
-(80;90a-real;120-real), K2K_LINEINFO (OFF), K2K_BUILD_DIR (where CMake works; kept, so that a second build touches only what
-changed), K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
+(80;90a-real;120-real), K2K_LINEINFO (OFF), K2K_BUILD_DIR (where CMake works; kept, so that a second build touches only
+what changed), K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
 """
 
 import os

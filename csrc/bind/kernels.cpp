@@ -1,4 +1,5 @@
-// What each of the two modules with kernels compiles for itself: where launches go, and which ops there are.
+// What each of the two modules with kernels compiles for itself: where launches go, and which ops
+// there are.
 #include "bind/run.h"
 #include "common/device.h"
 #include "common/dtypes.h"

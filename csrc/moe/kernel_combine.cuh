@@ -137,7 +137,7 @@ struct WeightGradients {
 };
 
 template <class Y>
-__global__ void __launch_bounds__(kMoeThreads, 3)
+__global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(3))
     moe_combine_backward_kernel(const __grid_constant__ MoeCombineBackwardParams p) {
     constexpr int kRows = rows_in_flight(type_of<Y>) / 2;  // one on its way, one to be written
     auto& smem = arch::shared_storage<WeightGradients>();
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
     const int64_t step = int64_t(warps) * kWarpColumns;
 
     FloatRows all_grads = p.grad;
-    all_grads.values = static_cast<const uint8_t*>(p.grad.values) +
-                       offset_of(p.grad_half) * bytes_of(p.grad.type);
+    all_grads.values =
+        static_cast<const uint8_t*>(p.grad.values) + offset_of(p.grad_half) * bytes_of(p.grad.type);
     int round = 0;
     ToldWalk walk(blockIdx.x);
     for (; walk.find(p.told, 1); walk.step(gridDim.x), round ^= 1) {

@@ -191,8 +191,7 @@ __global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
                 const int64_t to = arch::shuffle(slot, k);
                 if (to < 0 || !here) continue;
                 uint8_t* codes = static_cast<uint8_t*>(p.data) + to * p.hidden;
-                tile::store_sixteen(codes, column, p.hidden,
-                                    tile::sixteen_of(words));
+                tile::store_sixteen(codes, column, p.hidden, tile::sixteen_of(words));
                 if (lane % 8 == 0) {
                     p.scales[to * p.scale_row_stride + block * p.scale_column_stride] = scale;
                 }

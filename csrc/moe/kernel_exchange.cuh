@@ -163,11 +163,8 @@ K2K_DEVICE void store_piece(uint8_t* row,
 }
 
 // The last block to come here sets this rank's flag everywhere.
-K2K_DEVICE void finish_sending(const Exchange& x,
-                               ExchangeKind kind,
-                               uint32_t epoch,
-                               bool failed,
-                               int64_t rows K2K_WHERE) {
+K2K_DEVICE void finish_sending(
+    const Exchange& x, ExchangeKind kind, uint32_t epoch, bool failed, int64_t rows K2K_WHERE) {
     arch::sync_block(K2K_PASS_WHERE_ONLY);
     if (arch::warp_id() != 0) return;
     const int lane = arch::lane_id();
@@ -265,8 +262,7 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
             const int64_t index = index_at(p.indices, p.wide_indices, token * x.top_k + lane);
             place = place_of(x, index);
             if ((index < -1 || index >= x.experts) && piece == 0) {
-                record(x, kBadIndex, static_cast<uint32_t>(token),
-                       static_cast<uint32_t>(index));
+                record(x, kBadIndex, static_cast<uint32_t>(token), static_cast<uint32_t>(index));
             }
         }
         const int64_t row = x.rank * x.most_tokens + token;

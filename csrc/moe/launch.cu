@@ -43,9 +43,9 @@ void by_vectors(int experts, F&& f) {
 template <bool kPlans>
 void launch_move(const MoeDispatchParams& p, void* stream) {
     constexpr std::size_t kShared = kPlans ? sizeof(MovePlan) : 0;
-    const int64_t most = kPlans                     ? kMostPlanningBlocks
+    const int64_t most = kPlans                   ? kMostPlanningBlocks
                          : p.told.told != nullptr ? kMostToldBlocks
-                                                    : kMostMovingBlocks;
+                                                  : kMostMovingBlocks;
     LaunchShape shape{move_blocks(p.tokens, p.hidden, most), kMoeThreads};
     shape.stream = stream;
     if (p.quantize) {

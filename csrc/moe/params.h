@@ -103,8 +103,8 @@ struct MoeCombineBackwardParams {
     Half grad_half;
     ToldRows told;  // as in MoeDispatchParams; d_weights of tokens that do not exist: not written
     const void* y;  // [slots, hidden]; not read where d_weights is null
-    void* d_y;       // [slots, hidden], contiguous
-    Type type;       // of y and d_y
+    void* d_y;      // [slots, hidden], contiguous
+    Type type;      // of y and d_y
     int64_t y_row_stride;
     const int32_t* slot_of;        // [tokens, top_k]
     const int32_t* token_of_slot;  // [slots]

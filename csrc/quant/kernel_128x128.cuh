@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
             if (row >= p.rows) continue;
             const uint4 words = tile::encode16(values[i], divisor);
             uint8_t* codes_row = codes + row * p.columns;
-            tile::store_sixteen(codes_row, column, p.columns,
-                                tile::sixteen_of(words));
+            tile::store_sixteen(codes_row, column, p.columns, tile::sixteen_of(words));
         }
         if (threadIdx.x == 0) {
             p.scales[batch * p.scale_batch_stride + row_block * p.scale_row_stride +

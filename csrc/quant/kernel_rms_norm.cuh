@@ -164,8 +164,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_blocks(kSixteens * 16 * siz
             if (!here || column >= p.columns) continue;
             const float scale = tile::scale_of(amax, p.power_of_two);
             const uint4 words = tile::encode16(values, tile::divisor_of(scale));
-            tile::store_sixteen(codes, column, p.columns,
-                                tile::sixteen_of(words));
+            tile::store_sixteen(codes, column, p.columns, tile::sixteen_of(words));
             if (lane % 8 == 0) scales[column / 128 * p.scale_column_stride] = scale;
         }
     }

@@ -111,8 +111,7 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(kSwiglu ? 4 : 5))
             if (!here) continue;
             const float scale = tile::scale_of(amax, p.power_of_two);
             const uint4 words = tile::encode16(values, tile::divisor_of(scale));
-            tile::store_sixteen(codes, column, p.columns,
-                                tile::sixteen_of(words));
+            tile::store_sixteen(codes, column, p.columns, tile::sixteen_of(words));
             if (place.lane == 0) scales[block * p.scale_column_stride] = scale;
         }
     }

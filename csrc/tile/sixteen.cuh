@@ -109,9 +109,8 @@ K2K_DEVICE Sixteen<T> load_vectors(const T* first K2K_WHERE) {
 // bytes.
 template <class T, bool kReused = false>
 K2K_DEVICE Sixteen<T> load_sixteen(const T* row, int64_t column, int64_t columns K2K_WHERE) {
-    return in_vectors(row, column, columns)
-               ? load_vectors<T, kReused>(row + column K2K_PASS_WHERE)
-               : load_elements(row, column, columns);
+    return in_vectors(row, column, columns) ? load_vectors<T, kReused>(row + column K2K_PASS_WHERE)
+                                            : load_elements(row, column, columns);
 }
 
 // Stores the elements that lie before `columns`, in the same way.

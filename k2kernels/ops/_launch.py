@@ -22,7 +22,6 @@ from k2kernels import _backend
 from k2kernels.ops._constants import constants
 
 
-
 class _Types(dict):
     """The numbers of k2k::Type, by dtype; filled when a kernel is launched."""
 

@@ -761,6 +761,7 @@ def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, **i
 
 # ---- the kernels: one function of the extension serves all ops; csrc/fp8_gemm/params.h says what it is told
 
+
 def _axis(offsets: Tensor | None) -> int:
     return constants.GROUPS_OF_MATRICES if offsets is None else constants.GROUPS_OF_ROWS
 

@@ -416,7 +416,6 @@ class Arrival(NamedTuple):
     stride: int  # elements from the first half to the second
     told: Tensor | None = None  # int32 [W]: of W equal runs of rows, how many exist; None: all
 
-
     def numbers(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Half and told as the kernels take them; zeros for none."""
         told = (0, 0) if self.told is None else (self.told.data_ptr(), self.told.shape[0])

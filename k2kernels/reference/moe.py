@@ -204,9 +204,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected
     return _grouped_mm(a, b.transpose(1, 2), offsets, counts)
 
 
-def grouped_gemm_dgrad(
-    grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None
-) -> Tensor:
+def grouped_gemm_dgrad(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
     """Gradient of `grouped_gemm` with respect to a: [S, N] and [G, N, K] give [S, K]."""
     return _grouped_mm(grad, b, offsets, counts)
 

@@ -49,7 +49,10 @@ def split(text: str) -> dict[tuple[str, str], str]:
     return listings
 
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);")
+_LINE = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);"
+    r"(?:\s*/\* 0x[0-9a-f]+ \*/\s+/\* 0x([0-9a-f]+) \*/)?"  # the instruction's two words
+)
 
 
 def counts(listings: dict[tuple[str, str], str]) -> dict[tuple[str, str], Counter[str]]:
@@ -71,6 +74,15 @@ class Instruction:
     predicate: str
     opcode: str
     operands: str
+    word: int = 0  # the upper half of it, whose upper bits are the scheduler's
+
+    @property
+    def signals(self) -> int:
+        """The scoreboard that says when its result is there: 0 .. 5, or 7 for none."""
+        return self.word >> 46 & 7
+
+    def waits_for(self, scoreboard: int) -> bool:
+        return bool(self.word >> 52 & 1 << scoreboard)
 
     def is_a(self, *parts: str) -> bool:
         """Whether the opcode begins with the first part and holds the others."""
@@ -133,8 +145,8 @@ class Code:
 
     def __init__(self, listing: str):
         self.instructions = [
-            Instruction(int(address, 16), predicate.strip(), opcode, operands.strip())
-            for address, predicate, opcode, operands in _LINE.findall(listing)
+            Instruction(int(address, 16), predicate.strip(), opcode, operands.strip(), int(word or "0", 16))
+            for address, predicate, opcode, operands, word in _LINE.findall(listing)
         ]
         self.at = {instruction.address: i for i, instruction in enumerate(self.instructions)}
 
@@ -296,21 +308,19 @@ def touched_early(code: Code) -> list[tuple[Instruction, Instruction]]:
 
 
 def loads_in_flight(code: Code, *parts: str) -> int:
-    """The most loads (`parts` of the opcode, LDG.E.128) that are issued before one's registers are named again.
+    """The most loads (`parts` of the opcode) on their way when the first of them, one of 16 bytes, is waited for.
 
-    In a straight line: what jumps away ends it, as the code behind is another way.
+    From each load the ways through the code are followed to the first instruction that waits for its scoreboard, loops
+    not closed. The longest way counts: on it rows exist and begin on 16 bytes.
     """
-    parts = parts or ("LDG.E", ".128")
-    most, flying = 0, []
-    for i, one in enumerate(code.instructions):
-        # A load may overwrite its own address; any other use of a register waits for its load, and so for those before.
-        names = one.registers
-        waits = [k for k, load in enumerate(flying) if names & load.written]
-        if waits:
-            flying = flying[waits[-1] + 1 :]
-        if one.is_a(*parts):
-            flying.append(one)
-            most = max(most, len(flying))
-        if i + 1 not in code.next[i]:
-            flying = []
+    most = 0
+    for first, load in enumerate(code.instructions):
+        if not load.is_a("LDG", ".128"):
+            continue
+        issued = [0] * (len(code) + 1)
+        for i in reversed(range(first + 1, len(code))):
+            one = code[i]
+            if not one.waits_for(load.signals):
+                issued[i] = max((issued[j] for j in code.next[i] if j > i), default=0) + one.is_a(*parts)
+        most = max(most, 1 + issued[first + 1])
     return most

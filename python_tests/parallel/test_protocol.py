@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from rank_checks import BF16, EXPERTS, F32, TOP_K, expert_rows, make_batch, one_rank, same
 from test_virtual import ABORTED, MODES, SILENT, check, experts_of, in_all_modes, make, running, split_up, through
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import k2kernels
 from k2kernels import PeerTimeout, _emu

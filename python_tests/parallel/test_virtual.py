@@ -188,8 +188,8 @@ def test_rows_are_sent_once_to_each_rank_and_nothing_else_is_written(mode):
     members, parts = virtual.group.members, split_up(batch, starts)
     for member in members:
         member.buffer[member.layout.place("scatter", 0)[3] :] = 0xAB
-        for part in member.layout.cleared(member.buffer):
-            part.zero_()
+        for flags in member.layout.cleared(member.buffer):
+            flags.zero_()
     before = _emu.counters()["bytes_stored"]
     with running(mode):
         for member, p in zip(members, parts):
@@ -227,9 +227,7 @@ def test_a_rank_that_does_not_send_is_named_then_masked(lost, mode):
         handles = [s.handle for s in sent]
         virtual.combine(ys, handles)
         virtual.withhold(lost)
-        with pytest.raises(
-            PeerTimeout, match=rf"timed out in 'combine', epoch 2: rank {lost} did not send"
-        ) as end:
+        with pytest.raises(PeerTimeout, match=rf"timed out in 'combine', epoch 2: rank {lost} did not send") as end:
             virtual.combine(ys, handles)
         assert (end.value.phase, end.value.ranks, end.value.epoch) == ("combine", (lost,), 2)
         with pytest.raises(PeerTimeout, match="mask the rank, or make a new group"):
