@@ -6,10 +6,12 @@
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make clean   remove what the build made (make distclean: the environment too)
 #
-# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.9 that it already has is kept.
+# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.9 that it already has is kept. JOBS=1 runs the
+# tests one after the other; else they share the cores.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= auto
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -29,7 +31,7 @@ demo: env
 	$(PY) -m k2kernels generate out/demo --prompt "The try statement" --max-new-tokens 160
 
 test: env
-	$(PY) -m pytest -q python_tests
+	$(PY) -m pytest -q --numprocesses=$(JOBS) python_tests
 
 env: $(READY)
 

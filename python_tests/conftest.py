@@ -28,7 +28,8 @@ def _seed_and_thread(request):
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request):
     """New memory is NaN, or the largest integer: what reads a workspace or a result before it is written computes
-    nonsense or leaves its arrays, where the emulator stops it. On a GPU PyTorch's deterministic mode would change what is tested."""
+    nonsense or leaves its arrays, where the emulator stops it. On a GPU PyTorch's
+    deterministic mode would change what is tested."""
     poison = request.node.get_closest_marker("gpu") is None
     torch.use_deterministic_algorithms(poison, warn_only=True)
     yield

@@ -51,7 +51,7 @@ static_assert(move_blocks(4096, 7168, kMostMovingBlocks) == 7168, "prefill");
 
 // How many rows combine has in flight at once: 128 bytes a thread, 96 KiB on an SM of 3 blocks,
 // where bandwidth x latency of DRAM ask for 20 to 36. The rest is for short batches, whose time is
-// the number of trips. (test_loads_in_flight.py holds the machine code to it.)
+// the number of trips. (test_machine_code.py holds the machine code to it.)
 constexpr int rows_in_flight(Type type) { return type == Type::kF32 ? 2 : 4; }
 constexpr int kCombineBlocks = 3;
 
