@@ -35,8 +35,9 @@ K2K_DEVICE void cluster_arrive(K2K_WHERE_ONLY) {
 }
 
 // Arrives there and releases nothing: the arrival alone (no MEMBAR.ALL.GPU). After
-// fence_mbarrier_init, whose barriers the others may then use, and before the end of a block whose
-// shared memory no thread of another block reads. sm_90.
+// fence_mbarrier_init, whose barriers the others may then use, and before the end of a block at
+// whose shared memory nothing of another block is outstanding: no read, no copy, no arrival at its
+// mbarriers (wait at these first). sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
 K2K_DEVICE void cluster_arrive_relaxed(K2K_WHERE_ONLY) {
     K2K_EMULATE(cluster_arrive_relaxed(where));

@@ -149,6 +149,13 @@ K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem,
         }
         arch::sync_warp();
     }
+    // Each stage is free: the other CTA's arrivals here have landed, and its copies too.
+    if (shares && arch::lane_id() == 0) {
+        for (int i = 0; i < Tile::kStages; ++i, stage.advance()) {
+            arch::mbarrier_wait(smem.empty[stage.slot], stage.parity ^ 1);
+        }
+    }
+    arch::sync_warp();
 }
 
 // ---- warp 1 (and 3)
@@ -527,7 +534,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         multiply_tiles(smem, p, maps, share, warp / 4 - 1);
     }
     arch::sync_warp();
-    if (shares) arch::cluster_sync_relaxed();  // the other block still arrives at barriers here
+    if (shares) arch::cluster_sync_relaxed();  // the other CTA's copies still land here
 }
 
 }  // namespace k2k

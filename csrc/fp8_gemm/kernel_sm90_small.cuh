@@ -261,6 +261,8 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem,
         }
         parts.advance();
     }
+    // The others' arrivals at this barrier have landed before the CTA ends.
+    if (split > 1) arch::mbarrier_wait(smem.parts_read, parts.parity ^ 1);
 }
 
 // ---- the kernel

@@ -4,9 +4,8 @@
 //
 //     lse = log sum_i exp(lse_i),  out = sum_i w_i out_i / sum_i w_i,  w_i = exp(lse_i - max lse)
 //
-// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each. Rows
-// that
-//                         no sequence owns, which mla_decode does not touch, become 0 and -inf.
+// mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each.
+//                         Rows that no sequence owns become 0 and -inf.
 //   Block   `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
 //           four groups that take every fourth part. Parts are added in an order that depends on
 //           their number alone.

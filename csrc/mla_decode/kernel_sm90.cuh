@@ -195,7 +195,7 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
                            const MlaDecodeParams& p,
                            const TensorMap& q_map,
                            const TensorMap& cache_map) {
-    // Elected, so that the compiler knows that one lane alone starts the copies.
+    // Elected, so that the compiler can prove that one lane alone starts the copies.
     const bool leader = arch::elect_one();
     const uint32_t rank = rank_of_pair<kPair>();
     const int box_rows = hopper_box_rows(p.page_size);
@@ -205,7 +205,16 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
     for (TaskPlace place;; place.advance()) {
         arch::mbarrier_wait(smem.task_known[place.stage], place.parity);
         const MlaTask& task = smem.tasks[place.stage];
-        if (task.last) return;
+        if (task.last) {
+            // Each stage is free: the other CTA's arrivals here have landed before this one ends.
+            if (kPair && leader) {
+                for (int i = 0; i < kHopperStages; ++i, keys.advance()) {
+                    arch::mbarrier_wait(smem.read[keys.stage], keys.parity ^ 1);
+                }
+            }
+            arch::sync_warp();
+            return;
+        }
         PagesOfTask pages(p, task, box_rows);
         const int first_key = task.first_key, end_key = task.end_key;
         int box = 0;  // of the 32 whose pages are known
@@ -399,7 +408,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
                 }
             }
             arch::wgmma_commit();
-            arch::wgmma_wait<0>();
+            arch::wgmma_wait<0>(reinterpret_cast<float (&)[kBlockKeys / 2]>(scores));
             if (key + kBlockKeys >= end_key) warp_arrives(smem.q_read);
 
             if (key + kBlockKeys > task.border || key + kBlockKeys > end_key) {
@@ -441,7 +450,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
                     out, a[k], values + stage + arch::descriptor_step(k * 2048), true);
             }
             arch::wgmma_commit();
-            arch::wgmma_wait<0>();
+            arch::wgmma_wait<0>(out);
             warp_has_read<kPair>(smem.read[at.stage]);
         }
 
@@ -502,7 +511,7 @@ K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
                     values + stage + arch::descriptor_step(k * 2048), true);
             }
             arch::wgmma_commit();
-            arch::wgmma_wait<0>();
+            arch::wgmma_wait<0>(out);
             warp_arrives(smem.taken_over);
             warp_has_read<kPair>(smem.read[at.stage]);
         }
@@ -549,7 +558,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
             find_tasks(smem, p);
         }
     }
-    if constexpr (kPair) arch::cluster_sync_relaxed();  // the other block still arrives here
+    if constexpr (kPair) arch::cluster_sync_relaxed();  // the other CTA's copies still land here
 }
 
 // The joining of parts, whose blocks take the places of mla_decode's as these end.

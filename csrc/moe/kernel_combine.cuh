@@ -137,7 +137,7 @@ struct WeightGradients {
 };
 
 template <class Y>
-__global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(3))
+__global__ void __launch_bounds__(kMoeThreads, 3)
     moe_combine_backward_kernel(const __grid_constant__ MoeCombineBackwardParams p) {
     constexpr int kRows = rows_in_flight(type_of<Y>) / 2;  // one on its way, one to be written
     auto& smem = arch::shared_storage<WeightGradients>();

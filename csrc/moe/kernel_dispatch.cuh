@@ -156,15 +156,16 @@ __global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
     }
     const int lane = arch::lane_id();
     const int64_t pieces = row_pieces(p.hidden);
+    const T* all = static_cast<const T*>(p.x) + offset_of(p.x_half);
 
     ToldWalk walk(int64_t(blockIdx.x) * kMoeWarps + arch::warp_id());
     for (; walk.find(p.told, pieces); walk.step(int64_t(gridDim.x) * kMoeWarps)) {
         const int64_t token = walk.row(p.told, pieces), piece = walk.task % pieces;
         const int64_t column = piece * kWarpColumns + lane * 16;
         const bool here = exists(p, token) && column < p.hidden;
-        const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride;
+        const T* x = all + token * p.x_row_stride;
         tile::Sixteen<T> sixteen = {};
-        if (here) sixteen = tile::load_sixteen(x + offset_of(p.x_half), column, p.hidden);
+        if (here) sixteen = tile::load_sixteen(x, column, p.hidden);
 
         int32_t slot = -1;
         if (lane < p.top_k) {

@@ -5,12 +5,15 @@ namespace k2k {
 
 namespace {
 
-void check(const Exchange& x) {
+void check(const Exchange& x, int64_t tokens = 0) {
     if (x.world < 1 || x.world > kMostRanks || x.top_k < 0 || x.top_k > 32 || x.experts < x.world) {
         throw Error("k2kernels: exchanges take 1 to 64 ranks, each with an expert, and top-32");
     }
     if (x.most_tokens > kMostFlagRows || x.call >> kFlagCallBits != 0) {
         throw Error("k2kernels: exchanges take up to 2^24 - 1 tokens a rank, and calls up to 255");
+    }
+    if (tokens < 0 || tokens > x.most_tokens) {
+        throw Error("k2kernels: an exchange takes no more tokens than its buffers have room for");
     }
 }
 
@@ -33,7 +36,7 @@ int64_t pieces(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeByte
 }  // namespace
 
 void launch_moe_scatter(const MoeScatterParams& p, unsigned blocks, void* stream) {
-    check(p.exchange);
+    check(p.exchange, p.tokens);
     const int64_t tasks = p.tokens * (pieces(p.parts[0]) + pieces(p.parts[1]));
     launch<moe_scatter_kernel>(blocks_for(tasks, blocks, stream), p);
 }
@@ -50,7 +53,7 @@ void launch_moe_gather(const MoeGatherParams& p, unsigned blocks, void* stream) 
 }
 
 void launch_moe_gather_wait(const MoeGatherWaitParams& p, void* stream) {
-    check(p.exchange);
+    check(p.exchange, p.tokens);
     launch<moe_gather_wait_kernel, sizeof(Announced)>(block_for_each_rank(p.exchange, stream), p);
 }
 

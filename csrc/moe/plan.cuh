@@ -31,7 +31,7 @@ K2K_DEVICE int expert_of(const MoeDispatchParams& p, int64_t pair) {
 // Counts of the warps of a block, then what stands before each warp.
 struct TileRanks {
     uint16_t of_warp[kMoeWarps][kMostExperts];
-    int32_t totals[kMostExperts];
+    alignas(16) int32_t totals[kMostExperts];  // read as vectors
 };
 
 // What a thread ranks: pairs `first + 32 * round` of the tile, for rounds below `rounds`.

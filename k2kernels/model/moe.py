@@ -160,6 +160,12 @@ def exchanges(model: nn.Module) -> list[Any]:
     return list({id(layer.exchange): layer.exchange for layer in layers}.values())
 
 
+def check(exchanges: list[Any]) -> None:
+    """Raises what they have reported, of everything that the host has waited for; one need not have a `check`."""
+    for exchange in exchanges:
+        getattr(exchange, "check", lambda: None)()
+
+
 def _recomputing() -> bool:
     """Whether a backward pass is running: then this is activation checkpointing's second forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

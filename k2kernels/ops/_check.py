@@ -223,7 +223,7 @@ def check_blocks(
 
     `scales` [..., blocks of rows, blocks of K] belong to blocks that begin at the shard's first column, and
     `row_offset` rows before its first row. What can be seen is where a view begins in the matrix that it was cut from;
-    a shard that was copied cannot be told from a weight. In a graph of torch.compile nothing is looked at.
+    a copy of a shard is not distinguishable from a weight. In a graph of torch.compile nothing is looked at.
     """
     if torch.compiler.is_compiling():
         return
@@ -241,10 +241,12 @@ def check_blocks(
     scales_stride = scales.stride(-2)
     if scales.stride(-1) != 1 or scales_stride < scales.shape[-1]:
         return
-    # Scales cut from those of the same matrix begin with the block that holds the first row. Those of a later one of
-    # several matrices, whose rows are no multiple of 128, have further rows of scales before them.
-    scale_row = scales.storage_offset() // max(scales_stride, 1)
-    if row_offset == 0 and scale_row > 0 and scale_row == row // 128 and row % 128:
+    # Scales cut from those of the same matrix begin with the block that holds the first row, in its column. Those of a
+    # later one of several matrices, whose rows are no multiple of 128, have further rows of scales before them; a
+    # matrix in a flat buffer of others begins anywhere.
+    scale_row, scale_column = divmod(scales.storage_offset(), max(scales_stride, 1))
+    inside = column + k <= stride and scale_column == column // 128
+    if inside and row_offset == 0 and scale_row > 0 and scale_row == row // 128 and row % 128:
         raise ValueError(
             f"{args.op}: {name} must begin with a block of 128 rows, got a view from row {row} on, "
             f"{row % 128} rows into its block{_also(rows_remedy)}"

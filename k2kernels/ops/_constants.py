@@ -28,7 +28,7 @@ class _Constants:
 
 def _exported() -> dict[str, Any]:
     errors = []
-    for module in ("_emu", "_C"):  # the same numbers; a _C that was built without nvcc has none
+    for module in ("_C", "_emu"):  # the same numbers; a _C that was built without nvcc has none
         try:
             return importlib.import_module(f"k2kernels.{module}").constants
         except (ImportError, AttributeError) as error:

@@ -28,8 +28,7 @@ PHASES = (
 
 
 class Call(NamedTuple):
-    """What the ranks must agree on in an exchange; every flag carries it, so that a rank that does something else is
-    found instead of believed."""
+    """What the ranks must agree on in an exchange; every flag carries it, so that a mismatch is detected."""
 
     phase: str
     dtype: torch.dtype
@@ -86,7 +85,7 @@ class Layout:
 
 
 class Halves(NamedTuple):
-    """Rows that lie in one of the two halves of a buffer. Which one, the device knows: a recorded graph that is
+    """Rows that lie in one of the two halves of a buffer. Which one is kept in device memory: a recorded graph that is
     replayed finds them now in one half, now in the other."""
 
     rows: Tensor  # [2, R, columns]

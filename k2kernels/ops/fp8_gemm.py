@@ -828,7 +828,7 @@ def _with_rows(x: Tensor) -> Tensor:
 def _aligned(codes: Tensor) -> Tensor:
     """Codes [..., rows, K], or a copy, whose rows begin at multiples of 16 bytes, as the kernels copy them.
 
-    Rows are not one and the same (stride 0): tensor maps are not said to take that.
+    Rows are not one and the same (stride 0): a tensor map takes no stride of 0.
     """
     strides = [stride for size, stride in zip(codes.shape[:-1], codes.stride()) if size > 1]
     repeated = codes.shape[-2] > 1 and codes.stride(-2) == 0

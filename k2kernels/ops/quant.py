@@ -131,7 +131,7 @@ def dequantize(
 
     Args:
         data: [..., N, K] float8_e4m3fn. A part of a larger matrix begins at multiples of `block` there; a view of one
-            with 128x128 blocks that does not is refused, a copy cannot be told.
+            with 128x128 blocks that does not is refused, a copy is not recognised.
         scales: [..., ceil(N/block[0]), ceil(K/block[1])] float32, any strides.
         block: (1, 128) or (128, 128). It is never guessed from the sizes, which do not tell it: 192 rows with 2 rows
             of scales are blocks of 128 and 64 rows, not of 96.

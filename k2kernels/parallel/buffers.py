@@ -13,6 +13,7 @@ stop together.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -104,10 +105,11 @@ class Ranks:
                 other = "the others" if fault.who == rank else f"rank {fault.who}"
                 raise ValueError(
                     f"ExpertParallel: the ranks must make the same calls; rank {rank} differs from {other} in "
-                    f"{fault.phase!r}, epoch {fault.number}, or in its dtype or quantisation"
+                    f"{fault.phase!r}, epoch {fault.number}, or in its dtype or quantisation; results since then are "
+                    "NaN: make the calls agree, then make a new group"
                 )
         for rank, fault in faults.items():
-            how = " (another rank found out)" if fault.fault == constants.EXCHANGE_PEER_ABORTED else ""
+            how = " (reported by another rank)" if fault.fault == constants.EXCHANGE_PEER_ABORTED else ""
             raise PeerTimeout(
                 f"ExpertParallel: rank {rank} timed out in {fault.phase!r}, epoch {fault.number}: rank {fault.who} did "
                 f"not send{how}; results of this call are NaN; mask the rank, or make a new group",
@@ -143,8 +145,8 @@ def follow(stream: Any, last: Any) -> Any:
     """Returns `stream`, having made it wait for what was launched on `last`, the stream of the exchange before.
 
     Epochs are counted on the device, and a send releases what this rank has read: exchanges of a rank must follow one
-    another. Between a stream that is recorded and one that is not, CUDA allows no such order; whoever replays a graph
-    must put it in order himself.
+    another. Between a stream that is recorded and one that is not, CUDA allows no such order: the caller must order
+    graph replays.
     """
     if last is not None and last != stream:
         recorded = [_is_recorded(s) for s in (stream, last)]
@@ -216,7 +218,8 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         ranks, here, n = ctx.ranks, ctx.here, len(ctx.here)
-        ys, weights = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks them once
+        ys, weights = saved[:n], saved[n:]
         arrived = ranks.run(
             here,
             [
@@ -225,10 +228,12 @@ class _Combine(torch.autograd.Function):
             ],
         )
         d_ys, programs = [], []
-        for i, (rows, factors), y, (slot_of, token_of_slot), route in zip(here, arrived, ys, ctx.plans, ctx.routes):
-            d_y, d_factors = _gradients(
-                ranks.members[i], rows, y, slot_of, token_of_slot, factors.copy(), told=route.told
-            )
+        for i, (rows, factors, experts), y, (slot_of, token_of_slot), route in zip(
+            here, arrived, ys, ctx.plans, ctx.routes
+        ):
+            # Rows of a rank that did not send are old ones: with weights of NaN their gradients are NaN, too.
+            factors = factors.copy().masked_fill_(experts < 0, math.nan)
+            d_y, d_factors = _gradients(ranks.members[i], rows, y, slot_of, token_of_slot, factors, told=route.told)
             d_ys.append(d_y)
             places = torch.arange(slot_of.numel(), dtype=torch.int32, device=y.device).view(slot_of.shape)
             places = torch.where(slot_of >= 0, places, -1)
@@ -304,10 +309,9 @@ def _rows_and_weights(rank: Rank, rows: Tensor, weights: Tensor, indices: Tensor
     """Gradients of tokens, and their weights, where their experts are."""
     rank.scatter([rows, weights], indices, Call("combine backward", rows.dtype))
     yield
-    known = rank.scatter_wait()  # from dispatch; kept until it is written
+    experts, _ = rank.scatter_wait()  # the experts as in dispatch, or -1 in all rows of a rank that did not send
     yield
-    del known
-    return rank.arrived(0, rows.shape[1], rows.dtype), rank.arrived(1, weights.shape[1], torch.float32)
+    return rank.arrived(0, rows.shape[1], rows.dtype), rank.arrived(1, weights.shape[1], torch.float32), experts
 
 
 def _returned_numbers(rank: Rank, numbers: Tensor, route: Route, places: Tensor) -> Generator:

@@ -32,7 +32,7 @@ class Handle(NamedTuple):
     All but `weights` and `route` describe the rows that arrived here.
     """
 
-    slot_of: Tensor  # int32 [R, K]: the slot of each arrived row's pairs, -1: another rank's, or no room
+    slot_of: Tensor  # int32 [R, K]: of the rows that arrived, each pair's slot; -1: another rank's, or no room
     token_of_slot: Tensor  # int32 [S]: the arrived row in each slot, -1 in pad slots
     offsets: Tensor  # int32 [experts here + 1]
     counts: Tensor  # int32 [experts here]

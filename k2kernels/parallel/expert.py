@@ -225,7 +225,8 @@ class ExpertParallel:
         if capacity is not None:
             dropped = dispatched.handle.overflow
             if self.overflow is None:
-                self.overflow = torch.zeros_like(dropped)
+                with torch.inference_mode(False):  # else it could not be added to outside
+                    self.overflow = torch.zeros_like(dropped)
             self.overflow += dropped
         return dispatched
 

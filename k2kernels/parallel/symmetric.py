@@ -110,7 +110,7 @@ def why_not_working(ranks: Ranks, peers: Peers) -> str:
             rows, experts = ranks.run([0], [_probe(member, x, indices)])[0]
             _wait_for_device(ranks)
             ranks.check()
-        except PeerTimeout as error:
+        except (PeerTimeout, ValueError) as error:  # no flag, or another one
             return f"writes do not arrive: {error}"
         if peers.rank in there:  # so that a token of each rank came
             token = there.index(peers.rank)

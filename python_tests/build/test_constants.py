@@ -15,7 +15,7 @@ OPS = sorted((ROOT / "k2kernels" / "ops").glob("*.py"))
 PYTHON = sorted((ROOT / "k2kernels").rglob("*.py"))
 HEADERS = sorted((ROOT / "csrc").glob("*/*.h"))
 
-# Numbers of ops that no kernel knows.
+# Numbers of ops that no kernel uses.
 OF_PYTHON = {
     ("_launch", "EMULATED_CHIPS"): "what the emulator pretends to be",
     ("_check", "LARGEST"): "of an int that PyTorch's dispatcher takes",

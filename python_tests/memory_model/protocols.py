@@ -290,6 +290,7 @@ _PARTS = [
         : finish_token(
         bar.sync
         mbarrier.arrive.release.{cluster,cta::remote} parts_read
+        mbarrier.test_wait.acquire.{cluster,cta} parts_read
         """,
         only=r"mbarrier.* parts_\w+|bar\.sync",
     ),
@@ -445,7 +446,9 @@ MADE_RELEASED = barriers_made(
 )
 MADE_RELAXED = barriers_made("relaxed", {}, [])
 
-# A block may end, and its shared memory go to the next one, when no other block reads it any more.
+# A block may end, and its shared memory go to the next one, when no other block reads it any more. That the others'
+# arrivals at its mbarriers have landed, too, is what its last wait at parts_read is for; an mbarrier whose block has
+# ended is not modelled.
 LAST_READ = Protocol(
     name="split-K: a block ends when the others have read its part",
     program="""
@@ -711,7 +714,8 @@ TICKETS = Protocol(
 # Functions that reach beyond their block and are not modelled.
 _ASYNC_PROXY = (
     "stages are written by TMA and read by wgmma, both of the async proxy: wgmma_wait has ended the reads before the "
-    "arrival, and TMA is started after the wait"
+    "arrival, and TMA is started after the wait. The loading warp waits for all arrivals of the other block before its "
+    "own ends"
 )
 NOT_MODELLED = {
     (LARGE_GEMM, "load_factors"): _ASYNC_PROXY,

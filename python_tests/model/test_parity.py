@@ -215,7 +215,8 @@ def plant_quantised_activations(model, monkeypatch):
         if isinstance(module, nn.Linear) and name != "lm_head":
             module.forward = lambda x, weight=module.weight: F.linear(quantised_rows(x), weight)
 
-    def experts(x, routing, gate_up, down, *, shared, exchange):
+    def experts(x, routing, gate_up, down, *, shared, exchange, capacity, power_of_two):
+        assert exchange is None and capacity is None and not power_of_two
         out = shared.clone()
         for token, (chosen, weights) in enumerate(zip(routing.indices, routing.weights)):
             for e, weight in zip(chosen, weights):

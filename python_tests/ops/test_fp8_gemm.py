@@ -455,12 +455,21 @@ def test_a_shard_that_begins_inside_a_block_of_k_is_refused(op):
         wanted = rf"{op}: \w+ must be cut along K at a multiple of 128.* from column {column} on; take it from column "
         with pytest.raises(ValueError, match=wanted + str(block * 128)):
             run(*shard)
-        run(shard[0].contiguous(), shard[1])  # cannot be told from a weight of its own
+        run(shard[0].contiguous(), shard[1])  # looks like a weight of its own
     assert torch.equal(run(b[..., 256:], b_scales[..., 2:])[0], run(b[..., 256:].clone(), b_scales[..., 2:].clone())[0])
     # No matrix begins where the storage does: nothing is known about the view's first column.
     flat = torch.cat([torch.zeros(7, dtype=torch.uint8), b.view(torch.uint8).flatten()]).view(E4M3)[7:]
     run(flat.view(b.shape), b_scales)
     run(flat.view(b.shape)[..., 128:], b_scales[..., 1:])
+
+
+def test_matrices_in_one_flat_buffer_are_not_taken_for_shards():
+    """As optimizers keep them: where one begins says nothing of the rows of another, though numbers may agree."""
+    codes, scales = torch.zeros(5 * 128 * 128, dtype=torch.uint8).view(E4M3), torch.ones(5)
+    a, a_scales = quantize_1x128(torch.randn(2, 256))
+    b, b_scales = codes[3 * 128 * 128 :].view(128, 256), scales[3:].view(1, 2)  # behind a matrix of 128 x 384
+    assert fp8_gemm(a, a_scales, b, b_scales).shape == (2, 128)
+    assert dequantize(b, b_scales, block=(128, 128)).shape == (128, 256)
 
 
 def test_zeros_in_front_of_k_serve_a_shard_that_begins_inside_a_block():

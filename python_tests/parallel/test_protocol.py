@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from rank_checks import BF16, EXPERTS, F32, TOP_K, expert_rows, make_batch, one_rank, same
-from test_virtual import ABORTED, MODES, SILENT, check, experts_of, in_all_modes, make, running, split_up, through
+from rank_checks import BF16, EXPERTS, F32, TOP_K, make_batch, one_rank, same
+from test_virtual import ABORTED, MODES, SILENT, check, in_all_modes, make, running, split_up, through
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import k2kernels
 from k2kernels import PeerTimeout, _emu
@@ -12,7 +13,7 @@ from k2kernels.ops import _launch, moe
 from k2kernels.ops._constants import constants
 from k2kernels.ops._exchange import KINDS, Call
 from k2kernels.parallel import ExpertParallel, buffers
-from k2kernels.parallel.buffers import Ranks, _dispatch
+from k2kernels.parallel.buffers import _dispatch
 from k2kernels.parallel.exchange import Options
 
 in_some_modes = pytest.mark.parametrize("mode", ["plain", ("sm_80", 2)], ids=str)
@@ -98,6 +99,45 @@ def test_a_graph_with_an_odd_number_of_exchanges_is_replayed(mode):
                 same(outs[rank], want[starts[rank] : starts[rank + 1]], f"replay {i}")
             for _ in range(i % 3):
                 virtual.dispatch(xs, indices, weights)
+
+
+@in_some_modes
+def test_a_layer_over_ranks_may_be_checkpointed(mode):
+    virtual = make(2)
+    batch, starts = make_batch("uniform", 2)
+    gradients = []
+    for run in (lambda f, *xs: f(*xs), lambda f, *xs: checkpoint(f, *xs, use_reentrant=False)):
+        parts = split_up(batch, starts)
+        xs = [p.x.detach().clone().requires_grad_() for p in parts]
+
+        def layer(*xs, parts=parts):
+            sent = virtual.dispatch(list(xs), [p.indices for p in parts], [p.weights.detach() for p in parts])
+            return tuple(virtual.combine([2 * s.data for s in sent], [s.handle for s in sent]))
+
+        with running(mode):
+            sum(out.float().square().sum() for out in run(layer, *xs)).backward()
+        gradients.append([x.grad for x in xs])
+    assert all(x.abs().sum() > 0 for x in gradients[0] if x.numel())
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*gradients))
+
+
+@pytest.mark.parametrize("mode", MODES[1:2], ids=str)
+def test_a_gradient_that_did_not_come_has_no_expert(mode):
+    """Its rows are those of an earlier call: `_Combine.backward` makes NaN of what has no expert."""
+    virtual = make(2)
+    batch, starts = make_batch("uniform", 2)
+    parts = split_up(batch, starts)
+    with torch.no_grad(), running(mode):
+        sent = virtual.dispatch(*([p[i] for p in parts] for i in range(3)))
+        virtual.combine([s.data for s in sent], [s.handle for s in sent])
+        member, p = virtual.group.members[0], parts[0]
+        member.timeout = 10**8  # nanoseconds
+        program = buffers._rows_and_weights(member, p.x.contiguous(), p.weights.contiguous(), p.indices.int())
+        next(program), next(program)
+        *_, experts = buffers._end(program)
+    assert member.fault() is not None
+    mine, theirs = experts.view(2, -1)
+    assert (mine >= 0).any() and (theirs == -1).all()
 
 
 def one_rank_combine(batch):
@@ -291,4 +331,3 @@ def test_a_group_that_failed_says_so_again():
     for _ in range(2):
         with pytest.raises(PeerTimeout, match="rank 1 did not send"):
             virtual.dispatch(*([p[i] for p in parts] for i in range(3)))
-    assert isinstance(virtual.group, Ranks) and experts_of(virtual, 0)[0] == 0 and expert_rows
