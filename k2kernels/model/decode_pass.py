@@ -11,7 +11,7 @@ from torch import Tensor
 from k2kernels.model.attention import Decode
 from k2kernels.model.cache import LatentCache
 from k2kernels.model.layer import DecoderLayer
-from k2kernels.model.moe import check, exchanges
+from k2kernels.model.moe import check_exchanges, exchanges
 from k2kernels.model.replay import CudaRecorder, Replay
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class DecodePass:
     def check(self) -> None:
         """Raises what exchanges between ranks have reported, PeerTimeout for one: a replayed pass runs no Python that
         would. What a pass reports is there once the host has waited for it; its results mean nothing then."""
-        check(self.exchanges)
+        check_exchanges(self.exchanges)
 
     def _begin(self) -> None:
         step, (rows, lengths) = self.step, self.sequences

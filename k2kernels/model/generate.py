@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from k2kernels.model.attention import Prefill
 from k2kernels.model.cache import LatentCache, pages_for
 from k2kernels.model.decode_pass import DecodePass
-from k2kernels.model.moe import check, exchanges
+from k2kernels.model.moe import check_exchanges, exchanges
 from k2kernels.model.mtp import draft
 from k2kernels.model.replay import CudaRecorder
 from k2kernels.ops._check import Arguments
@@ -197,7 +197,7 @@ class Session:
 
     def check(self) -> None:
         """Raises what exchanges between ranks have reported, of everything that the host has waited for."""
-        check(self.exchanges)
+        check_exchanges(self.exchanges)
 
     def advance(self, rows: list[int], tokens: list[int]) -> None:
         """Keeps the first so many tokens of each row of the last pass."""

@@ -160,9 +160,9 @@ def exchanges(model: nn.Module) -> list[Any]:
     return list({id(layer.exchange): layer.exchange for layer in layers}.values())
 
 
-def check(exchanges: list[Any]) -> None:
+def check_exchanges(found: list[Any]) -> None:
     """Raises what they have reported, of everything that the host has waited for; one need not have a `check`."""
-    for exchange in exchanges:
+    for exchange in found:
         getattr(exchange, "check", lambda: None)()
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from emulated_kernels import EmulatorError, run, to_bf16
+from emulated_kernels import EmulatorError, run
+from test_kernels import BF16, E4M3, FP16, encode
 
 FIXTURES = Path(__file__).parent / "fixtures"
-BF16, FP16, E4M3 = 1, 2, 3  # k2k::Type
 NAMES = {BF16: "bf16", FP16: "f16", E4M3: "e4m3"}
 BASE = 0x400  # where shared memory begins, there and in the emulator
 
@@ -41,15 +40,6 @@ def descriptors():
     with open(FIXTURES / "descriptors.csv") as lines:
         rows = list(csv.DictReader(lines))
     return {(r["form"], int(r["mn_tile"]), int(r["k_tile"])): r for r in rows}
-
-
-def encode(x, kind):
-    x = np.ascontiguousarray(x, np.float32)
-    if kind == BF16:
-        return to_bf16(x)
-    if kind == FP16:
-        return x.astype(np.float16).view(np.uint16)
-    return torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def integers(seed, *shape):
