@@ -8,7 +8,7 @@ namespace k2k {
 // split. Nothing is started for empty inputs.
 void launch_mla_decode(const MlaDecodeParams& params, void* stream);
 
-// The same by Hopper's kernels, where plan.hopper.
+// The same by Hopper's kernels, where plan.kernel is kSm90.
 void launch_mla_decode_sm90(const MlaDecodeParams& params, void* stream);
 
 // Writes each block's tasks to tasks[block, capacity]; of `params`, sizes, lengths and plan count.

@@ -255,7 +255,7 @@ class Rank:
             layout.most_tokens,
             self.timeout,
         )
-        _launch.launch("moe_exchange", function, self.buffer.device, peers, place, ranks, *args)
+        _launch.launch_numbers("moe_exchange", function, self.buffer.device, peers, place, ranks, *args)
 
 
 def to_16(size: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_blocks, check_counts, check_groups
 from k2kernels.ops._constants import constants
-from k2kernels.ops._launch import TYPES, Chip, address, chip, launch
+from k2kernels.ops._launch import TYPES, Chip, address, chip, launch_numbers as launch
 from k2kernels.ops._register import register
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu_quantize
 from k2kernels.reference import fp8_gemm as reference
