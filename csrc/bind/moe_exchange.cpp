@@ -1,7 +1,7 @@
 #include <cstddef>
 
 #include "bind/run.h"
-#include "moe/exchange.h"
+#include "exchange/params.h"
 
 namespace k2k::bind {
 
@@ -106,7 +106,7 @@ long moe_gather_wait(const Peers& peers,
     return run(device, [&] { launch_moe_gather_wait(p, pointer<void>(stream)); });
 }
 
-const char* const kSeeExchange = "See csrc/moe/exchange.h; returns the number of kernels started.";
+const char* const kSeeExchange = "See csrc/exchange/params.h; returns the number of kernels started.";
 
 }  // namespace
 

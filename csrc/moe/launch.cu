@@ -3,7 +3,7 @@
 #include "moe/kernel_balance.cuh"
 #include "moe/kernel_combine.cuh"
 #include "moe/kernel_dispatch.cuh"
-#include "moe/kernel_gemm.cuh"
+#include "grouped_gemm/kernel_sm80.cuh"
 #include "moe/kernel_route.cuh"
 #include "moe/launch.h"
 

@@ -4,7 +4,7 @@
 // slot", "no token", "no expert".
 
 #include "common/dtypes.h"
-#include "moe/told_rows.cuh"
+#include "tile/arrived_rows.cuh"
 #include "tile/groups.h"
 
 namespace k2k {
@@ -16,7 +16,7 @@ struct FloatRows {
     int64_t row_stride;
 };
 
-// Rows that came through a buffer of two halves (moe/exchange.h) begin `stride` elements behind
+// Rows that came through a buffer of two halves (exchange/params.h) begin `stride` elements behind
 // the given address if *half is 1. Null: at the address.
 struct Half {
     const int32_t* half;  // in device memory

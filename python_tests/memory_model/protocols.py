@@ -45,13 +45,13 @@ def stripped(text):
 
 
 NOTHING = "nothing"
-EXCHANGE = "csrc/moe/kernel_exchange.cuh"
+EXCHANGE = "csrc/exchange/kernel.cuh"
 SMALL_GEMM = "csrc/fp8_gemm/kernel_sm90_small.cuh"
 LARGE_GEMM = "csrc/fp8_gemm/kernel_sm90.cuh"
 DISPATCH = "csrc/moe/kernel_dispatch.cuh"
 MLA = "csrc/mla_decode/kernel_sm90.cuh"
 
-# ---- between GPUs: csrc/moe/kernel_exchange.cuh
+# ---- between GPUs: csrc/exchange/kernel.cuh
 
 # GPU 0 sends: blocks 0 and 1, of which block 1 counts last; its lane 1 sets the flag of GPU 1. There a block of the
 # wait kernel polls, and the next kernel of the stream reads the rows.

@@ -43,8 +43,8 @@
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
 #include "common/math.h"
-#include "moe/exchange.h"
-#include "moe/told_rows.cuh"
+#include "exchange/params.h"
+#include "tile/arrived_rows.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {

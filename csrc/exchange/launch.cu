@@ -1,5 +1,5 @@
 #include "common/launch.h"
-#include "moe/kernel_exchange.cuh"
+#include "exchange/kernel.cuh"
 
 namespace k2k {
 
