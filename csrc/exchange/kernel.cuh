@@ -43,6 +43,7 @@
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
 #include "common/math.h"
+#include "exchange/config.h"
 #include "exchange/params.h"
 #include "tile/arrived_rows.cuh"
 #include "tile/sixteen.cuh"
@@ -212,8 +213,8 @@ K2K_DEVICE int64_t await_flag(const Exchange& x, uint32_t epoch, int source K2K_
     for (;;) {
         const uint64_t word = arch::load_acquire<arch::Scope::kSystem>(flag K2K_PASS_WHERE);
         if (word >> 32 == epoch) {
-            const auto told = static_cast<uint32_t>(word);
-            if (told >> kFlagRowsBits == x.call) return told & kMostFlagRows;
+            const auto content = static_cast<uint32_t>(word);
+            if (content >> kFlagRowsBits == x.call) return content & kMostFlagRows;
             record(x, kOtherCall, source, epoch K2K_PASS_WHERE);
             abort_all(x, kOtherCall, epoch, source K2K_PASS_WHERE);
             break;
@@ -239,7 +240,7 @@ K2K_DEVICE int64_t await_flag(const Exchange& x, uint32_t epoch, int source K2K_
 K2K_DEVICE int64_t pieces_of(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeBytes); }
 
 __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
-    moe_scatter_kernel(const __grid_constant__ MoeScatterParams p) {
+    scatter_kernel(const __grid_constant__ ScatterParams p) {
     const Exchange& x = p.exchange;
     const int lane = arch::lane_id();
     const uint32_t epoch = x.state->epoch[kScatter] + 1;
@@ -293,7 +294,7 @@ struct Announced {
 
 // A block for each rank.
 __global__ void __launch_bounds__(kExchangeThreads)
-    moe_scatter_wait_kernel(const __grid_constant__ MoeScatterWaitParams p) {
+    scatter_wait_kernel(const __grid_constant__ ScatterWaitParams p) {
     auto& smem = arch::shared_storage<Announced>();
     const Exchange& x = p.exchange;
     const int source = blockIdx.x;
@@ -301,20 +302,20 @@ __global__ void __launch_bounds__(kExchangeThreads)
     if (threadIdx.x == 0) {
         const int64_t rows = x.live >> source & 1 ? await_flag(x, epoch, source) : 0;
         smem.rows = rows < 0 ? 0 : rows < x.most_tokens ? rows : x.most_tokens;
-        p.told[source] = static_cast<int32_t>(smem.rows);
-        if (source == 0) p.told[x.world] = epoch % 2;
+        p.arrived[source] = static_cast<int32_t>(smem.rows);
+        if (source == 0) p.arrived[x.world] = epoch % 2;
     }
     arch::sync_block();
-    const int64_t first = source * x.most_tokens * x.top_k, told = smem.rows * x.top_k;
+    const int64_t first = source * x.most_tokens * x.top_k, pairs = smem.rows * x.top_k;
     const int32_t* numbers =
         in_buffer<int32_t>(x, x.rank, half_of(x, epoch) + x.at.numbers) + first;
     for (int64_t i = threadIdx.x; i < x.most_tokens * x.top_k; i += kExchangeThreads) {
-        p.experts[first + i] = i < told ? numbers[i] : -1;
+        p.experts[first + i] = i < pairs ? numbers[i] : -1;
     }
 }
 
 __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
-    moe_gather_kernel(const __grid_constant__ MoeGatherParams p) {
+    gather_kernel(const __grid_constant__ GatherParams p) {
     const Exchange& x = p.exchange;
     const int lane = arch::lane_id();
     const uint32_t epoch = x.state->epoch[kGather] + 1;
@@ -322,11 +323,11 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
     const int64_t half = half_of(x, epoch);
     const int64_t pieces = pieces_of(p.rows);
 
-    const ToldRows rows = {p.told, x.world, x.most_tokens};
-    ToldWalk walk(int64_t(blockIdx.x) * kExchangeWarps + arch::warp_id());
-    for (; !failed && walk.find(rows, pieces); walk.step(int64_t(gridDim.x) * kExchangeWarps)) {
-        const int64_t token = walk.task / pieces, piece = walk.task - token * pieces;
-        const int home = walk.source;
+    const ArrivedRows rows = {p.arrived, x.world, x.most_tokens};
+    ArrivedTasks tasks(int64_t(blockIdx.x) * kExchangeWarps + arch::warp_id());
+    for (; !failed && tasks.find(rows, pieces); tasks.step(int64_t(gridDim.x) * kExchangeWarps)) {
+        const int64_t token = tasks.task / pieces, piece = tasks.task - token * pieces;
+        const int home = tasks.source;
         const int64_t row = home * x.most_tokens + token;
         if (!(x.live >> home & 1)) continue;
         int32_t slot = -1;
@@ -354,7 +355,7 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
 
 // A block for each rank: the pairs of this rank's tokens whose experts are there.
 __global__ void __launch_bounds__(kExchangeThreads)
-    moe_gather_wait_kernel(const __grid_constant__ MoeGatherWaitParams p) {
+    gather_wait_kernel(const __grid_constant__ GatherWaitParams p) {
     auto& smem = arch::shared_storage<Announced>();
     const Exchange& x = p.exchange;
     const int source = blockIdx.x;

@@ -1,5 +1,6 @@
 #include "common/launch.h"
 #include "exchange/kernel.cuh"
+#include "exchange/launch.h"
 
 namespace k2k {
 
@@ -35,26 +36,26 @@ int64_t pieces(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeByte
 
 }  // namespace
 
-void launch_moe_scatter(const MoeScatterParams& p, unsigned blocks, void* stream) {
+void launch_scatter(const ScatterParams& p, unsigned blocks, void* stream) {
     check(p.exchange, p.tokens);
     const int64_t tasks = p.tokens * (pieces(p.parts[0]) + pieces(p.parts[1]));
-    launch<moe_scatter_kernel>(blocks_for(tasks, blocks, stream), p);
+    launch<scatter_kernel>(blocks_for(tasks, blocks, stream), p);
 }
 
-void launch_moe_scatter_wait(const MoeScatterWaitParams& p, void* stream) {
+void launch_scatter_wait(const ScatterWaitParams& p, void* stream) {
     check(p.exchange);
-    launch<moe_scatter_wait_kernel, sizeof(Announced)>(block_for_each_rank(p.exchange, stream), p);
+    launch<scatter_wait_kernel, sizeof(Announced)>(block_for_each_rank(p.exchange, stream), p);
 }
 
-void launch_moe_gather(const MoeGatherParams& p, unsigned blocks, void* stream) {
+void launch_gather(const GatherParams& p, unsigned blocks, void* stream) {
     check(p.exchange);
     const int64_t tasks = p.exchange.world * p.exchange.most_tokens * pieces(p.rows);
-    launch<moe_gather_kernel>(blocks_for(tasks, blocks, stream), p);
+    launch<gather_kernel>(blocks_for(tasks, blocks, stream), p);
 }
 
-void launch_moe_gather_wait(const MoeGatherWaitParams& p, void* stream) {
+void launch_gather_wait(const GatherWaitParams& p, void* stream) {
     check(p.exchange, p.tokens);
-    launch<moe_gather_wait_kernel, sizeof(Announced)>(block_for_each_rank(p.exchange, stream), p);
+    launch<gather_wait_kernel, sizeof(Announced)>(block_for_each_rank(p.exchange, stream), p);
 }
 
 }  // namespace k2k

@@ -7,19 +7,6 @@
 
 namespace k2k {
 
-constexpr int kMostRanks = 64;  // a bit for each
-constexpr int kExchangeThreads = 256;
-constexpr int kExchangeWarps = kExchangeThreads / 32;
-// A warp moves 2 KiB of a row: 64 bytes a thread, of four loads that are on their way at once.
-constexpr int kExchangeVectors = 4;
-constexpr int kExchangeBytes = kExchangeVectors * 512;
-constexpr int kExchangeBlocksResident = 3;  // on one SM: 48 KiB in flight
-constexpr int kFlagBytes = 128;             // each flag has a line of its own
-
-// A flag is a uint64 {epoch : 32, call : 8, rows : 24}.
-constexpr int kFlagRowsBits = 24, kFlagCallBits = 8;
-constexpr uint32_t kMostFlagRows = (1u << kFlagRowsBits) - 1;
-
 // Kinds of exchange; each counts its epochs.
 enum ExchangeKind : int { kScatter = 0, kGather = 1 };
 
@@ -77,7 +64,7 @@ struct ByteRows {
     int64_t row_stride, bytes;
 };
 
-struct MoeScatterParams {
+struct ScatterParams {
     Exchange exchange;
     ByteRows parts[2];  // [tokens, bytes]; the second begins in a row at `second`, or is empty
     int64_t second;
@@ -86,21 +73,21 @@ struct MoeScatterParams {
     int64_t tokens;
 };
 
-struct MoeScatterWaitParams {
+struct ScatterWaitParams {
     Exchange exchange;
     int32_t* experts;  // [world, most_tokens, top_k]: the local expert of each pair, or -1
-    int32_t* told;     // [world + 1]: rows that each source has; then the half in which they lie
+    int32_t* arrived;  // [world + 1]: rows that each source has; then the half in which they lie
 };
 
-struct MoeGatherParams {
+struct GatherParams {
     Exchange exchange;
     ByteRows rows;           // [slots, bytes]
     const int32_t* experts;  // [world, most_tokens, top_k]
     const int32_t* slot_of;  // the same; -1: no room
-    const int32_t* told;     // [world]: rows of each source; the others of `experts` are not read
+    const int32_t* arrived;  // [world]: rows of each source; the others of `experts` are not read
 };
 
-struct MoeGatherWaitParams {
+struct GatherWaitParams {
     Exchange exchange;
     const void* indices;
     bool wide_indices;
@@ -110,11 +97,5 @@ struct MoeGatherWaitParams {
     float* poison_weights;  // the weights, NaN for pairs whose rank did not answer
     int32_t* turn;          // one number: the half in which the rows lie
 };
-
-// Each starts one kernel on `stream`, of the current device. `blocks`: at most so many send.
-void launch_moe_scatter(const MoeScatterParams& params, unsigned blocks, void* stream);
-void launch_moe_scatter_wait(const MoeScatterWaitParams& params, void* stream);
-void launch_moe_gather(const MoeGatherParams& params, unsigned blocks, void* stream);
-void launch_moe_gather_wait(const MoeGatherWaitParams& params, void* stream);
 
 }  // namespace k2k

@@ -31,8 +31,7 @@
 #include "arch/matrix.cuh"
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
-#include "moe/config.h"
-#include "moe/params.h"
+#include "grouped_gemm/config.h"
 #include "tile/group_tiles.cuh"
 #include "tile/store_row.cuh"
 
@@ -41,7 +40,7 @@ namespace k2k {
 // One operand's part of a stage in shared memory, and what a thread copies of it: kOuter of the
 // tile's axis, kDepth of the summed one.
 template <class T, int kOuter, int kDepth, int kThreads, bool kByColumns>
-class MoePanel {
+class GroupedPanel {
   public:
     static constexpr int kRows = kByColumns ? kDepth : kOuter;
     static constexpr int kRowChunks = (kByColumns ? kOuter : kDepth) / 8;  // of 16 bytes
@@ -117,9 +116,9 @@ class MoePanel {
 };
 
 template <class T, class Tile, bool kAByColumns, bool kBByColumns>
-struct MoeGemmPanels {
-    using A = MoePanel<T, Tile::kRows, Tile::kDepth, Tile::kThreads, kAByColumns>;
-    using B = MoePanel<T, Tile::kColumns, Tile::kDepth, Tile::kThreads, kBByColumns>;
+struct GroupedGemmPanels {
+    using A = GroupedPanel<T, Tile::kRows, Tile::kDepth, Tile::kThreads, kAByColumns>;
+    using B = GroupedPanel<T, Tile::kColumns, Tile::kDepth, Tile::kThreads, kBByColumns>;
     struct alignas(128) Storage {
         struct Stage {
             uint8_t a[A::kBytes], b[B::kBytes];
@@ -133,7 +132,7 @@ K2K_DEVICE void multiply_stage(float (&sums)[Tile::kWarpRows / 16][4][4],
                                uint32_t stage,
                                int warp_row,
                                int warp_column K2K_WHERE) {
-    using Panels = MoeGemmPanels<T, Tile, kAByColumns, kBByColumns>;
+    using Panels = GroupedGemmPanels<T, Tile, kAByColumns, kBByColumns>;
     using A = typename Panels::A;
     using B = typename Panels::B;
     // Which row of which 8 x 8 matrix this lane addresses for ldmatrix.
@@ -174,8 +173,8 @@ K2K_DEVICE void multiply_stage(float (&sums)[Tile::kWarpRows / 16][4][4],
 
 template <class T, class Tile, bool kAByColumns, bool kBByColumns>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    moe_gemm_kernel(const __grid_constant__ MoeGemmParams p) {
-    using Panels = MoeGemmPanels<T, Tile, kAByColumns, kBByColumns>;
+    grouped_gemm_kernel(const __grid_constant__ GroupedGemmParams p) {
+    using Panels = GroupedGemmPanels<T, Tile, kAByColumns, kBByColumns>;
     using Stage = typename Panels::Storage::Stage;
     constexpr uint32_t kRingBytes = sizeof(typename Panels::Storage);
     const uint32_t ring = arch::smem_address(&arch::shared_storage<typename Panels::Storage>());
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     };
 
     tile::GroupTiles tiles({p.groups, p.rows, p.columns, p.depth}, Tile::kRows, Tile::kColumns,
-                           kMoeGemmBand);
+                           kBandRows);
     tile::GroupTile found;
     int index = blockIdx.x;
     const auto find = [&] {

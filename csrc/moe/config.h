@@ -44,7 +44,7 @@ constexpr int64_t kMostPlanningBlocks = 528;
 constexpr int64_t kMostMovingBlocks = 65536;
 // Rows of other ranks: how many there are only the device knows, and a block without any should not
 // be started. Two waves of 132 SMs of 5.
-constexpr int64_t kMostToldBlocks = 1320;
+constexpr int64_t kMostArrivedBlocks = 1320;
 static_assert(move_blocks(0, 7168, kMostPlanningBlocks) == 1, "the plan of nothing is written too");
 static_assert(move_blocks(128, 7168, kMostPlanningBlocks) == 224, "a decoding step: one wave");
 static_assert(move_blocks(4096, 7168, kMostMovingBlocks) == 7168, "prefill");
@@ -80,46 +80,6 @@ constexpr unsigned route_blocks(int64_t tokens) {
     return static_cast<unsigned>(blocks < 1                  ? 1
                                  : blocks < kMostRouteBlocks ? blocks
                                                              : kMostRouteBlocks);
-}
-
-// ---- products of unquantised experts
-
-// A tile of D is cut among warps of 32 columns: 16 of them at a time are one ldmatrix of B, and 32
-// one transposition in the quads before D is stored.
-template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kStages_, int kBlocks_>
-struct MoeGemmTile {
-    static constexpr int kRows = kRows_, kColumns = kColumns_;
-    static constexpr int kDepth = kDepth_;  // of a stage
-    static constexpr int kWarpRows = kWarpRows_, kWarpColumns = 32;
-    static constexpr int kStages = kStages_;
-    static constexpr int kBlocks = kBlocks_;  // on one multiprocessor
-    static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * 32;
-};
-// 64 sums a lane and 24 words of operands leave room for two blocks, so that one's ends hide behind
-// the other's products. Three stages of 16 KB on their way last the tensor cores of an A100 for
-// 1,500 clocks, twice the latency of DRAM.
-using MoeGemmTile128 = MoeGemmTile<128, 128, 32, 64, 4, 2>;
-// Decoding: nearly all of a stage is weights, 16 of 18 KB, and the stages of two blocks keep 108 KB
-// in flight, where bandwidth x latency of DRAM ask for 20 to 36 a multiprocessor.
-using MoeGemmTile16 = MoeGemmTile<16, 128, 64, 16, 4, 2>;
-static_assert(MoeGemmTile128::kThreads == 256 && MoeGemmTile16::kThreads == 128);
-
-// Up to so many rows a group the small tile serves it: two tiles, the second of which finds the
-// weights in L2; a large one would compute 128 rows for them. wgrad has large tiles only.
-constexpr int64_t kFewRows = 32;
-constexpr bool takes_few_rows(const MoeGemmParams& p) {
-    return p.kind != MoeGemm::kWgrad && p.expected <= kFewRows * p.groups.number;
-}
-
-// Rows of tiles that blocks go down before they go one column on: 8 x 128 rows of A and as many
-// columns' weights are 2 MB each for every 1,024 of the summed axis.
-constexpr int kMoeGemmBand = 8;
-
-// As many tiles as there can be, whatever stands in offsets and counts.
-constexpr int64_t moe_gemm_tiles(const MoeGemmParams& p, int tile_rows, int tile_columns) {
-    const int64_t row_tiles = ceil_div(p.rows, tile_rows);
-    return (p.kind == MoeGemm::kWgrad ? row_tiles * p.groups.number : row_tiles + p.groups.number) *
-           ceil_div(p.columns, tile_columns);
 }
 
 }  // namespace k2k

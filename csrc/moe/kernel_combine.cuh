@@ -148,12 +148,12 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
     all_grads.values =
         static_cast<const uint8_t*>(p.grad.values) + offset_of(p.grad_half) * bytes_of(p.grad.type);
     int round = 0;
-    ToldWalk walk(blockIdx.x);
-    for (; walk.find(p.told, 1); walk.step(gridDim.x), round ^= 1) {
-        const int64_t token = walk.row(p.told, 1);
+    ArrivedTasks tasks(blockIdx.x);
+    for (; tasks.find(p.arrived, 1); tasks.step(gridDim.x), round ^= 1) {
+        const int64_t token = tasks.row(p.arrived, 1);
         const int32_t slot = lane_slot(p.slot_of, token, p.top_k, p.slots);
         const float weight = lane_weight(p.weights, token, p.top_k);
-        const bool exists = p.told.told == nullptr || arch::any(slot >= 0);
+        const bool exists = p.arrived.counts == nullptr || arch::any(slot >= 0);
         float d_weight = 0;  // of k = lane
         for (int64_t first = int64_t(warp) * kWarpColumns; first < p.hidden; first += step) {
             const int64_t column = first + lane * 16;

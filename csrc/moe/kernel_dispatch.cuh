@@ -140,7 +140,7 @@ K2K_DEVICE void mark_padding(const MoeDispatchParams& p,
 
 // Whether x has this row. Of the rows of other ranks only those that have an expert here came.
 K2K_DEVICE bool exists(const MoeDispatchParams& p, int64_t token K2K_WHERE) {
-    if (p.told.told == nullptr) return true;
+    if (p.arrived.counts == nullptr) return true;
     const int lane = arch::lane_id();
     return arch::any(lane < p.top_k && expert_of(p, token * p.top_k + lane) >= 0 K2K_PASS_WHERE);
 }
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
     const int64_t pieces = row_pieces(p.hidden);
     const T* all = static_cast<const T*>(p.x) + offset_of(p.x_half);
 
-    ToldWalk walk(int64_t(blockIdx.x) * kMoeWarps + arch::warp_id());
-    for (; walk.find(p.told, pieces); walk.step(int64_t(gridDim.x) * kMoeWarps)) {
-        const int64_t token = walk.row(p.told, pieces), piece = walk.task % pieces;
+    ArrivedTasks tasks(int64_t(blockIdx.x) * kMoeWarps + arch::warp_id());
+    for (; tasks.find(p.arrived, pieces); tasks.step(int64_t(gridDim.x) * kMoeWarps)) {
+        const int64_t token = tasks.row(p.arrived, pieces), piece = tasks.task % pieces;
         const int64_t column = piece * kWarpColumns + lane * 16;
         const bool here = exists(p, token) && column < p.hidden;
         const T* x = all + token * p.x_row_stride;

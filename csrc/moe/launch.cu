@@ -3,7 +3,6 @@
 #include "moe/kernel_balance.cuh"
 #include "moe/kernel_combine.cuh"
 #include "moe/kernel_dispatch.cuh"
-#include "grouped_gemm/kernel_sm80.cuh"
 #include "moe/kernel_route.cuh"
 #include "moe/launch.h"
 
@@ -43,9 +42,9 @@ void by_vectors(int experts, F&& f) {
 template <bool kPlans>
 void launch_move(const MoeDispatchParams& p, void* stream) {
     constexpr std::size_t kShared = kPlans ? sizeof(MovePlan) : 0;
-    const int64_t most = kPlans                   ? kMostPlanningBlocks
-                         : p.told.told != nullptr ? kMostToldBlocks
-                                                  : kMostMovingBlocks;
+    const int64_t most = kPlans                        ? kMostPlanningBlocks
+                         : p.arrived.counts != nullptr ? kMostArrivedBlocks
+                                                       : kMostMovingBlocks;
     LaunchShape shape{move_blocks(p.tokens, p.hidden, most), kMoeThreads};
     shape.stream = stream;
     if (p.quantize) {
@@ -56,36 +55,6 @@ void launch_move(const MoeDispatchParams& p, void* stream) {
         launch<moe_move_kernel<float, false, kPlans>, kShared>(shape, p);
     } else {
         launch<moe_move_kernel<bf16, false, kPlans>, kShared>(shape, p);
-    }
-}
-
-template <class T, class Tile, bool kAByColumns, bool kBByColumns>
-void launch_gemm_tile(const MoeGemmParams& p, int multiprocessors, void* stream) {
-    const int64_t tiles = moe_gemm_tiles(p, Tile::kRows, Tile::kColumns);
-    check(std::max({tiles, p.rows, p.columns, p.depth}) <= INT32_MAX - 256,
-          "fewer than 2^31 rows, columns and tiles of a product");
-    const int64_t blocks = std::min<int64_t>(tiles, int64_t(multiprocessors) * Tile::kBlocks);
-    LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads};
-    shape.stream = stream;
-    using Storage = typename MoeGemmPanels<T, Tile, kAByColumns, kBByColumns>::Storage;
-    launch<moe_gemm_kernel<T, Tile, kAByColumns, kBByColumns>, sizeof(Storage)>(shape, p);
-}
-
-template <class T>
-void launch_gemm(const MoeGemmParams& p, int multiprocessors, void* stream) {
-    const bool few = takes_few_rows(p);
-    switch (p.kind) {
-        case MoeGemm::kForward:
-            return few ? launch_gemm_tile<T, MoeGemmTile16, false, false>(p, multiprocessors,
-                                                                          stream)
-                       : launch_gemm_tile<T, MoeGemmTile128, false, false>(p, multiprocessors,
-                                                                           stream);
-        case MoeGemm::kDgrad:
-            return few ? launch_gemm_tile<T, MoeGemmTile16, false, true>(p, multiprocessors, stream)
-                       : launch_gemm_tile<T, MoeGemmTile128, false, true>(p, multiprocessors,
-                                                                          stream);
-        case MoeGemm::kWgrad:
-            return launch_gemm_tile<T, MoeGemmTile128, true, true>(p, multiprocessors, stream);
     }
 }
 
@@ -179,13 +148,6 @@ void launch_moe_update_bias(const MoeBiasParams& p, void* stream) {
     LaunchShape shape{1, kScanThreads};
     shape.stream = stream;
     launch<moe_update_bias_kernel, sizeof(BiasCounts)>(shape, p);
-}
-
-void launch_moe_gemm(const MoeGemmParams& p, int multiprocessors, void* stream) {
-    if (p.groups.number == 0 || p.rows == 0 || p.columns == 0) return;
-    if (p.type == Type::kBf16) return launch_gemm<bf16>(p, multiprocessors, stream);
-    check(p.type == Type::kFp16, "bfloat16 and float16 in products");
-    launch_gemm<fp16>(p, multiprocessors, stream);
 }
 
 }  // namespace k2k

@@ -22,7 +22,4 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& params, void* s
 void launch_moe_sequence_loss(const MoeLossParams& params, void* stream);
 void launch_moe_update_bias(const MoeBiasParams& params, void* stream);
 
-// On a chip of so many multiprocessors. Nothing is started for empty results.
-void launch_moe_gemm(const MoeGemmParams& params, int multiprocessors, void* stream);
-
 }  // namespace k2k

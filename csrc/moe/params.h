@@ -5,7 +5,6 @@
 
 #include "common/dtypes.h"
 #include "tile/arrived_rows.cuh"
-#include "tile/groups.h"
 
 namespace k2k {
 
@@ -60,7 +59,7 @@ struct MoeDispatchParams {
     Half x_half;
     // Null: all tokens exist. Else those that exist, sources * each = tokens. Indices of the others
     // are -1, and x is read neither there nor where a token has no expert.
-    ToldRows told;
+    ArrivedRows arrived;
     const void* indices;  // [tokens, top_k], contiguous: int32, or int64
     bool wide_indices;
     int64_t tokens, hidden;
@@ -101,7 +100,8 @@ struct MoeCombineParams {
 struct MoeCombineBackwardParams {
     FloatRows grad;  // [tokens, hidden]
     Half grad_half;
-    ToldRows told;  // as in MoeDispatchParams; d_weights of tokens that do not exist: not written
+    ArrivedRows
+        arrived;    // as in MoeDispatchParams; d_weights of tokens that do not exist: not written
     const void* y;  // [slots, hidden]; not read where d_weights is null
     void* d_y;      // [slots, hidden], contiguous
     Type type;      // of y and d_y
@@ -143,23 +143,6 @@ struct MoeBiasParams {
     float rate;
     bool quantile;  // else sign
     float* result;  // [experts]
-};
-
-// Which product of unquantised experts.
-enum class MoeGemm : int32_t { kForward, kDgrad, kWgrad };
-
-// D = A B, as kernel_gemm.cuh says for each kind. Rows of A and B begin at multiples of 16 bytes.
-struct MoeGemmParams {
-    MoeGemm kind;
-    Type type;      // of all three
-    const void* a;  // [slots, summed axis], for wgrad [slots, rows]
-    const void* b;  // [groups, columns, K]; dgrad: [groups, N, columns]; wgrad: [slots, columns]
-    void* d;        // [slots, columns] or [groups, rows, columns], contiguous
-    int64_t rows, columns;  // of D: all slots, or a group's
-    int64_t depth;          // of the summed axis; for wgrad all slots
-    int64_t expected;       // slots in use, as far as the host can tell: chooses the tile
-    int64_t a_row_stride, b_row_stride, b_matrix_stride, d_matrix_stride;
-    tile::Groups groups;
 };
 
 }  // namespace k2k

@@ -1,32 +1,31 @@
 #pragma once
 
-// A walk over the rows that exist, where there is room for more.
+// Warp tasks over the rows that arrived from other ranks, in a buffer with capacity for more.
 
 #include "common/macros.h"
 
 namespace k2k {
 
-// Rows of several sources, with room for `each` of every one, of which the first told[source]
-// exist. told null: all of them.
-struct ToldRows {
-    const int32_t* told;  // [sources], in device memory
+// Rows [sources, capacity] of which the first counts[source] of each source arrived.
+struct ArrivedRows {
+    const int32_t* counts;  // [sources], in device memory; null: all rows arrived
     int sources;
-    int64_t each;
+    int64_t capacity;  // of a source
 };
 
-K2K_DEVICE int64_t rows_of(const ToldRows& rows, int source) {
-    return rows.told == nullptr ? rows.each : rows.told[source];
+K2K_DEVICE int64_t rows_of(const ArrivedRows& rows, int source) {
+    return rows.counts == nullptr ? rows.capacity : rows.counts[source];
 }
 
-// Over tasks of rows that exist: `pieces` of each row, row by row and source by source.
-struct ToldWalk {
+// Grid-stride iterator over tasks: `pieces` per arrived row, in the order of sources and rows.
+struct ArrivedTasks {
     int64_t task;  // among those of `source`
     int source = 0;
 
-    K2K_DEVICE explicit ToldWalk(int64_t first) : task(first) {}
+    K2K_DEVICE explicit ArrivedTasks(int64_t first) : task(first) {}
 
-    // Whether there is a task here.
-    K2K_DEVICE bool find(const ToldRows& rows, int64_t pieces) {
+    // Moves to the source that has this task; false when there is none.
+    K2K_DEVICE bool find(const ArrivedRows& rows, int64_t pieces) {
         while (source < rows.sources) {
             const int64_t tasks = rows_of(rows, source) * pieces;
             if (task < tasks) return true;
@@ -38,8 +37,8 @@ struct ToldWalk {
 
     K2K_DEVICE void step(int64_t tasks) { task += tasks; }
 
-    K2K_DEVICE int64_t row(const ToldRows& rows, int64_t pieces) const {
-        return source * rows.each + task / pieces;
+    K2K_DEVICE int64_t row(const ArrivedRows& rows, int64_t pieces) const {
+        return source * rows.capacity + task / pieces;
     }
 };
 

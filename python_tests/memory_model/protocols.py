@@ -106,10 +106,10 @@ ROWS_AND_FLAG = Protocol(
             """,
         ),
         Source(EXCHANGE, "await_flag", "ld.acquire.sys flag", only=r"ld\S+ flag"),
-        Source(EXCHANGE, "moe_scatter_kernel", ": store_piece(\n: finish_sending("),
-        Source(EXCHANGE, "moe_scatter_wait_kernel", ": await_flag(\nbar.sync\n: numbers[i]"),
-        Source(EXCHANGE, "moe_gather_kernel", ": store_piece(\n: finish_sending("),
-        Source(EXCHANGE, "moe_gather_wait_kernel", ": await_flag(\nbar.sync\n: numbers[pair]"),
+        Source(EXCHANGE, "scatter_kernel", ": store_piece(\n: finish_sending("),
+        Source(EXCHANGE, "scatter_wait_kernel", ": await_flag(\nbar.sync\n: numbers[i]"),
+        Source(EXCHANGE, "gather_kernel", ": store_piece(\n: finish_sending("),
+        Source(EXCHANGE, "gather_wait_kernel", ": await_flag(\nbar.sync\n: numbers[pair]"),
     ],
     spare={
         "fence.acq_rel.sys": (
