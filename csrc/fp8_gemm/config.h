@@ -16,6 +16,9 @@ constexpr int kBlockK = 128;  // of K, which share a scale: one stage of a pipel
 // B are 2 MB at K = 1024, so that what 132 blocks read at a time stays in L2.
 constexpr int kBand = 8;
 
+// Shared memory of a CTA on sm_90a, if one or two fit on an SM: 228 KiB, less 1 KiB for each CTA.
+constexpr int kSharedOfOne = 227 * 1024, kSharedOfTwo = 113 * 1024;
+
 // As many tiles as there can be, whatever stands in offsets and counts.
 constexpr int64_t tiles_at_most(const Fp8GemmParams& p, int tile_rows, int tile_columns) {
     const int64_t row_tiles = ceil_div(p.a.rows, tile_rows);
@@ -33,6 +36,9 @@ struct PortableTile {
     static constexpr int kStages = kStages_;
     static constexpr int kBlocks = kBlocks_;  // on one multiprocessor
     static constexpr int kThreads = 256;
+    // Of PortableStorage: codes, scales, NaN flags, and 32 bytes for each warp's tile of a stage.
+    static constexpr int kSharedBytes =
+        ((kStages * 132 + 1) * (kRows + kColumns) + kStages * kThreads + 127) / 128 * 128;
     static_assert((kRows / kWarpRows) * (kColumns / kWarpColumns) * 32 == kThreads);
 };
 // Two accumulators of 64 floats a lane: one block fills the registers.
@@ -138,38 +144,69 @@ enum class GemmKernel : int32_t {
     kSmall64,
 };
 
+// What a kernel supports beside the product itself.
+enum class GemmFamily : int32_t {
+    kPortable,  // sm_80 on
+    kLarge,     // sm_90a: pairs of CTAs may share a factor
+    kSwiglu,    // a large one, whose result is quantised SwiGLU
+    kSmall,     // sm_90a, few rows: K may be split over a cluster
+};
+constexpr const char* kGemmFamilies[] = {"portable", "sm90", "sm90_swiglu", "sm90_small"};
+
 struct GemmKernelFacts {
     GemmKernel kernel;
     const char* name;
+    GemmFamily family;
     int rows, columns;  // of a tile
-    int shared_memory;  // bytes
-    int capability;     // the least, x 10
-    // Rows of A and B that warps turn into fp16 where the tensor cores know no e4m3: each those of
-    // its own rows and columns.
+    int shared_memory;  // bytes that a CTA may need
+    // Rows of A and B that warps turn into fp16 where the tensor cores have no e4m3: each warp
+    // those of its own rows and columns.
     int decoded_rows = 0;
+
+    constexpr int capability() const { return family == GemmFamily::kPortable ? 80 : 90; }
 };
+
 template <class Tile>
-constexpr int kDecodedRows = Tile::kRows * (Tile::kColumns / Tile::kWarpColumns) +
-                             Tile::kColumns * (Tile::kRows / Tile::kWarpRows);
+constexpr GemmKernelFacts portable_facts(GemmKernel kernel, const char* name) {
+    return {kernel,
+            name,
+            GemmFamily::kPortable,
+            Tile::kRows,
+            Tile::kColumns,
+            Tile::kSharedBytes,
+            Tile::kRows * (Tile::kColumns / Tile::kWarpColumns) +
+                Tile::kColumns * (Tile::kRows / Tile::kWarpRows)};
+}
+template <class Tile>
+constexpr GemmKernelFacts large_facts(GemmKernel kernel, const char* name) {
+    const GemmFamily family = Tile::kSwiglu ? GemmFamily::kSwiglu : GemmFamily::kLarge;
+    return {kernel, name, family, Tile::kRows, Tile::kColumns, kSharedOfOne};
+}
+template <class Tile>
+constexpr GemmKernelFacts small_facts(GemmKernel kernel, const char* name) {
+    return {kernel, name, GemmFamily::kSmall, Tile::kTokens, Tile::kColumns, kSharedOfTwo};
+}
+
 constexpr GemmKernelFacts kGemmKernels[] = {
-    {GemmKernel::kPortable128x128, "portable_128x128", 128, 128, 136 * 1024, 80,
-     kDecodedRows<PortableTile128>},
-    {GemmKernel::kPortable64x128, "portable_64x128", 64, 128, 76 * 1024, 80,
-     kDecodedRows<PortableTile64>},
-    {GemmKernel::kPortable16x128, "portable_16x128", 16, 128, 76 * 1024, 80,
-     kDecodedRows<PortableTile16>},
-    {GemmKernel::kHopper128x128, "sm90_128x128", 128, 128, 227 * 1024, 90},
-    {GemmKernel::kHopper128x192, "sm90_128x192", 128, 192, 227 * 1024, 90},
-    {GemmKernel::kHopper256x128, "sm90_256x128", 256, 128, 227 * 1024, 90},
-    {GemmKernel::kHopper64x256, "sm90_64x256", 64, 256, 227 * 1024, 90},
-    {GemmKernel::kHopperFine, "sm90_128x128_fine", 128, 128, 227 * 1024, 90},
-    {GemmKernel::kHopperPingPong, "sm90_pingpong_128x128", 128, 128, 227 * 1024, 90},
-    {GemmKernel::kHopperSwiglu, "sm90_swiglu_128x256", 128, 256, 227 * 1024, 90},
-    {GemmKernel::kSmall8, "sm90_small_8x64", 8, 64, 113 * 1024, 90},
-    {GemmKernel::kSmall16, "sm90_small_16x64", 16, 64, 113 * 1024, 90},
-    {GemmKernel::kSmall32, "sm90_small_32x64", 32, 64, 113 * 1024, 90},
-    {GemmKernel::kSmall64, "sm90_small_64x64", 64, 64, 113 * 1024, 90},
+    portable_facts<PortableTile128>(GemmKernel::kPortable128x128, "portable_128x128"),
+    portable_facts<PortableTile64>(GemmKernel::kPortable64x128, "portable_64x128"),
+    portable_facts<PortableTile16>(GemmKernel::kPortable16x128, "portable_16x128"),
+    large_facts<HopperTile128x128>(GemmKernel::kHopper128x128, "sm90_128x128"),
+    large_facts<HopperTile128x192>(GemmKernel::kHopper128x192, "sm90_128x192"),
+    large_facts<HopperTile256x128>(GemmKernel::kHopper256x128, "sm90_256x128"),
+    large_facts<HopperTile64x256>(GemmKernel::kHopper64x256, "sm90_64x256"),
+    large_facts<HopperTileFine>(GemmKernel::kHopperFine, "sm90_128x128_fine"),
+    large_facts<HopperTilePingPong>(GemmKernel::kHopperPingPong, "sm90_pingpong_128x128"),
+    large_facts<HopperTileSwiglu>(GemmKernel::kHopperSwiglu, "sm90_swiglu_128x256"),
+    small_facts<SmallTile8>(GemmKernel::kSmall8, "sm90_small_8x64"),
+    small_facts<SmallTile16>(GemmKernel::kSmall16, "sm90_small_16x64"),
+    small_facts<SmallTile32>(GemmKernel::kSmall32, "sm90_small_32x64"),
+    small_facts<SmallTile64>(GemmKernel::kSmall64, "sm90_small_64x64"),
 };
+
+constexpr const GemmKernelFacts& facts_of(GemmKernel kernel) {
+    return kGemmKernels[static_cast<int>(kernel)];
+}
 
 struct GemmSizes {
     int64_t groups;
@@ -186,20 +223,22 @@ struct GemmPlan {
     int split = 1;  // parts of K, each a block of a cluster: of kSmall*
 };
 
-constexpr bool is_small(GemmKernel kernel) { return kernel >= GemmKernel::kSmall8; }
+constexpr bool is_small(GemmKernel kernel) { return facts_of(kernel).family == GemmFamily::kSmall; }
 constexpr bool is_ping_pong(GemmKernel kernel) { return kernel == GemmKernel::kHopperPingPong; }
 constexpr bool is_large_hopper(GemmKernel kernel) {
-    return kernel >= GemmKernel::kHopper128x128 && !is_small(kernel);
+    return facts_of(kernel).family == GemmFamily::kLarge ||
+           facts_of(kernel).family == GemmFamily::kSwiglu;
 }
 
 // About how many clocks a call takes. Only the order of plans matters; the rates are data sheets',
 // the fixed clocks are guesses. None of it has been measured.
 constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const Chip& chip) {
+    const GemmKernelFacts& facts = facts_of(plan.kernel);
     // Of one multiprocessor, for a clock: bytes that it may get from L2 (DeepGEMM's model has 46.6
     // for H100), its share of the memory's (3.35 TB/s by 132 at 1.75 GHz), multiply-adds.
     constexpr double kCacheBytes = 46, kMemoryBytes = 14.5;
     const double products =  // promotion is not quite hidden
-        0.85 * (chip.capability == 90 && plan.kernel >= GemmKernel::kHopper128x128 ? 4096 : 1024);
+        0.85 * (facts.capability() == 90 ? 4096 : 1024);
     // Five instructions turn four codes into fp16; 128 lanes issue at a time.
     constexpr double kDecodeRow = 128 * 5 / 4 / 128.0;
     // The result's way out and the next tile's way in. The blocks of a cluster meet when the kernel
@@ -210,7 +249,6 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     constexpr double kAlone = 0.65, kPingPong = 0.78;
     constexpr double kSecondKernel = 4000;  // to start it and to fill the GPU once more
 
-    const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];
     const bool small = is_small(plan.kernel);
     const int cluster = small ? plan.split : plan.share != Share::kNone ? 2 : 1;
     const int64_t unit_rows = facts.rows * (plan.share == Share::kB ? 2 : 1);
@@ -260,9 +298,9 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
 
 // Whether the plan may serve such a call.
 constexpr bool may_serve(const GemmPlan& plan, const GemmSizes& sizes, const Chip& chip) {
-    const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];
+    const GemmKernelFacts& facts = facts_of(plan.kernel);
     if (chip.shared_memory < facts.shared_memory) return false;
-    if (facts.capability == 90) {
+    if (facts.capability() == 90) {
         if (chip.capability != 90 || sizes.k == 0) return false;
     } else if (chip.capability == 90 && sizes.k > 0) {
         return false;  // it has kernels of its own
@@ -303,7 +341,7 @@ constexpr GemmPlan plan_gemm(const GemmSizes& sizes, const Chip& chip) {
 }
 
 // q_a and kv_a of Kimi-K2 for one token: 33 tiles of 64 columns would leave 99 of 132 idle.
-constexpr Chip kH100{90, 132, 227 * 1024};
+constexpr Chip kH100{90, 132, kSharedOfOne};
 static_assert(plan_gemm({1, 1, 2112, 7168, false, false, false}, kH100).split >= 4);
 static_assert(plan_gemm({1, 1, 2112, 7168, false, true, false}, kH100).split == 1);
 static_assert(plan_gemm({1, 4096, 2112, 7168, false, false, false}, {80, 108, 163 * 1024}).kernel ==

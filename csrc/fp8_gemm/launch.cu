@@ -11,6 +11,7 @@ namespace {
 
 template <class Tile>
 void launch_portable(const Fp8GemmParams& p, const Chip& chip, void* stream) {
+    static_assert(sizeof(PortableStorage<Tile>) == Tile::kSharedBytes);
     const int64_t tiles = tiles_at_most(p, Tile::kRows, Tile::kColumns);
     const int64_t blocks = std::min<int64_t>(tiles, int64_t(chip.multiprocessors) * Tile::kBlocks);
     LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads};
@@ -34,7 +35,7 @@ void launch_fp8_gemm(const Fp8GemmParams& p,
                      void* stream) {
     if (p.groups.number == 0 || p.a.rows == 0 || p.b.rows == 0) return;
     check_sizes(p);
-    const bool quantizes = asked.kernel == GemmKernel::kHopperSwiglu;
+    const bool quantizes = facts_of(asked.kernel).family == GemmFamily::kSwiglu;
     const GemmPlan plan = serving(asked, p);
     if (quantizes != (p.d_scales.values != nullptr) ||
         (quantizes && (plan.kernel != asked.kernel || p.b.rows % 256 != 0))) {
@@ -42,8 +43,8 @@ void launch_fp8_gemm(const Fp8GemmParams& p,
                                 "columns, K > 0, and a scale of B for each 128x128"
                               : "fp8_gemm: sm90_swiglu_128x256 alone quantises its result");
     }
-    const GemmKernelFacts& facts = kGemmKernels[static_cast<int>(plan.kernel)];
-    if (chip.capability < facts.capability || chip.shared_memory < facts.shared_memory) {
+    const GemmKernelFacts& facts = facts_of(plan.kernel);
+    if (chip.capability < facts.capability() || chip.shared_memory < facts.shared_memory) {
         throw Error(std::string("fp8_gemm: ") + facts.name + " does not run on this GPU, sm_" +
                     std::to_string(chip.capability) + " with " +
                     std::to_string(chip.shared_memory) + " bytes of shared memory a block");
@@ -55,13 +56,9 @@ void launch_fp8_gemm(const Fp8GemmParams& p,
             return launch_portable<PortableTile64>(p, chip, stream);
         case GemmKernel::kPortable16x128:
             return launch_portable<PortableTile16>(p, chip, stream);
-        case GemmKernel::kSmall8:
-        case GemmKernel::kSmall16:
-        case GemmKernel::kSmall32:
-        case GemmKernel::kSmall64:
-            return launch_fp8_gemm_sm90_small(p, plan, chip, stream);
         default:
-            return launch_fp8_gemm_sm90(p, plan, chip, stream);
+            return is_small(plan.kernel) ? launch_fp8_gemm_sm90_small(p, plan, chip, stream)
+                                         : launch_fp8_gemm_sm90(p, plan, chip, stream);
     }
 }
 

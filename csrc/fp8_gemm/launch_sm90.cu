@@ -36,7 +36,7 @@ void launch_tile(const Fp8GemmParams& p, Share share, const Chip& chip, void* st
                                         Tile::kColumns * (share == Share::kA ? 2 : 1));
     const int64_t clusters = std::min<int64_t>(tiles, chip.multiprocessors / (shares ? 2 : 1));
     LaunchShape shape{static_cast<unsigned>(clusters * (shares ? 2 : 1)), Tile::kThreads};
-    static_assert(sizeof(HopperStorage<Tile>) <= 227 * 1024);
+    static_assert(sizeof(HopperStorage<Tile>) <= kSharedOfOne);
     shape.stream = stream;
     shape.cluster = shares ? 2 : 1;
     launch<fp8_gemm_sm90_kernel<Tile>, sizeof(HopperStorage<Tile>)>(shape, p, maps, share);

@@ -17,7 +17,7 @@ void launch_tile(const Fp8GemmParams& p, int split, const Chip& chip, void* stre
     const int64_t tiles = tiles_at_most(p, Tile::kTokens, Tile::kColumns);
     const int64_t clusters = std::min<int64_t>(tiles, 2 * chip.multiprocessors / split);
     LaunchShape shape{static_cast<unsigned>(clusters * split), Tile::kThreads};
-    static_assert(sizeof(SmallStorage<Tile>) <= 113 * 1024, "two blocks fit");
+    static_assert(sizeof(SmallStorage<Tile>) <= kSharedOfTwo);
     shape.stream = stream;
     shape.cluster = split;
     launch<fp8_gemm_sm90_small_kernel<Tile>, sizeof(SmallStorage<Tile>)>(shape, p, maps, split);
