@@ -8,13 +8,14 @@ namespace {
 
 void check(const Exchange& x, int64_t tokens = 0) {
     if (x.world < 1 || x.world > kMostRanks || x.top_k < 0 || x.top_k > 32 || x.experts < x.world) {
-        throw Error("k2kernels: exchanges take 1 to 64 ranks, each with an expert, and top-32");
+        throw Error("k2kernels: exchanges support 1 to 64 ranks, each with an expert, and top-32");
     }
     if (x.most_tokens > kMostFlagRows || x.call >> kFlagCallBits != 0) {
-        throw Error("k2kernels: exchanges take up to 2^24 - 1 tokens a rank, and calls up to 255");
+        throw Error(
+            "k2kernels: exchanges support up to 2^24 - 1 tokens per rank, and calls up to 255");
     }
     if (tokens < 0 || tokens > x.most_tokens) {
-        throw Error("k2kernels: an exchange takes no more tokens than its buffers have room for");
+        throw Error("k2kernels: an exchange has more tokens than the capacity of its buffers");
     }
 }
 

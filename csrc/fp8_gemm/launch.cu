@@ -19,11 +19,11 @@ void launch_portable(const Fp8GemmParams& p, const Chip& chip, void* stream) {
     launch<fp8_gemm_portable_kernel<Tile>, sizeof(PortableStorage<Tile>)>(shape, p);
 }
 
-// Kernels count rows, columns and tiles, of which there is one for each 16 rows, in 32 bits.
+// Kernels index rows, columns and tiles (at least 16 rows each) in 32 bits.
 void check_sizes(const Fp8GemmParams& p) {
     const int64_t most = (int64_t(1) << 31) - 1 - 256;
     if (std::max({p.a.rows, p.b.rows, p.k, tiles_at_most(p, 16, 128)}) > most) {
-        throw Error("fp8_gemm: rows, columns and K must be below 2^31, and so must the tiles be");
+        throw Error("fp8_gemm: rows, columns, K and the number of tiles must be below 2^31");
     }
 }
 
@@ -47,7 +47,7 @@ void launch_fp8_gemm(const Fp8GemmParams& p,
     if (chip.capability < facts.capability() || chip.shared_memory < facts.shared_memory) {
         throw Error(std::string("fp8_gemm: ") + facts.name + " does not run on this GPU, sm_" +
                     std::to_string(chip.capability) + " with " +
-                    std::to_string(chip.shared_memory) + " bytes of shared memory a block");
+                    std::to_string(chip.shared_memory) + " bytes of shared memory per CTA");
     }
     switch (plan.kernel) {
         case GemmKernel::kPortable128x128:

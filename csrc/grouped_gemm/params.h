@@ -7,19 +7,19 @@
 
 namespace k2k {
 
-// Which product of unquantised experts.
+// The product of unquantised experts: see kernel_sm80.cuh.
 enum class GroupedGemm : int32_t { kForward, kDgrad, kWgrad };
 
-// D = A B, as kernel_sm80.cuh says for each kind. Rows of A and B begin at multiples of 16 bytes.
+// D = A B of one kind. Rows of A and B begin at multiples of 16 bytes.
 struct GroupedGemmParams {
     GroupedGemm kind;
     Type type;      // of all three
     const void* a;  // [slots, summed axis], for wgrad [slots, rows]
     const void* b;  // [groups, columns, K]; dgrad: [groups, N, columns]; wgrad: [slots, columns]
     void* d;        // [slots, columns] or [groups, rows, columns], contiguous
-    int64_t rows, columns;  // of D: all slots, or a group's
-    int64_t depth;          // of the summed axis; for wgrad all slots
-    int64_t expected;       // slots in use, as far as the host can tell: chooses the tile
+    int64_t rows, columns;  // of D: of all slots, or (wgrad) of a group
+    int64_t depth;          // length of the summed axis; for wgrad all slots
+    int64_t expected;       // the host's estimate of slots in use: chooses the tile
     int64_t a_row_stride, b_row_stride, b_matrix_stride, d_matrix_stride;
     tile::Groups groups;
 };

@@ -22,7 +22,7 @@ void check_experts(int experts) {
     check(experts >= 1 && experts <= kMostExperts, "1 to 1,024 experts");
 }
 
-// Calls f with the number of vectors that hold `experts`, as a constant.
+// Calls f with the number of vectors of `experts` as a constant.
 template <class F>
 void by_vectors(int experts, F&& f) {
     switch (route_vectors(experts)) {
