@@ -26,7 +26,7 @@
 //           epoch, and a CUDA graph may hold any number of exchanges.
 // Faults    A wait ends without a usable flag if the rank is late, if another rank aborted, or if
 //           the flag is of another call (another dtype, say). It then writes the error record and
-//           the abort word of every rank, the late one too, and hands on "no rows" (scatter) or
+//           the abort word of every rank, the late one too, and reports "no rows" (scatter) or
 //           weights that are NaN (gather). From then on this rank sends nothing: its peers cannot
 //           pass the next epoch, so no row is overwritten that a late rank still reads. Nothing
 //           traps.
@@ -377,14 +377,14 @@ __global__ void __launch_bounds__(kExchangeThreads)
     if (threadIdx.x == 0) smem.rows = await_flag(x, epoch, source);
     arch::sync_block();
     // Copy the returned rows' numbers; after a fault make the pairs' weights NaN.
-    const bool came = smem.rows >= 0;
+    const bool arrived = smem.rows >= 0;
     const int32_t* numbers = in_buffer<int32_t>(x, x.rank, half_of(x, epoch) + x.at.numbers);
     for (int64_t pair = threadIdx.x; pair < p.tokens * x.top_k; pair += kExchangeThreads) {
         const int rank = place_of(x, index_at(p.indices, p.wide_indices, pair)).rank;
         if (rank != source && !(rank < 0 && source == x.rank)) continue;
-        p.slot_of[pair] = rank < 0 ? -1 : came ? numbers[pair] : static_cast<int32_t>(pair);
+        p.slot_of[pair] = rank < 0 ? -1 : arrived ? numbers[pair] : static_cast<int32_t>(pair);
         const float weight = p.weights == nullptr ? 1.0f : p.weights[pair];
-        p.poison_weights[pair] = came ? weight : soft::bits_float(0x7fc00000);
+        p.poison_weights[pair] = arrived ? weight : soft::bits_float(0x7fc00000);
     }
 }
 

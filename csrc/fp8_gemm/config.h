@@ -30,12 +30,12 @@ constexpr int64_t tiles_at_most(const Fp8GemmParams& p, int tile_rows, int tile_
 
 // ---- portable kernel: 8 warps divide a tile of D. A warp keeps the accumulators of the current
 // block of K and the result in registers, 2 x (warp_rows x warp_columns / 32) floats per lane.
-template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kStages_, int kBlocks_>
+template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kStages_, int kCtas_>
 struct PortableTile {
     static constexpr int kRows = kRows_, kColumns = kColumns_;
     static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
     static constexpr int kStages = kStages_;
-    static constexpr int kBlocks = kBlocks_;  // CTAs per SM
+    static constexpr int kCtas = kCtas_;  // CTAs per SM
     static constexpr int kThreads = 256;
     // Of PortableStorage: codes, scales, NaN flags, and 32 bytes for each warp's tile of a stage.
     static constexpr int kSharedBytes =
@@ -255,16 +255,16 @@ constexpr double gemm_clocks(const GemmSizes& sizes, const GemmPlan& plan, const
     const int64_t unit_columns = facts.columns * (plan.share == Share::kA ? 2 : 1);
     const int64_t units =
         sizes.groups * ceil_div(sizes.rows, unit_rows) * ceil_div(sizes.columns, unit_columns);
-    const int64_t blocks_here =  // CTAs per SM
+    const int64_t ctas_per_sm =  // CTAs per SM
         small && units * cluster > chip.multiprocessors ? 2 : 1;
-    const int64_t at_once = blocks_here * chip.multiprocessors / cluster;
+    const int64_t at_once = ctas_per_sm * chip.multiprocessors / cluster;
     const int64_t rounds = ceil_div(units, at_once > 0 ? at_once : 1);
 
     const double a_bytes = 128.0 * facts.rows / (plan.share == Share::kA ? 2 : 1);
     const double b_bytes = 128.0 * facts.columns / (plan.share == Share::kB ? 2 : 1);
     // A small tile has one wgmma chain and is bound by its latency, about 300 clocks per block of
     // K.
-    const double copy = (a_bytes + b_bytes) * blocks_here / kCacheBytes;
+    const double copy = (a_bytes + b_bytes) * ctas_per_sm / kCacheBytes;
     const double decode = chip.capability < 89 ? kDecodeRow * facts.decoded_rows : 0;
     const double multiply = small ? 300 : 128.0 * facts.rows * facts.columns / products + decode;
     const double block = copy > multiply ? copy : multiply;

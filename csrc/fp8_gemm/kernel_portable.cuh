@@ -191,7 +191,7 @@ K2K_DEVICE void multiply(float (&sum)[Tile::kWarpRows / 16][Tile::kWarpColumns /
 // ---- the kernel
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     fp8_gemm_portable_kernel(const __grid_constant__ Fp8GemmParams p) {
     using Storage = PortableStorage<Tile>;
     constexpr int kRowTiles = Tile::kWarpRows / 16, kColumnTiles = Tile::kWarpColumns / 8;

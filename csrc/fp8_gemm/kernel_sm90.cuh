@@ -9,9 +9,9 @@
 //           kColumnScales = 1, kFine = kSwiglu = false. Then fp8_gemm_sm90_kernel (roles),
 //           load_factors and load_scales (producers), multiply_tiles (consumers), store_panels
 //           (epilogue). Everything else is a variant, marked at its branch:
-//             kWaves = 2         a warpgroup has 128 rows, in two waves of 64 (256x128, ping-pong)
-//             kAcross = 2        the warpgroups divide the columns, not the rows (64x256, SwiGLU)
-//             kColumnScales = 2  the tile meets two 128-column scales of B (128x192, 64x256)
+//             kWaves = 2         a warpgroup has 128 rows, 64 at a time: 256x128, ping-pong, SwiGLU
+//             kAcross = 2        the warpgroups divide the columns, not the rows: 64x256, SwiGLU
+//             kColumnScales = 2  two 128-column scales of B per tile: 128x192, 64x256, SwiGLU
 //             kFine              1x128 scales of B: one for each column; and groups along K
 //             kPipelines = 2     ping-pong: each warpgroup has tiles and stages of its own
 //             kSwiglu            gate and up in one tile, quantised epilogue: swiglu_sm90.cuh
@@ -40,9 +40,9 @@
 //   named        NamedBarrier in pipeline_sm90.cuh
 //
 // Stage     tile_rows + tile_columns rows of 128 bytes, 128-byte swizzle, and their scales.
-// Result    goes through shared memory, 64 columns of a warpgroup at a time, and out by TMA. If the
-//           group's rows end inside, with bias or C, for float32, and if rows of D do not begin at
-//           multiples of 16 bytes: 32 columns at a time, row by row.
+// Result    64 columns of a warpgroup at a time through shared memory by TMA. With bias or C, for
+//           float32, if the group ends inside the 64 rows, or if rows of D do not begin at
+//           multiples of 16 bytes: row by row, 32 columns at a time.
 // Registers 56 per thread of warps 0 to 3, 224 of the others, of which sum and result take
 //           columns / 2 x (1 + waves): 128 to 192.
 // Shared    of 227 KB: stages x (rows + columns) x 132 bytes or less, panels of 8 KB.
@@ -145,7 +145,7 @@ K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem,
         const int b_matrix = p.b.matrices > 1 ? tile.group : 0;
         for (int k = tile.k_begin; k < tile.k_end; k += kBlockK, stage.advance()) {
             if (arch::lane_id() != 0) continue;
-            // Wait until all consumers have released the stage, share: those of both CTAs.
+            // Wait until all consumers have released the stage (share: of both CTAs).
             arch::Mbarrier& full = smem.full[stage.slot];
             arch::mbarrier_wait(smem.empty[stage.slot], stage.parity ^ 1);
             // Start the copies; their bytes complete `full`.
@@ -461,7 +461,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
                     arch::barrier_sync(kWarpgroupBarrier + warpgroup, 128);
                 }
             }
-            // Releases the stage to the producers, share: of both CTAs. Its codes have been read,
+            // Releases the stage to the producers (share: of both CTAs). Its codes have been read,
             // and its scales are in registers or used.
             const auto release = [&] {
                 arch::sync_warp();
@@ -502,8 +502,10 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
                     // 1x128 scales of B: one for each column, from shared memory.
                     promote(result[wave], sum, a_scale, b_scales + first_column + lane % 4 * 2);
                 } else if constexpr (Tile::kColumnScales == 1 || Tile::kAcross > 1) {
+                    // 128x128 scales: one for the warpgroup's columns.
                     promote<kColumns>(result[wave], sum, a_scale, b0, b0);
                 } else {
+                    // 128x192: two, which change at column 64 or 128.
                     if (boundary == 128) {
                         promote<128>(result[wave], sum, a_scale, b0, b1);
                     } else {

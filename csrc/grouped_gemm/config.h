@@ -9,13 +9,13 @@ namespace k2k {
 
 // Warps of 32 columns divide a tile of D: 16 columns are one ldmatrix of B, and 32 one transpose in
 // quads of lanes before D is stored.
-template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kStages_, int kBlocks_>
+template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kStages_, int kCtas_>
 struct GroupedGemmTile {
     static constexpr int kRows = kRows_, kColumns = kColumns_;
     static constexpr int kDepth = kDepth_;  // elements of the summed axis per stage
     static constexpr int kWarpRows = kWarpRows_, kWarpColumns = 32;
     static constexpr int kStages = kStages_;
-    static constexpr int kBlocks = kBlocks_;  // CTAs per SM
+    static constexpr int kCtas = kCtas_;  // CTAs per SM
     static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * 32;
 };
 // 64 accumulators per lane and 24 words of operands allow two CTAs per SM, so that one's prologue

@@ -171,7 +171,7 @@ K2K_DEVICE void multiply_stage(float (&sums)[Tile::kWarpRows / 16][4][4],
 }
 
 template <class T, class Tile, bool kAByColumns, bool kBByColumns>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     grouped_gemm_kernel(const __grid_constant__ GroupedGemmParams p) {
     using Panels = GroupedGemmPanels<T, Tile, kAByColumns, kBByColumns>;
     using Stage = typename Panels::Storage::Stage;

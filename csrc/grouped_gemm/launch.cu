@@ -9,7 +9,7 @@ namespace k2k {
 namespace {
 
 void check(bool fits, const char* what) {
-    if (!fits) throw Error(std::string("k2kernels: the kernels of grouped_gemm take ") + what);
+    if (!fits) throw Error(std::string("k2kernels: the kernels of grouped_gemm support ") + what);
 }
 
 template <class T, class Tile, bool kAByColumns, bool kBByColumns>
@@ -17,8 +17,8 @@ void launch_gemm_tile(const GroupedGemmParams& p, int multiprocessors, void* str
     const int64_t tiles = grouped_gemm_tiles(p, Tile::kRows, Tile::kColumns);
     check(std::max({tiles, p.rows, p.columns, p.depth}) <= INT32_MAX - 256,
           "fewer than 2^31 rows, columns and tiles of a product");
-    const int64_t blocks = std::min<int64_t>(tiles, int64_t(multiprocessors) * Tile::kBlocks);
-    LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads};
+    const int64_t ctas = std::min<int64_t>(tiles, int64_t(multiprocessors) * Tile::kCtas);
+    LaunchShape shape{static_cast<unsigned>(ctas), Tile::kThreads};
     shape.stream = stream;
     using Storage = typename GroupedGemmPanels<T, Tile, kAByColumns, kBByColumns>::Storage;
     launch<grouped_gemm_kernel<T, Tile, kAByColumns, kBByColumns>, sizeof(Storage)>(shape, p);

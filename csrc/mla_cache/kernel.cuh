@@ -8,8 +8,7 @@
 // Warp      One token, 16 contiguous elements per lane and iteration: 512 columns. All warps have
 //           the same role.
 // 656 bytes The latent is exactly one iteration, a block of 128 in eight lanes; the first four
-// lanes
-//           move the 64 elements of the rope part.
+//           lanes move the 64 elements of the rope part.
 // Traffic   2,304 bytes per token from bfloat16 to bfloat16, 1,808 from bfloat16 to 656 bytes. The
 //           chain position -> page -> row is three dependent loads; other warps hide its latency:
 //           32 warps per SM have 36 KiB in flight.

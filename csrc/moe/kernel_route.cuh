@@ -104,7 +104,7 @@ struct Scores {
 
     // Softmax: computes largest and sum of the row, which the warp's lanes have in logits.
     template <int kCount>
-    K2K_DEVICE void see(const float (&logits)[kCount]) {
+    K2K_DEVICE void prepare(const float (&logits)[kCount]) {
         if (!softmax) return;
         // Maximum over the lane, then over the warp; NaN and -inf are left out.
         largest = -FLT_MAX;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
         K2K_UNROLL
         for (int v = 0; v < kVectors; ++v) logits.load_four(row + 4 * v, 128 * v + 4 * lane);
         Scores scores{p.softmax};
-        scores.see(row);
+        scores.prepare(row);
 
         // Compute keys of score + bias; 0 beyond the last expert.
         const Floats bias{p.bias, Type::kF32, p.experts};
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
         if (p.softmax) {
             K2K_UNROLL
             for (int v = 0; v < kVectors; ++v) logits.load_four(row + 4 * v, 128 * v + 4 * lane);
-            scores.see(row);
+            scores.prepare(row);
         }
 
         // Lane k: recompute the k-th weight from its logit.

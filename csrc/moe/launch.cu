@@ -11,7 +11,7 @@ namespace k2k {
 namespace {
 
 void check(bool fits, const char* what) {
-    if (!fits) throw Error(std::string("k2kernels: the kernels of moe take ") + what);
+    if (!fits) throw Error(std::string("k2kernels: the kernels of moe support ") + what);
 }
 
 void check_top_k(int top_k) {

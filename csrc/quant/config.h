@@ -54,20 +54,22 @@ constexpr int norm_blocks(int thread_bytes) {
 // A grid-stride grid over tiles: y over rows, x over columns. Rows get CTAs first, so that a CTA
 // finds the rows of groups once for many columns; columns are divided only as far as the GPU would
 // otherwise be idle.
-struct Walk {
+struct TileGrid {
     unsigned x, y;
 };
 constexpr int64_t kEnoughBlocks = 2048;  // two waves of 8 CTAs on 132 SMs
 constexpr int64_t kMostRowTiles = 8192;  // of a grid: enough to keep the last wave short
 
-constexpr Walk walk(int64_t row_tiles, int64_t column_tiles) {
+constexpr TileGrid tile_grid(int64_t row_tiles, int64_t column_tiles) {
     const int64_t y = row_tiles < kMostRowTiles ? row_tiles : kMostRowTiles;
     int64_t x = ceil_div(kEnoughBlocks, y);
     if (x > column_tiles) x = column_tiles;
     return {static_cast<unsigned>(x), static_cast<unsigned>(y)};
 }
-static_assert(walk(1, 14).x == 14 && walk(1, 14).y == 1, "one token: all columns at once");
-static_assert(walk(8192, 14).x == 1 && walk(8192, 14).y == 8192, "many tokens: a CTA per row tile");
-static_assert(walk(int64_t(1) << 40, 14).y == 8192, "more rows than a grid: grid-stride");
+static_assert(tile_grid(1, 14).x == 14 && tile_grid(1, 14).y == 1,
+              "one token: all columns at once");
+static_assert(tile_grid(8192, 14).x == 1 && tile_grid(8192, 14).y == 8192,
+              "many tokens: a CTA per row tile");
+static_assert(tile_grid(int64_t(1) << 40, 14).y == 8192, "more rows than a grid: grid-stride");
 
 }  // namespace k2k

@@ -11,8 +11,8 @@ namespace k2k {
 namespace {
 
 LaunchShape row_shape(int64_t batches, int64_t rows, int64_t columns, void* stream) {
-    const Walk grid =
-        walk(batches * ceil_div(rows, kTileRows), ceil_div(columns, 128 * kTileBlocks));
+    const TileGrid grid =
+        tile_grid(batches * ceil_div(rows, kTileRows), ceil_div(columns, 128 * kTileBlocks));
     LaunchShape shape{{grid.x, grid.y}, kRowThreads};
     shape.stream = stream;
     return shape;
@@ -45,8 +45,8 @@ void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
     by_float_type(p.type, [&](auto* type) {
         using T = Element<decltype(type)>;
         constexpr int kColumns = transpose_columns(sizeof(T));
-        const Walk grid =
-            walk(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
+        const TileGrid grid =
+            tile_grid(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
         LaunchShape shape{{grid.x, grid.y}, kTransposeThreads};
         shape.stream = stream;
         launch<quantize_transposed_kernel<T>, sizeof(TransposeStorage<kColumns>)>(shape, p);

@@ -11,8 +11,8 @@ namespace k2k {
 struct RowGroups {
     // [num_groups + 1]: first row of each group; null if each matrix is a group.
     const int32_t* offsets;
-    const int32_t*
-        counts;  // [num_groups]: rows of each group; null if it ends where the next begins
+    // [num_groups]: rows of each group; null if it ends where the next one begins.
+    const int32_t* counts;
     int32_t num_groups;
 };
 
