@@ -235,7 +235,9 @@ K2K_DEVICE int64_t await_flag(const Exchange& x, uint32_t epoch, int source) {
     return -1;
 }
 
-K2K_DEVICE int64_t pieces_of(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeBytes); }
+K2K_HOST_DEVICE int64_t pieces_of(const ByteRows& rows) {
+    return ceil_div(rows.bytes, kExchangeBytes);
+}
 
 __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
     scatter_kernel(const __grid_constant__ ScatterParams p) {

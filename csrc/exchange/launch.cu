@@ -20,26 +20,19 @@ void check(const Exchange& x, int64_t tokens = 0) {
 }
 
 LaunchShape blocks_for(int64_t tasks, unsigned most, void* stream) {
-    const int64_t wanted = ceil_div(tasks, kExchangeWarps);
-    const int64_t blocks = wanted < 1 ? 1 : wanted < most ? wanted : most;
-    LaunchShape shape{static_cast<unsigned>(blocks), kExchangeThreads};
-    shape.stream = stream;
-    return shape;
+    const int64_t blocks = std::clamp<int64_t>(ceil_div(tasks, kExchangeWarps), 1, most);
+    return {static_cast<unsigned>(blocks), kExchangeThreads, 0, stream};
 }
 
 LaunchShape block_for_each_rank(const Exchange& x, void* stream) {
-    LaunchShape shape{static_cast<unsigned>(x.world), kExchangeThreads};
-    shape.stream = stream;
-    return shape;
+    return {static_cast<unsigned>(x.world), kExchangeThreads, 0, stream};
 }
-
-int64_t pieces(const ByteRows& rows) { return ceil_div(rows.bytes, kExchangeBytes); }
 
 }  // namespace
 
 void launch_scatter(const ScatterParams& p, unsigned blocks, void* stream) {
     check(p.exchange, p.tokens);
-    const int64_t tasks = p.tokens * (pieces(p.parts[0]) + pieces(p.parts[1]));
+    const int64_t tasks = p.tokens * (pieces_of(p.parts[0]) + pieces_of(p.parts[1]));
     launch<scatter_kernel>(blocks_for(tasks, blocks, stream), p);
 }
 
@@ -50,7 +43,7 @@ void launch_scatter_wait(const ScatterWaitParams& p, void* stream) {
 
 void launch_gather(const GatherParams& p, unsigned blocks, void* stream) {
     check(p.exchange);
-    const int64_t tasks = p.exchange.world * p.exchange.most_tokens * pieces(p.rows);
+    const int64_t tasks = p.exchange.world * p.exchange.most_tokens * pieces_of(p.rows);
     launch<gather_kernel>(blocks_for(tasks, blocks, stream), p);
 }
 

@@ -14,8 +14,7 @@ void launch_portable(const Fp8GemmParams& p, const Chip& chip, void* stream) {
     static_assert(sizeof(PortableStorage<Tile>) == Tile::kSharedBytes);
     const int64_t tiles = tiles_at_most(p, Tile::kRows, Tile::kColumns);
     const int64_t ctas = std::min<int64_t>(tiles, int64_t(chip.multiprocessors) * Tile::kCtas);
-    LaunchShape shape{static_cast<unsigned>(ctas), Tile::kThreads};
-    shape.stream = stream;
+    LaunchShape shape{static_cast<unsigned>(ctas), Tile::kThreads, 0, stream};
     launch<fp8_gemm_portable_kernel<Tile>, sizeof(PortableStorage<Tile>)>(shape, p);
 }
 

@@ -26,7 +26,8 @@ bool result_map(const Fp8GemmParams& p, arch::TensorMap& map) {
 
 template <class Tile>
 void launch_tile(const Fp8GemmParams& p, Share share, const Chip& chip, void* stream) {
-    const bool shares = share != Share::kNone;
+    static_assert(sizeof(HopperStorage<Tile>) <= kSharedOfOne);
+    const unsigned cluster = share != Share::kNone ? 2 : 1;
     HopperMaps maps = {};
     maps.a = codes_map(p.a, p.k, share == Share::kA ? Tile::kRows / 2 : Tile::kRows);
     const int columns = Tile::kSwiglu ? 128 : Tile::kColumns;  // per TMA copy
@@ -34,11 +35,9 @@ void launch_tile(const Fp8GemmParams& p, Share share, const Chip& chip, void* st
     maps.stores_by_tma = result_map(p, maps.d);
     const int64_t tiles = tiles_at_most(p, Tile::kRows * (share == Share::kB ? 2 : 1),
                                         Tile::kColumns * (share == Share::kA ? 2 : 1));
-    const int64_t clusters = std::min<int64_t>(tiles, chip.multiprocessors / (shares ? 2 : 1));
-    LaunchShape shape{static_cast<unsigned>(clusters * (shares ? 2 : 1)), Tile::kThreads};
-    static_assert(sizeof(HopperStorage<Tile>) <= kSharedOfOne);
-    shape.stream = stream;
-    shape.cluster = shares ? 2 : 1;
+    const int64_t clusters = std::min<int64_t>(tiles, chip.multiprocessors / cluster);
+    const auto ctas = static_cast<unsigned>(clusters * cluster);
+    const LaunchShape shape{ctas, Tile::kThreads, 0, stream, cluster};
     launch<fp8_gemm_sm90_kernel<Tile>, sizeof(HopperStorage<Tile>)>(shape, p, maps, share);
 }
 

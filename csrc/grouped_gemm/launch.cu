@@ -18,8 +18,7 @@ void launch_gemm_tile(const GroupedGemmParams& p, int multiprocessors, void* str
     check(std::max({tiles, p.rows, p.columns, p.depth}) <= INT32_MAX - 256,
           "fewer than 2^31 rows, columns and tiles of a product");
     const int64_t ctas = std::min<int64_t>(tiles, int64_t(multiprocessors) * Tile::kCtas);
-    LaunchShape shape{static_cast<unsigned>(ctas), Tile::kThreads};
-    shape.stream = stream;
+    const LaunchShape shape{static_cast<unsigned>(ctas), Tile::kThreads, 0, stream};
     using Storage = typename GroupedGemmPanels<T, Tile, kAByColumns, kBByColumns>::Storage;
     launch<grouped_gemm_kernel<T, Tile, kAByColumns, kBByColumns>, sizeof(Storage)>(shape, p);
 }

@@ -2,6 +2,8 @@
 
 // Tiles and grids: pure functions of the sizes.
 
+#include <algorithm>
+
 #include "common/dtypes.h"
 #include "common/math.h"
 #include "moe/params.h"
@@ -38,7 +40,7 @@ constexpr int64_t row_pieces(int64_t hidden) {
 // pieces, up to 65,536; beyond, grid-stride, and the last wave is short.
 constexpr unsigned move_blocks(int64_t rows, int64_t hidden, int64_t most) {
     const int64_t blocks = ceil_div(rows * row_pieces(hidden), kMoeWarps);
-    return static_cast<unsigned>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+    return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, most));
 }
 constexpr int64_t kMostPlanningBlocks = 528;
 constexpr int64_t kMostMovingBlocks = 65536;
@@ -76,10 +78,8 @@ constexpr int route_blocks_resident(int vectors) { return vectors <= 3 ? 4 : 2; 
 // 4 CTAs on 132 SMs; 4,096 tokens are one wave. Each CTA adds its counts to the global ones.
 constexpr int64_t kMostRouteBlocks = 528;
 constexpr unsigned route_blocks(int64_t tokens) {
-    const int64_t blocks = ceil_div(tokens, kRouteWarps);
-    return static_cast<unsigned>(blocks < 1                  ? 1
-                                 : blocks < kMostRouteBlocks ? blocks
-                                                             : kMostRouteBlocks);
+    return static_cast<unsigned>(
+        std::clamp<int64_t>(ceil_div(tokens, kRouteWarps), 1, kMostRouteBlocks));
 }
 
 }  // namespace k2k

@@ -45,8 +45,7 @@ void launch_move(const MoeDispatchParams& p, void* stream) {
     const int64_t most = kPlans                        ? kMostPlanningBlocks
                          : p.arrived.counts != nullptr ? kMostArrivedBlocks
                                                        : kMostMovingBlocks;
-    LaunchShape shape{move_blocks(p.tokens, p.hidden, most), kMoeThreads};
-    shape.stream = stream;
+    const LaunchShape shape{move_blocks(p.tokens, p.hidden, most), kMoeThreads, 0, stream};
     if (p.quantize) {
         by_float_type(p.type, [&](auto* type) {
             launch<moe_move_kernel<Element<decltype(type)>, true, kPlans>, kShared>(shape, p);
@@ -64,8 +63,7 @@ void launch_moe_route(const MoeRouteParams& p, void* stream) {
     check_experts(p.experts);
     check_top_k(p.top_k);
     check(p.groups >= 1 && p.groups <= kMostGroups, "1 to 32 groups");
-    LaunchShape shape{route_blocks(p.tokens), kRouteThreads};
-    shape.stream = stream;
+    const LaunchShape shape{route_blocks(p.tokens), kRouteThreads, 0, stream};
     by_vectors(p.experts, [&](auto vectors) {
         launch<moe_route_kernel<decltype(vectors)::value>, sizeof(RouteStorage)>(shape, p);
     });
@@ -75,11 +73,8 @@ void launch_moe_route_backward(const MoeRouteBackwardParams& p, void* stream) {
     if (p.tokens == 0) return;
     check_experts(p.experts);
     check_top_k(p.top_k);
-    const int64_t blocks = ceil_div(p.tokens, kRouteWarps);
-    LaunchShape shape{
-        static_cast<unsigned>(blocks < kMostMovingBlocks ? blocks : kMostMovingBlocks),
-        kRouteThreads};
-    shape.stream = stream;
+    const int64_t blocks = std::min(ceil_div(p.tokens, kRouteWarps), kMostMovingBlocks);
+    const LaunchShape shape{static_cast<unsigned>(blocks), kRouteThreads, 0, stream};
     by_vectors(p.experts, [&](auto vectors) {
         launch<moe_route_backward_kernel<decltype(vectors)::value>>(shape, p);
     });
@@ -90,9 +85,8 @@ void launch_moe_dispatch(const MoeDispatchParams& p, void* stream) {
     check_top_k(p.top_k);
     const int64_t pairs = p.tokens * p.top_k;
     if (plans_in_one_launch(pairs)) return launch_move<true>(p, stream);
-    LaunchShape count{static_cast<unsigned>(ceil_div(pairs, kPlanTile)), kMoeThreads};
-    LaunchShape scan{1, kScanThreads};
-    count.stream = scan.stream = stream;
+    const auto tiles = static_cast<unsigned>(ceil_div(pairs, kPlanTile));
+    LaunchShape count{tiles, kMoeThreads, 0, stream}, scan{1, kScanThreads, 0, stream};
     launch<moe_count_kernel, sizeof(TileRanks)>(count, p);
     launch<moe_scan_kernel, sizeof(PlaceExperts<kScanThreads>)>(scan, p);
     launch_move<false>(p, stream);
@@ -101,8 +95,8 @@ void launch_moe_dispatch(const MoeDispatchParams& p, void* stream) {
 void launch_moe_combine(const MoeCombineParams& p, void* stream) {
     if (p.tokens * p.hidden == 0) return;
     check_top_k(p.top_k);
-    LaunchShape shape{move_blocks(p.tokens, p.hidden, kMostMovingBlocks), kMoeThreads};
-    shape.stream = stream;
+    const LaunchShape shape{move_blocks(p.tokens, p.hidden, kMostMovingBlocks), kMoeThreads, 0,
+                            stream};
     by_float_type(
         p.type, [&](auto* type) { launch<moe_combine_kernel<Element<decltype(type)>>>(shape, p); });
 }
@@ -112,11 +106,8 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream
     check_top_k(p.top_k);
     const unsigned warps = gradient_warps(p.hidden);
     const int64_t pads = ceil_div(p.slots, 32 * warps);  // of an empty batch, say
-    const int64_t wanted = p.tokens > pads ? p.tokens : pads;
-    LaunchShape shape{
-        static_cast<unsigned>(wanted < kMostGradientBlocks ? wanted : kMostGradientBlocks),
-        32 * warps};
-    shape.stream = stream;
+    const int64_t blocks = std::min(std::max(p.tokens, pads), kMostGradientBlocks);
+    const LaunchShape shape{static_cast<unsigned>(blocks), 32 * warps, 0, stream};
     by_float_type(p.type, [&](auto* type) {
         launch<moe_combine_backward_kernel<Element<decltype(type)>>, sizeof(WeightGradients)>(shape,
                                                                                               p);
@@ -125,12 +116,11 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream
 
 void launch_moe_sequence_loss(const MoeLossParams& p, void* stream) {
     check(p.tokens == 0 || p.sequences > 0, "a sequence for each token");
-    LaunchShape pairs{static_cast<unsigned>(
-                          std::min(ceil_div(p.tokens * p.top_k, kMoeThreads), kMostRouteBlocks)),
-                      kMoeThreads};
-    LaunchShape tokens{route_blocks(p.tokens), kMoeThreads};
-    LaunchShape one{1, kMoeThreads};
-    pairs.stream = tokens.stream = one.stream = stream;
+    const int64_t hit_blocks =
+        std::min(ceil_div(p.tokens * p.top_k, kMoeThreads), kMostRouteBlocks);
+    LaunchShape pairs{static_cast<unsigned>(hit_blocks), kMoeThreads, 0, stream};
+    LaunchShape tokens{route_blocks(p.tokens), kMoeThreads, 0, stream};
+    LaunchShape one{1, kMoeThreads, 0, stream};
     if (p.tokens > 0) launch<moe_hits_kernel>(pairs, p);
     if (p.loss == nullptr) {
         if (p.tokens == 0) return;
@@ -145,8 +135,7 @@ void launch_moe_sequence_loss(const MoeLossParams& p, void* stream) {
 void launch_moe_update_bias(const MoeBiasParams& p, void* stream) {
     if (p.experts == 0) return;
     check_experts(p.experts);
-    LaunchShape shape{1, kScanThreads};
-    shape.stream = stream;
+    const LaunchShape shape{1, kScanThreads, 0, stream};
     launch<moe_update_bias_kernel, sizeof(BiasCounts)>(shape, p);
 }
 
