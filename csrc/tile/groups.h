@@ -1,7 +1,7 @@
 #pragma once
 
-// Grouped matrix products: D = A B^T for each of several groups, whose sizes the device alone
-// knows.
+// Grouped matrix products: D = A B^T for each of several groups, whose sizes are known on the
+// device alone.
 
 #include "common/macros.h"
 
