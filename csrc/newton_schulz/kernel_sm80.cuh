@@ -15,10 +15,10 @@
 //           compute nothing.
 // Operands  either both have the summed axis contiguous (by rows), or both the tile's axis (by
 //           columns), which ldmatrix transposes. Symmetric operands are both, so two loops serve
-//           all products without a transposed copy: X X^T and X A by rows, X^T X and A X by columns.
+//           all products without a transposed copy: X X^T, X A by rows, X^T X, A X by columns.
 // Ring      three stages of 32 of the summed axis, by cp.async: two are in flight while the third
-//           is multiplied. By rows a panel's row is 64 bytes, chunk c of 16 at c ^ (row / 2 % 4); by
-//           columns 256 bytes, with the swizzle of tile/swizzle.cuh.
+//           is multiplied. By rows a panel's row is 64 bytes, chunk c of 16 at c ^ (row / 2 % 4);
+//           by columns 256 bytes, with the swizzle of tile/swizzle.cuh.
 // Barriers  stage_landed   sync_block a stage: all threads' copies have landed, and the stage that
 //                          is filled next has been read
 //           ring_read      the last stage has been read: the epilogue's tile replaces the ring;

@@ -7,8 +7,8 @@
 
 namespace k2k::tile {
 
-// How the work is cut into groups, one for each matrix of B (wgrad: of D). What stands in offsets
-// and counts is read on the device.
+// How the work is cut into groups, one per matrix of B (wgrad: of D). offsets and counts are read
+// on the device.
 struct Groups {
     enum class Axis : int32_t {
         kMatrices,  // group g is matrix g of A, the first counts[g] rows of it (all if null)

@@ -34,7 +34,7 @@ K2K_DEVICE uint32_t packed(float low, float high, fp16*) { return arch::pack_fp1
 
 // Stores the values of row g (h = 0) or g + 8 (h = 1) from d on, where `left` columns are left
 // (none or less: the row is not stored). `aligned`: rows of D begin at multiples of 16 bytes.
-// Floats: the lanes of a quad have 32 bytes side by side.
+// Floats: the lanes of a quad store 32 contiguous bytes.
 template <int kValues>
 K2K_DEVICE void store_row(
     float* d, const float (&values)[kValues], int h, int64_t left, bool aligned) {
@@ -50,8 +50,8 @@ K2K_DEVICE void store_row(
     }
 }
 
-// Two-byte results: four groups of columns change places within a quad, so that each lane has 16
-// bytes and the quad 64 side by side. All lanes of the warp call it.
+// Two-byte results: a quad transposes four groups of columns, so that each lane stores 16 bytes and
+// the quad 64 contiguous ones. All lanes of the warp call it.
 template <class T, int kValues>
 K2K_DEVICE void store_row(T* d, const float (&values)[kValues], int h, int64_t left, bool aligned) {
     if (kValues % 16 != 0 || !aligned) {
