@@ -42,6 +42,7 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
     const int lane = arch::lane_id(), four = threadIdx.x % (kLatent / 4);
     const int group = threadIdx.x / (kLatent / 4);
     const int rows = static_cast<int>(p.tokens * p.heads);  // no more than q's bytes / 1,152
+    // ragged: the rows that sequences own.
     int first_owned = 0, end_owned = rows;
     if (p.cu_seqlens_q != nullptr) {
         first_owned = clamp_to(p.cu_seqlens_q[0], p.tokens) * p.heads;
@@ -109,6 +110,7 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
                 make_uint2(pack<T>(sum.x * normalizer, sum.y * normalizer),
                            pack<T>(sum.z * normalizer, sum.w * normalizer));
         }
+        // One thread stores the statistics.
         if (threadIdx.x == 0) {
             p.lse[row] = lse * kLn2;
             if (p.max_logits != nullptr) p.max_logits[row] = is_nan ? NAN : largest;

@@ -82,6 +82,7 @@ K2K_DEVICE void copy_round(const MlaDecodeParams& p,
                            uint32_t stage,
                            int key,
                            int page) {
+    // Eight threads copy a key's row, 128 contiguous bytes at a time.
     const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
     key += row;
     const bool valid = page >= 0 && page < p.pages;
@@ -91,9 +92,8 @@ K2K_DEVICE void copy_round(const MlaDecodeParams& p,
     if (valid) {
         source += (page * p.page_stride + key % p.page_size * p.slot_stride) * kBytes + chunk * 16;
     }
-    const uint32_t target =
-        stage + (kQuantized ? row * kQuantizedRow + chunk * 16
-                            : row * kKeyBytes + tile::swizzled_offset(row, chunk));
+    const uint32_t target = stage + (kQuantized ? row * kQuantizedRow + chunk * 16
+                                                : tile::chunk_offset<kKeyBytes>(row, chunk));
     constexpr int kChunks = kQuantized ? kQuantizedRow / 16 : kKeyBytes / 16;
     K2K_UNROLL
     for (int i = 0; i < ceil_div(kChunks, 8); ++i) {
@@ -126,11 +126,12 @@ K2K_DEVICE void decode_round(DecodedRound& decoded, const char* stage) {
         K2K_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int chunk = 2 * (lane + i * 8) + half;
-            to[tile::swizzled_chunk(row, chunk)] = make_uint4(
-                pairs[4 * half], pairs[4 * half + 1], pairs[4 * half + 2], pairs[4 * half + 3]);
+            to[tile::swizzled(row, chunk)] = make_uint4(pairs[4 * half], pairs[4 * half + 1],
+                                                        pairs[4 * half + 2], pairs[4 * half + 3]);
         }
     }
-    to[kLatent / 8 + tile::swizzled_chunk(row, lane)] =
+    // The rope part is bfloat16 already.
+    to[kLatent / 8 + tile::swizzled(row, lane)] =
         *reinterpret_cast<const uint4*>(from + kRopeAt + lane * 16);
 }
 
@@ -160,13 +161,15 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
     const uint32_t score_offset = (offset ^ dim_warp % 4 * 32) + dim_warp / 4 * 128;
     const uint32_t out_offset = offset + dim_warp * (kColumns * 2);
 
+    // Scheduler: warp 0 works out the CTA's share. Its state is kept in shared memory: the main
+    // loop needs the registers.
     const MlaTask& task = storage.task;
     if (warp == 0) {
         const MlaTasks tasks(p, blockIdx.x);
         if (lane == 0) storage.tasks = tasks;
     }
     for (;;) {
-        // Scheduler: warp 0 finds the next task for all.
+        // Warp 0 finds the next task.
         arch::sync_block();  // task_done: the task before and its stages have been read
         if (warp == 0) {
             MlaTasks tasks = storage.tasks;
@@ -218,7 +221,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
         tile::OnlineSoftmax softmax;
         softmax.reset();
         for (int key = task.first_key; key < task.end_key; key += kRoundKeys) {
-            // Wait for the oldest round; the newest two may still be on their way.
+            // Wait for the oldest round; of four stages, two more may still be in flight.
             if (stages == 2) {
                 arch::cp_async_wait<0>();
             } else {
@@ -261,8 +264,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                     }
                 }
             }
-            // 2. Exchange: every dim warp adds the parts in the same order, so all have the same
-            // bits.
+            // 2. Exchange: all dim warps add the parts in the same order, to the same bits.
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 storage.exchange[warp][j][lane] =
@@ -291,6 +293,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             }
             float factor[2];
             const bool rescale = softmax.update(scores, factor, p.scale * kLog2E);
+            // Rescale the output only if a maximum of the warp grew.
             if (rescale) {
                 K2K_UNROLL
                 for (int j = 0; j < kOutTiles; ++j) {

@@ -152,6 +152,7 @@ K2K_DEVICE void make_barriers(MlaSm90Storage& smem) {
 // ---- scheduler warp and producer warp
 
 K2K_DEVICE void find_tasks(MlaSm90Storage& smem, const MlaDecodeParams& p) {
+    // Work out this CTA's share, then find its tasks one by one, as slots become free.
     MlaTasks tasks(p, blockIdx.x);
     for (TaskPosition at;; at.advance()) {
         arch::mbarrier_wait(smem.task_done[at.slot], at.parity ^ 1);
@@ -336,7 +337,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     // Which row of which 8x8 matrix this lane addresses for stmatrix: two of rows, then of keys.
     const uint32_t probabilities =
         arch::smem_address(&smem.probabilities) + (warp * 16 + lane % 16) * 128;
-    const uint32_t chunk = tile::swizzled_offset(lane, lane / 16);
+    const uint32_t chunk = tile::swizzled(lane, lane / 16) * 16;
 
     KeysPosition stage;
     uint32_t q_parity = 0, taken_parity = 1;
@@ -352,6 +353,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
         arch::mbarrier_wait(smem.task_known[at.slot], at.parity);
         const MlaTask& task = smem.tasks[at.slot];
         if (task.last) return;
+        // Prologue of a task: empty accumulators and statistics; q is there after the first keys.
         HalfOutput out;
         clear(out);
         tile::OnlineSoftmax softmax;
@@ -500,7 +502,7 @@ K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
             }
             arch::wgmma_commit();
             arch::wgmma_wait<0>(out);
-            // Left may overwrite P, the producer the stage.
+            // Left may overwrite P and the factors, the producer the stage.
             warp_arrive(smem.taken_over);
             Ctas::release(smem.read[stage.slot]);
         }
@@ -519,6 +521,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                            const __grid_constant__ TensorMap q_map,
                            const __grid_constant__ TensorMap cache_map) {
     using Ctas = MlaCtas<kPair>;
+    // Make the barriers; all CTAs of a cluster meet before one of them arrives at another's.
     MlaSm90Storage& smem = arch::shared_storage<MlaSm90Storage>();
     const int warp = arch::warp_id();
     if (threadIdx.x == 0) make_barriers<Ctas>(smem);
@@ -533,6 +536,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     };
     meet();
 
+    // Roles.
     if (warp < 4) {
         arch::registers_increase<216>();
         attend_left<T, Ctas>(smem, p);

@@ -45,6 +45,7 @@ struct NsSums {
 
 // The sum over the CTA, the same bits in all of its threads.
 K2K_DEVICE double sum_over_block(NsSums& sums, double value) {
+    // A butterfly, then the warps' sums in order.
     K2K_UNROLL
     for (int mask = 16; mask > 0; mask /= 2) {
         value += arch::shuffle_xor(value, mask);
@@ -72,6 +73,7 @@ struct NsChunk {
           tensor_index(
               find_tensor(p.tables.tensors, &NsTensor::first_chunk, 0, p.num_tensors, blockIdx.x)),
           tensor(p.tables.tensors[tensor_index]) {
+        // 32 bits: a shorter division.
         const auto chunks = static_cast<uint32_t>(norm_chunks(tensor.m, tensor.n));
         const auto at = static_cast<uint32_t>(blockIdx.x - tensor.first_chunk);
         matrix = at / chunks;
@@ -84,6 +86,7 @@ struct NsChunk {
     K2K_DEVICE void for_each_sixteen(F&& f) const {
         const uint32_t per_row = ceil_div(tensor.n, kNsSegment);
         const uint32_t end = tensor.m * per_row;
+        // A warp takes every eighth segment of the chunk.
         K2K_NO_UNROLL
         for (int i = 0; i < kNsSegmentsPerChunk; i += kNsThreads / 32) {
             const uint32_t segment = index * kNsSegmentsPerChunk + i + arch::warp_id();
@@ -155,6 +158,7 @@ struct NsChunk {
             stored = tile::load_elements(row, column, tensor.n);
         }
         tile::widen(average, stored);
+        // norm: average, round, store; and go on with the rounded values, as the cast kernel will.
         if constexpr (kFirst) {
             const auto share = static_cast<float>(1 - tables.rule.momentum);
             K2K_UNROLL

@@ -17,8 +17,8 @@
 //           columns), which ldmatrix transposes. Symmetric operands are both, so two loops serve
 //           all products without a transposed copy: X X^T, X A by rows, X^T X, A X by columns.
 // Ring      three stages of 32 of the summed axis, by cp.async: two are in flight while the third
-//           is multiplied. By rows a panel's row is 64 bytes, chunk c of 16 at c ^ (row / 2 % 4);
-//           by columns 256 bytes, with the swizzle of tile/swizzle.cuh.
+//           is multiplied. A panel's rows are 64 bytes (by rows) or 256 (by columns), with the
+//           swizzle of tile/swizzle.cuh.
 // Barriers  stage_landed   sync_block a stage: all threads' copies have landed, and the stage that
 //                          is filled next has been read
 //           ring_read      the last stage has been read: the epilogue's tile replaces the ring;
@@ -52,6 +52,7 @@ struct NsPanel {
     uint32_t target;
 
     K2K_DEVICE NsPanel(const NsMatrix<T>& x, int first) {
+        // A row of the panel is 16 chunks (by columns) or 4.
         const int row = threadIdx.x / (kByColumns ? 16 : 4);
         const int chunk = threadIdx.x % (kByColumns ? 16 : 4);
         constexpr int kNowhere = 1 << 30;
@@ -62,14 +63,14 @@ struct NsPanel {
             const bool inside = first + chunk * 8 < x.columns;
             depth_at[0] = inside ? row : kNowhere;
             depth_at[1] = inside ? row + 16 : kNowhere;
-            target = row * 256 + tile::swizzled_offset(row, chunk);
+            target = tile::chunk_offset<256>(row, chunk);
         } else {
             source = x.data + (first + row) * x.pitch + chunk * 8;
             other = 64 * x.pitch;
             step = kNsDepth;
             depth_at[0] = first + row < x.rows ? chunk * 8 : kNowhere;
             depth_at[1] = first + row + 64 < x.rows ? chunk * 8 : kNowhere;
-            target = row * 64 + (chunk ^ row / 2 % 4) * 16;
+            target = tile::chunk_offset<64>(row, chunk);
         }
     }
 
@@ -105,15 +106,14 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4],
     };
 
     // This lane's addresses for ldmatrix, in the first 16 x 16 of the warp's part of each panel.
-    const int lane = arch::lane_id(), matrix = lane / 8, row = lane % 8;
     const int warp_row = arch::warp_id() / 4, warp_column = arch::warp_id() % 4;
     uint32_t offset_a, offset_b;
     if constexpr (kByColumns) {
         offset_a = tile::ldmatrix_address<true, true, 256>(0, 0, warp_row * 8);
         offset_b = tile::ldmatrix_address<false, true, 256>(0, 0, warp_column * 4);
     } else {
-        offset_a = (warp_row * 64 + matrix % 2 * 8 + row) * 64 + (matrix / 2 ^ row / 2) * 16;
-        offset_b = (warp_column * 32 + matrix / 2 * 8 + row) * 64 + (matrix % 2 ^ row / 2) * 16;
+        offset_a = tile::ldmatrix_address<true, false, 64>(0, warp_row * 64, 0);
+        offset_b = tile::ldmatrix_address<false, false, 64>(0, warp_column * 32, 0);
     }
     // Steps of 16 along the tile's axis and along the summed one: one of the two goes to other
     // rows, the other to other chunks of the same rows.
@@ -166,12 +166,14 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4],
         }
         stage = stage + kStageBytes == ring_end ? ring : stage + kStageBytes;
     }
+    // Zero fills behind the end may still be in flight, to memory that the epilogue reuses.
     arch::cp_async_wait<0>();
 }
 
 template <class T>
 __global__ void __launch_bounds__(kNsThreads, 2)
     newton_schulz_sm80_kernel(const __grid_constant__ NsStage p) {
+    // Which tile of which product, and whether this warp's part is inside of the result.
     if (is_skipped(p.tables)) return;
     NsStorage& storage = arch::shared_storage<NsStorage>();
     const auto work = find_work<T>(p, blockIdx.x);

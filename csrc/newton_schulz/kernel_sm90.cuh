@@ -74,7 +74,7 @@ struct NsHopperPanel {
 
     K2K_DEVICE NsHopperPanel(const NsMatrix<T>& x, int first, int thread) {
         const int row = thread / 8, chunk = thread % 8;
-        target = row * 128 + tile::swizzled_offset(row, chunk);
+        target = tile::chunk_offset<128>(row, chunk);
         eight = 8 * x.pitch;
         if constexpr (kByColumns) {
             source = x.data + row * x.pitch + first + chunk * 8;

@@ -118,14 +118,15 @@ template <class T, class A, class B>
 K2K_DEVICE void multiply_64x32(NsSums64x32& sums, int depth, A&& a, B&& b) {
     K2K_NO_UNROLL
     for (int k = 0; k < depth; k += 16) {
+        // B's fragments stay in registers, those of A are loaded one at a time.
         const auto rows_a = a(k);
         const auto rows_b = b(k);
-        uint32_t fragment_b[2][4];
+        uint32_t fragment_b[2][4];  // [16, 16] each
         K2K_UNROLL
         for (int j = 0; j < 2; ++j) rows_b.load(fragment_b[j], j);
         K2K_UNROLL
         for (int i = 0; i < 4; ++i) {
-            uint32_t fragment_a[4];
+            uint32_t fragment_a[4];  // [16, 16]
             rows_a.load(fragment_a, i);
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
@@ -142,7 +143,7 @@ template <int kPitch, class F>
 K2K_DEVICE void for_each_pair(const NsSums64x32& sums, int row, int column, F&& f) {
     const int lane = arch::lane_id();
     const uint32_t first =
-        (row + lane / 4) * kPitch + tile::swizzled_offset(lane / 4, column / 8) + lane % 4 * 4;
+        (row + lane / 4) * kPitch + tile::swizzled(lane / 4, column / 8) * 16 + lane % 4 * 4;
     K2K_UNROLL
     for (int i = 0; i < 4; ++i) {
         K2K_UNROLL
@@ -170,7 +171,7 @@ class NsSmallMatrix {
         const NsTensor& t = tables.tensors[tensor_index];
         short_side_ = kTall ? t.n : t.m;
         long_side_ = kTall ? t.m : t.n;
-        // Block row i of the triangle has 2 (i + 1) warps.
+        // This warp's 64 x 32 of the triangle (block row i has 2 (i + 1) warps) and of a panel.
         const int warp = arch::warp_id(), i = warp < 2 ? 0 : warp < 6 ? 1 : 2;
         square_row_ = i * 64;
         square_column_ = (warp - i * (i + 1)) * 32;
@@ -182,6 +183,7 @@ class NsSmallMatrix {
 
     // R = X X^T
     K2K_DEVICE void gram() {
+        // A panel is both operands; the sums of all panels stay in registers.
         NsSums64x32 sums = {};
         for_each_panel([&](int, uint8_t* panel) {
             if (!square_active_) return;
@@ -191,13 +193,15 @@ class NsSmallMatrix {
                 [&](int k) { return NsPanelRows<true, kTall, kPitch>(base, square_row_, k); },
                 [&](int k) { return NsPanelRows<false, kTall, kPitch>(base, square_column_, k); });
         });
-        arch::sync_block();  // sums_complete: R replaces panels
+        // R replaces the panels.
+        arch::sync_block();  // sums_complete
         store_square(sums, 1, 0, Square::kR, Square::kR, false, 0);
     }
 
     // X <- Q X + beta X; the last one is the result.
     K2K_DEVICE void multiply(float beta, bool last) {
         for_each_panel([&](int first, uint8_t* panel) {
+            // In place, then back to memory while the next panel's copies are in flight.
             multiply(panel, beta);
             copy_out(panel, first, last);
         });
@@ -213,6 +217,7 @@ class NsSmallMatrix {
                            Square d,
                            bool shifts,
                            float diagonal) {
+        // Both operands are in shared memory: no barrier inside the main loop.
         NsSums64x32 sums = {};
         if (square_active_) {
             const uint32_t base_a = arch::smem_address(at(a)), base_b = arch::smem_address(at(b));
@@ -267,6 +272,7 @@ class NsSmallMatrix {
                                        *reinterpret_cast<uint32_t*>(shifted + offset) = pair;
                                });
         }
+        // Complete the blocks on the diagonal: what other blocks lack is never read.
         arch::sync_block();  // result_ready
         mirror(at(d));
         if (shifts) mirror(storage_.q);
@@ -277,7 +283,7 @@ class NsSmallMatrix {
         if (row < short_side_) {
             auto* element = reinterpret_cast<T*>(
                 storage_.q + block_offset(row / kNsSmallBlock, row / kNsSmallBlock) +
-                row % kNsSmallBlock * 128 + tile::swizzled_offset(row, row % kNsSmallBlock / 8) +
+                tile::chunk_offset<128>(row % kNsSmallBlock, row % kNsSmallBlock / 8) +
                 row % 8 * 2);
             *element = tile::narrowed<T>(arch::to_float(*element) + diagonal);
         }
@@ -298,14 +304,14 @@ class NsSmallMatrix {
             const int source = first + lane / 8 < eight ? eight : first + lane / 8;
             const int from = source * 8 + lane % 8, row = eight * 8 + lane / 4;
             uint32_t words[4];
-            arch::ldmatrix<4, true>(words, base + from * 128 + tile::swizzled_offset(lane, eight));
+            arch::ldmatrix<4, true>(words, base + tile::chunk_offset<128>(from, eight));
             arch::sync_warp();
             // Store what is above the diagonal; of a pair across it, the upper element.
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 const int column = (first + j) * 8 + lane % 4 * 2;
                 auto* pair = reinterpret_cast<uint16_t*>(
-                    block + row * 128 + tile::swizzled_offset(lane / 4, first + j) + lane % 4 * 4);
+                    block + tile::chunk_offset<128>(row, first + j) + lane % 4 * 4);
                 if (column > row) {
                     *reinterpret_cast<uint32_t*>(pair) = words[j];
                 } else if (column == row) {
@@ -318,6 +324,7 @@ class NsSmallMatrix {
 
     // panel <- Q panel + beta panel (panel Q, if kTall)
     K2K_DEVICE void multiply(uint8_t* panel, float beta) {
+        // tall: the panel is the left operand, Q the right one.
         NsSums64x32 sums = {};
         const uint32_t base = arch::smem_address(panel), q = arch::smem_address(storage_.q);
         multiply_64x32<T>(
@@ -336,6 +343,7 @@ class NsSmallMatrix {
                     return NsPanelRows<false, true, kPitch>(base, panel_column_, k);
                 }
             });
+        // Replace the panel, a pair of its elements at a time.
         arch::sync_block();  // sums_complete
         for_each_pair<kPitch>(sums, panel_row_, panel_column_,
                               [&](uint32_t offset, float low, float high) {
@@ -361,6 +369,7 @@ class NsSmallMatrix {
         copy_in(0, 0);
         K2K_NO_UNROLL
         for (int first = 0, at = 0; first < long_side_; first += kNsSmallPanel, at ^= 1) {
+            // Wait for this panel, then start the copies of the next to the other buffer.
             arch::cp_async_wait<0>();
             arch::sync_block();  // panel_landed
             if (first + kNsSmallPanel < long_side_) copy_in(first + kNsSmallPanel, at ^ 1);
@@ -391,6 +400,7 @@ class NsSmallMatrix {
             T* target = place(x, chunk, first);
             if (target == nullptr) continue;
             const uint8_t* source = panel + offset_of(chunk);
+            // the last product: to the caller's result or weights.
             if (last) {
                 const NsFinish finish(tables_, tensor_index_, matrix_);
                 float values[8];
@@ -407,7 +417,7 @@ class NsSmallMatrix {
     // Where a chunk is in a panel, and in X (null: outside).
     K2K_DEVICE static uint32_t offset_of(int chunk) {
         const int row = chunk / kChunksPerRow;
-        return row * kPitch + tile::swizzled_offset(row, chunk % kChunksPerRow);
+        return tile::chunk_offset<kPitch>(row, chunk % kChunksPerRow);
     }
     K2K_DEVICE static T* place(const NsMatrix<T>& x, int chunk, int first) {
         const int row = chunk / kChunksPerRow + (kTall ? first : 0);
@@ -432,14 +442,15 @@ K2K_DEVICE void small_iteration(const NsSmall& p,
     bool fresh = true;  // Q has been multiplied into X, or there is none yet
     K2K_NO_UNROLL
     for (int i = 0;; ++i) {
-        // X <- Q X and R = X X^T, at the start and before each restart.
+        // At a restart, and at the end, X <- Q X (standard: a X + Z X, every step); then R = X X^T.
         if (fresh) {
             if (i > 0) iteration.multiply(standard ? p.steps[i - 1].a : 0, i == p.num_steps);
             if (i == p.num_steps) return;
             iteration.gram();
         }
         const float a = p.steps[i].a;
-        // The products of squares of this step; `meets_x`: Q is multiplied into X after it.
+        // The products of squares of this step: 0 Z (and Q), 1 Q, 2 and 3 R. After the last step
+        // before X is multiplied (`meets_x`) no R is needed.
         const bool meets_x = standard || i + 1 == p.num_steps || p.steps[i + 1].restart;
         K2K_NO_UNROLL
         for (int product = 0; product < 4; ++product) {
@@ -449,6 +460,7 @@ K2K_DEVICE void small_iteration(const NsSmall& p,
             S left = S::kR, right = S::kZ, addend = S::kR, target = S::kR;
             float alpha = 1, beta = a;
             const bool shifts = product == 0 && fresh && !standard;
+            // One call for all four keeps the code small: it is inlined once.
             if (product == 0) {  // Z = b R + c R^2, and Q = Z + a I or (standard) Z
                 right = S::kR;
                 target = standard ? S::kQ : S::kZ;
@@ -469,6 +481,7 @@ K2K_DEVICE void small_iteration(const NsSmall& p,
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(ns_small_threads(kBlocks), kBlocks < 3 ? 2 : 1)
     newton_schulz_small_kernel(const __grid_constant__ NsSmall p) {
+    // Which matrix of which tensor.
     if (is_skipped(p.tables)) return;
     auto& storage = arch::shared_storage<NsSmallStorage<kBlocks>>();
     const int64_t index = blockIdx.x;
@@ -476,6 +489,7 @@ __global__ void __launch_bounds__(ns_small_threads(kBlocks), kBlocks < 3 ? 2 : 1
         find_tensor(p.tables.tensors, &NsTensor::first_matrix, p.begin, p.end, index);
     const NsTensor& tensor = p.tables.tensors[tensor_index];
     const int matrix = static_cast<int>(index - tensor.first_matrix);
+    // tall: X^T X and X Q.
     if (tensor.m > tensor.n) {
         small_iteration<T, kBlocks, true>(p, storage, tensor_index, matrix);
     } else {

@@ -48,6 +48,7 @@ K2K_DEVICE NsTile find_tile(bool triangular, int m, int n, int index) {
         return {(wide ? index % rows : index / columns) * kNsTile,
                 (wide ? index / rows : index % columns) * kNsTile, false, false};
     }
+    // Lower triangle, row by row: row (row + 1) / 2 tiles come before a row.
     int row = static_cast<int>((sqrtf(8.0f * index + 1) - 1) / 2);
     while (triangle(row) > index) --row;  // the root was rounded
     while (triangle(row + 1) <= index) ++row;
@@ -60,6 +61,8 @@ template <class T>
 K2K_DEVICE void store_tile(const uint8_t* tile, const NsMatrix<T>& to, const NsTile& place) {
     K2K_UNROLL_BY(2)
     for (int round = 0; round < kNsChunks; ++round) {
+        // Half a warp stores 256 contiguous bytes; on the diagonal only the lower triangle, whose
+        // 8 x 8 blocks on the diagonal are complete.
         const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
         if (place.diagonal && chunk > row / 8) continue;
         if (place.row + row >= to.rows || place.column + chunk * 8 >= to.columns) continue;
@@ -81,6 +84,7 @@ K2K_DEVICE void store_mirrored(uint32_t tile, const NsMatrix<T>& to, const NsTil
         uint32_t words[4];
         arch::ldmatrix<4, true>(
             words, tile + tile_offset(first_row + row / 2 * 8 + matrix * 2 + row % 2, chunk));
+        // They are 16 contiguous bytes of row `target_row` of D.
         const int from = first_row + lane % 4 * 8;
         const int target_row = place.column + chunk * 8 + lane / 4,
                   target_column = place.row + from;
@@ -98,6 +102,7 @@ K2K_DEVICE void finish_tile(
     const uint8_t* tile, const NsFinish& finish, int m, int n, const NsTile& place) {
     K2K_NO_UNROLL
     for (int round = 0; round < kNsChunks; ++round) {
+        // Any alignment of the caller's rows: `finish` stores whole vectors or elements.
         const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
         const int column = place.column + chunk * 8;
         if (place.row + row >= m || column >= n) continue;

@@ -7,8 +7,8 @@
 //     scale = max(amax / 448, 2^-126), rounded up to a power of two if asked
 //     code  = e4m3(float32(x / scale)), to nearest, ties to even; NaN and infinities: 0x7f
 //
-// Infinities are rare and cost one vote per warp: only if a maximum is infinite is it computed again
-// over the finite elements. NaN costs nothing: max_number ignores it, and its code is 0x7f.
+// Infinities are rare and cost one vote per warp: a maximum that is infinite is computed again over
+// the finite elements. NaN costs nothing: max_number ignores it, and its code is 0x7f.
 
 #include <cfloat>
 

@@ -1,9 +1,9 @@
 #pragma once
 
-// The 128-byte swizzle of shared memory, as TMA writes it and wgmma reads it (arch::Swizzle::k128);
-// kernels with cp.async and ldmatrix lay their rows out in the same way.
+// The swizzle of shared memory, as TMA writes it and wgmma reads it (arch::Swizzle::k128, and k64
+// for rows of 64 bytes); kernels with cp.async and ldmatrix lay their rows out in the same way.
 //
-//     In each 128 bytes of a row r, the 16-byte chunk c is at place c ^ (r % 8):
+//     In each 128 bytes of row r, the 16-byte chunk c is at place c ^ (r % 8):
 //
 //               place 0   1   2   3   4   5   6   7
 //         row 0       0   1   2   3   4   5   6   7
@@ -11,18 +11,27 @@
 //         row 2       2   3   0   1   6   7   4   5
 //         ...
 //
-// So eight rows' same chunk, which ldmatrix reads at once, lies in all 32 banks. Rows are a
-// multiple of 128 bytes long and begin at a multiple of 1,024.
+//     Rows of 64 bytes: at place c ^ (r / 2 % 4).
+//
+// So eight rows' same chunk, which ldmatrix reads at once, lies in all 32 banks. Rows are 64 bytes
+// or a multiple of 128 long; the first begins at a multiple of 1,024.
 
 #include "arch/fence.cuh"
 #include "arch/warp.cuh"
 
 namespace k2k::tile {
 
-// The place of chunk `chunk` in row `row`, and where it begins, in bytes from the row's first.
-K2K_DEVICE uint32_t swizzled_chunk(uint32_t row, uint32_t chunk) { return chunk ^ row % 8; }
-K2K_DEVICE uint32_t swizzled_offset(uint32_t row, uint32_t chunk) {
-    return swizzled_chunk(row, chunk) * 16;
+// The place of chunk `chunk` in row `row`; kPitch: bytes of a row.
+template <int kPitch = 128>
+K2K_HOST_DEVICE constexpr uint32_t swizzled(uint32_t row, uint32_t chunk) {
+    static_assert(kPitch == 64 || kPitch % 128 == 0);
+    return chunk ^ (kPitch == 64 ? row / 2 % 4 : row % 8);
+}
+
+// Where chunk `chunk` of row `row` begins, in bytes.
+template <int kPitch>
+K2K_HOST_DEVICE constexpr uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
+    return row * kPitch + swizzled<kPitch>(row, chunk) * 16;
 }
 
 // What this lane gives ldmatrix for 16 x 16 two-byte elements, of rows of kPitch bytes from `row`
@@ -34,7 +43,7 @@ K2K_DEVICE uint32_t ldmatrix_address(uint32_t base, int row, int chunk) {
     constexpr bool kRowsFirst = kLeft != kTransposed;
     row += (kRowsFirst ? matrix % 2 : matrix / 2) * 8 + lane % 8;
     chunk += kRowsFirst ? matrix / 2 : matrix % 2;
-    return base + row * kPitch + swizzled_offset(lane, chunk);
+    return base + row * kPitch + swizzled<kPitch>(lane % 8, chunk) * 16;
 }
 
 // kRows rows of 64 two-byte elements: what one TMA copy or wgmma operand has.
