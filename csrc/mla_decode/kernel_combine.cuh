@@ -106,7 +106,7 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
                 sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
             }
             const int token = row / p.heads, head = row - token * p.heads;
-            *reinterpret_cast<uint2*>(out_at<T>(p, {token, head}, 4 * four)) =
+            *reinterpret_cast<uint2*>(out_at<T>(p, {token, head, 0}, 4 * four)) =
                 make_uint2(pack<T>(sum.x * normalizer, sum.y * normalizer),
                            pack<T>(sum.z * normalizer, sum.w * normalizer));
         }

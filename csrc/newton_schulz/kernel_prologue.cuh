@@ -84,7 +84,7 @@ struct NsChunk {
     // Calls f(row, column) for every 16 elements of this lane.
     template <class F>
     K2K_DEVICE void for_each_sixteen(F&& f) const {
-        const uint32_t per_row = ceil_div(tensor.n, kNsSegment);
+        const uint32_t per_row = ceil_div(int64_t(tensor.n), kNsSegment);
         const uint32_t end = tensor.m * per_row;
         // A warp takes every eighth segment of the chunk.
         K2K_NO_UNROLL
