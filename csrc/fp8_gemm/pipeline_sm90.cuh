@@ -7,6 +7,7 @@
 #include "arch/tma.cuh"
 #include "fp8_gemm/config.h"
 #include "fp8_gemm/epilogue.cuh"
+#include "tile/ring.cuh"
 
 namespace k2k {
 
@@ -20,32 +21,17 @@ struct HopperMaps {
 // short.
 constexpr int kTilesAhead = 4;
 
-// Which of kSlots stages (or tiles) comes next, and the parity of its barriers.
-template <int kSlots>
-struct SlotCounter {
-    int slot = 0;
-    uint32_t parity = 0;
-
-    K2K_DEVICE void advance() {
-        if (++slot == kSlots) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // Waits for the next tile; false behind the last one.
 template <class Storage>
-K2K_DEVICE bool has_tile(Storage& smem, const SlotCounter<kTilesAhead>& at K2K_WHERE) {
+K2K_DEVICE bool has_tile(Storage& smem, const tile::RingPosition<kTilesAhead>& at K2K_WHERE) {
     arch::mbarrier_wait(smem.found[at.slot], at.parity K2K_PASS_WHERE);
     return smem.tiles[at.slot].group >= 0;
 }
 
 // This warp needs the tile no more.
 template <class Storage>
-K2K_DEVICE void leave_tile(Storage& smem, SlotCounter<kTilesAhead>& at K2K_WHERE) {
-    arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
-    if (arch::lane_id() == 0) arch::mbarrier_arrive(smem.used[at.slot] K2K_PASS_WHERE);
+K2K_DEVICE void leave_tile(Storage& smem, tile::RingPosition<kTilesAhead>& at K2K_WHERE) {
+    tile::warp_arrive(smem.used[at.slot] K2K_PASS_WHERE);
     at.advance();
 }
 

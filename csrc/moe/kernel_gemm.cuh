@@ -35,6 +35,7 @@
 #include "moe/params.h"
 #include "tile/group_tiles.cuh"
 #include "tile/store_row.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
@@ -50,7 +51,7 @@ class MoePanel {
     static_assert(kRowChunks == 4 || kRowChunks == 8 || kRowChunks == 16);
 
     K2K_HOST_DEVICE static constexpr uint32_t offset(int row, int chunk) {
-        return row * kRowBytes + (chunk ^ (kRowChunks == 4 ? row / 2 % 4 : row % 8)) * 16;
+        return tile::chunk_offset<kRowBytes>(row, chunk);
     }
 
     // Of the matrix at `source`: from `outer` of the tile's axis on, where `outer_left` are left,

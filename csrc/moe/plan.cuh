@@ -14,6 +14,7 @@
 #include "arch/warp.cuh"
 #include "moe/config.h"
 #include "moe/params.h"
+#include "tile/scan.cuh"
 
 namespace k2k {
 
@@ -144,12 +145,7 @@ K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem,
         aligned[i] = (totals[i] + p.alignment - 1) / p.alignment * p.alignment;
         sum += aligned[i];
     }
-    int64_t end = sum;  // of this thread's experts
-    K2K_UNROLL
-    for (int delta = 1; delta < 32; delta *= 2) {
-        const int64_t other = arch::shuffle_up(end, delta K2K_PASS_WHERE);
-        if (lane >= delta) end += other;
-    }
+    const int64_t end = tile::inclusive_sum(sum K2K_PASS_WHERE);  // of this thread's experts
     if (lane == 31) smem.of_warp[warp] = end;
     arch::sync_block(K2K_PASS_WHERE_ONLY);
     int64_t start = end - sum;

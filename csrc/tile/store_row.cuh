@@ -25,13 +25,6 @@ K2K_DEVICE void transpose_quad(uint32_t (&words)[4] K2K_WHERE) {
     }
 }
 
-// TEMPORARY: fp8_gemm's names, until it is merged.
-K2K_DEVICE float narrowed(float value, float*) { return value; }
-K2K_DEVICE bf16 narrowed(float value, bf16*) { return arch::to_bf16(value); }
-K2K_DEVICE fp16 narrowed(float value, fp16*) { return arch::to_fp16(value); }
-K2K_DEVICE uint32_t packed(float low, float high, bf16*) { return arch::pack_bf16(low, high); }
-K2K_DEVICE uint32_t packed(float low, float high, fp16*) { return arch::pack_fp16(low, high); }
-
 // Stores the values of row g (h = 0) or g + 8 (h = 1) from d on, where `left` columns are left
 // (none or less: the row is not stored). `aligned`: rows of D begin at multiples of 16 bytes.
 // Floats: the lanes of a quad store 32 contiguous bytes.
