@@ -1,8 +1,9 @@
 // What only the module for GPUs has: launches on PyTorch's current stream, questions to the driver.
+#include "common/device.h"
+
 #include <stdexcept>
 
 #include "bind/run.h"
-#include "common/device.h"
 
 namespace k2k::bind {
 

@@ -55,8 +55,7 @@ long run_on(DLDevice device, void (*launch)(void*, void*), void* context) {
 
 void bind_runtime(py::module_& m) {
     py::register_local_exception<emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
-    m.def("configure", &configure, py::arg("arch"), py::arg("seed"),
-          py::arg("stream") = 0,
+    m.def("configure", &configure, py::arg("arch"), py::arg("seed"), py::arg("stream") = 0,
           "Chip (compute capability x 10), schedule and stream of this thread's launches from now "
           "on.");
     py::class_<Together>(

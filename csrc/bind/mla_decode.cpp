@@ -38,9 +38,9 @@ MlaDecodePlan plan(const Chip& chip,
     const bool whole_rows = !quantized && kv_cache.size(0) > 0 && copied(kv_cache.stride(0)) &&
                             copied(kv_cache.stride(1));
     return make_plan(
-        chip, {block_table.size(0), tokens_of(q), q.size(-2), queries_of(q, block_table.size(0), cu_seqlens_q),
-               capacity_of(kv_cache, block_table), kv_cache.size(1), split_keys, quantized,
-               whole_rows});
+        chip, {block_table.size(0), tokens_of(q), q.size(-2),
+               queries_of(q, block_table.size(0), cu_seqlens_q), capacity_of(kv_cache, block_table),
+               kv_cache.size(1), split_keys, quantized, whole_rows});
 }
 
 int64_t workspace_floats(const MlaDecodePlan& plan, const Tensor& q) {
@@ -122,10 +122,14 @@ long merge(const Tensor& out_a,
            const Tensor& lse_b,
            const Tensor& out,
            const Tensor& lse) {
-    const MergeParams p{out_a.data<const void>(),  out_b.data<const void>(),
-                        lse_a.data<const float>(), lse_b.data<const float>(),
-                        out.data<void>(),          lse.data<float>(),
-                        out.type(),                lse.numel(),
+    const MergeParams p{out_a.data<const void>(),
+                        out_b.data<const void>(),
+                        lse_a.data<const float>(),
+                        lse_b.data<const float>(),
+                        out.data<void>(),
+                        lse.data<float>(),
+                        out.type(),
+                        lse.numel(),
                         out.size(-1)};
     return run(out, launch_merge_attention_states, p);
 }
@@ -141,11 +145,10 @@ void bind_mla_decode(py::module_& m) {
         .def_readonly("team_size", &MlaDecodePlan::team_size)
         .def_readonly("split_blocks", &MlaDecodePlan::split_blocks)
         .def_readonly("partials", &MlaDecodePlan::partials)
-        .def_property_readonly(
-            "kernel",
-            [](const MlaDecodePlan& p) {
-                return p.kernel == MlaDecodeKernel::kSm90 ? "sm90" : "sm80";
-            })
+        .def_property_readonly("kernel",
+                               [](const MlaDecodePlan& p) {
+                                   return p.kernel == MlaDecodeKernel::kSm90 ? "sm90" : "sm80";
+                               })
         .def("workspace_floats", &workspace_floats);
     m.def("mla_decode_plan", &plan);
     m.def(

@@ -93,7 +93,10 @@ long rms_norm_quantize(const Tensor& x,
     return run(x, launch_rms_norm_quantize, p);
 }
 
-long dequantize(const Tensor& codes, const Tensor& scales, int64_t block_rows, const Tensor& values) {
+long dequantize(const Tensor& codes,
+                const Tensor& scales,
+                int64_t block_rows,
+                const Tensor& values) {
     DequantizeParams p;
     set_sizes(p, codes, scales);
     p.codes = codes.data<const uint8_t>();
@@ -107,16 +110,21 @@ long dequantize(const Tensor& codes, const Tensor& scales, int64_t block_rows, c
 }
 
 long swiglu(const Tensor& gate_up, const Tensor& hidden) {
-    const SwigluParams p{gate_up.data<const void>(), hidden.data<void>(),    gate_up.type(),
-                         gate_up.size(0),            gate_up.size(1) / 2, gate_up.stride(0)};
+    const SwigluParams p{
+        gate_up.data<const void>(), hidden.data<void>(), gate_up.type(), gate_up.size(0),
+        gate_up.size(1) / 2,        gate_up.stride(0)};
     return run(gate_up, launch_swiglu, p);
 }
 
 long swiglu_backward(const Tensor& grad, const Tensor& gate_up, const Tensor& d_gate_up) {
-    const SwigluBackwardParams p{grad.data<const void>(), gate_up.data<const void>(),
-                                 d_gate_up.data<void>(),  gate_up.type(),
-                                 grad.size(0),            grad.size(1),
-                                 grad.stride(0),          gate_up.stride(0)};
+    const SwigluBackwardParams p{grad.data<const void>(),
+                                 gate_up.data<const void>(),
+                                 d_gate_up.data<void>(),
+                                 gate_up.type(),
+                                 grad.size(0),
+                                 grad.size(1),
+                                 grad.stride(0),
+                                 gate_up.stride(0)};
     return run(gate_up, launch_swiglu_backward, p);
 }
 

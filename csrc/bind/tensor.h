@@ -7,8 +7,8 @@
 
 #include <initializer_list>
 
-#include "bind/dlpack.h"
 #include "bind/bind.h"
+#include "bind/dlpack.h"
 #include "common/dtypes.h"
 
 namespace k2k::bind {
@@ -34,7 +34,7 @@ class Tensor {
     int64_t stride_or(int axis, int64_t other) const { return has(axis) ? stride(axis) : other; }
     int64_t numel() const;
     bool is_contiguous() const;  // strides of axes of size 1 do not matter
-    Type type() const;  // kF32 for None
+    Type type() const;           // kF32 for None
     bool is_int64() const { return t_.dtype.code == kDLInt && t_.dtype.bits == 64; }
     DLDevice device() const { return t_.device; }
 

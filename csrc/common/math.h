@@ -1,10 +1,21 @@
 #pragma once
 
+#include <type_traits>
+
 #include "common/macros.h"
 
 namespace k2k {
 
-K2K_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// In the wider of the two types: a device divides 32 bits much faster than 64.
+template <class A, class B>
+K2K_HOST_DEVICE constexpr std::common_type_t<A, B> ceil_div(A a, B b) {
+    return (a + b - 1) / b;
+}
+
+// A size or offset that was read on the device, kept inside 0 .. most.
+K2K_DEVICE int clamp_to(int value, int64_t most) {
+    return value < 0 ? 0 : value < most ? value : static_cast<int>(most);
+}
 
 // The larger number; a NaN is passed over, even a signalling one, of which libm's fmaxf makes a
 // NaN.

@@ -9,7 +9,7 @@
 namespace k2k {
 
 using tile::narrowed;
-using tile::packed;
+using tile::pack;
 using tile::store_row;
 
 K2K_DEVICE float widened(float value) { return value; }

@@ -25,6 +25,7 @@
 #include "arch/smem.cuh"
 #include "fp8_gemm/config.h"
 #include "fp8_gemm/epilogue.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
@@ -43,9 +44,6 @@ struct alignas(128) PortableStorage {
     GemmTile tiles[Tile::kThreads / 32][Tile::kStages];  // [warp][tiles in flight]
     bool a_nan[Tile::kRows], b_nan[Tile::kColumns];      // operand rows that contain a NaN
 };
-
-// Offset of 16-byte chunk `chunk` of row `row`: the 128-byte swizzle.
-K2K_DEVICE int chunk_offset(int row, int chunk) { return row * kBlockK + (chunk ^ row % 8) * 16; }
 
 // ---- loading: thread t copies chunk t % 8 of rows t / 8, t / 8 + 32, ..., and the scale of row t
 
@@ -71,9 +69,9 @@ K2K_DEVICE void load_operand(PortableOperand<kRows>& target,
         const int r = first + threadIdx.x / 8;
         if (kRows % 32 != 0 && r >= kRows) break;
         const bool valid = row + r < rows && bytes > 0;
-        arch::cp_async_partial(arch::smem_address(target.codes + chunk_offset(r, chunk)),
-                               valid ? codes + r * source.row_stride : source.codes,
-                               valid ? bytes : 0);
+        arch::cp_async_partial(
+            arch::smem_address(target.codes + tile::chunk_offset<kBlockK>(r, chunk)),
+            valid ? codes + r * source.row_stride : source.codes, valid ? bytes : 0);
     }
     // Copy the scales: a thread per row.
     const int r = threadIdx.x;
@@ -102,7 +100,7 @@ K2K_DEVICE uint32_t find_nan(const PortableOperand<kRows>& operand) {
         const int r = first + threadIdx.x / 8;
         if (kRows % 32 != 0 && r >= kRows) break;
         const uint4 chunk = *reinterpret_cast<const uint4*>(
-            operand.codes + chunk_offset(r, static_cast<int>(threadIdx.x % 8)));
+            operand.codes + tile::chunk_offset<kBlockK>(r, static_cast<int>(threadIdx.x % 8)));
         const uint32_t bits =
             nan_bits(chunk.x) | nan_bits(chunk.y) | nan_bits(chunk.z) | nan_bits(chunk.w);
         found |= static_cast<uint32_t>(bits != 0) << (first / 32);
@@ -145,14 +143,14 @@ K2K_DEVICE void multiply(float (&sum)[Tile::kWarpRows / 16][Tile::kWarpColumns /
     K2K_UNROLL
     for (int i = 0; i < kRowTiles; ++i) {
         const int r = row + 16 * i + lane % 16, chunk = first_chunk + lane / 16;
-        arch::ldmatrix(a_codes[i], arch::smem_address(a + chunk_offset(r, chunk)));
+        arch::ldmatrix(a_codes[i], arch::smem_address(a + tile::chunk_offset<kBlockK>(r, chunk)));
     }
     // Load fragments of B: columns 0-7 and their next 16 bytes of K, then columns 8-15.
     K2K_UNROLL
     for (int j = 0; j < kColumnTiles / 2; ++j) {
         const int r = column + 16 * j + lane % 8 + lane / 16 * 8;
         const int chunk = first_chunk + lane / 8 % 2;
-        arch::ldmatrix(b_codes[j], arch::smem_address(b + chunk_offset(r, chunk)));
+        arch::ldmatrix(b_codes[j], arch::smem_address(b + tile::chunk_offset<kBlockK>(r, chunk)));
     }
     if (native) {
         // sm_89 on: multiply e4m3 codes.

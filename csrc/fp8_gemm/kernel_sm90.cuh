@@ -57,6 +57,7 @@
 #include "arch/wgmma.cuh"
 #include "fp8_gemm/pipeline_sm90.cuh"
 #include "fp8_gemm/swiglu_sm90.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
@@ -120,8 +121,8 @@ K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem,
     const int clusters = shares ? gridDim.x / 2 : gridDim.x;
     GemmTiles tiles(p, share == Share::kB ? 2 * Tile::kRows : Tile::kRows,
                     share == Share::kA ? 2 * Tile::kColumns : Tile::kColumns, kBand);
-    SlotCounter<Tile::kStages> stage;
-    SlotCounter<kTilesAhead> ahead;
+    tile::RingPosition<Tile::kStages> stage;
+    tile::RingPosition<kTilesAhead> ahead;
     bool more = true;
     int index = (shares ? blockIdx.x / 2 : blockIdx.x) + pipeline * clusters;
     for (; more; index += Tile::kPipelines * clusters) {
@@ -181,8 +182,8 @@ template <class Tile>
 K2K_DEVICE void load_scales(HopperPipeline<Tile>& smem, const Fp8GemmParams& p) {
     constexpr int kStep = Tile::kFine ? 1 : 128;  // columns for which a scale is loaded
     const int lane_step = Tile::kSwiglu ? static_cast<int>(p.b.rows) / 2 : kStep;
-    SlotCounter<Tile::kStages> stage;
-    SlotCounter<kTilesAhead> at;
+    tile::RingPosition<Tile::kStages> stage;
+    tile::RingPosition<kTilesAhead> at;
     const int lane = arch::lane_id();
     for (; has_tile(smem, at); leave_tile(smem, at)) {
         // Lane i has rows (and columns) i, i + 32, ... of the tile.
@@ -227,7 +228,7 @@ template <int kRows>
 K2K_DEVICE void clear_tail(uint8_t* rows, int valid) {
     for (int row = threadIdx.x % 128; row < kRows; row += 128) {
         for (int k = valid; k < kBlockK; ++k) {
-            rows[row * kBlockK + (k / 16 ^ row % 8) * 16 + k % 16] = 0;
+            rows[tile::chunk_offset<kBlockK>(row, k / 16) + k % 16] = 0;
         }
     }
 }
@@ -268,10 +269,10 @@ K2K_DEVICE void store_panels(HopperPipeline<Tile>& smem,
             K2K_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int at = 4 * (8 * first + j + i / 2) + 2 * (i % 2);
-                words[i] = packed(values[at], values[at + 1], static_cast<T*>(nullptr));
+                words[i] = pack<T>(values[at], values[at + 1]);
             }
             const int r = 16 * warp + lane % 16, chunk = j + lane / 16;
-            arch::stmatrix(words, arch::smem_address(panel + r * 128 + (chunk ^ r % 8) * 16));
+            arch::stmatrix(words, arch::smem_address(panel + tile::chunk_offset<128>(r, chunk)));
         }
         // Make the generic writes visible to TMA, then store the panel.
         arch::fence_proxy_async();
@@ -362,7 +363,7 @@ K2K_DEVICE void store_by_rows(HopperPipeline<Tile>& smem,
                        (first_row + r) * p.d_row_stride + at;
                 Four<T> results;
                 K2K_UNROLL
-                for (int i = 0; i < 4; ++i) results.values[i] = narrowed(four[i], type);
+                for (int i = 0; i < 4; ++i) results.values[i] = narrowed<T>(four[i]);
                 if (is_four(d, left)) {
                     *reinterpret_cast<Four<T>*>(d) = results;
                 } else {
@@ -421,9 +422,9 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
     const int first_row = Tile::kAcross == 1 ? part * 64 * kWaves : 0;
     const int first_column = Tile::kAcross == 1 ? 0 : part * kColumns;
     const int lane_row = first_row + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
-    SlotCounter<Tile::kStages> stage;
-    SlotCounter<kTilesAhead> at;
-    SlotCounter<1> turn;  // ping-pong: parity of this warpgroup's tiles
+    tile::RingPosition<Tile::kStages> stage;
+    tile::RingPosition<kTilesAhead> at;
+    tile::RingPosition<1> turn;  // ping-pong: parity of this warpgroup's tiles
 
     for (; has_tile(smem, at); leave_tile(smem, at)) {
         const GemmTile& tile = smem.tiles[at.slot];

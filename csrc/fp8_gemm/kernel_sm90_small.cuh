@@ -80,8 +80,8 @@ K2K_DEVICE void load_small_factors(SmallStorage<Tile>& smem,
                                    KPart part,
                                    int split) {
     GemmTiles tiles(p, Tile::kTokens, Tile::kColumns, kBand);
-    SlotCounter<Tile::kStages> stage;
-    SlotCounter<kTilesAhead> ahead;
+    tile::RingPosition<Tile::kStages> stage;
+    tile::RingPosition<kTilesAhead> ahead;
     bool more = true;
     for (int index = blockIdx.x / split; more; index += gridDim.x / split) {
         // Find the next tile; publish it once a slot of the tile queue is free.
@@ -119,8 +119,8 @@ K2K_DEVICE void load_small_factors(SmallStorage<Tile>& smem,
 
 template <class Tile>
 K2K_DEVICE void load_small_scales(SmallStorage<Tile>& smem, const Fp8GemmParams& p, KPart part) {
-    SlotCounter<Tile::kStages> stage;
-    SlotCounter<kTilesAhead> at;
+    tile::RingPosition<Tile::kStages> stage;
+    tile::RingPosition<kTilesAhead> at;
     const int lane = arch::lane_id();
     for (; has_tile(smem, at); leave_tile(smem, at)) {
         // Lane i copies the scales of rows i, i + 32, ... of the tile.
@@ -205,7 +205,7 @@ K2K_DEVICE void finish_token(
         };
         T* d =
             static_cast<T*>(p.d) + tile.group * p.d_matrix_stride + row * p.d_row_stride + column;
-        const Pair pair = {{narrowed(values[0], type), narrowed(values[1], type)}};
+        const Pair pair = {{narrowed<T>(values[0]), narrowed<T>(values[1])}};
         if (second && reinterpret_cast<uintptr_t>(d) % sizeof(Pair) == 0) {
             *reinterpret_cast<Pair*>(d) = pair;
         } else {
@@ -225,9 +225,9 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem,
     const int lane = arch::lane_id(), warp = arch::warp_id();
     const int weight_row = 16 * warp + lane / 4;  // and the eighth after it: row of the wgmma
     const int rank = split > 1 ? static_cast<int>(arch::cluster_rank()) : 0;
-    SlotCounter<Tile::kStages> stage;
-    SlotCounter<kTilesAhead> at;
-    SlotCounter<1> parts;  // parity of parts_ready and parts_read
+    tile::RingPosition<Tile::kStages> stage;
+    tile::RingPosition<kTilesAhead> at;
+    tile::RingPosition<1> parts;  // parity of parts_ready and parts_read
 
     for (; has_tile(smem, at); leave_tile(smem, at)) {
         const GemmTile& tile = smem.tiles[at.slot];

@@ -7,6 +7,7 @@
 #include "arch/tma.cuh"
 #include "fp8_gemm/config.h"
 #include "fp8_gemm/epilogue.cuh"
+#include "tile/ring.cuh"
 
 namespace k2k {
 
@@ -25,32 +26,17 @@ enum NamedBarrier : int {
     kSwigluBarrier = 3,     // + warp % 4, 64 threads, a warp of each warpgroup: sums written; read
 };
 
-// Position in a ring of kSlots stages (or tiles), and the parity of its barriers.
-template <int kSlots>
-struct SlotCounter {
-    int slot = 0;
-    uint32_t parity = 0;
-
-    K2K_DEVICE void advance() {
-        if (++slot == kSlots) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // Waits for the scheduler's next tile; false if there is none.
 template <class Storage>
-K2K_DEVICE bool has_tile(Storage& smem, const SlotCounter<kTilesAhead>& at) {
+K2K_DEVICE bool has_tile(Storage& smem, const tile::RingPosition<kTilesAhead>& at) {
     arch::mbarrier_wait(smem.found[at.slot], at.parity);
     return smem.tiles[at.slot].group >= 0;
 }
 
 // Releases the tile's slot in the queue; every warp that waits for tiles calls it once per tile.
 template <class Storage>
-K2K_DEVICE void leave_tile(Storage& smem, SlotCounter<kTilesAhead>& at) {
-    arch::sync_warp();
-    if (arch::lane_id() == 0) arch::mbarrier_arrive(smem.used[at.slot]);
+K2K_DEVICE void leave_tile(Storage& smem, tile::RingPosition<kTilesAhead>& at) {
+    tile::warp_arrive(smem.used[at.slot]);
     at.advance();
 }
 

@@ -34,6 +34,7 @@
 #include "grouped_gemm/config.h"
 #include "tile/group_tiles.cuh"
 #include "tile/store_row.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
@@ -49,7 +50,7 @@ class GroupedPanel {
     static_assert(kRowChunks == 4 || kRowChunks == 8 || kRowChunks == 16);
 
     K2K_HOST_DEVICE static constexpr uint32_t offset(int row, int chunk) {
-        return row * kRowBytes + (chunk ^ (kRowChunks == 4 ? row / 2 % 4 : row % 8)) * 16;
+        return tile::chunk_offset<kRowBytes>(row, chunk);
     }
 
     // Sets the first chunk of this thread in the matrix at `source`: position `outer` of the tile's

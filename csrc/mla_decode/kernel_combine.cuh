@@ -1,37 +1,37 @@
 #pragma once
 
-// Joins results over disjoint sets of keys.
+// Joins results over disjoint sets of keys: the second kernel of split-KV.
 //
 //     lse = log sum_i exp(lse_i),  out = sum_i w_i out_i / sum_i w_i,  w_i = exp(lse_i - max lse)
 //
 // mla_combine_kernel      the parts of each split row of mla_decode, 2 KB of float32 each.
 //                         Rows that no sequence owns become 0 and -inf.
-//   Block   `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
-//           four groups that take every fourth part. Parts are added in an order that depends on
+//   CTA     `rows_per_block` rows one after the other; 512 threads: 128 with four columns each, by
+//           four groups that take every fourth part. The order in which parts are added depends on
 //           their number alone.
-//   Why     not the block that finishes last, inside mla_decode: with one long sequence it would
-//           have all parts of all rows, 17 MB, to itself; here every multiprocessor takes a share.
+//   Why     a kernel of its own: in mla_decode the CTA that finishes last would have to read all
+//           parts, 17 MB with one long sequence; here every SM reads a share.
 // merge_attention_states  two results; a warp a row, 16 bytes a lane.
 //
 // Weights are divided by their sum: exp(lse_i - lse) would scale the result by the rounding error
-// of lse. A part that saw nothing has lse -inf, hence weight 0; its out is not looked at.
+// of lse. A part without keys has lse -inf, hence weight 0; its out is not used.
 
 #include "arch/convert.cuh"
 #include "arch/ldst.cuh"
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
 #include "mla_decode/config.h"
+#include "mla_decode/rows.cuh"
 #include "mla_decode/schedule.cuh"
-#include "mla_decode/softmax.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
 
 struct MlaCombineStorage {
-    float4 sums[kCombineGroups][kLatent / 4];
+    float4 sums[kCombineGroups][kLatent / 4];  // [groups, 512]
 };
 
-// exp2(lse - maximum), where the parts' maximum is -inf if nobody saw anything.
+// exp2(lse - maximum). The parts' maximum is -inf if no part has keys.
 K2K_DEVICE float part_weight(float lse, float maximum) {
     return lse == -INFINITY ? 0 : arch::exp2_approx(lse - maximum);
 }
@@ -42,19 +42,21 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
     const int lane = arch::lane_id(), four = threadIdx.x % (kLatent / 4);
     const int group = threadIdx.x / (kLatent / 4);
     const int rows = static_cast<int>(p.tokens * p.heads);  // no more than q's bytes / 1,152
+    // ragged: the rows that sequences own.
     int first_owned = 0, end_owned = rows;
     if (p.cu_seqlens_q != nullptr) {
         first_owned = clamp_to(p.cu_seqlens_q[0], p.tokens) * p.heads;
         end_owned = clamp_to(p.cu_seqlens_q[p.batch], p.tokens) * p.heads;
     }
     for (int i = 0; i < rows_per_block; ++i) {
+        // How many parts the row has; rows of a ragged batch that no sequence owns have none.
         const int row = static_cast<int>(blockIdx.x) * rows_per_block + i;
         if (row >= rows) return;
-        SplitRow split = {0, 0};  // no parts: 0 and -inf
+        SplitRow split = {0, 0};
         if (row >= first_owned && row < end_owned) split = p.split_rows[row];
         if (split.parts == 1) continue;
 
-        // Every warp finds the sum of all parts.
+        // Reduce the statistics of all parts, in every warp: no barrier is needed.
         float maximum = -INFINITY, largest = -INFINITY, total = 0;
         bool is_nan = false;
         K2K_NO_UNROLL
@@ -70,6 +72,7 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
             largest = max_number(largest, arch::shuffle_xor(largest, mask));
         }
         is_nan = arch::any(is_nan);
+        // The sum of weights, by the maximum just found.
         K2K_NO_UNROLL
         for (int part = lane; part < split.parts; part += 32) {
             total += part_weight(p.partial_stats[part_row(p.plan, split, part)].x, maximum);
@@ -79,7 +82,9 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
         const float lse = total == 0 ? -INFINITY : maximum + log2f(total);
         const float normalizer = total == 0 ? 0 : 1 / total;
 
-        float4 sum = {};
+        // Add up this group's parts, four loads in flight; not those without keys, whose out is
+        // undefined.
+        float4 sum = {};  // columns 4 `four` to 4 `four` + 3
         K2K_UNROLL_BY(4)
         for (int part = group; part < split.parts; part += kCombineGroups) {
             const int64_t from = part_row(p.plan, split, part);
@@ -91,6 +96,7 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
                                   fmaf(weight, value.z, sum.z), fmaf(weight, value.w, sum.w));
             }
         }
+        // Epilogue: the first group adds the others' sums, in order, and stores the row.
         storage.sums[group][four] = sum;
         arch::sync_block();
         if (group == 0) {
@@ -100,11 +106,11 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
                 sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
             }
             const int token = row / p.heads, head = row - token * p.heads;
-            T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
-            reinterpret_cast<uint2*>(out)[four] =
+            *reinterpret_cast<uint2*>(out_at<T>(p, {token, head, 0}, 4 * four)) =
                 make_uint2(pack<T>(sum.x * normalizer, sum.y * normalizer),
                            pack<T>(sum.z * normalizer, sum.w * normalizer));
         }
+        // One thread stores the statistics.
         if (threadIdx.x == 0) {
             p.lse[row] = lse * kLn2;
             if (p.max_logits != nullptr) p.max_logits[row] = is_nan ? NAN : largest;
@@ -125,6 +131,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     const int64_t row = int64_t(blockIdx.x) * (kMergeThreads / 32) + arch::warp_id();
     if (row >= p.rows) return;
     const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];
+    // The two weights; 0 for a side without keys, whose out is not loaded.
     const float maximum = lse_a > lse_b ? lse_a : lse_b;
     const float exp_a = lse_a == -INFINITY ? 0 : expf(lse_a - maximum);
     const float exp_b = lse_b == -INFINITY ? 0 : expf(lse_b - maximum);
@@ -134,6 +141,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     const T* out_a = static_cast<const T*>(p.out_a) + row * p.columns;
     const T* out_b = static_cast<const T*>(p.out_b) + row * p.columns;
     T* out = static_cast<T*>(p.out) + row * p.columns;
+    // Merge the row, 16 columns a lane.
     for (int64_t column = arch::lane_id() * 16; column < p.columns; column += 512) {
         float a[16] = {}, b[16] = {};
         if (weight_a != 0) tile::widen(a, tile::load_sixteen(out_a, column, p.columns));

@@ -1,9 +1,9 @@
 #pragma once
 
-// The tasks of all blocks of mla_decode, as they find them themselves, written down: for tests of
-// how work is shared out, which need neither queries nor a cache.
+// Writes the tasks that the CTAs of mla_decode find: for tests of the scheduler, which need neither
+// queries nor a cache.
 //
-// Block     one warp, for the block of the same index.
+// Grid      one warp for each CTA of mla_decode, of the same index.
 
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
@@ -15,7 +15,7 @@ struct MlaScheduleStorage {
     MlaTask task;
 };
 
-// tasks[block, i] is the block's i-th task; those behind the last are left as they are.
+// tasks[cta, i] is the CTA's i-th task; entries behind the last are not written.
 __global__ void __launch_bounds__(32)
     mla_schedule_kernel(const __grid_constant__ MlaDecodeParams p, MlaTask* tasks, int capacity) {
     MlaTask& task = arch::shared_storage<MlaScheduleStorage>().task;

@@ -3,28 +3,27 @@
 // MLA decode for every GPU from sm_80 on: attention of few query tokens over the paged cache.
 //
 //     S[r, k] = scale * q[r, :576] . row[k, :576]      r: query token x head, k: cached row
-//     out[r, :512] = softmax_k(S[r, :]) row[:, :512],  lse[r], max_logits[r]
+//     out[r, :512] = softmax_k(S[r, :]) row[k, :512],  lse[r], max_logits[r]
 //
-// Grid      one block of 8 warps a multiprocessor; each takes its tasks as schedule.cuh finds them:
-//           tile_rows rows of q against a range of keys of one sequence.
+// Grid      persistent, one CTA of 8 warps per SM; each finds its tasks (tile_rows rows of q x a
+//           range of keys of one sequence) by the split-KV tile scheduler of schedule.cuh.
 // Warps     kRowWarps x kDimWarps: a row warp has 16 rows of the tile; its dim warps each sum a
 //           part of the 576 dims of a score, and each own a part of the 512 columns of the output.
-// Round     32 keys, brought by cp.async into a ring of `stages`:
+// Round     32 keys, copied by cp.async into a ring of `stages`:
 //             1. partial scores   mma.sync m16n8k16, q from registers, keys by ldmatrix
 //             2. exchange         dim warps add their partial scores, all in the same order
 //             3. softmax          online, base 2; the output is rescaled only if a maximum grew
-//             4. output           probabilities are already where mma.sync wants them; the same
-//                                 keys again, by transposing ldmatrix
-// Barriers  task_done, task_known  sync_block twice a task, around warp 0's writing it down
-//           round_landed   sync_block a round: all threads' copies have landed, and nobody reads
-//                          the stage that is filled next
+//             4. output           P is already laid out as operand A; the same keys again, by
+//                                 ldmatrix.trans
+// Barriers  task_done, task_known  sync_block twice a task, before and after warp 0 writes it
+//           round_landed   sync_block a round: all threads' copies have landed, and the stage that
+//                          is filled next has been read
 //           scores_ready   named barrier 1 + row warp, between writing and reading the exchange
 //           decoded        sync_block, 656-byte rows only: codes have become bfloat16
 // Shared    exchange 16 KB; ring 36 KB a stage (two: 90 KB, what sm_86 to sm_120 have). 656-byte
 //           rows: 20.5 KB a stage and 36 KB for one decoded round (93 KB with two).
 // Registers of a thread with 64 rows: output 128, q 72, scores 16: at the limit of 255.
-// Layout    a key's 72 chunks of 16 bytes lie in order, but inside each 8 of them chunk c of key k
-//           is at c ^ (k % 8): eight keys' same chunk touch all banks once.
+// Layout    a key's row is nine times 128 bytes, each with the swizzle of tile/swizzle.cuh.
 // Limits    bfloat16 or float16; 656-byte rows with bfloat16 q. Rows begin at multiples of 16
 //           bytes; any page size.
 
@@ -36,25 +35,29 @@
 #include "arch/smem.cuh"
 #include "common/math.h"
 #include "mla_decode/config.h"
+#include "mla_decode/rows.cuh"
 #include "mla_decode/schedule.cuh"
-#include "mla_decode/softmax.cuh"
 #include "tile/e4m3_decode.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
 constexpr int kKeyBytes = kKeyDim * 2;  // 1,152: nine times 128
 
+// The first of the named barriers: row warp i has kScoresReady + i.
+constexpr uint32_t kScoresReady = 1;
+
 struct DecodedRound {
-    uint4 chunks[kRoundBytes / 16];
+    uint4 chunks[kRoundBytes / 16];  // [32, 576] bfloat16
 };
 struct NothingDecoded {};
 
-// The ring follows it.
+// The ring follows it: [stages, 32, 576], or 656-byte rows.
 template <bool kQuantized>
 struct alignas(128) MlaSm80Storage {
-    float4 exchange[kPortableThreads / 32][4][32];  // warp, 8 keys, lane
+    float4 exchange[kPortableThreads / 32][4][32];  // partial scores [warp, 8 keys, lane]
     std::conditional_t<kQuantized, DecodedRound, NothingDecoded> decoded;
-    MlaTasks tasks;  // warp 0's
+    MlaTasks tasks;  // warp 0's scheduler
     MlaTask task;
     bool bad_page;  // its block table names a page that does not exist
 };
@@ -70,15 +73,16 @@ K2K_DEVICE int page_of_round(const MlaDecodeParams& p, const MlaTask& task, int 
     return p.block_table[task.sequence * p.table_stride + key / p.page_size];
 }
 
-// Starts the copies of that round to `stage`; keys behind the end become zeros, so that whatever
-// lies there cannot reach the output as 0 * NaN.
+// Starts the copies of that round to `stage`. Keys behind the end become zeros: 0 * NaN would
+// be NaN in the output.
 template <bool kQuantized>
 K2K_DEVICE void copy_round(const MlaDecodeParams& p,
                            const MlaTask& task,
                            bool& bad_page,
                            uint32_t stage,
                            int key,
-                           int page K2K_WHERE) {
+                           int page) {
+    // Eight threads copy a key's row, 128 contiguous bytes at a time.
     const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
     key += row;
     const bool valid = page >= 0 && page < p.pages;
@@ -89,13 +93,12 @@ K2K_DEVICE void copy_round(const MlaDecodeParams& p,
         source += (page * p.page_stride + key % p.page_size * p.slot_stride) * kBytes + chunk * 16;
     }
     const uint32_t target = stage + (kQuantized ? row * kQuantizedRow + chunk * 16
-                                                : row * kKeyBytes + (chunk ^ row % 8) * 16);
+                                                : tile::chunk_offset<kKeyBytes>(row, chunk));
     constexpr int kChunks = kQuantized ? kQuantizedRow / 16 : kKeyBytes / 16;
     K2K_UNROLL
     for (int i = 0; i < ceil_div(kChunks, 8); ++i) {
         if (kChunks % 8 == 0 || chunk + i * 8 < kChunks) {
-            arch::cp_async(target + i * 128, valid ? source + i * 128 : source,
-                           valid K2K_PASS_WHERE);
+            arch::cp_async(target + i * 128, valid ? source + i * 128 : source, valid);
         }
     }
 }
@@ -106,8 +109,9 @@ K2K_DEVICE void decode_round(DecodedRound& decoded, const char* stage) {
     const int row = threadIdx.x / 8, lane = threadIdx.x % 8;
     const char* from = stage + row * kQuantizedRow;
     uint4* to = decoded.chunks + row * (kKeyBytes / 16);
-    K2K_NO_UNROLL  // next to the output, there are few registers
-        for (int i = 0; i < 4; ++i) {
+    // Not unrolled: the output leaves few registers.
+    K2K_NO_UNROLL
+    for (int i = 0; i < 4; ++i) {
         const float scale = reinterpret_cast<const float*>(from + kScalesAt)[i];
         const uint4 codes = *reinterpret_cast<const uint4*>(from + (lane + i * 8) * 16);
         const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
@@ -122,11 +126,12 @@ K2K_DEVICE void decode_round(DecodedRound& decoded, const char* stage) {
         K2K_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int chunk = 2 * (lane + i * 8) + half;
-            to[chunk ^ row % 8] = make_uint4(pairs[4 * half], pairs[4 * half + 1],
-                                             pairs[4 * half + 2], pairs[4 * half + 3]);
+            to[tile::swizzled(row, chunk)] = make_uint4(pairs[4 * half], pairs[4 * half + 1],
+                                                        pairs[4 * half + 2], pairs[4 * half + 3]);
         }
     }
-    to[kLatent / 8 + (lane ^ row % 8)] =
+    // The rope part is bfloat16 already.
+    to[kLatent / 8 + tile::swizzled(row, lane)] =
         *reinterpret_cast<const uint4*>(from + kRopeAt + lane * 16);
 }
 
@@ -148,24 +153,24 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
     // Where mma.sync keeps what: a thread's scores and outputs are in rows `row` and `row` + 8, in
     // columns 2 `pair` and the next of each 8.
     const int row = row_warp * 16 + lane / 4, pair = lane % 4;
-    // Which row of which 8x8 matrix this lane addresses for ldmatrix.
-    const int matrix = lane / 8, matrix_row = lane % 8;
 
-    // Of keys as they stand: 16 keys x 16 dims, the dims of step s are chunks 2s and 2s + 1. A warp
-    // has the steps dim_warp, dim_warp + kDimWarps, ... And of keys transposed: 16 keys x 16
-    // columns. Both are the same place in the first 16 dims, moved by the warp.
-    const uint32_t offset =
-        (matrix / 2 * 8 + matrix_row) * kKeyBytes + (matrix % 2 ^ matrix_row) * 16;
+    // This lane's addresses for ldmatrix. Keys as B of q K^T: 16 keys x 16 dims, the dims of step s
+    // are chunks 2s and 2s + 1; a warp has the steps dim_warp, dim_warp + kDimWarps, ... Keys as B
+    // of P V, transposed: 16 keys x 16 columns. Both begin at the same place in the first 16 dims.
+    const uint32_t offset = tile::ldmatrix_address<false, false, kKeyBytes>(0, 0, 0);
     const uint32_t score_offset = (offset ^ dim_warp % 4 * 32) + dim_warp / 4 * 128;
     const uint32_t out_offset = offset + dim_warp * (kColumns * 2);
 
+    // Scheduler: warp 0 works out the CTA's share. Its state is kept in shared memory: the main
+    // loop needs the registers.
     const MlaTask& task = storage.task;
     if (warp == 0) {
         const MlaTasks tasks(p, blockIdx.x);
         if (lane == 0) storage.tasks = tasks;
     }
     for (;;) {
-        arch::sync_block();  // task_done: the last one's keys are read, and what is said of it
+        // Warp 0 finds the next task.
+        arch::sync_block();  // task_done: the task before and its stages have been read
         if (warp == 0) {
             MlaTasks tasks = storage.tasks;
             tasks.next(p, storage.task);
@@ -175,8 +180,8 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
         arch::sync_block();  // task_known
         if (task.last) return;
 
-        // A round is copied while the `stages` - 1 before it are worked on; its pages are looked
-        // up a round earlier still.
+        // Prologue: start the copies of the first `stages` - 1 rounds. Pages are looked up a round
+        // before they are needed.
         const int stages = p.plan.stages;
         uint32_t stage = ring;
         int page = page_of_round(p, task, task.first_key);
@@ -191,9 +196,8 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             arch::cp_async_commit();
         }
 
-        // The queries, as operands of the products; rows that the tile lacks are zeros.
-        uint32_t q[kSteps][4];
-        MlaRowState state;
+        // Load q, as operand A in registers; rows that the tile lacks are zeros.
+        uint32_t q[kSteps][4];  // [16, 16] each
         K2K_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int tile_row = row + 8 * half;
@@ -211,17 +215,20 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             }
         }
 
-        float out[kOutTiles][4];
+        float out[kOutTiles][4];  // [16, kColumns] of the warp
         K2K_UNROLL
         for (int j = 0; j < kOutTiles; ++j) out[j][0] = out[j][1] = out[j][2] = out[j][3] = 0;
-        state.reset();
+        tile::OnlineSoftmax softmax;
+        softmax.reset();
         for (int key = task.first_key; key < task.end_key; key += kRoundKeys) {
+            // Wait for the oldest round; of four stages, two more may still be in flight.
             if (stages == 2) {
                 arch::cp_async_wait<0>();
             } else {
                 arch::cp_async_wait<2>();
             }
             arch::sync_block();  // round_landed
+            // Refill the stage that the round before has left.
             const int ahead = key + (stages - 1) * kRoundKeys;
             if (ahead < task.end_key) {
                 const uint32_t free_stage = (stage == ring ? ring_end : stage) - kStageBytes;
@@ -230,6 +237,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             }
             arch::cp_async_commit();
             uint32_t keys = stage;
+            // 656-byte rows: decode the round once, for both products.
             if constexpr (kQuantized) {
                 decode_round(storage.decoded,
                              reinterpret_cast<char*>(&storage + 1) + (stage - ring));
@@ -237,8 +245,9 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                 keys = arch::smem_address(&storage.decoded);
             }
 
+            // 1. Partial scores of this warp's dims, q K^T.
             const uint32_t score_keys = keys + score_offset;
-            float scores[4][4] = {};
+            float scores[4][4] = {};  // [16, 32]
             K2K_UNROLL
             for (int i = 0; i < kSteps; ++i) {
                 if (kKeyDim / 16 % kDimWarps == 0 || dim_warp + i * kDimWarps < kKeyDim / 16) {
@@ -255,12 +264,13 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                     }
                 }
             }
+            // 2. Exchange: all dim warps add the parts in the same order, to the same bits.
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 storage.exchange[warp][j][lane] =
                     make_float4(scores[j][0], scores[j][1], scores[j][2], scores[j][3]);
             }
-            arch::barrier_sync(1 + row_warp, kDimWarps * 32);  // scores_ready
+            arch::barrier_sync(kScoresReady + row_warp, kDimWarps * 32);  // scores_ready
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 float4 sum = storage.exchange[row_warp * kDimWarps][j][lane];
@@ -274,16 +284,16 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                 scores[j][2] = sum.z, scores[j][3] = sum.w;
             }
 
+            // 3. Mask what a row does not see, then the online softmax: scores become P.
             if (key + kRoundKeys > task.border || key + kRoundKeys > task.end_key) {
                 K2K_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    const int border = mla_row(p, task, row + 8 * half).border;
-                    mask_row(scores, half, key + 2 * pair,
-                             border < task.end_key ? border : task.end_key);
+                    mask_row(scores, p, task, row + 8 * half, half, key + 2 * pair);
                 }
             }
             float factor[2];
-            const bool rescale = state.update(scores, factor, p.scale * kLog2E);
+            const bool rescale = softmax.update(scores, factor, p.scale * kLog2E);
+            // Rescale the output only if a maximum of the warp grew.
             if (rescale) {
                 K2K_UNROLL
                 for (int j = 0; j < kOutTiles; ++j) {
@@ -292,6 +302,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                 }
             }
 
+            // 4. out += P V over this warp's columns.
             const uint32_t out_keys = keys + out_offset;
             K2K_UNROLL
             for (int half = 0; half < 2; ++half) {
@@ -313,26 +324,25 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             stage = stage + kStageBytes == ring_end ? ring : stage + kStageBytes;
         }
 
-        state.finish(storage.bad_page);
+        // Epilogue: one thread per row stores statistics, all store their columns; split keys go to
+        // the workspace as floats, for kernel_combine.cuh.
+        softmax.finish(storage.bad_page);
         const auto store_row = [&](int half) {
             const int tile_row = row + 8 * half;
             if (tile_row >= task.num_rows) return;
             const MlaRow place = mla_row(p, task, tile_row);
-            if (dim_warp == 0 && pair == 0) state.store_stats(p, task, place, tile_row, half);
-            const float by = state.normalizer(half);
+            if (dim_warp == 0 && pair == 0) store_stats(p, task, softmax, place, tile_row, half);
+            const float by = softmax.normalizer(half);
             const int column = dim_warp * kColumns + 2 * pair;
             if (task.partial < 0) {
-                T* to = static_cast<T*>(p.out) + place.token * p.out_token_stride +
-                        place.head * p.out_head_stride + column;
+                T* to = out_at<T>(p, place, column);
                 K2K_UNROLL
                 for (int j = 0; j < kOutTiles; ++j) {
                     *reinterpret_cast<uint32_t*>(to + 8 * j) =
                         pack<T>(out[j][2 * half] * by, out[j][2 * half + 1] * by);
                 }
             } else {
-                float* to = p.partial_out +
-                            (int64_t(task.partial) * p.plan.tile_rows + tile_row) * kLatent +
-                            column;
+                float* to = p.partial_out + partial_row(p, task, tile_row) * kLatent + column;
                 K2K_UNROLL
                 for (int j = 0; j < kOutTiles; ++j) {
                     *reinterpret_cast<float2*>(to + 8 * j) =

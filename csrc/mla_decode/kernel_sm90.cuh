@@ -1,49 +1,53 @@
 #pragma once
 
-// MLA decode for Hopper: the work of kernel_sm80.cuh on wgmma and TMA, 64 rows of q at a time.
+// MLA decode for Hopper: what kernel_sm80.cuh computes by wgmma and TMA, 64 rows of q at a time.
 //
 //     S[r, k] = scale * q[r, :576] . row[k, :576]      r: query token x head, k: cached row
 //     out[r, :512] = softmax_k(S[r, :]) row[k, :512],  lse[r], max_logits[r]
 //
-// The output of a tile, 64 x 512 floats, is half of a multiprocessor's registers: two warpgroups
-// have half of its columns each. Left also computes the scores and the softmax, Right is handed the
-// probabilities. (FlashAttention-3 divides a head dimension of 512 this way:
+// The accumulators of a tile, 64 x 512 floats, take half of an SM's registers, so two consumer
+// warpgroups have 256 columns each. (FlashAttention-3 divides a head dimension of 512 this way:
 // hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, LargeHeadDimV.)
 //
-// Grid      one block a multiprocessor; each takes its tasks as schedule.cuh finds them. Where
-//           several tiles read the same keys, blocks form pairs, clusters of two.
-// Roles     Left    warps 0 to 3: S = q K^T, softmax, out[:, :256] += P V[:, :256]
-//           Right   warps 4 to 7: out[:, 256:] += P V[:, 256:]
-//           Loader  warp 8: brings the keys of this task, then of the next, and q; in a pair every
-//                   other box of keys, for both blocks
-//           Finder  warp 9: finds the tasks, up to four ahead
-// Block     64 keys: nine boxes of 64 columns, each in its own 8 KB of a stage with the swizzle of
-//           128 bytes. The same bytes are K (rows contiguous) and V (columns contiguous). A box
-//           comes in as many copies as pages have a part in it. L2 is told to give it up first:
-//           blocks that share keys read them at about the same time, and nobody again.
-// Order     Left: scores, softmax, hand over, its half of P V, next block. Right's half runs beside
-//           Left's. Scores of the next block never come first: they would have to wait for its
-//           keys while this block still holds the stage that further keys wait for.
+// Grid      persistent, one CTA per SM; each finds its tasks (tile of rows x range of keys) by the
+//           split-KV tile scheduler of schedule.cuh. Where several tiles read the same keys, CTAs
+//           form pairs: clusters of two.
+// Roles     warps 0 to 3  "Left", consumer warpgroup 0: S = q K^T, softmax, P V[:, :256]
+//           warps 4 to 7  "Right", consumer warpgroup 1: P V[:, 256:], with Left's P
+//           warp 8        producer: loads q, the keys of this task, then of the next; in a pair
+//                         every other box of keys, multicast to both CTAs
+//           warp 9        scheduler: finds the tasks, up to four ahead
+//           warps 10, 11  idle: setmaxnreg takes whole warpgroups
+// Block     64 keys: nine boxes of 64 columns, each in its own 8 KB of a stage with the 128-byte
+//           swizzle. The same bytes are K (K-major) and V (MN-major). A box is copied in one part
+//           per page. Loads have the evict-first hint: CTAs that share keys read them at about the
+//           same time, and nothing reads them again.
+// Order     within a block: Left's scores and softmax, then both halves of P V side by side.
+//
+//               Left     S(0) softmax(0)  P V(0)  S(1) softmax(1)  P V(1)  ...
+//               Right                     P V(0)                   P V(1)  ...
+//
+//           S(1) is not issued before P V(0): Left would then hold both stages, and no keys could
+//           be in flight.
 // Barriers  event            arrivals                  waited for by
-//           task_known[4]    Finder                    Loader, Left, Right
-//           task_done[4]     Loader, 8 warps           Finder: the slot may hold another task
-//           q_landed         Loader + bytes            Left
-//           q_read           4 warps of Left           Loader: after the task's last scores
-//           landed[2][9]     Loader + bytes            Left, box by box
-//           read[2]          8 warps, of both blocks   Loader: the stage is free
-//           handed_over      4 warps of Left           Right: probabilities and factors; at the end
+//           task_known[4]    scheduler                 producer, Left, Right
+//           task_done[4]     producer, 8 consumer warps  scheduler: the slot may be reused
+//           q_landed         producer + bytes          Left
+//           q_read           4 warps of Left           producer: after the task's last scores
+//           landed[2][9]     producer + bytes          Left, box by box
+//           read[2]          8 warps, of both CTAs     producer: the stage is free
+//           handed_over      4 warps of Left           Right: P and the rescale factors; at the end
 //                                                      of a task, its normalizers
-//           taken_over       4 warps of Right          Left: before it hands over again
-//           All that Right reads of a stage has landed before Left hands over. Named barriers 1
-//           (Left) and 2 (Right) stand around the clearing of rows behind the end.
-// Behind the end  keys of the last block that no row sees are not copied, or hold whatever lies in
-//           their slots: scores are masked, and their rows of V become zeros, as 0 * NaN is NaN.
-//           A page that does not exist is not copied; the task's rows become NaN.
+//           taken_over       4 warps of Right          Left: before it overwrites them
+//           Right needs no wait of its own for the keys: Left has waited for all nine boxes.
+// Tail      in the last block, keys behind the end of the task are not copied, or the stage holds
+//           other rows of the page: scores are masked, and the rows of V cleared, as 0 * NaN is
+//           NaN. A page that does not exist is not copied; the task's rows become NaN.
 // Shared    q 72 KB, two stages of 72 KB, probabilities 8 KB, the rest 1 KB: 225 KB of 227.
-// Registers launched with 168 a thread; Left and Right take 216 (output 128, scores 32,
-//           probabilities 16), the others keep 72.
+// Registers launched with 168 per thread; consumers raise that to 216 (output 128, scores 32,
+//           probabilities 16), the other warps keep 72.
 // Limits    bfloat16 or float16. The cache's strides are not 0; pages have a multiple of 16 slots;
-//           rows of q follow one another at one stride.
+//           rows of q are equally far apart.
 
 #include "arch/cluster.cuh"
 #include "arch/control.cuh"
@@ -56,27 +60,33 @@
 #include "common/math.h"
 #include "mla_decode/config.h"
 #include "mla_decode/kernel_combine.cuh"
+#include "mla_decode/rows.cuh"
 #include "mla_decode/schedule.cuh"
-#include "mla_decode/softmax.cuh"
+#include "tile/ring.cuh"
+#include "tile/store_row.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
 using arch::Mbarrier;
 using arch::TensorMap;
+using tile::warp_arrive;
 
 constexpr int kHalfLatent = kLatent / 2;
-constexpr int kHalfBoxes = kHalfLatent / kHopperColumns;  // that hold one half of V
+constexpr int kHalfBoxes = kHalfLatent / kHopperColumns;    // that hold one half of V
+constexpr int kMostParts = kBlockKeys / kHopperMinBoxRows;  // of a box, one per page
 
-// 64 rows of 128 bytes; chunk c of row r is at c ^ (r % 8).
-struct alignas(1024) MlaBox {
-    uint4 chunks[kHopperRows * 8];
-};
+using MlaBox = tile::SwizzledBox<kBlockKeys>;
+static_assert(kHopperRows == kBlockKeys);
+
+// Barriers of a consumer warpgroup while it clears rows of V. (0 is sync_block.)
+enum MlaNamedBarrier : uint32_t { kLeftClears = 1, kRightClears = 2 };
 
 struct MlaSm90Storage {
-    MlaBox q[kHopperBoxes];
-    MlaBox keys[kHopperStages][kHopperBoxes];
-    MlaBox probabilities;
-    float factors[kHopperRows];  // of what Right has summed so far; in the end, normalizers
+    MlaBox q[kHopperBoxes];                    // [64, 576]
+    MlaBox keys[kHopperStages][kHopperBoxes];  // [stage, 64, 576]
+    MlaBox probabilities;                      // P [64 rows, 64 keys]
+    float factors[kHopperRows];                // of the output so far; in the end, normalizers
     MlaTask tasks[kHopperTaskSlots];
     bool bad_page[kHopperTaskSlots];  // the task's block table names a page that does not exist
     Mbarrier task_known[kHopperTaskSlots], task_done[kHopperTaskSlots];
@@ -88,45 +98,41 @@ static_assert(sizeof(MlaSm90Storage) <= 232448 && kKeyDim % kHopperColumns == 0)
 
 constexpr uint32_t kBoxBytes = sizeof(MlaBox), kStageBytes = kHopperBoxes * kBoxBytes;
 
-// Which of a ring's stages is next, and the parity of its phase.
-template <int kStages>
-struct RingPlace {
-    int stage = 0;
-    uint32_t parity = 0;
+using TaskPosition = tile::RingPosition<kHopperTaskSlots>;
+using KeysPosition = tile::RingPosition<kHopperStages>;
 
-    K2K_DEVICE void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
+// Which CTAs share the keys they load: one alone, or a pair, each of which loads the boxes
+// rank, rank + 2, ... for both.
+template <bool kPair>
+struct MlaCtas {
+    static constexpr uint32_t kCount = kPair ? 2 : 1;
+
+    K2K_DEVICE static uint32_t rank() { return kPair ? arch::cluster_rank() : 0; }
+
+    // Starts the copy of a part of a box.
+    K2K_DEVICE static void load(
+        uint4* target, const TensorMap& cache, Mbarrier& landed, int column, int slot, int page) {
+        constexpr auto kHint = arch::CacheHint::kEvictFirst;
+        if constexpr (kPair) {
+            arch::tma_load_3d_multicast(target, cache, landed, 3, column, slot, page, kHint);
+        } else {
+            arch::tma_load_3d(target, cache, landed, column, slot, page, kHint);
+        }
+    }
+
+    // The warp has read the stage: one arrival in each CTA.
+    K2K_DEVICE static void release(Mbarrier& read) {
+        if constexpr (kPair) {
+            arch::sync_warp();
+            const uint32_t lane = arch::lane_id();
+            if (lane < 2) arch::mbarrier_arrive_remote(read, lane);
+        } else {
+            warp_arrive(read);
+        }
     }
 };
-using TaskPlace = RingPlace<kHopperTaskSlots>;
-using KeysPlace = RingPlace<kHopperStages>;
 
-// Who loads what: a block for itself, or a pair of blocks, in a cluster, every other box for both.
-template <bool kPair>
-K2K_DEVICE uint32_t rank_of_pair() {
-    if constexpr (kPair) return arch::cluster_rank();
-    return 0;
-}
-
-// The warp's arrival, once all its lanes are done.
-K2K_DEVICE void warp_arrives(Mbarrier& barrier K2K_WHERE) {
-    arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
-    if (arch::lane_id() == 0) arch::mbarrier_arrive(barrier K2K_PASS_WHERE);
-}
-
-// The same for a stage of keys, which is free once both blocks of a pair have read it.
-template <bool kPair>
-K2K_DEVICE void warp_has_read(Mbarrier& read K2K_WHERE) {
-    if constexpr (kPair) {
-        arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);
-        const uint32_t lane = arch::lane_id();
-        if (lane < 2) arch::mbarrier_arrive_remote(read, lane K2K_PASS_WHERE);
-    } else {
-        warp_arrives(read K2K_PASS_WHERE);
-    }
-}
-
-template <bool kPair>
+template <class Ctas>
 K2K_DEVICE void make_barriers(MlaSm90Storage& smem) {
     for (int i = 0; i < kHopperTaskSlots; ++i) {
         arch::mbarrier_init(smem.task_known[i], 1);
@@ -136,23 +142,24 @@ K2K_DEVICE void make_barriers(MlaSm90Storage& smem) {
     arch::mbarrier_init(smem.q_read, 4);
     for (int stage = 0; stage < kHopperStages; ++stage) {
         for (Mbarrier& landed : smem.landed[stage]) arch::mbarrier_init(landed, 1);
-        arch::mbarrier_init(smem.read[stage], kPair ? 16 : 8);
+        arch::mbarrier_init(smem.read[stage], 8 * Ctas::kCount);
     }
     arch::mbarrier_init(smem.handed_over, 4);
     arch::mbarrier_init(smem.taken_over, 4);
     arch::fence_mbarrier_init();
 }
 
-// ---- Finder and Loader
+// ---- scheduler warp and producer warp
 
 K2K_DEVICE void find_tasks(MlaSm90Storage& smem, const MlaDecodeParams& p) {
+    // Work out this CTA's share, then find its tasks one by one, as slots become free.
     MlaTasks tasks(p, blockIdx.x);
-    for (TaskPlace place;; place.advance()) {
-        arch::mbarrier_wait(smem.task_done[place.stage], place.parity ^ 1);
-        MlaTask& task = smem.tasks[place.stage];
+    for (TaskPosition at;; at.advance()) {
+        arch::mbarrier_wait(smem.task_done[at.slot], at.parity ^ 1);
+        MlaTask& task = smem.tasks[at.slot];
         tasks.next(p, task);
-        if (arch::lane_id() == 0) smem.bad_page[place.stage] = false;
-        warp_arrives(smem.task_known[place.stage]);
+        if (arch::lane_id() == 0) smem.bad_page[at.slot] = false;
+        warp_arrive(smem.task_known[at.slot]);
         if (task.last) return;
     }
 }
@@ -168,19 +175,17 @@ class PagesOfTask {
           end_(task.end_key),
           ahead_(look_up()) {}
 
-    // Goes on to the next 32 boxes; true if the pages of some of them do not exist. A page that
-    // does not, or is not wanted, becomes -1.
-    K2K_DEVICE bool advance(int64_t pages K2K_WHERE) {
-        const bool wanted = key_ < end_, exists = wanted && ahead_ >= 0 && ahead_ < pages;
+    // Goes on to the next 32 boxes; true if a page of theirs does not exist. Such a page, and one
+    // behind the task's end, becomes -1.
+    K2K_DEVICE bool advance(int64_t pages) {
+        const bool used = key_ < end_, exists = used && ahead_ >= 0 && ahead_ < pages;
         page_ = exists ? ahead_ : -1;
         key_ += step_;
         ahead_ = look_up();
-        return arch::any(wanted && !exists K2K_PASS_WHERE);
+        return arch::any(used && !exists);
     }
 
-    K2K_DEVICE int operator()(int box K2K_WHERE) const {
-        return arch::shuffle(page_, box K2K_PASS_WHERE);
-    }
+    K2K_DEVICE int operator()(int box) const { return arch::shuffle(page_, box); }
 
   private:
     K2K_DEVICE int look_up() const { return key_ < end_ ? table_[key_ / page_size_] : -1; }
@@ -190,26 +195,26 @@ class PagesOfTask {
     int ahead_, page_ = -1;
 };
 
-template <bool kPair>
+template <class Ctas>
 K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
                            const MlaDecodeParams& p,
                            const TensorMap& q_map,
                            const TensorMap& cache_map) {
     // Elected, so that the compiler can prove that one lane alone starts the copies.
     const bool leader = arch::elect_one();
-    const uint32_t rank = rank_of_pair<kPair>();
+    const uint32_t rank = Ctas::rank();
     const int box_rows = hopper_box_rows(p.page_size);
-    const int parts = kBlockKeys / box_rows;  // of a box, each from its page
-    KeysPlace keys;
+    const int parts = kBlockKeys / box_rows;  // of a box
+    KeysPosition keys;
     uint32_t q_parity = 1;
-    for (TaskPlace place;; place.advance()) {
-        arch::mbarrier_wait(smem.task_known[place.stage], place.parity);
-        const MlaTask& task = smem.tasks[place.stage];
+    for (TaskPosition at;; at.advance()) {
+        arch::mbarrier_wait(smem.task_known[at.slot], at.parity);
+        const MlaTask& task = smem.tasks[at.slot];
         if (task.last) {
-            // Each stage is free: the other CTA's arrivals here have landed before this one ends.
-            if (kPair && leader) {
+            // pair: wait for the other CTA's arrivals at both stages before this CTA exits.
+            if (Ctas::kCount > 1 && leader) {
                 for (int i = 0; i < kHopperStages; ++i, keys.advance()) {
-                    arch::mbarrier_wait(smem.read[keys.stage], keys.parity ^ 1);
+                    arch::mbarrier_wait(smem.read[keys.slot], keys.parity ^ 1);
                 }
             }
             arch::sync_warp();
@@ -219,11 +224,12 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
         const int first_key = task.first_key, end_key = task.end_key;
         int box = 0;  // of the 32 whose pages are known
         for (int key = first_key; key < end_key; key += kBlockKeys, keys.advance()) {
-            if (box == 0 && pages.advance(p.pages) && leader) smem.bad_page[place.stage] = true;
-            int page[kBlockKeys / kHopperMinBoxRows], slot[kBlockKeys / kHopperMinBoxRows];
-            uint32_t bytes = 0;
+            // Find page and slot of each part of the block's boxes, before the wait.
+            if (box == 0 && pages.advance(p.pages) && leader) smem.bad_page[at.slot] = true;
+            int page[kMostParts], slot[kMostParts];
+            uint32_t bytes = 0;  // of each box
             K2K_UNROLL
-            for (int i = 0; i < kBlockKeys / kHopperMinBoxRows; ++i) {
+            for (int i = 0; i < kMostParts; ++i) {
                 page[i] = i < parts ? pages(box + i) : -1;
                 slot[i] = i == 0 ? key % p.page_size : slot[i - 1] + box_rows;
                 if (slot[i] == p.page_size) slot[i] = 0;
@@ -231,31 +237,24 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
             }
             box = (box + parts) % 32;
 
-            // The leader alone waits: a lane that looked later might miss a whole phase.
+            // Wait for a free stage; the leader alone: a lane that looked later might miss a phase.
             if (!leader) continue;
-            arch::mbarrier_wait(smem.read[keys.stage], keys.parity ^ 1);
+            arch::mbarrier_wait(smem.read[keys.slot], keys.parity ^ 1);
+            // Load the nine boxes. Each announces its bytes here, whichever CTA of a pair loads it.
             K2K_NO_UNROLL
             for (uint32_t i = 0; i < kHopperBoxes; ++i) {
-                Mbarrier& landed = smem.landed[keys.stage][i];
+                Mbarrier& landed = smem.landed[keys.slot][i];
                 arch::mbarrier_arrive_expect_tx(landed, bytes);
-                if (kPair && i % 2 != rank) continue;
+                if (i % Ctas::kCount != rank) continue;
                 K2K_UNROLL
-                for (int j = 0; j < kBlockKeys / kHopperMinBoxRows; ++j) {
+                for (int j = 0; j < kMostParts; ++j) {
                     if (page[j] < 0) continue;
-                    uint4* target = smem.keys[keys.stage][i].chunks + j * box_rows * 8;
-                    const int column = i * kHopperColumns;
-                    const auto hint = arch::CacheHint::kEvictFirst;
-                    if constexpr (kPair) {
-                        arch::tma_load_3d_multicast(target, cache_map, landed, 3, column, slot[j],
-                                                    page[j], hint);
-                    } else {
-                        arch::tma_load_3d(target, cache_map, landed, column, slot[j], page[j],
-                                          hint);
-                    }
+                    Ctas::load(smem.keys[keys.slot][i].chunks + j * box_rows * 8, cache_map, landed,
+                               i * kHopperColumns, slot[j], page[j]);
                 }
             }
             if (key != first_key) continue;
-            // The first keys do not wait for the last scores of the task before, but q must.
+            // Load q behind the first keys, which need not wait for the last task's scores.
             arch::mbarrier_wait(smem.q_read, q_parity);
             q_parity ^= 1;
             const int row = task.first_token * p.heads + task.first_row;
@@ -265,14 +264,14 @@ K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
                 arch::tma_load_2d(&smem.q[i], q_map, smem.q_landed, i * kHopperColumns, row);
             }
         }
-        warp_arrives(smem.task_done[place.stage]);
+        warp_arrive(smem.task_done[at.slot]);
     }
 }
 
-// ---- what Left and Right have in common: a half of the output
+// ---- both consumers: a half of the output
 
-// A thread has rows `row` and `row` + 8 of the tile, as wgmma lays them out: out[4 j + 2 h + e] is
-// in row h's column 8 j + 2 (lane % 4) + e of the half.
+// [64, 256] of a warpgroup. A thread has rows `row` and `row` + 8 of the tile, as wgmma lays them
+// out: out[4 j + 2 h + e] is in row h's column 8 j + 2 (lane % 4) + e of the half.
 using HalfOutput = float[kHalfLatent / 2];
 
 K2K_DEVICE void clear(HalfOutput& out) {
@@ -285,37 +284,7 @@ K2K_DEVICE void scale(HalfOutput& out, const float (&factor)[2]) {
     for (int i = 0; i < kHalfLatent / 2; ++i) out[i] *= factor[i / 2 % 2];
 }
 
-// Makes zeros of half a V's rows from `valid` on; by its warpgroup, which meets at barrier `id`.
-K2K_DEVICE void clear_rows(MlaBox* half, int valid, int id) {
-    const int thread = threadIdx.x % 128;
-    arch::barrier_sync(id, 128);
-    for (int row = valid + thread / 8; row < kBlockKeys; row += 16) {
-        K2K_UNROLL
-        for (int i = 0; i < kHalfBoxes; ++i) {
-            half[i].chunks[row * 8 + thread % 8] = make_uint4(0, 0, 0, 0);
-        }
-    }
-    arch::fence_proxy_async();
-    arch::barrier_sync(id, 128);
-}
-
-// 4 x 4 words among four neighbouring lanes: words[i] of lane j becomes words[j] of lane i.
-K2K_DEVICE void transpose_words(uint32_t (&words)[4] K2K_WHERE) {
-    K2K_UNROLL
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const bool upper = arch::lane_id() & bit;
-        K2K_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            if (i & bit) continue;
-            const uint32_t sent = upper ? words[i] : words[i + bit];
-            const uint32_t got = arch::shuffle_xor(sent, bit K2K_PASS_WHERE);
-            (upper ? words[i] : words[i + bit]) = got;
-        }
-    }
-}
-
-// Row h of this thread, from column `first` of the output on. Four lanes write 64 bytes side by
-// side.
+// Stores row h of this thread times `by`, from column `first` of the output on.
 template <class T>
 K2K_DEVICE void store_half_row(const MlaDecodeParams& p,
                                const MlaTask& task,
@@ -326,6 +295,7 @@ K2K_DEVICE void store_half_row(const MlaDecodeParams& p,
                                float by) {
     const bool real = tile_row < task.num_rows;  // its four lanes agree, all 32 need not
     const int lane = arch::lane_id() % 4;
+    // split keys: floats to the workspace, for kernel_combine.cuh.
     if (task.partial >= 0) {
         float* to = p.partial_out + (int64_t(task.partial) * kHopperRows + tile_row) * kLatent +
                     first + 2 * lane;
@@ -337,9 +307,9 @@ K2K_DEVICE void store_half_row(const MlaDecodeParams& p,
         }
         return;
     }
+    // All keys: T to the result. A quad exchanges words so that each lane stores 16 bytes.
     const MlaRow place = mla_row(p, task, real ? tile_row : 0);
-    T* to = static_cast<T*>(p.out) + place.token * p.out_token_stride +
-            place.head * p.out_head_stride + first + 8 * lane;
+    T* to = out_at<T>(p, place, first + 8 * lane);
     K2K_UNROLL
     for (int j = 0; j < kHalfLatent / 8; j += 4) {
         uint32_t words[4];
@@ -348,15 +318,15 @@ K2K_DEVICE void store_half_row(const MlaDecodeParams& p,
             const float* two = out + 4 * (j + i) + 2 * h;
             words[i] = pack<T>(two[0] * by, two[1] * by);
         }
-        transpose_words(words);
+        tile::transpose_quad(words);
         uint4* chunk = reinterpret_cast<uint4*>(to + 8 * j);
         if (real) arch::store(chunk, make_uint4(words[0], words[1], words[2], words[3]));
     }
 }
 
-// ---- Left
+// ---- Left: consumer warpgroup 0
 
-template <class T, bool kPair>
+template <class T, class Ctas>
 K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     const int lane = arch::lane_id(), warp = arch::warp_id();
     const int row = warp * 16 + lane / 4, pair = lane % 4;
@@ -367,61 +337,67 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     // Which row of which 8x8 matrix this lane addresses for stmatrix: two of rows, then of keys.
     const uint32_t probabilities =
         arch::smem_address(&smem.probabilities) + (warp * 16 + lane % 16) * 128;
-    const uint32_t chunk = lane / 16 ^ lane % 8;
+    const uint32_t chunk = tile::swizzled(lane, lane / 16) * 16;
 
-    KeysPlace at;
+    KeysPosition stage;
     uint32_t q_parity = 0, taken_parity = 1;
     const auto hand_over = [&] {
         arch::fence_proxy_async();
-        warp_arrives(smem.handed_over);
+        warp_arrive(smem.handed_over);
     };
     const auto wait_taken_over = [&] {
         arch::mbarrier_wait(smem.taken_over, taken_parity);
         taken_parity ^= 1;
     };
-    for (TaskPlace place;; place.advance()) {
-        arch::mbarrier_wait(smem.task_known[place.stage], place.parity);
-        const MlaTask& task = smem.tasks[place.stage];
+    for (TaskPosition at;; at.advance()) {
+        arch::mbarrier_wait(smem.task_known[at.slot], at.parity);
+        const MlaTask& task = smem.tasks[at.slot];
         if (task.last) return;
+        // Prologue of a task: empty accumulators and statistics; q is there after the first keys.
         HalfOutput out;
         clear(out);
-        MlaRowState state;
-        state.reset();
+        tile::OnlineSoftmax softmax;
+        softmax.reset();
         if (task.first_key < task.end_key) {
             arch::mbarrier_wait(smem.q_landed, q_parity);
             q_parity ^= 1;
         }
-        for (int key = task.first_key; key < task.end_key; key += kBlockKeys, at.advance()) {
+        for (int key = task.first_key; key < task.end_key; key += kBlockKeys, stage.advance()) {
             const int end_key = task.end_key;
-            const uint64_t stage = at.stage * arch::descriptor_step(kStageBytes);
-            float scores[kBlockKeys / 8][4];
+            const uint64_t step = stage.slot * arch::descriptor_step(kStageBytes);
+
+            // S = q K^T, box by box of the 576 dims, each as soon as it has landed.
+            float scores[kBlockKeys / 8][4];  // [64, 64]
+            auto& accumulators = reinterpret_cast<float (&)[kBlockKeys / 2]>(scores);
             K2K_UNROLL
             for (int box = 0; box < kHopperBoxes; ++box) {
-                arch::mbarrier_wait(smem.landed[at.stage][box], at.parity);
+                arch::mbarrier_wait(smem.landed[stage.slot][box], stage.parity);
                 arch::wgmma_fence();
                 K2K_UNROLL
                 for (int k = 0; k < kHopperColumns / 16; ++k) {
-                    const uint64_t step = arch::descriptor_step(box * kBoxBytes + k * 32);
-                    arch::wgmma_ss<T, kBlockKeys>(
-                        reinterpret_cast<float (&)[kBlockKeys / 2]>(scores), q + step,
-                        keys + stage + step, box + k > 0);
+                    const uint64_t dims = arch::descriptor_step(box * kBoxBytes + k * 32);
+                    arch::wgmma_ss<T, kBlockKeys>(accumulators, q + dims, keys + step + dims,
+                                                  box + k > 0);
                 }
             }
             arch::wgmma_commit();
-            arch::wgmma_wait<0>(reinterpret_cast<float (&)[kBlockKeys / 2]>(scores));
-            if (key + kBlockKeys >= end_key) warp_arrives(smem.q_read);
+            arch::wgmma_wait<0>(accumulators);
+            // After the task's last scores the producer may load the next q.
+            if (key + kBlockKeys >= end_key) warp_arrive(smem.q_read);
 
+            // Mask what a row does not see; only the last blocks have such keys.
             if (key + kBlockKeys > task.border || key + kBlockKeys > end_key) {
                 K2K_UNROLL
                 for (int h = 0; h < 2; ++h) {
-                    const int border = mla_row(p, task, row + 8 * h).border;
-                    mask_row(scores, h, key + 2 * pair, border < end_key ? border : end_key);
+                    mask_row(scores, p, task, row + 8 * h, h, key + 2 * pair);
                 }
             }
+            // Online softmax: scores become P; `factor` is what the output so far is rescaled by.
             float factor[2];
-            const bool rescale = state.update(scores, factor, p.scale * kLog2E);
+            const bool rescale = softmax.update(scores, factor, p.scale * kLog2E);
 
-            uint32_t a[kBlockKeys / 16][4];
+            // Round P to T: as wgmma's A operand in registers, 16 keys each.
+            uint32_t a[kBlockKeys / 16][4];  // [64, 16] each
             K2K_UNROLL
             for (int k = 0; k < kBlockKeys / 16; ++k) {
                 K2K_UNROLL
@@ -430,10 +406,11 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
                     a[k][i] = pack<T>(two[0], two[1]);
                 }
             }
+            // Hand P and the factors to Right, once it has read those of the block before.
             wait_taken_over();
             K2K_UNROLL
             for (int k = 0; k < kBlockKeys / 16; ++k) {
-                arch::stmatrix(a[k], probabilities + (chunk ^ 2 * k) * 16);
+                arch::stmatrix(a[k], probabilities + (chunk ^ k * 32));
             }
             if (pair == 0) {
                 smem.factors[row] = rescale ? factor[0] : 1;
@@ -441,41 +418,48 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
             }
             hand_over();
 
+            // Rescale the output only if a maximum of the warp grew: 128 multiplications saved.
             if (rescale) scale(out, factor);
-            if (key + kBlockKeys > end_key) clear_rows(smem.keys[at.stage], end_key - key, 1);
+            // Tail: rows of V behind the end may hold NaN, and 0 * NaN is NaN.
+            if (key + kBlockKeys > end_key) {
+                tile::clear_rows<kHalfBoxes>(smem.keys[stage.slot], end_key - key, kLeftClears);
+            }
+            // out += P V, P from registers, V the first four boxes.
             arch::wgmma_fence();
             K2K_UNROLL
             for (int k = 0; k < kBlockKeys / 16; ++k) {
                 arch::wgmma_rs<T, kHalfLatent, arch::Major::kMN>(
-                    out, a[k], values + stage + arch::descriptor_step(k * 2048), true);
+                    out, a[k], values + step + arch::descriptor_step(k * 2048), true);
             }
             arch::wgmma_commit();
             arch::wgmma_wait<0>(out);
-            warp_has_read<kPair>(smem.read[at.stage]);
+            // Release the stage; Right does so, too.
+            Ctas::release(smem.read[stage.slot]);
         }
 
-        state.finish(smem.bad_page[place.stage]);
+        // Epilogue: hand the normalizers to Right, then store statistics and the left half.
+        softmax.finish(smem.bad_page[at.slot]);
         wait_taken_over();
         if (pair == 0) {
-            smem.factors[row] = state.normalizer(0);
-            smem.factors[row + 8] = state.normalizer(1);
+            smem.factors[row] = softmax.normalizer(0);
+            smem.factors[row + 8] = softmax.normalizer(1);
         }
         hand_over();
         K2K_UNROLL
         for (int h = 0; h < 2; ++h) {
             const int tile_row = row + 8 * h;
             if (pair == 0 && tile_row < task.num_rows) {
-                state.store_stats(p, task, mla_row(p, task, tile_row), tile_row, h);
+                store_stats(p, task, softmax, mla_row(p, task, tile_row), tile_row, h);
             }
-            store_half_row<T>(p, task, out, tile_row, h, 0, state.normalizer(h));
+            store_half_row<T>(p, task, out, tile_row, h, 0, softmax.normalizer(h));
         }
-        warp_arrives(smem.task_done[place.stage]);
+        warp_arrive(smem.task_done[at.slot]);
     }
 }
 
-// ---- Right
+// ---- Right: consumer warpgroup 1
 
-template <class T, bool kPair>
+template <class T, class Ctas>
 K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     const int row = arch::warp_id() % 4 * 16 + arch::lane_id() / 4;
     const arch::Swizzle swizzle = arch::Swizzle::k128;
@@ -483,43 +467,51 @@ K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     const uint64_t values =
         arch::matrix_descriptor(&smem.keys[0][kHalfBoxes], swizzle, kBoxBytes, 1024);
 
-    KeysPlace at;
+    KeysPosition stage;
     uint32_t handed_parity = 0;
     const auto take_factors = [&](float (&factor)[2]) {
         arch::mbarrier_wait(smem.handed_over, handed_parity);
         handed_parity ^= 1;
         factor[0] = smem.factors[row], factor[1] = smem.factors[row + 8];
     };
-    for (TaskPlace place;; place.advance()) {
-        arch::mbarrier_wait(smem.task_known[place.stage], place.parity);
-        const MlaTask& task = smem.tasks[place.stage];
+    for (TaskPosition at;; at.advance()) {
+        arch::mbarrier_wait(smem.task_known[at.slot], at.parity);
+        const MlaTask& task = smem.tasks[at.slot];
         if (task.last) return;
         HalfOutput out;
         clear(out);
         float factor[2];
-        for (int key = task.first_key; key < task.end_key; key += kBlockKeys, at.advance()) {
+        for (int key = task.first_key; key < task.end_key; key += kBlockKeys, stage.advance()) {
+            // Wait for Left's P and factors: the keys have landed then, too.
             take_factors(factor);
             if (arch::any(factor[0] != 1 || factor[1] != 1)) scale(out, factor);
+            // Tail: as in attend_left.
             const int valid = task.end_key - key;
-            if (valid < kBlockKeys) clear_rows(&smem.keys[at.stage][kHalfBoxes], valid, 2);
-            const uint64_t stage = at.stage * arch::descriptor_step(kStageBytes);
+            if (valid < kBlockKeys) {
+                tile::clear_rows<kHalfBoxes>(&smem.keys[stage.slot][kHalfBoxes], valid,
+                                             kRightClears);
+            }
+            // out += P V, P from shared memory, V boxes 4 to 7. (Box 8 is rope, of K alone.)
+            const uint64_t step = stage.slot * arch::descriptor_step(kStageBytes);
             arch::wgmma_fence();
             K2K_UNROLL
             for (int k = 0; k < kBlockKeys / 16; ++k) {
                 arch::wgmma_ss<T, kHalfLatent, arch::Major::kK, arch::Major::kMN>(
                     out, probabilities + arch::descriptor_step(k * 32),
-                    values + stage + arch::descriptor_step(k * 2048), true);
+                    values + step + arch::descriptor_step(k * 2048), true);
             }
             arch::wgmma_commit();
             arch::wgmma_wait<0>(out);
-            warp_arrives(smem.taken_over);
-            warp_has_read<kPair>(smem.read[at.stage]);
+            // Left may overwrite P and the factors, the producer the stage.
+            warp_arrive(smem.taken_over);
+            Ctas::release(smem.read[stage.slot]);
         }
+        // Epilogue: take the normalizers, store the right half.
         take_factors(factor);
-        warp_arrives(smem.taken_over);
+        warp_arrive(smem.taken_over);
         store_half_row<T>(p, task, out, row, 0, kHalfLatent, factor[0]);
         store_half_row<T>(p, task, out, row + 8, 1, kHalfLatent, factor[1]);
-        warp_arrives(smem.task_done[place.stage]);
+        warp_arrive(smem.task_done[at.slot]);
     }
 }
 
@@ -528,9 +520,12 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     mla_decode_sm90_kernel(const __grid_constant__ MlaDecodeParams p,
                            const __grid_constant__ TensorMap q_map,
                            const __grid_constant__ TensorMap cache_map) {
+    using Ctas = MlaCtas<kPair>;
+    // Make the barriers; all CTAs of a cluster meet before one of them arrives at another's.
     MlaSm90Storage& smem = arch::shared_storage<MlaSm90Storage>();
     const int warp = arch::warp_id();
-    if (threadIdx.x == 0) make_barriers<kPair>(smem);
+    if (threadIdx.x == 0) make_barriers<Ctas>(smem);
+    // mla_combine_sm90_kernel may be launched as soon as all CTAs are here; it waits by itself.
     arch::grid_dependency_launch();
     const auto meet = [] {
         if constexpr (kPair) {
@@ -540,12 +535,14 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         }
     };
     meet();
+
+    // Roles.
     if (warp < 4) {
         arch::registers_increase<216>();
-        attend_left<T, kPair>(smem, p);
+        attend_left<T, Ctas>(smem, p);
     } else if (warp < 8) {
         arch::registers_increase<216>();
-        attend_right<T, kPair>(smem, p);
+        attend_right<T, Ctas>(smem, p);
     } else {
         arch::registers_decrease<72>();
         if (warp == 8) {
@@ -553,15 +550,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                 arch::tma_prefetch(q_map);
                 arch::tma_prefetch(cache_map);
             }
-            load_tasks<kPair>(smem, p, q_map, cache_map);
+            load_tasks<Ctas>(smem, p, q_map, cache_map);
         } else if (warp == 9) {
             find_tasks(smem, p);
         }
     }
-    if constexpr (kPair) arch::cluster_sync_relaxed();  // the other CTA's copies still land here
+    // pair: do not exit while the other CTA's copies land here.
+    if constexpr (kPair) arch::cluster_sync_relaxed();
 }
 
-// The joining of parts, whose blocks take the places of mla_decode's as these end.
+// Joins the parts; its CTAs start on SMs where those of mla_decode have ended.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads)
     mla_combine_sm90_kernel(const __grid_constant__ MlaDecodeParams p, int rows_per_block) {

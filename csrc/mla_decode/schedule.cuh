@@ -1,49 +1,53 @@
 #pragma once
 
-// Which block works on which keys, found inside the kernel from the lengths at the time it runs:
-// there is no plan on the host that could be stale, in a CUDA graph or elsewhere.
+// The split-KV tile scheduler: which CTA works on which rows and keys. It runs inside the kernel,
+// on the lengths as they are then: no plan of the host can be stale, in a CUDA graph or elsewhere.
 //
-// The rows of a sequence (query tokens x heads) are cut into tiles. A team's blocks take as many
-// tiles at a time: a *turn*, of at least one block of 64 keys.
+// The rows of a sequence (query tokens x heads) are cut into tiles.
 //
-//   auto    A turn of n blocks is cut into full pieces of piece_blocks() and a rest of 1 to
-//           piece_blocks(). The first teams take one full piece each. The other teams take the
+//   team    neighbouring CTAs that read the same keys at the same time, each for its own tile;
+//           with one tile per sequence, one CTA (FlashMLA: an "sm part")
+//   turn    team_size tiles of one sequence, one for each CTA of a team, over all of its keys: n
+//           blocks of 64, at least one (a work tile)
+//   piece   a range of a turn's keys that one team works through (a split)
+//   share   what one team works on
+//
+//   auto    Shares are equal. A turn of n blocks is cut into full pieces of piece_blocks() and a
+//           rest of 1 to piece_blocks(). The first teams take one full piece each, the others the
 //           rests: the same number of whole rests each if that makes no team late, else equal
-//           shares of the line of all rests, on which each is kTileOverhead longer than its keys.
-//           Only there a share's end cuts a rest. No team has more to do than piece_blocks() +
-//           kTileOverhead, which is FlashMLA's bound too.
-//   fixed   A turn has as many splits as its length says, and team t takes the splits t, t + teams,
-//           ... of all turns. Splits, and their order, depend on nothing but the sequence's own
-//           length.
+//           lengths of the line of all rests, on which each is kTileOverhead longer than its keys;
+//           only there does the end of a share cut a rest.
 //
-// One warp of a block computes it, 32 sequences a step.
+//               line    [ o rest 0 | o rest 1 | o rest 2 | o rest 3 ]    o: kTileOverhead
+//               shares  | team f     | team f + 1  | team f + 2     |    f: number of full pieces
+//
+//           No team has more to do than piece_blocks() + kTileOverhead: FlashMLA's bound too.
+//   fixed   A turn has as many splits as its length says, and team t takes the splits t, t + teams,
+//           ... of all turns. Splits, and their order, depend on the sequence's own length alone.
+//
+// One warp of a CTA computes it, 32 sequences at a time (a *chunk*), one per lane.
 
 #include "arch/warp.cuh"
 #include "mla_decode/config.h"
+#include "tile/scan.cuh"
 
 namespace k2k {
-
-// Values of query offsets and lengths are not known to the host: they are kept inside q and the
-// block table.
-K2K_DEVICE int clamp_to(int value, int64_t most) {
-    return value < 0 ? 0 : value < most ? value : static_cast<int>(most);
-}
 
 class MlaTasks {
   public:
     MlaTasks() = default;
-    K2K_DEVICE MlaTasks(const MlaDecodeParams& p, int block K2K_WHERE)
-        : team_(block / p.plan.team_size), member_(block % p.plan.team_size), position_(team_) {
+    K2K_DEVICE MlaTasks(const MlaDecodeParams& p, int cta)
+        : team_(cta / p.plan.team_size), member_(cta % p.plan.team_size), position_(team_) {
         start(p);
         same_turns_ = turns_of(p, p.queries_per_sequence);
-        if (p.plan.split_blocks == 0) share_out(p K2K_PASS_WHERE);
+        if (p.plan.split_blocks == 0) share_out(p);
     }
 
-    // This block's next task, written by lane 0. All lanes of the warp call it.
-    K2K_DEVICE void next(const MlaDecodeParams& p, MlaTask& task K2K_WHERE) {
+    // Finds this CTA's next task, which lane 0 writes. All lanes of the warp call it.
+    K2K_DEVICE void next(const MlaDecodeParams& p, MlaTask& task) {
         bool done = true;
         Found found;
-        while (position_ < end_ && find(p, found K2K_PASS_WHERE)) {
+        while (position_ < end_ && find(p, found)) {
             const Piece piece = p.plan.split_blocks > 0 ? fixed_split(p, found)
                                 : team_ < full_pieces_  ? full_piece(found)
                                                         : piece_of_rest(found);
@@ -67,24 +71,23 @@ class MlaTasks {
     };
 
     K2K_DEVICE static int turns_of(const MlaDecodeParams& p, int queries) {
-        const int tiles = num_tiles(p, queries);
-        return (tiles + p.plan.team_size - 1) / p.plan.team_size;
+        return ceil_div(num_tiles(p, queries), p.plan.team_size);
     }
 
     K2K_DEVICE static int num_tiles(const MlaDecodeParams& p, int queries) {
-        return queries <= 0 ? 0 : (queries * p.heads + p.plan.tile_rows - 1) / p.plan.tile_rows;
+        return queries <= 0 ? 0 : ceil_div(queries * p.heads, p.plan.tile_rows);
     }
 
-    // Before the first sequence.
+    // Back to the first sequence.
     K2K_DEVICE void start(const MlaDecodeParams& p) {
         chunk_ = chunk_line_ = 0;
         chunk_full_pieces_ = 0;
         chunk_token_ = p.cu_seqlens_q == nullptr ? 0 : clamp_to(p.cu_seqlens_q[0], p.tokens);
     }
 
-    // This lane's sequence of the chunk. Offsets of queries that fall are taken for the largest
-    // before them, so that no two sequences have a row in common.
-    K2K_DEVICE Sequence sequence(const MlaDecodeParams& p, int& chunk_token K2K_WHERE) const {
+    // This lane's sequence of the chunk. An offset of queries that is less than one before it
+    // counts as the largest before it, so that no two sequences have a row in common.
+    K2K_DEVICE Sequence sequence(const MlaDecodeParams& p, int& chunk_token) const {
         const int lane = arch::lane_id(), index = chunk_ + lane;
         const bool exists = index < p.batch;
         Sequence s = {index, 0, 0, exists ? clamp_to(p.seq_lens[index], p.capacity) : 0, 1, 0};
@@ -93,26 +96,27 @@ class MlaTasks {
             s.first_token = index * s.queries;
             s.turns = exists ? same_turns_ : 0;
         } else {
+            // ragged: a prefix maximum of the offsets over the lanes.
             int end = exists ? clamp_to(p.cu_seqlens_q[index + 1], p.tokens) : 0;
             end = end > chunk_token ? end : chunk_token;
             K2K_UNROLL
             for (uint32_t distance = 1; distance < 32; distance *= 2) {
-                const int before = arch::shuffle_up(end, distance K2K_PASS_WHERE);
+                const int before = arch::shuffle_up(end, distance);
                 if (lane >= static_cast<int>(distance) && before > end) end = before;
             }
-            const int before = arch::shuffle_up(end, 1 K2K_PASS_WHERE);
+            const int before = arch::shuffle_up(end, 1);
             s.first_token = lane > 0 ? before : chunk_token;
             s.queries = end - s.first_token;
             s.turns = turns_of(p, s.queries);
-            chunk_token = arch::shuffle(end, 31 K2K_PASS_WHERE);
+            chunk_token = arch::shuffle(end, 31);
         }
         s.blocks = blocks_of(s.seq_len);
         return s;
     }
 
-    // Of keys; a turn without keys counts as one with a block: its results must be written.
+    // Blocks of keys; a turn without keys counts as one block: its results must be written.
     K2K_DEVICE static int blocks_of(int seq_len) {
-        return seq_len > 0 ? (seq_len + kBlockKeys - 1) / kBlockKeys : 1;
+        return seq_len > 0 ? ceil_div(seq_len, kBlockKeys) : 1;
     }
 
     K2K_DEVICE int full_pieces(const Sequence& s) const { return (s.blocks - 1) / piece_; }
@@ -124,8 +128,8 @@ class MlaTasks {
         return whole_rests_ ? 1 : kTileOverhead + rest(s);
     }
 
-    // Full pieces of the sequence's turns, and in the upper half the turns that have any. There are
-    // fewer full pieces than teams.
+    // Full pieces of the sequence's turns, and in the upper 16 bits the turns that have any: one
+    // scan sums both. There are fewer full pieces than teams.
     K2K_DEVICE uint32_t number_and_turns(const Sequence& s) const {
         const int full = full_pieces(s);
         return full > 0 && s.turns > 0 ? s.turns * (full + 65536u) : 0;
@@ -133,14 +137,16 @@ class MlaTasks {
 
     // Fixed splits of a turn.
     K2K_DEVICE static int splits(const MlaDecodeParams& p, const Sequence& s) {
-        return (s.blocks + p.plan.split_blocks - 1) / p.plan.split_blocks;
+        return ceil_div(s.blocks, p.plan.split_blocks);
     }
 
-    K2K_DEVICE void share_out(const MlaDecodeParams& p K2K_WHERE) {
+    // auto: the shares, from the lengths of all sequences.
+    K2K_DEVICE void share_out(const MlaDecodeParams& p) {
+        // Sum up turns, their blocks, and the longest, 32 sequences at a time.
         int turns = 0, blocks = 0, longest = 1;
         if (p.cu_seqlens_q == nullptr) {
             turns = p.batch * same_turns_;
-            K2K_UNROLL_BY(4)  // of the loads, to wait but once
+            K2K_UNROLL_BY(4)  // four loads in flight
             for (int index = arch::lane_id(); index < p.batch; index += 32) {
                 const int of_turn = blocks_of(clamp_to(p.seq_lens[index], p.capacity));
                 blocks += same_turns_ * of_turn;
@@ -149,38 +155,41 @@ class MlaTasks {
         } else {
             K2K_NO_UNROLL
             for (; chunk_ < p.batch; chunk_ += 32) {
-                const Sequence s = sequence(p, chunk_token_ K2K_PASS_WHERE);
+                const Sequence s = sequence(p, chunk_token_);
                 turns += s.turns;
                 blocks += s.turns * s.blocks;
                 if (s.turns > 0 && s.blocks > longest) longest = s.blocks;
             }
-            turns = arch::redux_add(turns K2K_PASS_WHERE);
+            turns = arch::redux_add(turns);
             start(p);
         }
-        blocks = arch::redux_add(blocks K2K_PASS_WHERE);
-        longest = arch::redux_max(longest K2K_PASS_WHERE);
+        blocks = arch::redux_add(blocks);
+        longest = arch::redux_max(longest);
         piece_ = piece_blocks(turns, blocks, longest, p.plan.teams);
 
+        // Count the full pieces, and the longest rest: another pass, if there are any.
         int longest_rest = longest;
         if (longest > piece_) {
             longest_rest = 1;
             K2K_NO_UNROLL
             for (; chunk_ < p.batch; chunk_ += 32) {
-                const Sequence s = sequence(p, chunk_token_ K2K_PASS_WHERE);
+                const Sequence s = sequence(p, chunk_token_);
                 full_pieces_ += s.turns * full_pieces(s);
                 if (s.turns > 0 && rest(s) > longest_rest) longest_rest = rest(s);
             }
-            full_pieces_ = arch::redux_add(full_pieces_ K2K_PASS_WHERE);
-            longest_rest = arch::redux_max(longest_rest K2K_PASS_WHERE);
+            full_pieces_ = arch::redux_add(full_pieces_);
+            longest_rest = arch::redux_max(longest_rest);
             start(p);
         }
-        const int teams = p.plan.teams - full_pieces_;  // of rests
-        const int apiece = (turns + teams - 1) / teams;
+        // Divide the rests among the other teams: whole ones, if none is late, else their line.
+        const int teams = p.plan.teams - full_pieces_;
+        const int apiece = ceil_div(turns, teams);
         whole_rests_ = apiece * (longest_rest + kTileOverhead) <= piece_ + kTileOverhead;
         const int line =
             whole_rests_ ? turns : blocks - full_pieces_ * piece_ + kTileOverhead * turns;
-        share_ = whole_rests_ ? apiece : (line + teams - 1) / teams;
+        share_ = whole_rests_ ? apiece : ceil_div(line, teams);
         if (share_ == 0) share_ = 1;
+        // This team's share.
         if (team_ < full_pieces_) {
             end_ = position_ + 1;
         } else {
@@ -189,49 +198,41 @@ class MlaTasks {
         }
     }
 
-    // Sums of the lanes before and with this one.
-    template <class T>
-    K2K_DEVICE static T sum_up(T value K2K_WHERE) {
-        K2K_UNROLL
-        for (uint32_t distance = 1; distance < 32; distance *= 2) {
-            const T before = arch::shuffle_up(value, distance K2K_PASS_WHERE);
-            if (arch::lane_id() >= distance) value += before;
-        }
-        return value;
-    }
-
-    // Finds the sequence that position_ lies in, if those before it are passed over: by splits, by
-    // full pieces, or on the line of rests. False behind the last one.
-    K2K_DEVICE bool find(const MlaDecodeParams& p, Found& found K2K_WHERE) {
+    // Finds the sequence that position_ is in, counted in splits, in full pieces, or on the line of
+    // rests. False behind the last one.
+    K2K_DEVICE bool find(const MlaDecodeParams& p, Found& found) {
         const bool fixed = p.plan.split_blocks > 0, by_full = team_ < full_pieces_;
         K2K_NO_UNROLL
         for (; chunk_ < p.batch; chunk_ += 32) {
+            // Where each lane's sequence ends, counted in splits, full pieces or on the line.
             int next_token = chunk_token_;
-            const Sequence mine = sequence(p, next_token K2K_PASS_WHERE);
+            const Sequence mine = sequence(p, next_token);
             const int line = mine.turns * (fixed ? splits(p, mine) : rest_length(mine));
-            const int line_end = chunk_line_ + sum_up(line K2K_PASS_WHERE);
+            const int line_end = chunk_line_ + tile::inclusive_sum(line);
             uint32_t full = 0, full_end = chunk_full_pieces_;
             if (full_pieces_ > 0) {
                 full = number_and_turns(mine);
-                full_end += sum_up(full K2K_PASS_WHERE);
+                full_end += tile::inclusive_sum(full);
             }
+            // The first lane whose sequence ends behind position_.
             const int end = by_full ? static_cast<int>(full_end % 65536) : line_end;
             const uint32_t behind = position_ < end ? arch::lane_id() : 32u;
-            const uint32_t lane = arch::redux_min(behind K2K_PASS_WHERE);
+            const uint32_t lane = arch::redux_min(behind);
             if (lane < 32) {
                 found.index = chunk_ + static_cast<int>(lane);
-                found.first_token = arch::shuffle(mine.first_token, lane K2K_PASS_WHERE);
-                found.queries = arch::shuffle(mine.queries, lane K2K_PASS_WHERE);
-                found.seq_len = arch::shuffle(mine.seq_len, lane K2K_PASS_WHERE);
-                found.turns = arch::shuffle(mine.turns, lane K2K_PASS_WHERE);
+                found.first_token = arch::shuffle(mine.first_token, lane);
+                found.queries = arch::shuffle(mine.queries, lane);
+                found.seq_len = arch::shuffle(mine.seq_len, lane);
+                found.turns = arch::shuffle(mine.turns, lane);
                 found.blocks = blocks_of(found.seq_len);
-                found.line = arch::shuffle(line_end - line, lane K2K_PASS_WHERE);
-                found.full_pieces = arch::shuffle(full_end - full, lane K2K_PASS_WHERE);
+                found.line = arch::shuffle(line_end - line, lane);
+                found.full_pieces = arch::shuffle(full_end - full, lane);
                 return true;
             }
+            // None: on to the next 32 sequences.
             chunk_token_ = next_token;
-            chunk_line_ = arch::shuffle(line_end, 31 K2K_PASS_WHERE);
-            chunk_full_pieces_ = arch::shuffle(full_end, 31 K2K_PASS_WHERE);
+            chunk_line_ = arch::shuffle(line_end, 31);
+            chunk_full_pieces_ = arch::shuffle(full_end, 31);
         }
         return false;
     }
@@ -245,9 +246,9 @@ class MlaTasks {
         int partial;              // of the first of them, in tiles of a team
     };
 
-    // Partial results of a turn lie one behind the other. All turns before this one have at most
-    // their full pieces, one more each, and two for each share's end on the line: less than two for
-    // each team.
+    // Partial results of a turn follow one another in the workspace. All turns before this one have
+    // at most their full pieces, one more each, and two for each share's end on the line: fewer
+    // than two for each team.
     K2K_DEVICE Cuts cuts(const Found& found, int turn) const {
         const int full = full_pieces(found), length = rest_length(found);
         const int begin = found.line + turn * length, end = begin + length;
@@ -262,7 +263,8 @@ class MlaTasks {
                 before + turn * (full > 0 ? full + 1 : 0) + 2 * first_team};
     }
 
-    // What a team does of a turn. Without keys, if another team begins with them.
+    // A team's piece of a turn. Empty if the share ends in the overhead of a rest: the next team
+    // then has all of the rest's keys.
     struct Piece {
         int turn;
         int begin_block, end_block;
@@ -270,7 +272,8 @@ class MlaTasks {
         int partial;  // in tiles of a team
     };
 
-    // The piece at position_, which moves on.
+    // The piece at position_, which advances to the next: a full piece, a piece of a rest, or a
+    // split.
     K2K_DEVICE Piece full_piece(const Found& found) {
         const int full = full_pieces(found);
         const int place = position_ - static_cast<int>(found.full_pieces % 65536);
@@ -300,9 +303,9 @@ class MlaTasks {
         return {turn, begin, begin + p.plan.split_blocks, split, of_turn, partial};
     }
 
-    // Writes the task down; false if there is nothing to do: no keys, or no tile of the turn for
-    // this member. A pair that has but one tile works together all the same, the other block on no
-    // rows.
+    // Writes the task; false if there is none: no keys, or no tile of the turn for this member. If
+    // a pair of CTAs has only one tile, both get the task, the second with num_rows 0: it loads its
+    // boxes of keys for the first.
     K2K_DEVICE bool fill(const MlaDecodeParams& p,
                          MlaTask& task,
                          const Sequence& of,
@@ -331,21 +334,21 @@ class MlaTasks {
     }
 
     int team_, member_;
-    int same_turns_;  // of each sequence, if they have equally many queries
+    int same_turns_;  // of each sequence, if all have as many queries
 
-    // auto: how long a full piece is, how many there are, and how the rests are shared.
+    // auto: the length of a full piece, their number, and a share of the rests.
     int piece_ = 1, full_pieces_ = 0, share_ = 1;
     bool whole_rests_ = false;  // the unit of the line is a rest, not a block of keys
 
-    // What is next: a split, a full piece, or a place on the line of rests.
+    // Next: a split, a full piece, or a place on the line of rests; and the end of the share.
     int position_, end_ = 0x7fffffff;
 
-    // 32 sequences; the first one's first query; and what lies before them, as in Found.
+    // The chunk's first sequence and its first query; and what is before them, as in Found.
     int chunk_, chunk_token_, chunk_line_;
     uint32_t chunk_full_pieces_;
 };
 
-// The row of the workspace where part `part` of a split row lies; see MlaTask::partial.
+// The row of the workspace that holds part `part` of a split row; see MlaTask::partial.
 K2K_DEVICE int64_t part_row(const MlaDecodePlan& plan, const SplitRow& row, int part) {
     return row.first + int64_t(part) * plan.team_size * plan.tile_rows;
 }

@@ -13,6 +13,7 @@
 #include "arch/warp.cuh"
 #include "moe/config.h"
 #include "moe/params.h"
+#include "tile/scan.cuh"
 
 namespace k2k {
 
@@ -149,12 +150,7 @@ K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem,
         aligned[i] = (totals[i] + p.alignment - 1) / p.alignment * p.alignment;
         sum += aligned[i];
     }
-    int64_t end = sum;  // of this thread's experts
-    K2K_UNROLL
-    for (int delta = 1; delta < 32; delta *= 2) {
-        const int64_t other = arch::shuffle_up(end, delta);
-        if (lane >= delta) end += other;
-    }
+    const int64_t end = tile::inclusive_sum(sum);  // of this thread's experts
     if (lane == 31) smem.of_warp[warp] = end;
     arch::sync_block();
     // Exclusive prefix of the thread: in its warp, then the warps before.

@@ -5,24 +5,24 @@
 //     sums[chunk]  = sum of x[i, j]^2 over the chunk                        in float64
 //     x0[i, j]     = round(x[i, j] / sqrt(sum over chunks of sums))
 //
-// In a step of the optimizer x is made on the way, from the gradient and the momentum:
+// In a step of the optimizer x is computed from the gradient and the momentum, in both kernels:
 //
-//     m <- round(m + (1 - mu) (g - m));  x = m, or g + mu (m - g)       the first time
-//                                        x = m, or g + mu (m - g)       the second
+//     m <- round(m + (1 - mu) (g - m));  x = m, or g + mu (m - g)       norm kernel
+//                                        x = m, or g + mu (m - g)       cast kernel
 //
-// Grid      a block of 8 warps for each chunk: 64 segments of 512 neighbours of a row, 16 a lane.
+// Grid      one CTA of 8 warps per chunk: 64 segments of 512 neighbours of a row, 16 a lane.
 // Float64   squares of floats are exact in it and never leave its range, so that neither a search
-//           for the largest element nor an epsilon is needed. One addition an element, at 64 a
-//           cycle on an H100, is less than the element's way from memory.
+//           for the largest element nor an epsilon is needed. One addition per element, at 64 a
+//           cycle on an H100, takes less time than loading the element.
 // Order     of the sum: a lane's segments, lanes by butterfly, warps, then chunks in the same way.
 //           It depends on the matrix's shape alone.
-// Scaling   by 1/|X|, the power of two in it halved and applied on either side, so that neither
-//           factor overflows for tiny X nor loses bits for huge ones.
+// Scaling   by 1/|X| as two factors: its power of two halved, and the rest. Neither overflows for
+//           tiny X nor loses bits for huge ones.
 // NaN       a sum that is not finite makes the factor NaN and with it the whole matrix; a zero
 //           matrix takes the factor 0.
 // Traffic   x twice, x0 once; of the optimizer, gradient and momentum twice, momentum and x0 once.
-// Shared    a sum for each warp.
-// Limits    rows of x that do not begin on 16 bytes go element by element.
+// Shared    a sum per warp.
+// Limits    rows of x that do not begin on 16 bytes are read element by element.
 
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
@@ -31,7 +31,7 @@
 
 namespace k2k {
 
-// The parameters' table becomes one in memory, where blocks look up their tensor.
+// Copies a piece of the table from the kernel parameters to memory, where CTAs find their tensor.
 template <class Row>
 __global__ void __launch_bounds__(kNsTablePiece)
     newton_schulz_table_kernel(const __grid_constant__ NsTablePiece<Row> p) {
@@ -43,21 +43,22 @@ struct NsSums {
     double of_warp[kNsThreads / 32];
 };
 
-// The sum over the block, the same bits in all its threads.
-K2K_DEVICE double sum_over_block(NsSums& sums, double value K2K_WHERE) {
+// The sum over the CTA, the same bits in all of its threads.
+K2K_DEVICE double sum_over_block(NsSums& sums, double value) {
+    // A butterfly, then the warps' sums in order.
     K2K_UNROLL
     for (int mask = 16; mask > 0; mask /= 2) {
-        value += arch::shuffle_xor(value, mask K2K_PASS_WHERE);
+        value += arch::shuffle_xor(value, mask);
     }
     if (arch::lane_id() == 0) sums.of_warp[arch::warp_id()] = value;
-    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    arch::sync_block();
     double sum = 0;
     K2K_UNROLL
     for (double of_warp : sums.of_warp) sum += of_warp;
     return sum;
 }
 
-// A chunk of one matrix of x.
+// The CTA's chunk of one matrix of x; kUpdates: x is computed from gradient and momentum.
 template <bool kUpdates>
 struct NsChunk {
     const NsTables& tables;
@@ -72,6 +73,7 @@ struct NsChunk {
           tensor_index(
               find_tensor(p.tables.tensors, &NsTensor::first_chunk, 0, p.num_tensors, blockIdx.x)),
           tensor(p.tables.tensors[tensor_index]) {
+        // 32 bits: a shorter division.
         const auto chunks = static_cast<uint32_t>(norm_chunks(tensor.m, tensor.n));
         const auto at = static_cast<uint32_t>(blockIdx.x - tensor.first_chunk);
         matrix = at / chunks;
@@ -79,11 +81,12 @@ struct NsChunk {
         first = blockIdx.x - index;
     }
 
-    // Calls f(row, column) for every sixteen of this lane.
+    // Calls f(row, column) for every 16 elements of this lane.
     template <class F>
     K2K_DEVICE void for_each_sixteen(F&& f) const {
-        const uint32_t per_row = ceil_div(tensor.n, kNsSegment);
+        const uint32_t per_row = ceil_div(int64_t(tensor.n), kNsSegment);
         const uint32_t end = tensor.m * per_row;
+        // A warp takes every eighth segment of the chunk.
         K2K_NO_UNROLL
         for (int i = 0; i < kNsSegmentsPerChunk; i += kNsThreads / 32) {
             const uint32_t segment = index * kNsSegmentsPerChunk + i + arch::warp_id();
@@ -94,17 +97,19 @@ struct NsChunk {
         }
     }
 
-    // x; `kFirst`: for the first time.
+    // 16 elements of x. kFirst: in the norm kernel, which updates the momentum.
     template <bool kFirst>
     K2K_DEVICE void load(float (&values)[16], int row, int column) const {
         load_x(values, row, column);
         if constexpr (kUpdates) {
+            // The gradient, unscaled.
             const NsRule& rule = tables.rule;
             if (rule.grad_scale != nullptr) {
                 const float scale = *rule.grad_scale;
                 K2K_UNROLL
                 for (float& value : values) value /= scale;
             }
+            // The momentum after the step, as it is stored.
             const NsView& view = tables.updates[tensor_index].momentum;
             const int64_t offset = matrix * view.batch_stride + row * view.row_stride;
             float average[16];
@@ -113,6 +118,7 @@ struct NsChunk {
             } else {
                 momentum<bf16, kFirst>(average, values, view, offset, column);
             }
+            // Nesterov's g + mu (m - g), or m.
             const float share = rule.nesterov ? static_cast<float>(1 - rule.momentum) : 0.0f;
             K2K_UNROLL
             for (int i = 0; i < 16; ++i) {
@@ -133,8 +139,8 @@ struct NsChunk {
         }
     }
 
-    // The average as it is stored, which takes `grad` in the first time. It is read as what may
-    // change during the kernel.
+    // 16 elements of the momentum; kFirst: `grad` is averaged into it, and it is stored. Loads are
+    // not those of read-only data (ld.global.nc): this kernel writes it.
     template <class M, bool kFirst>
     K2K_DEVICE void momentum(float (&average)[16],
                              const float (&grad)[16],
@@ -152,6 +158,7 @@ struct NsChunk {
             stored = tile::load_elements(row, column, tensor.n);
         }
         tile::widen(average, stored);
+        // norm: average, round, store; and go on with the rounded values, as the cast kernel will.
         if constexpr (kFirst) {
             const auto share = static_cast<float>(1 - tables.rule.momentum);
             K2K_UNROLL
@@ -177,6 +184,7 @@ __global__ void __launch_bounds__(kNsThreads)
     if (kUpdates && is_skipped(p.tables)) return;
     NsSums& sums = arch::shared_storage<NsSums>();
     const NsChunk<kUpdates> chunk(p);
+    // Sum up the squares of this lane's elements, then over the CTA.
     double sum = 0;
     chunk.for_each_sixteen([&](int row, int column) {
         float values[16];
@@ -195,12 +203,14 @@ __global__ void __launch_bounds__(kNsThreads)
     NsSums& sums = arch::shared_storage<NsSums>();
     const NsChunk<kUpdates> chunk(p);
     const int64_t chunks = norm_chunks(chunk.tensor.m, chunk.tensor.n);
+    // Every CTA sums up the chunks of its matrix again, in the same order.
     double sum = 0;
     for (int64_t i = threadIdx.x; i < chunks; i += kNsThreads) {
         sum += p.square_sums[chunk.first + i];
     }
     sum = sum_over_block(sums, sum);
 
+    // The two factors of 1/|X|.
     float first = 0, second = 0;
     if (sum > 0 && sum < INFINITY) {
         const double factor = 1 / sqrt(sum);
@@ -210,6 +220,7 @@ __global__ void __launch_bounds__(kNsThreads)
     } else if (!(sum == 0)) {
         first = second = NAN;
     }
+    // Scale, round and store; columns up to the pitch become zeros.
     const NsMatrix<T> x0(chunk.tensor, chunk.matrix, NsBuffer::kX0);
     chunk.for_each_sixteen([&](int row, int column) {
         float values[16];

@@ -7,40 +7,39 @@
 //     kSquare     D[s, s] = alpha A B + beta C           A, B, C symmetric; a second result D + a I
 //     kMultiply   D[m, n] = A X + beta X                 X A if m > n
 //
-// Grid      a block of 8 warps for each tile of 128 x 128 of a result; the hardware hands tiles to
-//           multiprocessors as they become free. Of a symmetric result there are the tiles of the
-//           lower triangle, row by row; of the others those along the short side come first, which
-//           share a panel of X. Which op, tensor, matrix and tile: prefix sums, a binary search, a
-//           triangular root.
-// Warps     2 x 4 of 64 x 32; those whose part is not wanted compute nothing.
-// Operands  either both lie with the summed axis contiguous, or both with the tile's axis so,
-//           which ldmatrix transposes. Symmetric operands are both, so this serves all without a
-//           transposed copy: X X^T and X A by rows, X^T X and A X by columns.
-// Ring      three stages of 32 of the summed axis, by cp.async: two are on their way while the
-//           third is multiplied. By rows a panel's row is 64 bytes, chunk c of 16 at
-//           c ^ (row / 2 % 4); by columns 256 bytes, chunk c at c ^ (row % 8).
-// Barriers  stage_landed   sync_block a round: all threads' copies are there, and nobody reads the
-//                          stage that is filled next
-//           ring_read      the tile of the epilogue lies where the ring was
-//           c_landed       C, copied whole rows at a time, is there
-//           result_ready   each thread has put its sums in the place of its elements of C
-//           mirrored       8 x 8 blocks on the diagonal, shifted: the diagonal, before it is stored
+// Grid      one CTA of 8 warps per tile of 128 x 128 of a result, of symmetric ones the tiles of
+// the
+//           lower triangle; two CTAs per SM: one's prologue and epilogue overlap the other's main
+//           loop. tile.cuh finds op, tensor, matrix and tile.
+// Warps     2 x 4 of 64 x 32; those whose part is outside of the result, or above the diagonal,
+//           compute nothing.
+// Operands  either both have the summed axis contiguous (by rows), or both the tile's axis (by
+//           columns), which ldmatrix transposes. Symmetric operands are both, so two loops serve
+//           all products without a transposed copy: X X^T, X A by rows, X^T X, A X by columns.
+// Ring      three stages of 32 of the summed axis, by cp.async: two are in flight while the third
+//           is multiplied. A panel's rows are 64 bytes (by rows) or 256 (by columns), with the
+//           swizzle of tile/swizzle.cuh.
+// Barriers  stage_landed   sync_block a stage: all threads' copies have landed, and the stage that
+//                          is filled next has been read
+//           ring_read      the last stage has been read: the epilogue's tile replaces the ring;
+//                          then those of tile.cuh
 // Mirror    the other triangle is a copy: ldmatrix.trans of the tile, with rows chosen such that
 //           a thread gets eight neighbours of a row. So results are symmetric to the bit.
 // Order     of a sum: along the summed axis, 16 by 16, whatever else the launch computes.
 // Shared    48 KB.
-// Registers at most 128: two blocks a multiprocessor.
+// Registers at most 128: two CTAs per SM.
 // Edges     chunks outside of an operand arrive as zeros, and so do the ends of padded rows.
 
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
 #include "newton_schulz/tile.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
 union alignas(1024) NsStorage {
-    uint8_t ring[kNsStages][2][kNsPanelBytes];
-    uint8_t tile[kNsTileBytes];  // in rows of 256 bytes
+    uint8_t ring[kNsStages][2][kNsPanelBytes];  // A, B [128, 32] by rows, [32, 128] by columns
+    uint8_t tile[kNsTileBytes];                 // D [128, 128], in rows of 256 bytes
 };
 
 // One operand: 128 rows of it (columns, if kByColumns) along the summed axis, of which each thread
@@ -49,10 +48,11 @@ template <class T, bool kByColumns>
 struct NsPanel {
     const T* source;
     int64_t other, step;  // from a chunk to the thread's other one, and to the next stage
-    int depth_at[2];      // where the chunks stand on the summed axis; far beyond it: not at all
+    int depth_at[2];      // the chunks' place on the summed axis; kNowhere: outside of the operand
     uint32_t target;
 
     K2K_DEVICE NsPanel(const NsMatrix<T>& x, int first) {
+        // A row of the panel is 16 chunks (by columns) or 4.
         const int row = threadIdx.x / (kByColumns ? 16 : 4);
         const int chunk = threadIdx.x % (kByColumns ? 16 : 4);
         constexpr int kNowhere = 1 << 30;
@@ -63,31 +63,32 @@ struct NsPanel {
             const bool inside = first + chunk * 8 < x.columns;
             depth_at[0] = inside ? row : kNowhere;
             depth_at[1] = inside ? row + 16 : kNowhere;
-            target = row * 256 + (chunk ^ row % 8) * 16;
+            target = tile::chunk_offset<256>(row, chunk);
         } else {
             source = x.data + (first + row) * x.pitch + chunk * 8;
             other = 64 * x.pitch;
             step = kNsDepth;
             depth_at[0] = first + row < x.rows ? chunk * 8 : kNowhere;
             depth_at[1] = first + row + 64 < x.rows ? chunk * 8 : kNowhere;
-            target = row * 64 + (chunk ^ row / 2 % 4) * 16;
+            target = tile::chunk_offset<64>(row, chunk);
         }
     }
 
-    // Starts the copies of the stage at `panel`, with `depth_left` of the summed axis still to
-    // come.
-    K2K_DEVICE void copy(uint32_t panel, const T* any, int depth_left K2K_WHERE) {
+    // Starts the copies of a stage to `panel`; `depth_left` of the summed axis are left. What is
+    // outside of the operand becomes zeros (`any`: an address that may be read).
+    K2K_DEVICE void copy(uint32_t panel, const T* any, int depth_left) {
         K2K_UNROLL
         for (int i = 0; i < 2; ++i) {
             const bool valid = depth_at[i] < depth_left;
             arch::cp_async(panel + target + i * (kNsPanelBytes / 2),
-                           valid ? source + i * other : any, valid K2K_PASS_WHERE);
+                           valid ? source + i * other : any, valid);
         }
         source += step;
     }
 };
 
-// sums += A[first_row ..][:] B[:][first_column ..], both panels as NsPanel says.
+// sums += A[first_row ..][:] B[:][first_column ..], of both operands' panels; sums [64, 32] of a
+// warp, in fragments of 16 x 8. `active`: the warp's part is inside of the result.
 template <class T, bool kByColumns>
 K2K_DEVICE void multiply_tile(float (&sums)[4][4][4],
                               uint32_t ring,
@@ -96,83 +97,83 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4],
                               int first_row,
                               int first_column,
                               int depth,
-                              bool active K2K_WHERE) {
+                              bool active) {
     NsPanel<T, kByColumns> panel_a(a, first_row), panel_b(b, first_column);
     constexpr uint32_t kStageBytes = 2 * kNsPanelBytes;
     const auto copy_stage = [&](uint32_t stage, int depth_left) {
-        panel_a.copy(stage, a.data, depth_left K2K_PASS_WHERE);
-        panel_b.copy(stage + kNsPanelBytes, b.data, depth_left K2K_PASS_WHERE);
+        panel_a.copy(stage, a.data, depth_left);
+        panel_b.copy(stage + kNsPanelBytes, b.data, depth_left);
     };
 
-    // Which row of which 8 x 8 matrix this lane addresses for ldmatrix.
-    const int lane = arch::lane_id(), matrix = lane / 8, row = lane % 8;
+    // This lane's addresses for ldmatrix, in the first 16 x 16 of the warp's part of each panel.
     const int warp_row = arch::warp_id() / 4, warp_column = arch::warp_id() % 4;
     uint32_t offset_a, offset_b;
     if constexpr (kByColumns) {
-        offset_a = (matrix / 2 * 8 + row) * 256 + warp_row * 128 + (matrix % 2 ^ row) * 16;
-        offset_b = (matrix % 2 * 8 + row) * 256 + warp_column / 2 * 128 +
-                   ((warp_column % 2 * 4 + matrix / 2) ^ row) * 16;
+        offset_a = tile::ldmatrix_address<true, true, 256>(0, 0, warp_row * 8);
+        offset_b = tile::ldmatrix_address<false, true, 256>(0, 0, warp_column * 4);
     } else {
-        offset_a = (warp_row * 64 + matrix % 2 * 8 + row) * 64 + (matrix / 2 ^ row / 2) * 16;
-        offset_b = (warp_column * 32 + matrix / 2 * 8 + row) * 64 + (matrix % 2 ^ row / 2) * 16;
+        offset_a = tile::ldmatrix_address<true, false, 64>(0, warp_row * 64, 0);
+        offset_b = tile::ldmatrix_address<false, false, 64>(0, warp_column * 32, 0);
     }
-    // 16 of the tile's axis further, and 16 of the summed one: of these two, one goes to other rows
-    // and one to other chunks of the same.
+    // Steps of 16 along the tile's axis and along the summed one: one of the two goes to other
+    // rows, the other to other chunks of the same rows.
     const auto at = [](uint32_t base, int tile_step, int depth_step) {
         return kByColumns ? (base ^ tile_step * 32) + depth_step * 4096
                           : (base ^ depth_step * 32) + tile_step * 1024;
     };
 
+    // Prologue: fill all stages but one.
     uint32_t filled = ring;
     const uint32_t ring_end = ring + kNsStages * kStageBytes;
     K2K_UNROLL
     for (int i = 0; i < kNsStages - 1; ++i) {
         copy_stage(filled, depth - i * kNsDepth);
-        arch::cp_async_commit(K2K_PASS_WHERE_ONLY);
+        arch::cp_async_commit();
         filled += kStageBytes;
     }
     uint32_t stage = ring;
     K2K_NO_UNROLL
     for (int left = depth; left > 0; left -= kNsDepth) {
-        arch::cp_async_wait<kNsStages - 2>(K2K_PASS_WHERE_ONLY);
-        arch::sync_block(K2K_PASS_WHERE_ONLY);  // stage_landed
+        // Wait for the oldest stage, then refill the one that was multiplied last.
+        arch::cp_async_wait<kNsStages - 2>();
+        arch::sync_block();  // stage_landed
         if (left > (kNsStages - 1) * kNsDepth) {
             copy_stage(filled, left - (kNsStages - 1) * kNsDepth);
         }
-        arch::cp_async_commit(K2K_PASS_WHERE_ONLY);
+        arch::cp_async_commit();
         filled = filled + kStageBytes == ring_end ? ring : filled + kStageBytes;
+        // Multiply: B's fragments stay in registers, those of A pass.
         if (active) {
             K2K_UNROLL
             for (int step = 0; step < kNsDepth / 16; ++step) {
-                uint32_t fragment_b[2][4];
+                uint32_t fragment_b[2][4];  // [16, 16] each
                 K2K_UNROLL
                 for (int j = 0; j < 2; ++j) {
                     arch::ldmatrix<4, kByColumns>(fragment_b[j],
-                                                  at(stage + kNsPanelBytes + offset_b, j, step)
-                                                      K2K_PASS_WHERE);
+                                                  at(stage + kNsPanelBytes + offset_b, j, step));
                 }
                 K2K_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    uint32_t fragment_a[4];
-                    arch::ldmatrix<4, kByColumns>(fragment_a,
-                                                  at(stage + offset_a, i, step) K2K_PASS_WHERE);
+                    uint32_t fragment_a[4];  // [16, 16]
+                    arch::ldmatrix<4, kByColumns>(fragment_a, at(stage + offset_a, i, step));
                     K2K_UNROLL
                     for (int j = 0; j < 4; ++j) {
                         const uint32_t* pair = fragment_b[j / 2] + j % 2 * 2;
-                        arch::mma_sync<T>(sums[i][j], fragment_a,
-                                          {pair[0], pair[1]} K2K_PASS_WHERE);
+                        arch::mma_sync<T>(sums[i][j], fragment_a, {pair[0], pair[1]});
                     }
                 }
             }
         }
         stage = stage + kStageBytes == ring_end ? ring : stage + kStageBytes;
     }
-    arch::cp_async_wait<0>(K2K_PASS_WHERE_ONLY);
+    // Zero fills behind the end may still be in flight, to memory that the epilogue reuses.
+    arch::cp_async_wait<0>();
 }
 
 template <class T>
 __global__ void __launch_bounds__(kNsThreads, 2)
     newton_schulz_sm80_kernel(const __grid_constant__ NsStage p) {
+    // Which tile of which product, and whether this warp's part is inside of the result.
     if (is_skipped(p.tables)) return;
     NsStorage& storage = arch::shared_storage<NsStorage>();
     const auto work = find_work<T>(p, blockIdx.x);
@@ -182,7 +183,8 @@ __global__ void __launch_bounds__(kNsThreads, 2)
                         place.column + warp_column < work.columns &&
                         !(place.diagonal && warp_column >= warp_row + 64);
 
-    float sums[4][4][4] = {};
+    // Main loop.
+    float sums[4][4][4] = {};  // [64, 32] of the warp
     const uint32_t ring = arch::smem_address(&storage);
     if (work.by_columns) {
         multiply_tile<T, true>(sums, ring, work.a, work.b, place.row, place.column, work.depth,
@@ -193,6 +195,7 @@ __global__ void __launch_bounds__(kNsThreads, 2)
     }
     arch::sync_block();  // ring_read
 
+    // Epilogue: each thread's accumulators, pair by pair.
     finish_product(work, storage.tile, [&](auto&& take) {
         if (!active) return;
         K2K_UNROLL

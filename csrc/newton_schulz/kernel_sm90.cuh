@@ -7,73 +7,63 @@
 //     kSquare     D[s, s] = alpha A B + beta C           A, B, C symmetric; a second result D + a I
 //     kMultiply   D[m, n] = A X + beta X                 X A if m > n
 //
-// Grid      a block for each tile of 128 x 128, two blocks a multiprocessor: one block's start and
-//           end lie behind the other's products.
-// Roles     warps 0 to 7    two warpgroups with 64 rows of the tile each: wgmma m64n128k16 on
-//                           operands in shared memory, then the epilogue of tile.cuh
-//           warps 8 and 9   copy both panels by cp.async, 64 of the summed axis at a time. TMA
-//                           would want a tensor map for each matrix shape of the list, made on the
-//                           host and kept for a captured graph; copies by threads need none.
-// Operands  either both lie with the summed axis contiguous (K-major), or both with the tile's axis
-//           so (MN-major): a bit of the instruction, nothing is transposed.
-// Stage     two panels of 128 rows of 128 bytes with the 128-byte swizzle: chunk c of 16 bytes of
-//           row r lies at c ^ (r % 8). By rows, row r is the operand's r; by columns, row 64 g + k
-//           has columns 64 g to 64 g + 63 of the operand's row k. So a warpgroup's half of A is
-//           64 such rows either way.
+// Grid      one CTA per tile of 128 x 128, two CTAs per SM: one's prologue and epilogue overlap the
+//           other's main loop.
+// Roles     warps 0 to 7  two consumer warpgroups with 64 rows of the tile each: wgmma m64n128k16
+//                         on operands in shared memory, then the epilogue of tile.cuh
+//           warps 8, 9    producer: copy both panels by cp.async, 64 of the summed axis at a time.
+//                         TMA would need a tensor map for each matrix shape of the list, made on
+//                         the host and kept for a captured graph; cp.async needs none.
+// Operands  both K-major (the summed axis is contiguous: by rows), or both MN-major (by columns): a
+//           bit of the instruction, nothing is transposed.
+// Stage     two panels of 128 rows of 128 bytes with the 128-byte swizzle of tile/swizzle.cuh. By
+//           rows, row r is the operand's r; by columns, row 64 g + k has columns 64 g to 64 g + 63
+//           of the operand's row k. So a warpgroup's half of A is 64 such rows either way.
 //
 //   barrier      arrivals                                              waiters
-//   full[s]      each of the 64 copying threads, as its copies land    warps 0 to 7
-//   empty[s]     warps 0 to 7, when their products have read it        warps 8 and 9
-//   named 1      the 8 warps: all have multiplied, so that the ring holds the tile from here on;
-//                then those of tile.cuh
+//   full[s]      each of the 64 producer threads, as its copies land   consumers
+//   empty[s]     8 consumer warps, when their products have read it    producer
+//   kTileBarrier the 8 consumer warps: the last stage has been read, and the ring now holds the
+//                tile; then the barriers of tile.cuh
 //
-// Proxies   cp.async writes as threads do, wgmma reads as TMA does: whoever has waited for full[s]
-//           puts a proxy fence between.
-// Order     of a sum: along the summed axis, 16 by 16, whatever else the launch computes.
-// Shared    97 KB: three stages of 32 KB, of which two are on their way while one is multiplied;
-//           in the end the tile of 32 KB. Two blocks fit the 227 KB.
-// Registers at most 96 a thread (two blocks of 320 threads), of which sums take 64. The two copying
-//           warps are no warpgroup, so there is nothing for setmaxnreg to move.
+// Proxies   cp.async writes by the generic proxy, wgmma reads by the async one: a consumer issues a
+//           proxy fence after each wait for full[s].
+// Order     of a sum: along the summed axis, 16 by 16, whatever else the launch computes. Shared
+// 97 KB: three stages of 32 KB, two in flight while one is multiplied; the epilogue's tile
+//           of 32 KB reuses them. Two CTAs fit the 227 KB.
+// Registers at most 96 per thread (two CTAs of 320 threads), 64 of them accumulators. setmaxnreg
+//           takes whole warpgroups, and two producer warps are none.
 // Edges     chunks outside of an operand arrive as zeros, and so do the ends of padded rows; tiles
 //           on the diagonal are computed whole.
-// Limits    L2: a stage takes 32 KB from it, which at the 35 to 40 bytes a cycle and multiprocessor
-//           that L2 was measured to give last 820 to 940 cycles, and its products 512: at most 0.55
-//           to 0.62 of the peak. Shared memory, 32 KB written and 48 KB read, takes 640 cycles.
-//           Estimates; README.md says what would take less.
+// Limits    L2: a stage reads 32 KB from it, which at the measured 35 to 40 bytes per cycle and SM
+//           take 820 to 940 cycles, and its products 512: at most 0.55 to 0.62 of the peak. Shared
+//           memory, 32 KB written and 48 KB read, takes 640 cycles. Estimates; README.md lists what
+//           would need less.
 
 #include "arch/fence.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/smem.cuh"
 #include "arch/wgmma.cuh"
 #include "newton_schulz/tile.cuh"
+#include "tile/ring.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
 struct alignas(1024) NsHopperStorage {
     union {
-        uint8_t ring[kNsHopperStages][2][kNsHopperPanelBytes];
-        uint8_t tile[kNsTileBytes];
+        uint8_t ring[kNsHopperStages][2][kNsHopperPanelBytes];  // A, B [128, 64] (or [64, 128])
+        uint8_t tile[kNsTileBytes];                             // D [128, 128]
     };
     arch::Mbarrier full[kNsHopperStages], empty[kNsHopperStages];
 };
 static_assert(2 * (sizeof(NsHopperStorage) + 1024) <= 228 * 1024);
 
-// Which stage comes next, and the parity of its barriers.
-struct NsSlot {
-    int slot = 0;
-    uint32_t parity = 0;
+using NsRingPosition = tile::RingPosition<kNsHopperStages>;
 
-    K2K_DEVICE void advance() {
-        if (++slot == kNsHopperStages) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
+// ---- producer: warps 8 and 9
 
-// ---- warps 8 and 9
-
-// One operand: of each eight rows of a panel, this thread copies one chunk.
+// One operand. Of each eight rows of a panel, this thread copies one chunk.
 template <class T, bool kByColumns>
 struct NsHopperPanel {
     const T* source;
@@ -84,7 +74,7 @@ struct NsHopperPanel {
 
     K2K_DEVICE NsHopperPanel(const NsMatrix<T>& x, int first, int thread) {
         const int row = thread / 8, chunk = thread % 8;
-        target = row * 128 + (chunk ^ row) * 16;
+        target = tile::chunk_offset<128>(row, chunk);
         eight = 8 * x.pitch;
         if constexpr (kByColumns) {
             source = x.data + row * x.pitch + first + chunk * 8;
@@ -99,15 +89,15 @@ struct NsHopperPanel {
         }
     }
 
-    // Starts the copies of the stage at `panel`, with `depth_left` of the summed axis still to
-    // come.
-    K2K_DEVICE void copy(uint32_t panel, const T* any, int depth_left K2K_WHERE) {
+    // Starts the copies of a stage to `panel`; `depth_left` of the summed axis are left. What is
+    // outside of the operand becomes zeros (`any`: an address that may be read).
+    K2K_DEVICE void copy(uint32_t panel, const T* any, int depth_left) {
         K2K_UNROLL
         for (int i = 0; i < kNsTile / 8; ++i) {
             const int k = kByColumns ? i % 8 * 8 : 0, across = kByColumns ? i / 8 * 64 : i * 8;
             const bool valid = across < left && depth_at + k < depth_left;
             const T* from = kByColumns ? source + i % 8 * eight + across : source + i * eight;
-            arch::cp_async(panel + target + i * 1024, valid ? from : any, valid K2K_PASS_WHERE);
+            arch::cp_async(panel + target + i * 1024, valid ? from : any, valid);
         }
         source += step;
     }
@@ -117,22 +107,23 @@ template <class T, bool kByColumns>
 K2K_DEVICE void copy_panels(NsHopperStorage& smem, const NsWork<T>& work, int thread) {
     NsHopperPanel<T, kByColumns> a(work.a, work.place.row, thread);
     NsHopperPanel<T, kByColumns> b(work.b, work.place.column, thread);
-    NsSlot at;
+    NsRingPosition at;
     K2K_NO_UNROLL
     for (int left = work.depth; left > 0; left -= kNsHopperDepth, at.advance()) {
+        // Wait for a free stage; full[] completes when all copies have landed.
         arch::mbarrier_wait(smem.empty[at.slot], at.parity ^ 1);
         a.copy(arch::smem_address(smem.ring[at.slot][0]), work.a.data, left);
         b.copy(arch::smem_address(smem.ring[at.slot][1]), work.b.data, left);
         arch::cp_async_arrive(smem.full[at.slot]);
     }
-    // The warp does not end before its copies have.
+    // Do not exit while copies are in flight.
     arch::cp_async_commit();
     arch::cp_async_wait<0>();
 }
 
-// ---- warps 0 to 7
+// ---- consumers: warps 0 to 7
 
-// sums += a warpgroup's 64 rows of A times B.
+// sums += a warpgroup's 64 rows of A times B; sums [64, 128].
 template <class T, bool kByColumns>
 K2K_DEVICE void multiply_panels(float (&sums)[kNsTile / 2], NsHopperStorage& smem, int depth) {
     constexpr arch::Major kMajor = kByColumns ? arch::Major::kMN : arch::Major::kK;
@@ -141,15 +132,17 @@ K2K_DEVICE void multiply_panels(float (&sums)[kNsTile / 2], NsHopperStorage& sme
     constexpr uint32_t kHalf = kNsHopperPanelBytes / 2;
     constexpr uint32_t kLeading = kByColumns ? kHalf : 0;  // from 64 columns to the next
     const int warpgroup = arch::warp_id() / 4;
-    NsSlot at, last;
+    NsRingPosition at, last;
     K2K_NO_UNROLL
     for (int left = depth; left > 0; left -= kNsHopperDepth, at.advance()) {
         const uint64_t a = arch::matrix_descriptor(smem.ring[at.slot][0] + warpgroup * kHalf,
                                                    arch::Swizzle::k128, kLeading, 1024);
         const uint64_t b =
             arch::matrix_descriptor(smem.ring[at.slot][1], arch::Swizzle::k128, kLeading, 1024);
+        // Wait for both panels; what cp.async wrote must be visible to wgmma.
         arch::mbarrier_wait(smem.full[at.slot], at.parity);
         arch::fence_proxy_async();
+        // Issue this stage's products behind those of the one before.
         arch::wgmma_fence();
         K2K_UNROLL
         for (int i = 0; i < kNsHopperDepth / 16; ++i) {
@@ -157,7 +150,8 @@ K2K_DEVICE void multiply_panels(float (&sums)[kNsTile / 2], NsHopperStorage& sme
         }
         arch::wgmma_commit();
         if (left == depth) continue;
-        arch::wgmma_wait<1>();  // the stage before this one has been read
+        // Release the stage before: all products but the newest have finished.
+        arch::wgmma_wait<1>();
         if (arch::lane_id() == 0) arch::mbarrier_arrive(smem.empty[last.slot]);
         last.advance();
     }
@@ -171,6 +165,7 @@ __global__ void __launch_bounds__(kNsHopperThreads, 2)
     newton_schulz_sm90_kernel(const __grid_constant__ NsStage p) {
     if (is_skipped(p.tables)) return;
     NsHopperStorage& smem = arch::shared_storage<NsHopperStorage>();
+    // Prologue: barriers, and which tile of which product.
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kNsHopperStages; ++stage) {
             arch::mbarrier_init(smem.full[stage], kNsHopperThreads - kNsThreads);
@@ -181,6 +176,7 @@ __global__ void __launch_bounds__(kNsHopperThreads, 2)
     const auto work = find_work<T>(p, blockIdx.x);
     arch::sync_block();
 
+    // Producer warps.
     if (threadIdx.x >= kNsThreads) {
         const int thread = threadIdx.x - kNsThreads;
         if (work.by_columns) {
@@ -190,13 +186,14 @@ __global__ void __launch_bounds__(kNsHopperThreads, 2)
         }
         return;
     }
-    float sums[kNsTile / 2] = {};
+    // Consumer warpgroups: main loop, then the epilogue in the ring's place.
+    float sums[kNsTile / 2] = {};  // [64, 128] of a warpgroup
     if (work.by_columns) {
         multiply_panels<T, true>(sums, smem, work.depth);
     } else {
         multiply_panels<T, false>(sums, smem, work.depth);
     }
-    sync_tile();  // the ring has been read
+    sync_tile();
     finish_product(work, smem.tile, [&](auto&& take) {
         const int row = arch::warp_id() * 16 + arch::lane_id() / 4;
         K2K_UNROLL

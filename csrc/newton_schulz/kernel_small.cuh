@@ -1,7 +1,7 @@
 #pragma once
 
-// The whole iteration of a matrix whose short side s is at most 192, in one block; and to the bit
-// what the tiles of kernel_sm80.cuh make of it.
+// The whole iteration of a matrix whose short side s is at most 192, in one CTA; to the bit what
+// kernel_sm80.cuh computes by tiles.
 //
 //     gram        R = X X^T                                              panel by panel
 //     each step   Z = b R + c R^2
@@ -12,143 +12,138 @@
 //
 // (X^T X and X Q if m > n.)
 //
-// Grid      a block for each matrix; 4 warps for each 64 of s: kBlocks of them.
+// Grid      one CTA per matrix; 4 warps for each 64 of s: kBlocks of them.
 // Warps     64 x 32 each: of the lower triangle of a square, where the sums of R stay in registers
 //           while panels pass; and of a panel's product.
 // Squares   R, Z and Q are symmetric to the bit, so only the blocks of 64 x 64 on and below the
 //           diagonal are kept; ldmatrix transposes what is read from the other side. They are
-//           updated in place: sums are complete before anybody writes. In blocks on the diagonal
-//           what lies above it is then copied from below.
-// Panels    128 of the long axis by all of the short, as they lie in memory, two of them by
-// cp.async
-//           where R and Z were: the next arrives while one is multiplied. Its product takes its
-//           place, on the way back.
-// Swizzle   chunk c of 16 bytes of a row at c ^ (row % 8), of panels and of blocks.
-// Barriers  panel_landed   all threads' copies are there, and nobody reads the other panel
-//           sums_complete  nobody reads what the sums replace
+//           updated in place: all sums are complete before the first is written. In blocks on the
+//           diagonal the part above it is then copied from below.
+//
+//               0 . .      block (i, j) is number i (i + 1) / 2 + j;
+//               1 2 .      warps: two for each, of 32 columns
+//               3 4 5
+//
+// Panels    128 of the long axis by all of the short, as in memory: a double buffer, filled by
+//           cp.async, where R and Z were. A panel's product replaces it and is stored from there.
+// Swizzle   rows of panels and of blocks have that of tile/swizzle.cuh.
+// Barriers  panel_landed   all threads' copies have landed, and the other panel has been read
+//           sums_complete  what the sums replace has been read
 //           result_ready   all have stored it
-//           mirrored       the blocks on the diagonal are whole
-//           shifted        and a I is added
+//           mirrored       the blocks on the diagonal are complete
+//           shifted        a I has been added
 //           panels_stored  X is in memory again
-// Order     of a sum: along the summed axis, 16 by 16.
-// Shared    kBlocks of 1, 2, 3: 40, 88, 144 KB.
-// Registers 64 sums a thread: at most 168, of two blocks 128, so that one or two warpgroups leave
-//           room for another block.
+// Order     of a sum: along the summed axis, 16 by 16. Shared    kBlocks of 1, 2, 3: 40, 88, 144
+// KB. Registers 64 accumulators per thread; at most 168 registers, with kBlocks 2 at most 128, so
+// that a
+//           second CTA fits beside CTAs of one or two warpgroups.
 // Traffic   X_0 once for each R, in and out at each restart (each step, if standard), once at the
 //           end; a matrix of 192 x 1536 is 590 KB, which L2 keeps.
-// Limits    one block a matrix, however few matrices there are.
+// Limits    one CTA per matrix, however few matrices there are.
 
-#include "arch/convert.cuh"
 #include "arch/cp_async.cuh"
 #include "arch/matrix.cuh"
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
 #include "newton_schulz/result.cuh"
+#include "tile/pack.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
 template <int kBlocks>
 struct alignas(128) NsSmallStorage {
-    uint8_t q[ns_small_square_bytes(kBlocks)];  // what panels are multiplied by; Z, if standard
+    uint8_t q[ns_small_square_bytes(kBlocks)];  // [s, s], what X is multiplied by; Z, if standard
     union {
-        uint8_t squares[2][ns_small_square_bytes(kBlocks)];  // R, Z
-        uint8_t panels[2][ns_small_panel_bytes(kBlocks)];
+        uint8_t squares[2][ns_small_square_bytes(kBlocks)];  // R, Z [s, s]
+        uint8_t panels[2][ns_small_panel_bytes(kBlocks)];    // X [s, 128], or [128, s] if m > n
     };
 };
 
 enum class NsSmallSquare { kQ, kR, kZ };
 
-// 64 x 32 of a result, as mma.sync holds it.
+// [64, 32] of a result: a warp's accumulators, in fragments of 16 x 8.
 using NsSums64x32 = float[4][4][4];
-
-// Which row this lane addresses of 16 x 16 of an operand, in rows of `pitch` bytes from (row,
-// chunk) on: `kLeft` as A, else as two pieces of B; `kTransposed` if rows are those of the summed
-// axis.
-template <bool kLeft, bool kTransposed>
-K2K_DEVICE uint32_t address_16x16(uint32_t base, int pitch, int row, int chunk) {
-    const int lane = arch::lane_id(), matrix = lane / 8;
-    constexpr bool kRowsFirst = kLeft != kTransposed;
-    row += (kRowsFirst ? matrix % 2 : matrix / 2) * 8 + lane % 8;
-    chunk += kRowsFirst ? matrix / 2 : matrix % 2;
-    return base + row * pitch + (chunk ^ lane % 8) * 16;
-}
 
 // A symmetric matrix in shared memory, as blocks (i, j) of 64 x 64 with i >= j.
 K2K_DEVICE uint32_t block_offset(int i, int j) {
     return (i * (i + 1) / 2 + j) * kNsSmallBlock * kNsSmallBlock * 2;
 }
 
-// Its rows from `first` on, 64 or 32, against 16 of the summed axis.
+// An operand: 64 rows (32, if not kLeft) of such a matrix from `first` on, by 16 of the summed
+// axis.
 template <bool kLeft>
 struct NsSquareRows {
     uint32_t address;
-    bool transposed;  // it is the other side of the diagonal that is kept
+    bool transposed;  // above the diagonal: read from its other side
 
     K2K_DEVICE NsSquareRows(uint32_t square, int first, int depth) {
         const int i = first / kNsSmallBlock, j = depth / kNsSmallBlock;
         first %= kNsSmallBlock;
         depth %= kNsSmallBlock;
         transposed = i < j;
-        address =
-            transposed
-                ? address_16x16<kLeft, true>(square + block_offset(j, i), 128, depth, first / 8)
-                : address_16x16<kLeft, false>(square + block_offset(i, j), 128, first, depth / 8);
+        address = transposed ? tile::ldmatrix_address<kLeft, true, 128>(square + block_offset(j, i),
+                                                                        depth, first / 8)
+                             : tile::ldmatrix_address<kLeft, false, 128>(
+                                   square + block_offset(i, j), first, depth / 8);
     }
-    // 16 of them.
-    K2K_DEVICE void load(uint32_t (&fragment)[4], int i K2K_WHERE) const {
+    // The i-th 16 of the rows.
+    K2K_DEVICE void load(uint32_t (&fragment)[4], int i) const {
         if (transposed) {
-            arch::ldmatrix<4, true>(fragment, address ^ i * 32 K2K_PASS_WHERE);
+            arch::ldmatrix<4, true>(fragment, address ^ i * 32);
         } else {
-            arch::ldmatrix<4, false>(fragment, address + i * 16 * 128 K2K_PASS_WHERE);
+            arch::ldmatrix<4, false>(fragment, address + i * 16 * 128);
         }
     }
 };
 
-// The same of a panel; `kTransposed`: along its columns.
+// The same of a panel; `kTransposed`: the rows of the operand are columns of the panel.
 template <bool kLeft, bool kTransposed, int kPitch>
 struct NsPanelRows {
     uint32_t address;
 
     K2K_DEVICE NsPanelRows(uint32_t panel, int first, int depth)
-        : address(kTransposed ? address_16x16<kLeft, true>(panel, kPitch, depth, first / 8)
-                              : address_16x16<kLeft, false>(panel, kPitch, first, depth / 8)) {}
+        : address(tile::ldmatrix_address<kLeft, kTransposed, kPitch>(
+              panel, kTransposed ? depth : first, (kTransposed ? first : depth) / 8)) {}
 
-    K2K_DEVICE void load(uint32_t (&fragment)[4], int i K2K_WHERE) const {
-        arch::ldmatrix<4, kTransposed>(
-            fragment, kTransposed ? address ^ i * 32 : address + i * 16 * kPitch K2K_PASS_WHERE);
+    K2K_DEVICE void load(uint32_t (&fragment)[4], int i) const {
+        arch::ldmatrix<4, kTransposed>(fragment,
+                                       kTransposed ? address ^ i * 32 : address + i * 16 * kPitch);
     }
 };
 
-// sums += A B over `depth` of the summed axis; a(k) and b(k) are the rows of the operands.
+// The main loop: sums += A B over `depth` of the summed axis; a(k) and b(k) are the operands' rows.
 template <class T, class A, class B>
-K2K_DEVICE void multiply_64x32(NsSums64x32& sums, int depth, A&& a, B&& b K2K_WHERE) {
+K2K_DEVICE void multiply_64x32(NsSums64x32& sums, int depth, A&& a, B&& b) {
     K2K_NO_UNROLL
     for (int k = 0; k < depth; k += 16) {
+        // B's fragments stay in registers, those of A are loaded one at a time.
         const auto rows_a = a(k);
         const auto rows_b = b(k);
-        uint32_t fragment_b[2][4];
+        uint32_t fragment_b[2][4];  // [16, 16] each
         K2K_UNROLL
-        for (int j = 0; j < 2; ++j) rows_b.load(fragment_b[j], j K2K_PASS_WHERE);
+        for (int j = 0; j < 2; ++j) rows_b.load(fragment_b[j], j);
         K2K_UNROLL
         for (int i = 0; i < 4; ++i) {
-            uint32_t fragment_a[4];
-            rows_a.load(fragment_a, i K2K_PASS_WHERE);
+            uint32_t fragment_a[4];  // [16, 16]
+            rows_a.load(fragment_a, i);
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 const uint32_t* pair = fragment_b[j / 2] + j % 2 * 2;
-                arch::mma_sync<T>(sums[i][j], fragment_a, {pair[0], pair[1]} K2K_PASS_WHERE);
+                arch::mma_sync<T>(sums[i][j], fragment_a, {pair[0], pair[1]});
             }
         }
     }
 }
 
-// Calls f(offset, low, high) for the pairs of neighbours that this lane holds of 64 x 32, from
-// (row, column) on in rows of kPitch bytes: `offset` is theirs.
+// Calls f(offset, low, high) for each pair of neighbours that this lane has of [64, 32];
+// `offset` is the pair's in a matrix of kPitch bytes a row, where they begin at (row, column).
 template <int kPitch, class F>
 K2K_DEVICE void for_each_pair(const NsSums64x32& sums, int row, int column, F&& f) {
     const int lane = arch::lane_id();
-    const uint32_t first = (row + lane / 4) * kPitch + (column / 8 ^ lane / 4) * 16 + lane % 4 * 4;
+    const uint32_t first =
+        (row + lane / 4) * kPitch + tile::swizzled(lane / 4, column / 8) * 16 + lane % 4 * 4;
     K2K_UNROLL
     for (int i = 0; i < 4; ++i) {
         K2K_UNROLL
@@ -162,7 +157,7 @@ K2K_DEVICE void for_each_pair(const NsSums64x32& sums, int row, int column, F&& 
     }
 }
 
-// One matrix and its block.
+// One matrix and the CTA that iterates it.
 template <class T, int kBlocks, bool kTall>
 class NsSmallMatrix {
   public:
@@ -176,7 +171,7 @@ class NsSmallMatrix {
         const NsTensor& t = tables.tensors[tensor_index];
         short_side_ = kTall ? t.n : t.m;
         long_side_ = kTall ? t.m : t.n;
-        // Block row i of the triangle has 2 (i + 1) warps.
+        // This warp's 64 x 32 of the triangle (block row i has 2 (i + 1) warps) and of a panel.
         const int warp = arch::warp_id(), i = warp < 2 ? 0 : warp < 6 ? 1 : 2;
         square_row_ = i * 64;
         square_column_ = (warp - i * (i + 1)) * 32;
@@ -188,6 +183,7 @@ class NsSmallMatrix {
 
     // R = X X^T
     K2K_DEVICE void gram() {
+        // A panel is both operands; the sums of all panels stay in registers.
         NsSums64x32 sums = {};
         for_each_panel([&](int, uint8_t* panel) {
             if (!square_active_) return;
@@ -197,13 +193,15 @@ class NsSmallMatrix {
                 [&](int k) { return NsPanelRows<true, kTall, kPitch>(base, square_row_, k); },
                 [&](int k) { return NsPanelRows<false, kTall, kPitch>(base, square_column_, k); });
         });
-        arch::sync_block();  // sums_complete: R replaces panels
+        // R replaces the panels.
+        arch::sync_block();  // sums_complete
         store_square(sums, 1, 0, Square::kR, Square::kR, false, 0);
     }
 
-    // X <- Q X + beta X; the last time it goes where the result belongs.
+    // X <- Q X + beta X; the last one is the result.
     K2K_DEVICE void multiply(float beta, bool last) {
         for_each_panel([&](int first, uint8_t* panel) {
+            // In place, then back to memory while the next panel's copies are in flight.
             multiply(panel, beta);
             copy_out(panel, first, last);
         });
@@ -219,6 +217,7 @@ class NsSmallMatrix {
                            Square d,
                            bool shifts,
                            float diagonal) {
+        // Both operands are in shared memory: no barrier inside the main loop.
         NsSums64x32 sums = {};
         if (square_active_) {
             const uint32_t base_a = arch::smem_address(at(a)), base_b = arch::smem_address(at(b));
@@ -242,7 +241,7 @@ class NsSmallMatrix {
         return square == Square::kQ ? storage_.q : storage_.squares[square == Square::kZ];
     }
 
-    // The sums of the triangle, with the epilogue, to d and, if wanted, plus diagonal I to Q.
+    // The epilogue of a triangle: d = alpha sums + beta c; with `shifts`, Q = d + diagonal I.
     K2K_DEVICE void store_square(const NsSums64x32& sums,
                                  float alpha,
                                  float beta,
@@ -252,6 +251,7 @@ class NsSmallMatrix {
                                  float diagonal) {
         const int block_row = square_row_ / kNsSmallBlock,
                   block_column = square_column_ / kNsSmallBlock;
+        // Each warp's blocks, a pair at a time; c, d and Q have the same layout.
         if (square_active_) {
             const uint32_t block = block_offset(block_row, block_column);
             const uint8_t* from = at(c) + block;
@@ -263,31 +263,34 @@ class NsSmallMatrix {
                                    if (beta != 0) {
                                        const uint32_t old =
                                            *reinterpret_cast<const uint32_t*>(from + offset);
-                                       low = fmaf(beta, unpack(old, 0), low);
-                                       high = fmaf(beta, unpack(old, 1), high);
+                                       low = fmaf(beta, tile::unpack<T>(old, 0), low);
+                                       high = fmaf(beta, tile::unpack<T>(old, 1), high);
                                    }
-                                   const uint32_t pair = pack(low, high);
+                                   const uint32_t pair = tile::pack<T>(low, high);
                                    *reinterpret_cast<uint32_t*>(to + offset) = pair;
                                    if (shifts)
                                        *reinterpret_cast<uint32_t*>(shifted + offset) = pair;
                                });
         }
+        // Complete the blocks on the diagonal: what other blocks lack is never read.
         arch::sync_block();  // result_ready
         mirror(at(d));
         if (shifts) mirror(storage_.q);
         arch::sync_block();  // mirrored
         if (!shifts) return;
+        // Add to Q's diagonal: a thread has one row.
         const int row = threadIdx.x;
         if (row < short_side_) {
             auto* element = reinterpret_cast<T*>(
                 storage_.q + block_offset(row / kNsSmallBlock, row / kNsSmallBlock) +
-                row % kNsSmallBlock * 128 + (row % kNsSmallBlock / 8 ^ row % 8) * 16 + row % 8 * 2);
-            *element = narrowed<T>(arch::to_float(*element) + diagonal);
+                tile::chunk_offset<128>(row % kNsSmallBlock, row % kNsSmallBlock / 8) +
+                row % 8 * 2);
+            *element = tile::narrowed<T>(arch::to_float(*element) + diagonal);
         }
         arch::sync_block();  // shifted
     }
 
-    // In the blocks on the diagonal, what is above it becomes what is below: a warp for 16 rows.
+    // Copies the lower triangle of the blocks on the diagonal to the upper one: a warp for 16 rows.
     K2K_DEVICE static void mirror(uint8_t* square) {
         const int lane = arch::lane_id(), i = arch::warp_id() / 4;
         uint8_t* block = square + block_offset(i, i);
@@ -296,18 +299,19 @@ class NsSmallMatrix {
         for (int task = 0; task < 4; ++task) {
             const int eight = arch::warp_id() % 4 * 2 + task / 2,
                       first = task % 2 * 4;  // rows, columns
-            // What lies above the diagonal is written by other warps: the diagonal's 8 x 8 is read
-            // in its place, for nothing.
+            // Transpose four 8 x 8 from below the diagonal. Of those above it, which other warps
+            // write, the one on the diagonal is read instead and not used.
             const int source = first + lane / 8 < eight ? eight : first + lane / 8;
             const int from = source * 8 + lane % 8, row = eight * 8 + lane / 4;
             uint32_t words[4];
-            arch::ldmatrix<4, true>(words, base + from * 128 + (eight ^ lane % 8) * 16);
+            arch::ldmatrix<4, true>(words, base + tile::chunk_offset<128>(from, eight));
             arch::sync_warp();
+            // Store what is above the diagonal; of a pair across it, the upper element.
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 const int column = (first + j) * 8 + lane % 4 * 2;
                 auto* pair = reinterpret_cast<uint16_t*>(
-                    block + row * 128 + ((first + j) ^ lane / 4) * 16 + lane % 4 * 4);
+                    block + tile::chunk_offset<128>(row, first + j) + lane % 4 * 4);
                 if (column > row) {
                     *reinterpret_cast<uint32_t*>(pair) = words[j];
                 } else if (column == row) {
@@ -318,8 +322,9 @@ class NsSmallMatrix {
         }
     }
 
-    // panel <- Q panel + beta panel
+    // panel <- Q panel + beta panel (panel Q, if kTall)
     K2K_DEVICE void multiply(uint8_t* panel, float beta) {
+        // tall: the panel is the left operand, Q the right one.
         NsSums64x32 sums = {};
         const uint32_t base = arch::smem_address(panel), q = arch::smem_address(storage_.q);
         multiply_64x32<T>(
@@ -338,30 +343,33 @@ class NsSmallMatrix {
                     return NsPanelRows<false, true, kPitch>(base, panel_column_, k);
                 }
             });
+        // Replace the panel, a pair of its elements at a time.
         arch::sync_block();  // sums_complete
         for_each_pair<kPitch>(sums, panel_row_, panel_column_,
                               [&](uint32_t offset, float low, float high) {
                                   auto* pair = reinterpret_cast<uint32_t*>(panel + offset);
                                   if (beta != 0) {
-                                      low = fmaf(beta, unpack(*pair, 0), low);
-                                      high = fmaf(beta, unpack(*pair, 1), high);
+                                      low = fmaf(beta, tile::unpack<T>(*pair, 0), low);
+                                      high = fmaf(beta, tile::unpack<T>(*pair, 1), high);
                                   }
-                                  *pair = pack(low, high);
+                                  *pair = tile::pack<T>(low, high);
                               });
         arch::sync_block();  // result_ready
     }
 
-    // X. Looked up anew each time: registers are better used for sums.
+    // X. Found again each time: registers are better used for accumulators.
     K2K_DEVICE NsMatrix<T> workspace() const {
         return {tables_.tensors[tensor_index_], matrix_, NsBuffer::kX0};
     }
 
-    // Calls f(where it begins on the long axis, the panel) while the next panel is on its way.
+    // Double buffering: calls f(first, panel) for the panel that begins at `first` of the long
+    // axis, while the copies of the next one are in flight.
     template <class F>
     K2K_DEVICE void for_each_panel(F&& f) {
         copy_in(0, 0);
         K2K_NO_UNROLL
         for (int first = 0, at = 0; first < long_side_; first += kNsSmallPanel, at ^= 1) {
+            // Wait for this panel, then start the copies of the next to the other buffer.
             arch::cp_async_wait<0>();
             arch::sync_block();  // panel_landed
             if (first + kNsSmallPanel < long_side_) copy_in(first + kNsSmallPanel, at ^ 1);
@@ -383,7 +391,7 @@ class NsSmallMatrix {
         arch::cp_async_commit();
     }
 
-    // Stores the panel: into X, or where the result belongs.
+    // Stores the panel: into X, or as the result.
     K2K_DEVICE void copy_out(const uint8_t* panel, int first, bool last) {
         const NsMatrix<T> x = workspace();
         K2K_NO_UNROLL
@@ -392,6 +400,7 @@ class NsSmallMatrix {
             T* target = place(x, chunk, first);
             if (target == nullptr) continue;
             const uint8_t* source = panel + offset_of(chunk);
+            // the last product: to the caller's result or weights.
             if (last) {
                 const NsFinish finish(tables_, tensor_index_, matrix_);
                 float values[8];
@@ -405,22 +414,15 @@ class NsSmallMatrix {
         }
     }
 
-    // Where a chunk lies in a panel, and in X (null: outside).
+    // Where a chunk is in a panel, and in X (null: outside).
     K2K_DEVICE static uint32_t offset_of(int chunk) {
         const int row = chunk / kChunksPerRow;
-        return row * kPitch + (chunk % kChunksPerRow ^ row % 8) * 16;
+        return tile::chunk_offset<kPitch>(row, chunk % kChunksPerRow);
     }
     K2K_DEVICE static T* place(const NsMatrix<T>& x, int chunk, int first) {
         const int row = chunk / kChunksPerRow + (kTall ? first : 0);
         const int column = chunk % kChunksPerRow * 8 + (kTall ? 0 : first);
         return row < x.rows && column < x.columns ? x.data + row * x.pitch + column : nullptr;
-    }
-
-    K2K_DEVICE static uint32_t pack(float low, float high) {
-        return std::is_same_v<T, bf16> ? arch::pack_bf16(low, high) : arch::pack_fp16(low, high);
-    }
-    K2K_DEVICE static float unpack(uint32_t pair, int which) {
-        return arch::to_float(T{static_cast<uint16_t>(pair >> 16 * which)});
     }
 
     NsSmallStorage<kBlocks>& storage_;
@@ -437,15 +439,18 @@ K2K_DEVICE void small_iteration(const NsSmall& p,
                                 int matrix) {
     NsSmallMatrix<T, kBlocks, kTall> iteration(storage, p.tables, tensor_index, matrix);
     const bool standard = !p.tables.tensors[tensor_index].gram;
-    bool fresh = true;  // Q has met X, or there is none yet
+    bool fresh = true;  // Q has been multiplied into X, or there is none yet
     K2K_NO_UNROLL
     for (int i = 0;; ++i) {
+        // At a restart, and at the end, X <- Q X (standard: a X + Z X, every step); then R = X X^T.
         if (fresh) {
             if (i > 0) iteration.multiply(standard ? p.steps[i - 1].a : 0, i == p.num_steps);
             if (i == p.num_steps) return;
             iteration.gram();
         }
         const float a = p.steps[i].a;
+        // The products of squares of this step: 0 Z (and Q), 1 Q, 2 and 3 R. After the last step
+        // before X is multiplied (`meets_x`) no R is needed.
         const bool meets_x = standard || i + 1 == p.num_steps || p.steps[i + 1].restart;
         K2K_NO_UNROLL
         for (int product = 0; product < 4; ++product) {
@@ -455,6 +460,7 @@ K2K_DEVICE void small_iteration(const NsSmall& p,
             S left = S::kR, right = S::kZ, addend = S::kR, target = S::kR;
             float alpha = 1, beta = a;
             const bool shifts = product == 0 && fresh && !standard;
+            // One call for all four keeps the code small: it is inlined once.
             if (product == 0) {  // Z = b R + c R^2, and Q = Z + a I or (standard) Z
                 right = S::kR;
                 target = standard ? S::kQ : S::kZ;
@@ -475,6 +481,7 @@ K2K_DEVICE void small_iteration(const NsSmall& p,
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(ns_small_threads(kBlocks), kBlocks < 3 ? 2 : 1)
     newton_schulz_small_kernel(const __grid_constant__ NsSmall p) {
+    // Which matrix of which tensor.
     if (is_skipped(p.tables)) return;
     auto& storage = arch::shared_storage<NsSmallStorage<kBlocks>>();
     const int64_t index = blockIdx.x;
@@ -482,6 +489,7 @@ __global__ void __launch_bounds__(ns_small_threads(kBlocks), kBlocks < 3 ? 2 : 1
         find_tensor(p.tables.tensors, &NsTensor::first_matrix, p.begin, p.end, index);
     const NsTensor& tensor = p.tables.tensors[tensor_index];
     const int matrix = static_cast<int>(index - tensor.first_matrix);
+    // tall: X^T X and X Q.
     if (tensor.m > tensor.n) {
         small_iteration<T, kBlocks, true>(p, storage, tensor_index, matrix);
     } else {

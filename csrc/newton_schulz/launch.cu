@@ -31,7 +31,7 @@ void upload(Row* table, const std::vector<Row>& rows, void* stream) {
     }
 }
 
-// What tensors begin .. end - 1 have of something.
+// The sum of count(m, n) over the matrices of tensors begin .. end - 1.
 template <class Count>
 int64_t total(const std::vector<NsTensor>& tensors, int begin, int end, Count&& count) {
     int64_t sum = 0;
@@ -39,7 +39,7 @@ int64_t total(const std::vector<NsTensor>& tensors, int begin, int end, Count&& 
     return sum;
 }
 
-// Adds the ops of one stage, if there is one, for tensors begin .. end - 1.
+// Adds the ops of a program's stage for tensors begin .. end - 1, if it has that stage.
 void add_ops(NsStage& stage,
              const NsProgram& program,
              std::size_t index,
@@ -62,7 +62,7 @@ void launch_prologue(const LaunchShape& shape, const NsPrologue& prologue) {
     launch<newton_schulz_cast_kernel<T, kUpdates>, sizeof(NsSums)>(shape, prologue);
 }
 
-// Small matrices of so many blocks, if there are any.
+// The iteration of small matrices with a short side of kBlocks blocks of 64.
 template <class T, int kBlocks>
 void launch_small(
     const NsCall& call, const NsTables& tables, int begin, int64_t matrices, void* stream) {

@@ -8,9 +8,8 @@
 namespace k2k {
 
 struct NsCall {
-    // Buffers and prefix sums are filled in by the launch. So many of the tensors, one after
-    // another: the standard iteration by tiles, the Gram one, and small matrices of 1, 2 and 3
-    // blocks.
+    // The launch fills in buffers and prefix sums. In this order, and as many of each as below: the
+    // standard iteration by tiles, the Gram one, and small matrices of 1, 2 and 3 blocks.
     std::vector<NsTensor> tensors;
     std::vector<NsUpdate> updates;  // of each tensor, or none
     NsRule rule;                    // of the updates
@@ -22,10 +21,10 @@ struct NsCall {
 };
 
 // Starts the kernels on `stream`, of the current device: the tables, norm and cast, then one launch
-// a stage and one for each kind of small matrices. Nothing is started for empty inputs.
+// per stage and one for each size of small matrices. Nothing is started for empty inputs.
 void launch_newton_schulz(const NsCall& call, void* stream);
 
-// One of these launches by the kernel for sm_90a.
+// Launches a stage with the kernel for sm_90a.
 void launch_newton_schulz_sm90(const NsStage& stage,
                                Type iterate_type,
                                unsigned tiles,

@@ -1,6 +1,6 @@
 #pragma once
 
-// The iteration as a list of stages: products of one stage depend on earlier stages alone.
+// The iteration as a list of stages: the products of a stage depend on earlier stages alone.
 
 #include <vector>
 

@@ -1,12 +1,13 @@
 #pragma once
 
-// Where eight neighbours of the last product go: to the caller's result, or into his weights.
+// The end of the last product's epilogue: eight neighbours of o to the caller's result, or, in a
+// step of the optimizer, into the weights and their copy:
 //
 //     w <- row_scale ((1 - rate weight_decay) w - rate scale o)      in float32, rounded once
 
-#include "arch/convert.cuh"
 #include "arch/ldst.cuh"
 #include "newton_schulz/tensors.cuh"
+#include "tile/pack.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -17,18 +18,8 @@ struct alignas(16) NsEight {
     T values[8];
 };
 
-template <class Y>
-K2K_DEVICE Y narrowed(float value) {
-    if constexpr (std::is_same_v<Y, float>) {
-        return value;
-    } else if constexpr (std::is_same_v<Y, bf16>) {
-        return arch::to_bf16(value);
-    } else {
-        return arch::to_fp16(value);
-    }
-}
-
-// Neighbours row[0 .. count - 1]; the others become 0.
+// Neighbours row[0 .. count - 1]; the others become 0. Weights are loaded by plain accesses, as the
+// kernel stores them, too.
 template <class Y>
 K2K_DEVICE void load_eight(float (&values)[8], const Y* row, int count) {
     NsEight<Y> eight = {};
@@ -48,15 +39,15 @@ K2K_DEVICE void load_eight(float (&values)[8], const Y* row, int count) {
 }
 
 template <class Y>
-K2K_DEVICE void store_eight(Y* row, const float (&values)[8], int count K2K_WHERE) {
+K2K_DEVICE void store_eight(Y* row, const float (&values)[8], int count) {
     NsEight<Y> eight;
     K2K_UNROLL
-    for (int j = 0; j < 8; ++j) eight.values[j] = narrowed<Y>(values[j]);
+    for (int j = 0; j < 8; ++j) eight.values[j] = tile::narrowed<Y>(values[j]);
     if (count == 8 && tile::on_16_bytes(row)) {
         K2K_UNROLL
         for (int j = 0; j < int(sizeof(Y)) / 2; ++j) {
             arch::store(reinterpret_cast<uint4*>(row) + j,
-                        reinterpret_cast<const uint4*>(&eight)[j] K2K_PASS_WHERE);
+                        reinterpret_cast<const uint4*>(&eight)[j]);
         }
     } else {
         K2K_UNROLL
@@ -78,7 +69,7 @@ K2K_DEVICE void by_type(Type type, F&& f) {
     }
 }
 
-// Of one matrix.
+// Stores rows of one matrix.
 class NsFinish {
   public:
     K2K_DEVICE NsFinish(const NsTables& p, int index, int matrix)
@@ -90,17 +81,19 @@ class NsFinish {
         step_ = static_cast<float>(rate * update_->scale);
     }
 
-    // Values (row, column .. column + 7), as far as the matrix goes.
-    K2K_DEVICE void operator()(int row, int column, float (&values)[8] K2K_WHERE) const {
+    // Stores (row, column .. column + 7), those inside of the matrix.
+    K2K_DEVICE void operator()(int row, int column, float (&values)[8]) const {
+        // newton_schulz: the result itself.
         const int count = tensor_.n - column < 8 ? tensor_.n - column : 8;
         if (update_ == nullptr) {
             const int64_t offset = (int64_t(matrix_) * tensor_.m + row) * tensor_.n + column;
             by_type(tensor_.type, [&](auto* type) {
                 using Y = std::remove_pointer_t<decltype(type)>;
-                store_eight(static_cast<Y*>(tensor_.result) + offset, values, count K2K_PASS_WHERE);
+                store_eight(static_cast<Y*>(tensor_.result) + offset, values, count);
             });
             return;
         }
+        // muon_update: the weight, in its dtype.
         const NsUpdate& u = *update_;
         const float scale =
             u.row_scale != nullptr ? u.row_scale[matrix_ * u.row_scale_stride + row] : 1.0f;
@@ -113,12 +106,13 @@ class NsFinish {
             for (int j = 0; j < 8; ++j) {
                 values[j] = scale * fmaf(-step_, values[j], decay_ * old[j]);
             }
-            store_eight(weights, values, count K2K_PASS_WHERE);
+            store_eight(weights, values, count);
         });
+        // Its copy, from the float32 values: not rounded twice.
         if (u.copy.data == nullptr) return;
         by_type(u.copy.type, [&](auto* type) {
             using C = std::remove_pointer_t<decltype(type)>;
-            store_eight(at<C>(u.copy, row, column), values, count K2K_PASS_WHERE);
+            store_eight(at<C>(u.copy, row, column), values, count);
         });
     }
 

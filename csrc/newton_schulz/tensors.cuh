@@ -1,14 +1,14 @@
 #pragma once
 
-// Which matrix of which tensor a block works on, and where it lies.
+// Which matrix of which tensor a CTA works on, and where it is in memory.
 
 #include "newton_schulz/config.h"
 #include "newton_schulz/params.h"
 
 namespace k2k {
 
-// The last of tensors begin .. end - 1 before which at most `index` units of work lie. All its
-// neighbours on the multiprocessor ask for the same few lines.
+// The tensor of tensors begin .. end - 1 that work unit `index` belongs to: the last one with
+// `first` <= index. A binary search; neighbouring CTAs read the same few cache lines.
 K2K_DEVICE int find_tensor(
     const NsTensor* tensors, int64_t NsTensor::* first, int begin, int end, int64_t index) {
     while (end - begin > 1) {
@@ -46,7 +46,7 @@ struct NsMatrix {
     }
 };
 
-// Whether the step of an optimizer is not to be.
+// Whether the optimizer skips this step.
 K2K_DEVICE bool is_skipped(const NsTables& p) {
     return p.rule.skip != nullptr && *p.rule.skip != 0;
 }

@@ -1,31 +1,34 @@
 #pragma once
 
-// What the two kernels of the products share: which tile of which product a block has, and what
-// becomes of its sums. They come from 256 threads, which are threads 0 to 255 of the block.
+// What the two kernels of the products share: the tile scheduler and the epilogue. The accumulators
+// of a tile are in threads 0 to 255 of the CTA.
+//
+// Scheduler find_work: one CTA per tile. Op and tensor by prefix sums, the tile inside a triangle
+// by
+//           its root; along the short side tiles follow one another, so that they share a panel of
+//           X in L2.
+// Epilogue  finish_product: alpha A B + beta C is rounded into a tile in shared memory, and stored
+//           from there by whole rows of 16 bytes a thread; of a triangle the transposed tile, too.
+// Barriers  kTileBarrier, of the 256 threads:
+//           c_landed      C is in the tile
+//           result_ready  every thread has replaced its elements of C by those of the result
+//           mirrored      tiles on the diagonal: the 8 x 8 blocks on it are complete
+//           shifted       a I has been added to the diagonal
 
-#include "arch/convert.cuh"
 #include "arch/cp_async.cuh"
 #include "arch/matrix.cuh"
 #include "arch/warp.cuh"
 #include "newton_schulz/result.cuh"
+#include "tile/pack.cuh"
 
 namespace k2k {
 
-// Of a tile, for each thread; the threads of a round have 16 rows.
+// 16-byte chunks of a tile per thread; the threads store 16 rows at a time.
 constexpr int kNsChunks = kNsTileBytes / 16 / kNsThreads;
 static_assert(kNsChunks * 16 == kNsTile && kNsThreads == 256);
 
-template <class T>
-K2K_DEVICE uint32_t ns_pack(float low, float high) {
-    return std::is_same_v<T, bf16> ? arch::pack_bf16(low, high) : arch::pack_fp16(low, high);
-}
-template <class T>
-K2K_DEVICE float ns_unpack(uint32_t pair, int which) {
-    return arch::to_float(T{static_cast<uint16_t>(pair >> 16 * which)});
-}
-
-// Where the tile keeps 16 bytes: any eight rows in a multiple of 8, and the eight that
-// `store_mirrored` reads at once, have a chunk in eight different places.
+// Where 16 bytes are in the tile. Free of bank conflicts both for eight rows from a multiple of 8
+// on and for the eight that `store_mirrored` reads at once.
 K2K_DEVICE uint32_t tile_offset(int row, int chunk) {
     return row * 256 + (chunk ^ row % 8 ^ row / 8 % 4 * 2) * 16;
 }
@@ -33,19 +36,19 @@ K2K_DEVICE uint32_t tile_offset(int row, int chunk) {
 // A tile of a result.
 struct NsTile {
     int row, column;  // its first
-    bool mirrored;    // it stands for the one beyond the diagonal too
-    bool diagonal;    // only what is below the diagonal counts
+    bool mirrored;    // its transpose is the tile on the other side of the diagonal
+    bool diagonal;    // only its lower triangle is used
 };
 
 // Tile `index` of an op's result.
 K2K_DEVICE NsTile find_tile(bool triangular, int m, int n, int index) {
     if (!triangular) {
-        const int rows = static_cast<int>(ceil_div(m, kNsTile));
-        const int columns = static_cast<int>(ceil_div(n, kNsTile));
+        const int rows = ceil_div(m, kNsTile), columns = ceil_div(n, kNsTile);
         const bool wide = m <= n;
         return {(wide ? index % rows : index / columns) * kNsTile,
                 (wide ? index / rows : index % columns) * kNsTile, false, false};
     }
+    // Lower triangle, row by row: row (row + 1) / 2 tiles come before a row.
     int row = static_cast<int>((sqrtf(8.0f * index + 1) - 1) / 2);
     while (triangle(row) > index) --row;  // the root was rounded
     while (triangle(row + 1) <= index) ++row;
@@ -58,6 +61,8 @@ template <class T>
 K2K_DEVICE void store_tile(const uint8_t* tile, const NsMatrix<T>& to, const NsTile& place) {
     K2K_UNROLL_BY(2)
     for (int round = 0; round < kNsChunks; ++round) {
+        // Half a warp stores 256 contiguous bytes; on the diagonal only the lower triangle, whose
+        // 8 x 8 blocks on the diagonal are complete.
         const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
         if (place.diagonal && chunk > row / 8) continue;
         if (place.row + row >= to.rows || place.column + chunk * 8 >= to.columns) continue;
@@ -67,11 +72,9 @@ K2K_DEVICE void store_tile(const uint8_t* tile, const NsMatrix<T>& to, const NsT
     }
 }
 
-// Stores its transpose on the other side of the diagonal.
+// Stores its transpose on the other side of the diagonal: 16 bytes a thread, of a column.
 template <class T>
-K2K_DEVICE void store_mirrored(uint32_t tile,
-                               const NsMatrix<T>& to,
-                               const NsTile& place K2K_WHERE) {
+K2K_DEVICE void store_mirrored(uint32_t tile, const NsMatrix<T>& to, const NsTile& place) {
     const int lane = arch::lane_id(), matrix = lane / 8, row = lane % 8;
     K2K_UNROLL_BY(2)
     for (int round = 0; round < kNsChunks; ++round) {
@@ -80,8 +83,8 @@ K2K_DEVICE void store_mirrored(uint32_t tile,
         const int first_row = round % 4 * 32, chunk = arch::warp_id() * 2 + round / 4;
         uint32_t words[4];
         arch::ldmatrix<4, true>(
-            words, tile + tile_offset(first_row + row / 2 * 8 + matrix * 2 + row % 2, chunk)
-                              K2K_PASS_WHERE);
+            words, tile + tile_offset(first_row + row / 2 * 8 + matrix * 2 + row % 2, chunk));
+        // They are 16 contiguous bytes of row `target_row` of D.
         const int from = first_row + lane % 4 * 8;
         const int target_row = place.column + chunk * 8 + lane / 4,
                   target_column = place.row + from;
@@ -93,22 +96,23 @@ K2K_DEVICE void store_mirrored(uint32_t tile,
     }
 }
 
-// The last product: the tile goes where `finish` says.
+// The last product: the tile goes to the caller's tensor.
 template <class T>
 K2K_DEVICE void finish_tile(
-    const uint8_t* tile, const NsFinish& finish, int m, int n, const NsTile& place K2K_WHERE) {
+    const uint8_t* tile, const NsFinish& finish, int m, int n, const NsTile& place) {
     K2K_NO_UNROLL
     for (int round = 0; round < kNsChunks; ++round) {
+        // Any alignment of the caller's rows: `finish` stores whole vectors or elements.
         const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
         const int column = place.column + chunk * 8;
         if (place.row + row >= m || column >= n) continue;
         float values[8];
         load_eight(values, reinterpret_cast<const T*>(tile + tile_offset(row, chunk)), 8);
-        finish(place.row + row, column, values K2K_PASS_WHERE);
+        finish(place.row + row, column, values);
     }
 }
 
-// What a block computes: a tile of A B.
+// What a CTA computes: a tile of A B.
 template <class T>
 struct NsWork {
     const NsStage& stage;
@@ -116,7 +120,7 @@ struct NsWork {
     int tensor_index, matrix;
     const NsTensor& tensor;
     bool triangular;
-    bool by_columns;    // both operands lie with the tile's axis contiguous
+    bool by_columns;    // in both operands the tile's axis is contiguous (MN-major)
     int rows, columns;  // of the result
     int depth;          // the summed axis
     NsTile place;
@@ -126,6 +130,7 @@ struct NsWork {
 // The work of tile `index` of a stage.
 template <class T>
 K2K_DEVICE NsWork<T> find_work(const NsStage& p, int64_t index) {
+    // Which op, tensor and matrix: tiles are numbered in this order.
     int op_index = 0;
     while (index >= p.ops[op_index].tiles) index -= p.ops[op_index++].tiles;
     const NsOp& op = p.ops[op_index];
@@ -134,12 +139,12 @@ K2K_DEVICE NsWork<T> find_work(const NsStage& p, int64_t index) {
     const int tensor_index = find_tensor(p.tables.tensors, first, op.begin, op.end, index);
     const NsTensor& tensor = p.tables.tensors[tensor_index];
     const int m = tensor.m, n = tensor.n;
-    // Below 2^31, like the grid: a short division.
+    // 32 bits, as the grid is smaller than 2^31: a shorter division.
     const auto at = static_cast<uint32_t>(index - tensor.*first);
     const auto tiles = static_cast<uint32_t>(triangular ? triangle_tiles(m, n) : full_tiles(m, n));
     const int matrix = at / tiles;
 
-    // X stands on the right of a product, but on its left if m > n.
+    // X is the right factor of kMultiply, but the left one if m > n.
     const bool swap = op.kind == NsKind::kMultiply && m > n;
     const int short_side = m < n ? m : n, long_side = m < n ? n : m;
     return {p,
@@ -157,18 +162,23 @@ K2K_DEVICE NsWork<T> find_work(const NsStage& p, int64_t index) {
             NsMatrix<T>(tensor, matrix, swap ? op.a : op.b)};
 }
 
-// A rendezvous of the threads that have the sums.
-K2K_DEVICE void sync_tile(K2K_WHERE_ONLY) { arch::barrier_sync(1, kNsThreads K2K_PASS_WHERE); }
+// Waits for the 256 threads that have the accumulators. (Barrier 0 is sync_block.)
+constexpr uint32_t kTileBarrier = 1;
+K2K_DEVICE void sync_tile(K2K_WHERE_ONLY) {
+    arch::barrier_sync(kTileBarrier, kNsThreads K2K_PASS_WHERE);
+}
 
-// Rounds alpha A B + beta C into `tile` and stores it where it belongs. `for_each_pair` calls its
-// argument with (row, chunk of 8 columns, low, high) for each pair of this thread's sums, which are
-// those of columns 2 (lane % 4) and the next of the chunk. Nobody reads or writes `tile` any more.
+// The epilogue: rounds alpha A B + beta C into `tile` and stores it. `for_each_pair` calls its
+// argument with (row, chunk of 8 columns, low, high) for each pair of this thread's accumulators,
+// which are in columns 2 (lane % 4) and the next of the chunk. `tile` is free: the main loop's
+// reads of the ring, whose place it has, are over.
 template <class T, class ForEachPair>
 K2K_DEVICE void finish_product(const NsWork<T>& work, uint8_t* tile, ForEachPair&& for_each_pair) {
     const NsOp& op = work.op;
     const NsTile& place = work.place;
     const uint32_t tile_address = arch::smem_address(tile);
     const NsMatrix<T> c(work.tensor, work.matrix, op.c);
+    // Copy C into the tile, by whole rows: accumulators' own places would be 4 bytes apart.
     if (op.c != NsBuffer::kNone) {
         K2K_UNROLL_BY(4)
         for (int round = 0; round < kNsChunks; ++round) {
@@ -183,24 +193,27 @@ K2K_DEVICE void finish_product(const NsWork<T>& work, uint8_t* tile, ForEachPair
         arch::cp_async_wait<0>();
         sync_tile();  // c_landed
     }
+    // Replace each pair of C by alpha A B + beta C, rounded once.
     for_each_pair([&](int row, int chunk, float low, float high) {
         auto* pair =
             reinterpret_cast<uint32_t*>(tile + tile_offset(row, chunk)) + arch::lane_id() % 4;
         low *= op.alpha;
         high *= op.alpha;
         if (op.c != NsBuffer::kNone) {
-            low = fmaf(op.beta, ns_unpack<T>(*pair, 0), low);
-            high = fmaf(op.beta, ns_unpack<T>(*pair, 1), high);
+            low = fmaf(op.beta, tile::unpack<T>(*pair, 0), low);
+            high = fmaf(op.beta, tile::unpack<T>(*pair, 1), high);
         }
-        *pair = ns_pack<T>(low, high);
+        *pair = tile::pack<T>(low, high);
     });
     sync_tile();  // result_ready
 
+    // The last product: to the caller's result or weights.
     if (op.d == NsBuffer::kResult) {
         const NsFinish finish(work.stage.tables, work.tensor_index, work.matrix);
         finish_tile<T>(tile, finish, work.tensor.m, work.tensor.n, place);
         return;
     }
+    // On the diagonal: complete the 8 x 8 blocks from below it, so that D is symmetric to the bit.
     auto* diagonal_row = reinterpret_cast<uint16_t*>(
         tile + tile_offset(threadIdx.x % kNsTile, threadIdx.x % kNsTile / 8));
     if (place.diagonal) {
@@ -214,17 +227,19 @@ K2K_DEVICE void finish_product(const NsWork<T>& work, uint8_t* tile, ForEachPair
         }
         sync_tile();  // mirrored
     }
+    // Store D, and its other triangle from the transposed tile.
     const NsMatrix<T> d(work.tensor, work.matrix, op.d);
     if (op.d != NsBuffer::kNone) {
         store_tile(tile, d, place);
         if (work.triangular) store_mirrored(tile_address, d, place);
     }
+    // The second result, D + a I.
     if (op.shifted != NsBuffer::kNone) {
         if (place.diagonal) {
             sync_tile();
             if (threadIdx.x < kNsTile) {
                 uint16_t& element = diagonal_row[threadIdx.x % 8];
-                const uint32_t sum = ns_pack<T>(ns_unpack<T>(element, 0) + op.diagonal, 0.0f);
+                const uint32_t sum = tile::pack<T>(tile::unpack<T>(element, 0) + op.diagonal, 0.0f);
                 element = static_cast<uint16_t>(sum);
             }
             sync_tile();  // shifted

@@ -7,8 +7,8 @@
 //     scale = max(amax / 448, 2^-126), rounded up to a power of two if asked
 //     code  = e4m3(float32(x / scale)), to nearest, ties to even; NaN and infinities: 0x7f
 //
-// Infinities are rare, so they cost one vote a warp: a maximum that is infinite is taken again.
-// NaN costs nothing: max_number passes it over, and the cast makes 0x7f of it.
+// Infinities are rare and cost one vote per warp: a maximum that is infinite is computed again over
+// the finite elements. NaN costs nothing: max_number ignores it, and its code is 0x7f.
 
 #include <cfloat>
 
@@ -65,17 +65,17 @@ K2K_DEVICE float scale_of(float amax, bool power_of_two) {
     return soft::bits_float((soft::float_bits(scale) + 0x7fffff) & 0x7f800000);
 }
 
-// A scale, ready to divide by. A division costs about ten instructions and a branch, the elements
-// of a block share one reciprocal instead: q = x * (1 / scale) is off by an ulp or two, and
+// A scale, prepared for divisions. A division costs about ten instructions and a branch; here the
+// elements of a block share one reciprocal: q = x * (1 / scale) is off by an ulp or two, and
 // q + (x - q * scale) * (1 / scale), the remainder being exact in a fused multiply-add, is
 // float32(x / scale) wherever a code could depend on it. (Checked for every scale's mantissa and
 // every quotient within two ulps of a code or of a middle between codes.) Remainders of tiny
-// numbers would be denormal, hence inexact: both sides are lifted by 2^64 there.
+// numbers would be denormal, hence inexact: there both sides are multiplied by 2^64.
 struct alignas(16) Divisor {
     float reciprocal;
     float lift;
     float lifted_scale;
-    float correction;  // of the quotient by the lifted remainder, whose sign is the other one
+    float correction;  // of the quotient, times the lifted remainder, which has the opposite sign
 };
 
 K2K_DEVICE Divisor divisor_of(float scale) {
@@ -85,7 +85,7 @@ K2K_DEVICE Divisor divisor_of(float scale) {
     return {reciprocal, lift, scale * lift, reciprocal * unlift};
 }
 
-// x / scale. The remainder is taken with the other sign so that -0 stays -0.
+// x / scale. The remainder has the opposite sign so that -0 stays -0.
 K2K_DEVICE float divide(float x, const Divisor& by) {
     const float quotient = x * by.reciprocal;
     const float remainder = fmaf(quotient, by.lifted_scale, -x * by.lift);

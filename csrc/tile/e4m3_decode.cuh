@@ -1,7 +1,7 @@
 #pragma once
 
-// e4m3 codes as numbers, without the instruction that sm_80 lacks. A code's exponent and mantissa,
-// put where a float has them, are its value times 2^-120, subnormal codes included.
+// e4m3 codes as floats, without the conversion that sm_80 lacks. A code's exponent and mantissa,
+// moved to a float's positions, are its value times 2^-120, subnormal codes included.
 
 #include "common/dtypes.h"
 

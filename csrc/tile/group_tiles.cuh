@@ -1,15 +1,17 @@
 #pragma once
 
-// Which tile of D comes next: one numbering of all groups' tiles, for every grouped matrix product.
+// The tile scheduler of grouped matrix products: one numbering of the tiles of all groups.
 //
 // Tiles are numbered group by group. Inside a group they go in bands of `band` tiles of rows: down
-// the band, then one column on, so that blocks that run at the same time share rows of A and of B
-// in L2. How many rows (or how much of K) a group has is read here, on the device, 32 groups at a
-// time: a warp walks all groups once, in ceil(groups / 32) steps, and empty groups have no tiles.
+// the band, then one column on, so that CTAs that run at the same time share rows of A and of B in
+// L2. How many rows (or how much of K) a group has is read here, on the device, 32 groups at a time
+// (one per lane): a warp passes over all groups once, in ceil(groups / 32) steps, and empty groups
+// have no tiles.
 
 #include "arch/warp.cuh"
 #include "common/math.h"
 #include "tile/groups.h"
+#include "tile/scan.cuh"
 
 namespace k2k::tile {
 
@@ -40,10 +42,11 @@ class GroupTiles {
         look_at_groups(0, 0 K2K_PASS_WHERE);
     }
 
-    // Tile number `index`; false if there are not so many. The numbers asked for must not fall.
+    // Tile number `index`; false behind the last tile. Numbers must not decrease from call to call.
     K2K_DEVICE bool find(int index, GroupTile& tile K2K_WHERE) {
+        // Find the group: the first lane whose group ends behind the tile, else 32 groups on.
         const uint32_t own_lane = arch::lane_id();
-        uint32_t lane;  // the first whose group ends behind the tile
+        uint32_t lane;
         while ((lane = arch::redux_min(index < end_ ? own_lane : 32u K2K_PASS_WHERE)) == 32) {
             if (first_group_ + 32 >= sizes_.groups.number) return false;
             look_at_groups(first_group_ + 32,
@@ -58,7 +61,8 @@ class GroupTiles {
         tile.k_begin = along_k ? start : 0;
         tile.k_end = along_k ? start + size : static_cast<int>(sizes_.k);
 
-        const int row_tiles = static_cast<int>(ceil_div(tile.rows, tile_rows_));
+        // Place the tile in its band of the group.
+        const int row_tiles = ceil_div(tile.rows, tile_rows_);
         const int column_tiles = static_cast<int>(ceil_div(sizes_.columns, tile_columns_));
         const int end = arch::shuffle(end_, lane K2K_PASS_WHERE);
         const int in_group = index - (end - row_tiles * column_tiles);
@@ -79,30 +83,21 @@ class GroupTiles {
         start_ = size_ = 0;
         int rows = 0;
         if (group < groups.number) {
-            // What a GPU's caller wrote there is not known before: it is kept inside A.
+            // The host has not checked these numbers: they are kept inside A.
             const int64_t space = groups.axis == Groups::Axis::kK ? sizes_.k : sizes_.rows;
-            if (groups.offsets != nullptr) start_ = clamp(groups.offsets[group], space);
+            if (groups.offsets != nullptr) start_ = clamp_to(groups.offsets[group], space);
             int64_t end = space;
             if (groups.counts != nullptr) {
-                end = start_ + clamp(groups.counts[group], space - start_);
+                end = start_ + clamp_to(groups.counts[group], space - start_);
             } else if (groups.offsets != nullptr) {
-                end = clamp(groups.offsets[group + 1], space);
+                end = clamp_to(groups.offsets[group + 1], space);
             }
             size_ = end > start_ ? static_cast<int>(end) - start_ : 0;
             rows = groups.axis == Groups::Axis::kK ? static_cast<int>(sizes_.rows) : size_;
         }
-        end_ =
+        const auto tiles =
             static_cast<int>(ceil_div(rows, tile_rows_) * ceil_div(sizes_.columns, tile_columns_));
-        K2K_UNROLL
-        for (uint32_t delta = 1; delta < 32; delta *= 2) {
-            const int before = arch::shuffle_up(end_, delta K2K_PASS_WHERE);
-            if (arch::lane_id() >= delta) end_ += before;
-        }
-        end_ += tiles_before;
-    }
-
-    K2K_DEVICE static int clamp(int32_t value, int64_t most) {
-        return value < 0 ? 0 : value < most ? value : static_cast<int>(most);
+        end_ = tiles_before + inclusive_sum(tiles K2K_PASS_WHERE);
     }
 
     const GroupSizes sizes_;

@@ -1,14 +1,14 @@
 #pragma once
 
-// Grouped matrix products: D = A B^T for each of several groups, whose sizes the device alone
-// knows.
+// Grouped matrix products: D = A B^T for each of several groups, whose sizes are known on the
+// device alone.
 
 #include "common/macros.h"
 
 namespace k2k::tile {
 
-// How the work is cut into groups, one for each matrix of B (wgrad: of D). What stands in offsets
-// and counts is read on the device.
+// How the work is cut into groups, one per matrix of B (wgrad: of D). offsets and counts are read
+// on the device.
 struct Groups {
     enum class Axis : int32_t {
         kMatrices,  // group g is matrix g of A, the first counts[g] rows of it (all if null)

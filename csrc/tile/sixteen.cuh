@@ -2,12 +2,12 @@
 
 // Sixteen neighbours of a row: what one thread of a memory-bound kernel loads, holds in registers
 // and stores. Sixteen one-byte elements are one 16-byte access, the widest there is; sixteen
-// two-byte elements are two, which lie side by side, so that whole 32-byte sectors move.
+// two-byte elements are two neighbouring ones: whole 32-byte sectors.
 //
-// They are held as the words of those accesses, whichever way they were loaded. Were rows that do
-// not begin on 16 bytes loaded into elements of their own, the compiler would cut the words of the
-// other way into elements too, right behind each load: every load would be waited for at once, and
-// only one be in flight.
+// They are held as the words of those accesses, also when they were loaded one by one (rows that do
+// not begin on 16 bytes). If that path had separate elements, the compiler would split the words of
+// the other path into elements too, right behind each load: it would wait for every load at once,
+// with only one in flight.
 
 #include "arch/convert.cuh"
 #include "arch/ldst.cuh"
@@ -90,8 +90,8 @@ K2K_DEVICE Sixteen<T> load_elements(const T* row, int64_t column, int64_t column
     return result;
 }
 
-// Sixteen elements that exist, the first of them on 16 bytes. `kReused`: other blocks read the
-// same, so that it is worth room in L1.
+// Sixteen elements inside the row, the first of them on 16 bytes. `kReused`: other CTAs read the
+// same, so they are allocated in L1.
 template <class T, bool kReused = false>
 K2K_DEVICE Sixteen<T> load_vectors(const T* first K2K_WHERE) {
     Sixteen<T> result;
@@ -145,7 +145,7 @@ K2K_DEVICE void widen(float (&values)[16], const Sixteen<T>& sixteen) {
     for (int i = 0; i < 16; ++i) values[i] = as_float(element_of(sixteen, i));
 }
 
-// A pair in one word: neither half is cut out of it first.
+// A pair of one word is converted in place, without extracting its halves first.
 K2K_DEVICE void widen(float (&values)[16], const Sixteen<bf16>& sixteen) {
     const uint32_t* pairs = sixteen.words;
     K2K_UNROLL

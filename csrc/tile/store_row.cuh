@@ -3,14 +3,14 @@
 // Stores of accumulators as mma and wgmma leave them: 16 rows of a warp, in groups of 8 columns;
 // lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of group j in values[4 j + 2 h + e].
 
-#include "arch/convert.cuh"
 #include "arch/ldst.cuh"
 #include "arch/warp.cuh"
+#include "tile/pack.cuh"
 
 namespace k2k::tile {
 
 // words[i] of lane 4 g + t becomes words[t] of lane 4 g + i.
-K2K_DEVICE void transpose_quad(uint32_t (&words)[4]) {
+K2K_DEVICE void transpose_quad(uint32_t (&words)[4] K2K_WHERE) {
     const uint32_t lane = arch::lane_id();
     K2K_UNROLL
     for (uint32_t mask = 1; mask < 4; mask *= 2) {
@@ -19,21 +19,15 @@ K2K_DEVICE void transpose_quad(uint32_t (&words)[4]) {
         for (uint32_t i = 0; i < 4; ++i) {
             if (i & mask) continue;
             const uint32_t sent = upper ? words[i] : words[i | mask];
-            const uint32_t got = arch::shuffle_xor(sent, mask);
+            const uint32_t got = arch::shuffle_xor(sent, mask K2K_PASS_WHERE);
             (upper ? words[i] : words[i | mask]) = got;
         }
     }
 }
 
-K2K_DEVICE float narrowed(float value, float*) { return value; }
-K2K_DEVICE bf16 narrowed(float value, bf16*) { return arch::to_bf16(value); }
-K2K_DEVICE fp16 narrowed(float value, fp16*) { return arch::to_fp16(value); }
-K2K_DEVICE uint32_t packed(float low, float high, bf16*) { return arch::pack_bf16(low, high); }
-K2K_DEVICE uint32_t packed(float low, float high, fp16*) { return arch::pack_fp16(low, high); }
-
 // Stores the values of row g (h = 0) or g + 8 (h = 1) from d on, where `left` columns are left
 // (none or less: the row is not stored). `aligned`: rows of D begin at multiples of 16 bytes.
-// Floats: the lanes of a quad have 32 bytes side by side.
+// Floats: the lanes of a quad store 32 contiguous bytes.
 template <int kValues>
 K2K_DEVICE void store_row(
     float* d, const float (&values)[kValues], int h, int64_t left, bool aligned) {
@@ -49,8 +43,8 @@ K2K_DEVICE void store_row(
     }
 }
 
-// Two-byte results: four groups of columns change places within a quad, so that each lane has 16
-// bytes and the quad 64 side by side. All lanes of the warp call it.
+// Two-byte results: a quad transposes four groups of columns, so that each lane stores 16 bytes and
+// the quad 64 contiguous ones. All lanes of the warp call it.
 template <class T, int kValues>
 K2K_DEVICE void store_row(T* d, const float (&values)[kValues], int h, int64_t left, bool aligned) {
     if (kValues % 16 != 0 || !aligned) {
@@ -58,7 +52,7 @@ K2K_DEVICE void store_row(T* d, const float (&values)[kValues], int h, int64_t l
         for (int j = 0; j < kValues / 4; ++j) {
             K2K_UNROLL
             for (int e = 0; e < 2; ++e) {
-                if (8 * j + e < left) d[8 * j + e] = narrowed(values[4 * j + 2 * h + e], d);
+                if (8 * j + e < left) d[8 * j + e] = narrowed<T>(values[4 * j + 2 * h + e]);
             }
         }
         return;
@@ -70,7 +64,7 @@ K2K_DEVICE void store_row(T* d, const float (&values)[kValues], int h, int64_t l
         K2K_UNROLL
         for (int i = 0; i < 4; ++i) {
             const int at = (4 * (first + i) + 2 * h) % kValues;
-            words[i] = packed(values[at], values[at + 1], d);
+            words[i] = pack<T>(values[at], values[at + 1]);
         }
         transpose_quad(words);
         const int at = 8 * (first + t) - 2 * t;  // from this lane's column

@@ -405,7 +405,7 @@ def barriers_made(arrive, spare, one_of):
                 MLA,
                 "mla_decode_sm90_kernel",
                 """
-                : make_barriers<kPair>
+                : make_barriers<Ctas>
                 barrier.cluster.arrive.{release,relaxed}
                 barrier.cluster.wait.acquire
                 bar.sync
@@ -721,7 +721,7 @@ NOT_MODELLED = {
     (LARGE_GEMM, "load_factors"): _ASYNC_PROXY,
     (LARGE_GEMM, "load_scales"): "scales are read by the block that copies them; the barrier is that of the stage",
     (LARGE_GEMM, "multiply_tiles"): _ASYNC_PROXY,
-    (MLA, "warp_has_read"): _ASYNC_PROXY,
+    (MLA, "release"): _ASYNC_PROXY,
     (MLA, "load_tasks"): _ASYNC_PROXY,
 }
 
