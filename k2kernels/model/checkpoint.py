@@ -165,7 +165,7 @@ def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], pat
         warnings.warn(
             f"{path}: config.json has num_nextn_predict_layers={config.num_nextn_predict_layers}, but the files hold "
             "no MTP layer; the model is loaded without",
-            stacklevel=4,
+            stacklevel=3,
         )
         return replace(config, num_nextn_predict_layers=0)
     left_out = [layer for layer in found if layer >= layers + config.num_nextn_predict_layers]
@@ -173,7 +173,7 @@ def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], pat
         warnings.warn(
             f"{path}: MTP layers {left_out} are left out, because config.json has "
             f"num_nextn_predict_layers={config.num_nextn_predict_layers}",
-            stacklevel=4,
+            stacklevel=3,
         )
         for name in [n for n in tensors if (m := _LAYER.match(n)) and int(m[1]) in left_out]:
             del tensors[name]

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from k2kernels.model.attention import Prefill
-from k2kernels.model.cache import LatentCache, pages_for
-from k2kernels.model.decode_pass import DecodePass
-from k2kernels.model.moe import check_exchanges, exchanges
-from k2kernels.model.mtp import draft
-from k2kernels.model.replay import CudaRecorder
+from k2kernels.engine.draft import draft
+from k2kernels.engine.sampling import sample
+from k2kernels.engine.session import Session
+from k2kernels.model.trunk import Trunk
 from k2kernels.ops._check import Arguments
-
-if TYPE_CHECKING:
-    from k2kernels.model.model import K2Model
 
 
 def generate(
-    model: K2Model,
+    model: Trunk,
     input_ids: Tensor,
     *,
     max_new_tokens: int,
@@ -130,95 +124,6 @@ def generate(
             ready = [tokens[:count] for *tokens, count in accepted]
             session.advance(rows, [len(tokens) for tokens in ready])
     return torch.cat([input_ids.long(), result.columns(0, result.reported).to(input_ids.device)], dim=1)
-
-
-class Session:
-    """The sequences of one call: their cache, how many tokens of each are in it, and the passes over them."""
-
-    def __init__(
-        self,
-        model: K2Model,
-        lengths: list[int],
-        max_new_tokens: int,
-        drafts: int,
-        cache_dtype: str,
-        cuda_graphs: bool = True,
-    ):
-        weight = model.lm_head.weight
-        self.model, self.device = model, weight.device
-        self.lengths = list(lengths)
-        layers = model.model.layers[: model.config.num_hidden_layers + drafts]
-        # The last pass may write drafts beyond the longest text that is wanted.
-        most = [length + max_new_tokens + drafts for length in lengths]
-        self.cache = LatentCache(
-            model.config,
-            layers=len(layers),
-            rows=len(lengths),
-            max_tokens=max(most),
-            num_pages=sum(map(pages_for, most)),
-            dtype=weight.dtype,
-            device=self.device,
-            cache_dtype=cache_dtype,
-        )
-        self.absorbed = [layer.self_attn.absorbed(weight.dtype) for layer in layers]
-        self.recorder = CudaRecorder(self.device) if cuda_graphs and self.device.type == "cuda" else None
-        self.passes: dict[tuple[int, int], DecodePass] = {}  # by slots and width
-        self.exchanges = exchanges(model)
-
-    def prefill(self, width: int) -> Prefill:
-        """The pass over the prompts, padded on the right to `width` tokens: padding is computed, but not cached."""
-        for row, length in enumerate(self.lengths):
-            self.cache.reserve(row, length)
-        column = torch.arange(width, device=self.device).expand(len(self.lengths), -1)
-        real = column < torch.tensor(self.lengths, device=self.device)[:, None]
-        cu_seqlens = torch.arange(0, column.numel() + 1, width, dtype=torch.int32, device=self.device)
-        return Prefill(
-            rope=self.model.rope(column.flatten()),
-            cu_seqlens=cu_seqlens,
-            cache=self.cache,
-            block_table=self.cache.block_table,
-            positions=torch.where(real, column, -1).flatten(),
-        )
-
-    def decode(self, rows: list[int], tokens: Tensor) -> DecodePass:
-        """Runs the pass over `tokens` [at least n, width], the next ones of n rows; its results stay until the next.
-
-        The smallest pass that is made for so many rows takes them: of 1, 2, 4 ... or all rows of the session.
-        """
-        width = tokens.shape[1]
-        for row in rows:
-            self.cache.reserve(row, self.lengths[row] + width)
-        slots = min(len(self.lengths), 1 << (len(rows) - 1).bit_length())
-        if (slots, width) not in self.passes:
-            self.passes[slots, width] = DecodePass(self.model, self.cache, self.absorbed, slots, width, self.recorder)
-        decode = self.passes[slots, width]
-        decode(tokens, rows, [self.lengths[row] for row in rows])
-        return decode
-
-    def check(self) -> None:
-        """Raises what exchanges between ranks have reported, of everything that the host has waited for."""
-        check_exchanges(self.exchanges)
-
-    def advance(self, rows: list[int], tokens: list[int]) -> None:
-        """Keeps the first so many tokens of each row of the last pass."""
-        for row, count in zip(rows, tokens):
-            self.lengths[row] += count
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draws a token from each row of logits [..., vocab] -> int64 [...]."""
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens: the likeliest one always stays
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))
-    flat = probabilities.flatten(0, -2)
-    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
 
 
 class _Result:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from k2kernels.model.config import K2Config
-from k2kernels.ops.mla_cache import mla_append
 from k2kernels.reference.mla_cache import LATENT, ROPE, ROW_BYTES
 
 PAGE_SIZE = 64  # tokens
@@ -100,13 +98,6 @@ class LatentCache:
         self._free.extend(reversed(self._owned[row]))
         self._owned[row] = []
         self.block_table[row] = -1
-
-    def append(self, layer: int, kv: Tensor, block_table: Tensor, positions: Tensor) -> None:
-        """Writes rows kv [N, latent_dim] at `positions` [N] (-1: nowhere) of the sequences in `block_table` [B, ...].
-
-        Token n belongs to sequence n // (N // B).
-        """
-        mla_append(kv, self.pages[layer], block_table, positions)
 
 
 def pages_for(tokens: int) -> int:

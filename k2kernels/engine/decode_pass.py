@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from k2kernels.engine.cache import LatentCache
+from k2kernels.engine.replay import CudaRecorder, Replay
 from k2kernels.model.attention import Decode
-from k2kernels.model.cache import LatentCache
 from k2kernels.model.layer import DecoderLayer
 from k2kernels.model.moe import check_exchanges, exchanges
-from k2kernels.model.replay import CudaRecorder, Replay
-
-if TYPE_CHECKING:
-    from k2kernels.model.model import K2Model
+from k2kernels.model.trunk import Trunk
 
 
 class DecodePass:
@@ -38,14 +35,14 @@ class DecodePass:
 
     def __init__(
         self,
-        model: K2Model,
+        model: Trunk,
         cache: LatentCache,
         absorbed: list[tuple[Tensor, Tensor]],
         slots: int,
         width: int,
         recorder: CudaRecorder | None,
     ):
-        self.model = model
+        self.model, self.cache = model, cache
         weight = model.lm_head.weight
         self.device = weight.device
         integers = dict(dtype=torch.int64, device=self.device)
@@ -56,7 +53,7 @@ class DecodePass:
         positions = torch.zeros(slots * width, **integers)
         self.step = Decode(
             rope=model.rope(positions),
-            cache=cache,
+            pages=cache.pages,
             block_table=cache.block_table.new_empty(slots, cache.block_table.shape[1]),
             positions=positions,
             seq_lens=torch.zeros(slots, dtype=torch.int32, device=self.device),
@@ -100,7 +97,7 @@ class DecodePass:
         positions = lengths[:, None] + torch.arange(width, device=self.device)
         step.positions.copy_(torch.where(busy[:, None], positions, -1).flatten())
         step.seq_lens.copy_(torch.where(busy, lengths + width, 0))
-        step.block_table.copy_(step.cache.block_table[rows])
+        step.block_table.copy_(self.cache.block_table[rows])
         for buffer, angle in zip(step.rope, self.model.rope(step.positions)):
             buffer.copy_(angle)
         self.hidden.copy_(self.model.model.embed_tokens(self.tokens))
