@@ -114,7 +114,7 @@ class Moe(nn.Module):
             normalize=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
         )
-        if self.training and not _recomputing():
+        if self.training and not recomputing():
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
@@ -166,6 +166,6 @@ def check_exchanges(found: list[Any]) -> None:
         getattr(exchange, "check", lambda: None)()
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether a backward pass is running: then this is activation checkpointing's second forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
