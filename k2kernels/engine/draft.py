@@ -10,19 +10,19 @@ from k2kernels.model.trunk import Trunk
 
 
 def draft(model: Trunk, hidden: Tensor, following: Tensor, last: Tensor, step: Prefill | Decode) -> Tensor:
-    """Guesses one token per MTP layer for each row, continuing a pass of the main model.
+    """Drafts one token per MTP layer for each row, continuing a pass of the main model.
 
     Args:
-        hidden: [B, T, hidden], what the main model gave for its pass `step`.
+        hidden: [B, T, hidden], the result of the main model for its pass `step`.
         following: [B, T], the token after each position.
-        last: [B], the last position of each row that is real. What stands after it is neither seen by it nor, in the
-            next pass, by others: those rows of the cache are written anew.
+        last: [B], the last valid position of each row. Later positions do not affect it, nor the next pass, which
+            overwrites their rows of the cache.
 
     Returns:
         int64 [B, MTP layers]: the tokens after `following[b, last[b]]`.
 
-    A layer beyond the first also sees drafts of earlier passes in its own cache, right or wrong. Drafts are verified,
-    so that can cost acceptance only.
+    The caches of layers beyond the first also hold drafts of earlier passes, right or wrong. As drafts are verified,
+    this can only reduce their acceptance.
     """
     rows = torch.arange(len(last), device=last.device)
     drafts = []

@@ -42,22 +42,22 @@ def generate(
         seed: of the draws, 0 or more: same call, same tokens. None draws from PyTorch's global generator.
         eos_token_ids: a row ends with the first of these; None takes the checkpoint's, [] never stops early.
         attention_mask: [B, T], 1 (or True) at real tokens. Prompts of different lengths are padded on the left or on
-            the right, and each is continued as if it were alone.
+            the right; the padding does not affect the results.
         speculative: draft with the MTP layers and verify several tokens in one pass. The tokens are those of greedy
-            decoding, in fewer passes.
+            decoding.
         cache_dtype: "auto" (the model's), or "fp8" (656 bytes per token and layer; 512 + 64 dimensions only).
         on_token: called with each new column of the result, int64 [B] on the CPU, as soon as every row has it.
         cuda_graphs: on a GPU, replay the decoding passes from CUDA graphs, recorded in the second pass of a batch size;
-            see `DecodePass`. As rows end, the batch shrinks by powers of two.
+            see `DecodePass`. As rows end, the batch shrinks in powers of two.
 
     Returns:
-        int64 [B, T + new]: `input_ids`, then up to max_new_tokens columns. Behind its stop id a row holds
-        config.pad_token_id (or, without one, the stop id again).
+        int64 [B, T + new]: `input_ids`, then up to max_new_tokens columns. After its stop id a row is filled with
+        config.pad_token_id (or, without one, with the stop id).
 
     Raises:
         TypeError, ValueError: for any argument of another type or out of range; a sequence longer than
             config.max_position_embeddings; `speculative` without MTP layers or with a temperature.
-        PeerTimeout: where ranks share the experts, when one of them does not take part in time.
+        PeerTimeout: a rank that shares the experts did not take part in time.
     """
     model.check_ids("generate", input_ids, wait=True)
     config = model.config
@@ -96,7 +96,7 @@ def generate(
             model, lengths, max_new_tokens, len(model.mtp_layers) if speculative else 0, cache_dtype, cuda_graphs
         )
         result = _Result(len(lengths), max_new_tokens, stops, config.pad_token_id, on_token)
-        rows = list(range(len(lengths)))  # those that go on; the tensors below have one entry for each
+        rows = list(range(len(lengths)))  # those that continue; the tensors below have one entry for each
         each = torch.arange(len(rows), device=prompts.device)
 
         step = session.prefill(prompts.shape[1])
@@ -115,12 +115,12 @@ def generate(
                 rows, newest, drafts = [rows[i] for i in going], newest[keep], drafts[keep]
             decode = session.decode(rows, torch.cat([newest[:, None], drafts], dim=1))
             chosen = pick(decode.logits)  # after each of its tokens
-            # A draft stands as long as it and all before it are what the model itself chose.
+            # A draft is accepted if it and all drafts before it equal the model's own choices.
             last = (decode.tokens[:, 1:] == chosen[:, :-1]).cumprod(dim=1).sum(dim=1)
             newest = chosen.gather(1, last[:, None]).squeeze(1)
             drafts = draft(model, decode.hidden, chosen, last, decode.step) if speculative else chosen[:, :0]
             accepted = torch.cat([chosen, last[:, None] + 1], dim=1)[: len(rows)].tolist()
-            session.check()  # before a token of a pass that went wrong gets out
+            session.check()  # before tokens of a faulty pass are reported
             ready = [tokens[:count] for *tokens, count in accepted]
             session.advance(rows, [len(tokens) for tokens in ready])
     return torch.cat([input_ids.long(), result.columns(0, result.reported).to(input_ids.device)], dim=1)
@@ -138,7 +138,7 @@ class _Result:
         self.reported = 0
 
     def add(self, rows: list[int], ready: list[list[int]]) -> list[int]:
-        """Takes the tokens that are ready for `rows`; returns which of the rows (as indices into `rows`) go on."""
+        """Adds the new tokens of `rows`; returns the indices into `rows` of those that continue."""
         for row, tokens in zip(rows, ready):
             for token in tokens[: self.limit - len(self.new[row])]:
                 self.new[row].append(token)
@@ -160,7 +160,7 @@ class _Result:
         return torch.tensor([part + [pad] * (stop - start - len(part)) for part, pad in zip(parts, pads)]).long()
 
     def _complete(self) -> int:
-        """How many columns every row has, or will not have."""
+        """The number of leading columns that are final in every row."""
         lengths = [len(tokens) for tokens in self.new]
         return min((n for n, ended in zip(lengths, self.ended) if not ended), default=max(lengths))
 
@@ -184,7 +184,7 @@ def _right_padded(
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; then every module gets back the mode it had."""
+    """Evaluation mode inside the block; restores the mode of every module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

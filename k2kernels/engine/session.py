@@ -14,7 +14,7 @@ from k2kernels.model.trunk import Trunk
 
 
 class Session:
-    """The sequences of one call: their cache, how many tokens of each are in it, and the passes over them."""
+    """The sequences of one call: their cache, the number of tokens of each in it, and the passes over them."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Session:
         self.model, self.device = model, weight.device
         self.lengths = list(lengths)
         layers = model.model.layers[: model.config.num_hidden_layers + drafts]
-        # The last pass may write drafts beyond the longest text that is wanted.
+        # The last pass may write drafts beyond the longest text.
         most = [length + max_new_tokens + drafts for length in lengths]
         self.cache = LatentCache(
             model.config,
@@ -62,9 +62,9 @@ class Session:
         )
 
     def decode(self, rows: list[int], tokens: Tensor) -> DecodePass:
-        """Runs the pass over `tokens` [at least n, width], the next ones of n rows; its results stay until the next.
+        """Runs the pass over `tokens` [at least n, width], the next ones of n rows; its results last until the next.
 
-        The smallest pass that is made for so many rows takes them: of 1, 2, 4 ... or all rows of the session.
+        Passes have 1, 2, 4 ... or all slots of the session; the smallest that fits is used.
         """
         width = tokens.shape[1]
         for row in rows:
@@ -77,10 +77,10 @@ class Session:
         return decode
 
     def check(self) -> None:
-        """Raises what exchanges between ranks have reported, of everything that the host has waited for."""
+        """Raises the faults that exchanges between ranks have reported, of all passes that the host has waited for."""
         check_exchanges(self.exchanges)
 
     def advance(self, rows: list[int], tokens: list[int]) -> None:
-        """Keeps the first so many tokens of each row of the last pass."""
+        """Keeps the first `tokens[i]` tokens of `rows[i]` of the last pass."""
         for row, count in zip(rows, tokens):
             self.lengths[row] += count

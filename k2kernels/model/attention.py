@@ -21,7 +21,7 @@ from k2kernels.ops.mla_cache import mla_append
 from k2kernels.ops.mla_decode import mla_decode
 from k2kernels.ops.mla_prefill import mla_prefill
 
-LATENT_EPS = 1e-6  # of the two latent norms, whatever config.rms_norm_eps says
+LATENT_EPS = 1e-6  # of the two latent norms, independent of config.rms_norm_eps
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Prefill:
     cu_seqlens: Tensor  # int32 [B+1]
     pages: Tensor | None = None  # of the cache, for all layers: [layers, P, page size, C + R]
     block_table: Tensor | None = None  # int32 [B, pages per row]
-    positions: Tensor | None = None  # where each token's row goes [N]; -1: nowhere
+    positions: Tensor | None = None  # of each token's row in its sequence [N]; -1: not written
 
 
 @dataclass

@@ -17,7 +17,7 @@ from k2kernels.model.presets import PRESETS
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 WRAPPER_TYPES = ("kimi_k25",)
 
-# What every published model of the family has, and all that the model computes: any other value is refused.
+# Fields that are the same in every published model of the family. Other values are refused.
 _FIXED = {"hidden_act": "silu", "topk_method": "noaux_tc", "attention_dropout": 0, "attention_bias": False}
 
 
@@ -26,11 +26,11 @@ class K2Config:
     """Sizes and switches of a Kimi-K2 / DeepSeek-V3 model.
 
     A field's default is the one transformers' DeepseekV3Config gives a key that config.json leaves out, except that
-    there are no MTP layers and no special tokens unless asked for.
+    there are no MTP layers and no special tokens unless given.
 
     Raises:
         ValueError: a field is out of range (field, wanted, got).
-        UnsupportedError: a field asks for something that is recognised but not served.
+        UnsupportedError: a field has a value that is recognised but not supported.
     """
 
     # sizes
@@ -89,15 +89,15 @@ class K2Config:
         """The configuration in a parsed config.json, of any type in `MODEL_TYPES` or `WRAPPER_TYPES`.
 
         Reads positions in both styles: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
-        Keys that mean nothing to this model are ignored.
+        Keys that this model does not use are ignored.
         """
         values, _ = text_part(values)
         values = dict(values)
         for key, wanted in _FIXED.items():
             if values.get(key, wanted) != wanted:
                 raise UnsupportedError(f"K2Config: {key} must be {wanted!r}, got {values[key]!r}")
-        # Keys and values are expanded to all heads, so the number means nothing; transformers' default of 128 stays in
-        # the files of smaller models. A number below would ask for another kind of attention.
+        # Keys and values are expanded to all heads, so the number is unused; files of smaller models still have
+        # transformers' default of 128. A smaller number than that of heads would be another kind of attention.
         heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
         if is_int(heads) and is_int(shared) and shared < heads:
             raise UnsupportedError(
@@ -115,8 +115,8 @@ class K2Config:
     def from_pretrained(cls, path: str | Path) -> K2Config:
         """Reads `path`/config.json (or `path` itself, if it is a file).
 
-        The stop ids are those of config.json and of generation_config.json together: Kimi-K2 ends a text with the one
-        and a turn of chat with the other.
+        The stop ids are those of config.json and of generation_config.json together: in Kimi-K2 they end a text and a
+        turn of chat.
         """
         raw = read_config_file(path)
         config = cls.from_dict(raw)
@@ -136,7 +136,7 @@ class K2Config:
         return cls(**PRESETS[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: of type deepseek_v3, which transformers and every server know, Kimi-K2 included."""
+        """The contents of config.json, of type deepseek_v3 for Kimi-K2 too: transformers and servers support it."""
         values = {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
@@ -145,10 +145,10 @@ class K2Config:
             "num_key_value_heads": self.num_attention_heads,
             **_FIXED,
         }
-        if self.rope_scaling is not None:  # older readers look for `type`
+        if self.rope_scaling is not None:  # older readers use `type`
             given = {key: value for key, value in self.rope_scaling.items() if value is not None}
             values["rope_scaling"] = {"type": "yarn", **given}
-        if self.quantization_config is None:  # transformers takes the key alone for a quantised checkpoint
+        if self.quantization_config is None:  # for transformers the key alone means a quantised checkpoint
             del values["quantization_config"]
         return values
 
@@ -187,7 +187,7 @@ class K2Config:
 
     @property
     def rope_attention_factor(self) -> float:
-        """What cos and sin are multiplied by: 1 unless YaRN's mscale and mscale_all_dim differ."""
+        """The factor of cos and sin: 1 unless YaRN's mscale and mscale_all_dim differ."""
         if self.rope_scaling is None:
             return 1.0
         factor, mscale, all_dim = (self.rope_scaling[key] for key in ("factor", "mscale", "mscale_all_dim"))
@@ -214,7 +214,7 @@ class K2Config:
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters, and those one token uses (embedding and head included); MTP layers are not counted.
 
-        The router's per-expert bias counts as a parameter: it is trained, if not by gradient.
+        The router's per-expert bias counts as a parameter: it is trained, although not by gradient.
         """
         moe_layers = sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
         dense_layers = self.num_hidden_layers - moe_layers

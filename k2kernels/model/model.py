@@ -24,7 +24,7 @@ __all__ = ["Decoder", "K2Model"]  # pickled models name both here
 class K2Model(Trunk):
     """A language model; weights are random (normal, standard deviation config.initializer_range) until loaded.
 
-    Loading with keep_fp8 puts e4m3 codes and scales in the place of linear layers and experts; that is for inference.
+    Loading with keep_fp8 replaces the weights of linear layers and experts by e4m3 codes and scales, for inference.
     To train with FP8 products on weights in high precision, see `use_fp8`.
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
@@ -54,18 +54,18 @@ class K2Model(Trunk):
         return (logits, hidden) if return_hidden else logits
 
     def use_fp8(self, enabled: bool = True) -> K2Model:
-        """From now on the products of attention's and feed-forward's linear layers and of the experts are FP8.
+        """Computes the products of attention's and feed-forward's linear layers and of the experts in FP8 from now on.
 
         Weights keep names and dtype: they are masters, quantised in each pass with one scale per 128x128 block;
         activations and gradients get one per token and 128 features, or, in the weights' gradients, per feature and 128
-        tokens. Embedding, head, norms, router, MTP's projection and attention itself stay as they are. Saved
-        checkpoints hold nothing of it. See `k2kernels.fp8_linear` and `k2kernels.moe_mlp`.
+        tokens. Embedding, head, norms, router, MTP's projection and attention itself are unchanged, and so are saved
+        checkpoints. See `k2kernels.fp8_linear` and `k2kernels.moe_mlp`.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: it holds FP8 codes (keep_fp8) instead of masters, or is float64.
+            ValueError: the weights are FP8 codes (keep_fp8) or float64.
 
         Source: DeepSeek-V3 (2024), section 3.3: which parts are FP8 and which are not.
         """
@@ -121,7 +121,7 @@ class K2Model(Trunk):
 
     @torch.no_grad()
     def update_router_bias(self, rate: float) -> None:
-        """Loss-free balancing: moves every expert's bias by `rate` against its load, and forgets the load.
+        """Loss-free balancing: changes every expert's bias by `rate` against its load, and resets the load.
 
         Call it once per optimizer step. Over several ranks, sum the `expert_counts` buffers first.
         """

@@ -1,7 +1,7 @@
-"""Multi-token prediction: a layer that sees a position's hidden state and its next token, and predicts the one after.
+"""Multi-token prediction: a layer that predicts the token after next from a position's hidden state and next token.
 
 Source: DeepSeek-V3 (2024), section 2.2. The hidden state is the one *after* the final norm, as in transformers
-(modeling_layers.py, MtpModel); the paper does not say.
+(modeling_layers.py, MtpModel); the paper does not specify it.
 """
 
 from __future__ import annotations

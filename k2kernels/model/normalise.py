@@ -23,7 +23,7 @@ _ROPE_KEYS = {
 
 
 def rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` out of either style; a file that says both must say the same."""
+    """`rope_theta` and `rope_scaling` from either style; a file with both must have the same values in both."""
     found: dict[str, Any] = {}
     for style in ("rope_parameters", "rope_scaling"):
         rope = values.get(style)
@@ -99,7 +99,7 @@ def normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, 
     if method == "compressed-tensors":
         raise UnsupportedError(
             "K2Config: quantization_config 'compressed-tensors' (the INT4 weights of Kimi-K2-Thinking and later) is "
-            "recognised and not yet served; use a BF16 or block-FP8 copy of the checkpoint"
+            "recognised and not yet supported; use a BF16 or block-FP8 copy of the checkpoint"
         )
     if method != "fp8":
         raise UnsupportedError(f"K2Config: quantization_config.quant_method must be 'fp8', got {method!r}")
@@ -109,7 +109,7 @@ def normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, 
     if block is None:
         raise UnsupportedError(
             "K2Config: quantization_config.weight_block_size must be given, e.g. [128, 128]; FP8 with one scale per "
-            "tensor or per row is not served"
+            "tensor or per row is not supported"
         )
     good = isinstance(block, (list, tuple)) and len(block) == 2 and all(is_int(b) and b > 0 for b in block)
     check.require(good, "quantization_config.weight_block_size", "two positive integers", block)

@@ -28,7 +28,7 @@ class RuleOptimizer(Optimizer):
         master_weights, skip_non_finite, capturable: as in `Muon`.
     """
 
-    # GradScaler then calls step() also on overflow and leaves scale and verdict in `grad_scale` and `found_inf`.
+    # With it, GradScaler also calls step() on overflow, and passes scale and overflow in `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -67,7 +67,7 @@ class RuleOptimizer(Optimizer):
     # ---- a step
 
     def _begin(self, closure: Callable[[], Any] | None) -> tuple[Any, Step | None]:
-        """Calls `closure`; what it returned, and the step to make: None if the gradients overflowed."""
+        """Calls `closure`; returns its result, and the step to make: None if the gradients overflowed."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -94,11 +94,11 @@ class RuleOptimizer(Optimizer):
         return members
 
     def _end(self) -> None:
-        """Notes what the step wrote, to tell it from what others write until the next one."""
+        """Records the versions of parameters, to detect writes before the next step."""
         self._versions = {p: p._version for p, state in self.state.items() if "master" in state}
 
     def _check_grads(self) -> None:
-        """Refuses gradients that cannot be served, before anything has changed."""
+        """Raises for gradients that are not supported, before anything has changed."""
         absent = []
         for group in self.param_groups:
             for name, p in named_parameters(group):

@@ -21,7 +21,7 @@ class Clipper:
     Args:
         clip: the settings.
         targets: the layers, resolved to parameters.
-        read, reset: give the largest logits since the last reset, and forget them.
+        read, reset: return the largest logits since the last reset, and reset them.
 
     `last` is what `MuonClip.last_clip` describes.
     """
@@ -133,8 +133,8 @@ def clipper(clip: QKClip | None, model: nn.Module | None, parameters: dict[str, 
     if targets and read is not None:
         if reset is None:
             raise ValueError(
-                "MuonClip: QKClip(max_logits=...) must come with reset_max_logits=..., which forgets the maxima after "
-                "each step: old ones would be clipped again and again; if max_logits() does it by itself, pass "
+                "MuonClip: QKClip(max_logits=...) must come with reset_max_logits=..., which resets the maxima after "
+                "each step: otherwise old ones are clipped again; if max_logits() resets them, pass "
                 "reset_max_logits=lambda: None"
             )
         return Clipper(clip, resolve_targets(targets, parameters), read, reset)

@@ -34,28 +34,27 @@ class Muon(RuleOptimizer):
         iterate_dtype: as in `k2kernels.newton_schulz`; None takes float16 on a GPU, float32 on a CPU, and float64 for
             float64 parameters.
         max_elements: matrices are updated together up to this many elements (or one matrix), which bounds the memory
-            a step needs: at most 14 bytes an element on a GPU whose kernels serve (the default: 1.9 GB), 24 elsewhere.
-            Results do not depend on it (to the bit; on a CPU with one thread).
-        master_weights: parameters in bfloat16 or float16 are copies of float32 weights, which the state keeps, so that
-            no update is lost to rounding. None (the default) and True: they are, at 4 bytes an element more, made in
-            the first step. False: they are not, and updates below half of a unit in the last place have no effect.
-            float32 and float64 parameters have none.
+            a step needs: at most 14 bytes per element on a GPU with kernels (the default: 1.9 GB), 24 elsewhere.
+            Results are bit-identical for any value (on a CPU with one thread).
+        master_weights: None (the default) or True: the state keeps float32 weights of bfloat16 and float16 parameters,
+            4 bytes more per element, created in the first step, so that no update is lost to rounding. False: updates
+            below half a unit in the last place have no effect.
         skip_non_finite: a step in which any gradient has a NaN or an infinity changes nothing.
-        capturable: decide everything on the device, so that a step can be captured in a CUDA graph and never makes
-            the host wait; None: on a GPU, not on a CPU. Take one step before the capture: it makes the state. Options
-            are constants of the graph, but for `lr` where it is a tensor on the device, and so is the set of parameters
-            with a gradient: with True, and in any step that is captured, each that requires a gradient must have one.
+        capturable: make all decisions on the device, so that a step can be captured in a CUDA graph and the host never
+            waits; None: on a GPU, not on a CPU. Run one step before the capture, to create the state. Options are
+            constants of the graph, except for `lr` as a tensor on the device, and so is the set of parameters with a
+            gradient: with True, and in any captured step, each that requires a gradient must have one.
 
     A step computes in float32 (float64 for float64) and rounds half-precision parameters once. Gradients are not
-    changed. A parameter whose gradient is None is left alone with its state: no decay, no momentum. A gradient with
-    NaN or an infinity makes that matrix NaN, as in torch's optimizers, unless `skip_non_finite`; others are unaffected.
-    With a torch.amp.GradScaler, a step with overflow changes nothing: no parameter, no state, no count. `last_skipped`
-    tells whether that happened: a bool, or a bool tensor with `capturable`.
+    changed. A parameter whose gradient is None is not changed, nor is its state. A gradient with NaN or an infinity
+    makes that matrix NaN, as in torch's optimizers, unless `skip_non_finite`; others are unaffected. With a
+    torch.amp.GradScaler, a step with overflow changes nothing. `last_skipped` is whether the last step was skipped: a
+    bool, or a bool tensor with `capturable`.
 
-    A parameter that was written between two steps (`model.load_state_dict`, an average of weights) takes its master
-    weight along. Writes through `p.data`, and between replays of a captured step, are not seen.
+    If a parameter is written between two steps (`model.load_state_dict`, an average of weights), its master weight
+    follows. Writes through `p.data`, and between replays of a captured step, are not detected.
 
-    Memory, beside parameter and gradient, in bytes an element: momentum 4 (2 in bfloat16), master weight 4.
+    Memory, beside parameter and gradient, in bytes per element: momentum 4 (2 in bfloat16), master weight 4.
 
     Raises:
         ValueError: for an option out of range, a parameter that is no matrix or stack of matrices, and one that is

@@ -28,8 +28,8 @@ class MuonClip(RuleOptimizer):
         weight_decay, momentum, nesterov, rms_scale: as in `Muon`.
         adamw: options of the other group: lr (default: the same lr), betas (0.9, 0.95), eps 1e-8 and weight_decay
             (default: the same).
-        qk_clip: a `QKClip`, or None: no clipping. By default QKClip() if the model tells its logits (`max_logits()`
-            and attention with `qk_clip_spec()`), else no clipping and a warning.
+        qk_clip: a `QKClip`, or None: no clipping. By default QKClip() if the model provides its logits
+            (`max_logits()` and attention with `qk_clip_spec()`), else no clipping and a warning.
         splits: glob pattern of names -> how a fused matrix is cut by rows before orthogonalisation: "gate_up" (two
             equal blocks), "heads" (one block per attention head), a number of equal blocks, a list of block sizes, or
             None (not at all). The first pattern that matches wins. By default "*gate_up_proj*" is cut in two, and
@@ -40,16 +40,16 @@ class MuonClip(RuleOptimizer):
             `Muon`; AdamW's parameters are treated alike.
         process_group: must be None.
 
-    The report's Algorithm 1 has no Nesterov momentum and does not cut matrices; this does both by default. Literally it
-    is nesterov=False, with splits that give None for each matrix that `routing_table` shows cut.
+    The report's Algorithm 1 has no Nesterov momentum and does not cut matrices; by default this class does both. To
+    follow it literally, pass nesterov=False and splits of None for each matrix that `routing_table` shows cut.
 
     The order of a step: Muon and AdamW updates with weight decay; QK-Clip with the largest logits since the last
     step; `model.reset_max_logits()`. Layers whose query or key weights do not require a gradient are not clipped.
     When a step is skipped (overflow seen by a torch.amp.GradScaler, or `skip_non_finite`), the maxima are reset and
-    nothing else happens; a loop that skips steps by itself calls `reset_max_logits()`.
+    nothing else happens; a loop that skips steps itself must call `reset_max_logits()`.
 
-    Over several ranks that hold copies of the parameters, average the gradients before the step, and give QK-Clip the
-    maxima of all ranks; those of a model are its own rank's, and are refused. (Maxima and loads of experts are buffers,
+    With copies of the parameters on several ranks, average the gradients before the step, and pass QK-Clip the maxima
+    of all ranks; a model's own maxima, which are of one rank, are refused. (Maxima and loads of experts are buffers,
     which must not be replaced by those of rank 0.)
 
         copies = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -62,12 +62,12 @@ class MuonClip(RuleOptimizer):
 
         MuonClip(model, lr, qk_clip=QKClip(max_logits=max_logits))
 
-    Memory, beside parameter and gradient, in bytes an element: Muon's as in `Muon`; AdamW's moments 8, and 4 for the
+    Memory, beside parameter and gradient, in bytes per element: Muon's as in `Muon`; AdamW's moments 8, and 4 for the
     master weight of a parameter in half precision.
 
     `last_clip` is {layer: ClipReport(max_logit [H], gamma [H])} of the last step that was not skipped. A head whose
-    maximum is NaN or +inf is not scaled; there is a warning, but with `capturable` (where the host would have to wait)
-    only `last_clip[layer].non_finite`, in tensors that each step overwrites.
+    maximum is NaN or +inf is not scaled, with a warning; with `capturable`, where the host does not wait, only
+    `last_clip[layer].non_finite` shows it, in tensors that each step overwrites.
 
     Raises:
         ValueError: for options out of range, patterns that match nothing, sizes that do not fit, sharded parameters,
@@ -165,7 +165,7 @@ class MuonClip(RuleOptimizer):
         return loss
 
     def routing_table(self) -> list[Route]:
-        """(name, shape, "muon" or "adamw", reason) of every parameter; the reason also tells how a matrix is cut."""
+        """(name, shape, "muon" or "adamw", reason) of every parameter; the reason includes how a matrix is cut."""
         table = []
         for row in self._table:
             cut = self._cuts.get(row.name)
@@ -175,7 +175,7 @@ class MuonClip(RuleOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds (name, parameter) pairs with "method" "muon" or "adamw"; other options default to that group's.
 
-        They are taken as they are: their rows are not cut, and `routing_table` does not list them.
+        Their rows are not cut, and `routing_table` does not list them.
 
         Raises:
             ValueError: for another method, an option out of range, or what the method does not take.
@@ -190,7 +190,7 @@ class MuonClip(RuleOptimizer):
         super().add_param_group(param_group)
 
     def reset_max_logits(self) -> None:
-        """Forgets the logits seen since the last step, as `step` does: for loops that skip a step by themselves."""
+        """Resets the maxima, as `step` does: for loops that skip a step themselves."""
         if self._clipper is not None:
             self._clipper.reset()
 
@@ -237,7 +237,7 @@ def _named(model_or_named_parameters: Any) -> list[tuple[str, Tensor]]:
 def _fused_rows(
     model: nn.Module | None, parameters: dict[str, Tensor]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """What latent attention tells by name: latent and rope rows of its down projection, heads of the others."""
+    """Of latent attention, by name: latent and rope rows of its down projection, and the heads of the others."""
     names = {id(p): name for name, p in parameters.items()}
     latent, heads = {}, {}
     for path, module in model.named_modules() if model is not None else ():

@@ -91,7 +91,7 @@ def open_ranks(
     # All ranks must have finished reading before this clears, and none may send before all have cleared.
     ranks.members[0].reset(ranks.members[0].live)
     _wait_for_device(ranks)
-    peers.tell_all("cleared", "")
+    peers.exchange("cleared", "")
     ranks.timeout = int(peers.step_timeout * 1e9)
     return ranks
 
@@ -142,4 +142,4 @@ def mask(ranks: Ranks, peers: Peers, rank: int) -> None:
     peers.mask(rank, new_group=False)
     ranks.mask(rank)
     _wait_for_device(ranks)
-    peers.tell_all(f"cleared without {rank}", "")
+    peers.exchange(f"cleared without {rank}", "")

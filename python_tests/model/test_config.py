@@ -151,7 +151,7 @@ def test_bad_values(changes, message):
     [
         (
             {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
-            "recognised and not yet served",
+            "recognised and not yet supported",
         ),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method must be 'fp8', got 'awq'"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt must be 'e4m3', got 'e5m2'"),
@@ -191,7 +191,7 @@ def test_multimodal_file_gives_its_decoder():
     wrapped = {"model_type": "kimi_k25", "text_config": text, "vision_config": {"hidden_size": 3}}
     assert K2Config.from_dict(wrapped) == K2Config.from_dict(text)
     wrapped["quantization_config"] = {"quant_method": "compressed-tensors"}
-    with pytest.raises(UnsupportedError, match="recognised and not yet served"):
+    with pytest.raises(UnsupportedError, match="recognised and not yet supported"):
         K2Config.from_dict(wrapped)
 
 

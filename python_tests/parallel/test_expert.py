@@ -178,8 +178,8 @@ def test_bad_arguments():
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputation_does_not_count_dropped_pairs_again(use_reentrant):
     ep = ExpertParallel(num_experts=4, hidden=128, top_k=2, max_tokens=16)
-    x, indices, weights = torch.randn(9, 128, requires_grad=True), torch.zeros(9, 2, dtype=torch.int32), torch.ones(9, 2)
-    indices[:, 1] = 1
+    x, weights = torch.randn(9, 128, requires_grad=True), torch.ones(9, 2)
+    indices = torch.tensor([[0, 1]], dtype=torch.int32).repeat(9, 1)
 
     def layer(x):
         sent = ep.dispatch(x, indices, weights, capacity=8)
