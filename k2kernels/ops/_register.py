@@ -154,7 +154,9 @@ def _others(results: Sequence[Any]) -> Any:
     return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
-def _naming(function: Callable | None, names: Sequence[str], given: int = 0) -> Callable[[Sequence[Any]], Sequence[Any]]:
+def _naming(
+    function: Callable | None, names: Sequence[str], given: int = 0
+) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """Which of an op's arguments, called `names`, `function` takes behind the `given` first ones."""
     if function is None:
         return lambda args: ()
@@ -286,12 +288,16 @@ def register(
     rest = (setup_context, backward, mutates)
     names = [a.split("=")[0].split()[-1] for a in arguments.rpartition(" -> ")[0].rstrip(")").split(",") if a.strip()]
     unserved, validate = (f and (lambda *args, _f=f: _f(*args)) for f in (unserved, validate))
-    return _define(name, "(" + arguments, names, reference, fake, kernel, _all(unserved, names), _all(validate, names), *rest)
+    return _define(
+        name, "(" + arguments, names, reference, fake, kernel, _all(unserved, names), _all(validate, names), *rest
+    )
 
 
 def _all(function, names):
     if function is not None:
-        function.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+        function.__signature__ = inspect.Signature(
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+        )
     return function
 
 

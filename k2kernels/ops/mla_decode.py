@@ -123,9 +123,7 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     return _merge_attention_states(out_a, lse_a, out_b, lse_b)
 
 
-def _validate(
-    q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
-) -> None:
+def _validate(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
     pages, page_size = kv_cache.shape[:2]
     capacity = block_table.shape[1] * page_size
     if (wrong := seq_lens[(seq_lens < 0) | (seq_lens.long() > capacity)]).numel():

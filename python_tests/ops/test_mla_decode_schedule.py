@@ -22,9 +22,7 @@ def tasks(seq_lens, multiprocessors, *, heads=64, s_q=1, cu_seqlens_q=None, toke
     tokens = tokens or len(seq_lens) * s_q
     capacity = capacity or max([64, *seq_lens])
     sizes = tokens, heads, queries, capacity
-    plan = _emu.mla_decode_plan_of(
-        Chip(90, multiprocessors, 232448), len(seq_lens), *sizes, 64, split, False, True
-    )
+    plan = _emu.mla_decode_plan_of(Chip(90, multiprocessors, 232448), len(seq_lens), *sizes, 64, split, False, True)
     lengths = torch.tensor(seq_lens, dtype=torch.int32)
     offsets = None if cu_seqlens_q is None else torch.tensor(cu_seqlens_q, dtype=torch.int32)
     blocks = plan.teams * plan.team_size
@@ -203,7 +201,9 @@ def test_offsets_that_fall_give_no_row_to_two_sequences(offsets, split):
     check(rows, plan, seq_lens)
     owned = {row[1:3] for row in rows}
     want = {(b, row) for b in range(4) for row in range(0, 40 * (kept[b + 1] - kept[b]), plan.tile_rows)}
-    assert {tile for tile in owned if tile in want} == want and all(tile in want or plan.team_size > 1 for tile in owned)
+    assert {tile for tile in owned if tile in want} == want and all(
+        tile in want or plan.team_size > 1 for tile in owned
+    )
 
 
 def test_lengths_beyond_the_block_table():

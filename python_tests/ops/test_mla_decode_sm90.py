@@ -34,9 +34,7 @@ def run(q, cache, *, seed, split="auto", cu_seqlens_q=None, **options):
     page_size, capacity = cache.kv_cache.shape[1], cache.block_table.shape[1] * cache.kv_cache.shape[1]
     sizes = len(cache.seq_lens), tokens, heads
     fixed = 0 if split == "auto" else split
-    chosen = _emu.mla_decode_plan_of(
-        EMULATED_CHIPS["sm_90a"], *sizes, queries, capacity, page_size, fixed, False, True
-    )
+    chosen = _emu.mla_decode_plan_of(EMULATED_CHIPS["sm_90a"], *sizes, queries, capacity, page_size, fixed, False, True)
     assert chosen.kernel == "sm90"
     before = k2kernels.launch_count("mla_decode")
     with k2kernels.emulated("sm_90a", seed=seed):
