@@ -10,12 +10,13 @@ const std::map<std::string, conformance::Launch>& find_launches(bool sm90) {
     return sm90 ? conformance::launches_sm90() : conformance::launches();
 }
 
-long start(const std::string& name, Address input, Address output, int device, Address stream) {
+long start(const std::string& name, Address input, Address output, int device) {
+    const DLDevice where{device < 0 ? kDLCPU : kDLCUDA, device};
     for (const bool sm90 : {false, true}) {
         const auto found = find_launches(sm90).find(name);
         if (found == find_launches(sm90).end()) continue;
-        return run(device, [&] {
-            found->second(pointer<const void>(input), pointer<void>(output), pointer<void>(stream));
+        return run(where, [&](void* stream) {
+            found->second(pointer<const void>(input), pointer<void>(output), stream);
         });
     }
     throw Error("k2kernels: there is no conformance kernel " + name);
@@ -34,9 +35,9 @@ py::dict names() {
 }  // namespace
 
 void bind_conformance(py::module_& m) {
-    m.def("conformance", &start, py::arg("name"), py::arg("input"), py::arg("output"),
-          py::arg("device"), py::arg("stream"),
-          "Runs a kernel of csrc/conformance; returns the number of kernels started.");
+    m.def("conformance", &start, 
+          "Runs a kernel of csrc/conformance from one address to another, on a GPU or, for -1, in the "
+          "emulator; returns the number of kernels started.");
     m.def("conformance_names", &names, "{name: 80 or 90, the chip it needs}.");
 }
 

@@ -39,12 +39,12 @@ int cudart_version() {
 
 long run_on(DLDevice device, void (*launch)(void*, void*), void* context) {
     if (device.device_type != kDLCUDA) throw std::invalid_argument("kernels take CUDA tensors");
+    const DeviceGuard guard(device.device_id);  // which reports a machine without a GPU
     void* stream = nullptr;
     if (exchange_api().current_work_stream(device.device_type, device.device_id, &stream) != 0) {
         const py::gil_scoped_acquire gil;
         throw py::error_already_set();
     }
-    const DeviceGuard guard(device.device_id);
     const long before = num_launches;
     launch(context, stream);
     return num_launches - before;

@@ -16,18 +16,23 @@ namespace k2k::bind {
 // device.cpp and emulator.cpp.
 long run_on(DLDevice device, void (*launch)(void* context, void* stream), void* context);
 
-// Calls launch(stream) where `tensor` lives, without the GIL; returns how many kernels it started.
+// Calls launch(stream) on `device`, without the GIL; returns how many kernels it started.
 template <class Launch>
-long run(const Tensor& tensor, Launch&& launch) {
+long run(DLDevice device, Launch&& launch) {
     using Call = std::remove_reference_t<Launch>;
-    const DLDevice device = tensor.device();
     const py::gil_scoped_release release;
     return run_on(
         device, [](void* context, void* stream) { (*static_cast<Call*>(context))(stream); },
         std::addressof(launch));
 }
 
-// The same for a launcher of csrc/<op>/launch.h.
+// The same on the device of a tensor ...
+template <class Launch>
+long run(const Tensor& tensor, Launch&& launch) {
+    return run(tensor.device(), launch);
+}
+
+// ... and for a function of csrc/<op>/launch.h.
 template <class Params>
 long run(const Tensor& tensor, void (*launch)(const Params&, void*), const Params& params) {
     return run(tensor, [&](void* stream) { launch(params, stream); });

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
-from k2kernels.ops._register import register
+from k2kernels.ops._register import declare
 from k2kernels.ops.mla_decode import MlaOutput
 from k2kernels.reference import mla_prefill as reference
 from k2kernels.reference._numeric import wide_dtype
@@ -64,14 +64,12 @@ def mla_prefill(
     return MlaOutput(out, lse, max_logits if return_max_logits else None)
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any) -> None:
+def _validate(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
     check_cu_seqlens("mla_prefill", "cu_seqlens_q", cu_seqlens_q, q.shape[0], padded=True)
     check_cu_seqlens("mla_prefill", "cu_seqlens_k", cu_seqlens_k, k.shape[0], padded=True)
 
 
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: bool, return_max_logits: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, v: Tensor, return_max_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
     row_dtype = wide_dtype(q.dtype)
     tokens, heads = q.shape[:2]
     lse = q.new_empty(tokens, heads, dtype=row_dtype)
@@ -91,18 +89,14 @@ def _grad(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor) -> tuple:
     return (*grads, None, None, None, None, None)
 
 
-_mla_prefill = register(
-    "mla_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, "
-    "bool causal, bool return_max_logits) -> (Tensor out, Tensor lse, Tensor max_logits)",
-    reference=reference.mla_prefill,
-    fake=_fake,
+_mla_prefill = declare(
+    reference.mla_prefill,
+    outputs=_outputs,
     validate=_validate,
     setup_context=_setup_context,
     backward=_grad,
 )
-_mla_prefill_backward = register(
-    "mla_prefill_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool causal) -> (Tensor, Tensor, Tensor)",
-    reference=reference.mla_prefill_backward,
-    fake=lambda grad_out, grad_lse, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+_mla_prefill_backward = declare(
+    reference.mla_prefill_backward,
+    outputs=lambda q, k, v: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )

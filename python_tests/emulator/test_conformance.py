@@ -29,7 +29,7 @@ def emulate(name, made, seed):
         places.append(_emu.allocate(array.nbytes))
         ctypes.memmove(places[-1], array.ctypes.data, array.nbytes)
     try:
-        _emu.conformance(name, *places, -1, 0)
+        _emu.conformance(name, *places, -1)
         output = np.empty_like(made.before)
         ctypes.memmove(output.ctypes.data, places[1], output.nbytes)
         return output

@@ -31,7 +31,8 @@ def _built():
         text = (ROOT / "csrc/bind" / name).read_text().replace("bind_quant(", "bind_scale_rows(")
         text = re.sub(r".*\bbind_(?!runtime|kernels|scale_rows)\w+\(.*\n", "", text)
         (folder / "bind" / name).write_text(text)
-    sources = [folder / "bind/kernels.cpp", ROOT / "csrc/bind/emulator.cpp", ROOT / "csrc/bind/module.cpp"]
+    sources = [folder / "bind/kernels.cpp"]
+    sources += [ROOT / "csrc/bind" / f"{name}.cpp" for name in ("emulator", "module", "tensor")]
     sources += [
         ROOT / "csrc/common/selfcheck.cpp",
         HERE / "csrc/bind/scale_rows.cpp",

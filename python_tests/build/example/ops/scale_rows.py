@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops._launch import TYPES, launch, matrices
-from k2kernels.ops._register import register
+from k2kernels.ops._launch import launch, matrices
+from k2kernels.ops._register import declare
 from k2kernels.reference import scale_rows as reference
 
 
@@ -26,31 +26,9 @@ def scale_rows(x: Tensor) -> Tensor:
     return _scale_rows(x)
 
 
-def _scale_rows_fake(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape)
-
-
-def _scale_rows_kernel(x: Tensor) -> Tensor:
-    y = _scale_rows_fake(x)
-    x, (_, rows, columns), (_, row_stride) = matrices(x.reshape(-1, x.shape[-1]))
-    launch(
-        "scale_rows",  # the op, for launch_count
-        "scale_rows",  # the function of csrc/bind/scale_rows.cpp
-        x.device,
-        x.data_ptr(),
-        y.data_ptr(),
-        TYPES[x.dtype],
-        rows,
-        columns,
-        row_stride,
-    )
-    return y
-
-
-_scale_rows = register(
-    "scale_rows(Tensor x) -> Tensor",
-    reference=reference.scale_rows,
-    fake=_scale_rows_fake,
-    kernel=_scale_rows_kernel,
+_scale_rows = declare(
+    reference.scale_rows,
+    outputs=lambda x: x.new_empty(*x.shape),
+    launch=lambda y, x: launch("scale_rows", matrices(x.reshape(-1, x.shape[-1])), y),
     unserved=lambda x: "no kernel computes in float64" if x.dtype.itemsize == 8 else None,
 )

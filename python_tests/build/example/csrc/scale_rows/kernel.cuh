@@ -4,7 +4,7 @@
 //
 //     y[r, :] = x[r, :] / max |x[r, :]|
 //
-// Block     one row, 16 neighbours of it for each of 128 threads, as often as the row needs.
+// CTA       one row, 16 neighbours of it for each of 128 threads, as often as the row needs.
 // Shared    the maximum of each of 4 warps.
 // Traffic   x once and y once, 4 bytes an element of bfloat16: the second reading of x finds it in
 //           L2, to which a row is small.
@@ -34,12 +34,14 @@ __global__ void __launch_bounds__(kScaleRowsThreads)
     const int64_t first = threadIdx.x * 16, step = kScaleRowsThreads * 16;
     float values[16];
 
+    // The thread's largest magnitude, 16 columns at a time.
     float amax = 0;
     for (int64_t column = first; column < p.columns; column += step) {
         tile::widen(values, tile::load_sixteen(x, column, p.columns));
         K2K_UNROLL
         for (int i = 0; i < 16; ++i) amax = larger(amax, fabsf(values[i]));
     }
+    // The row's: over the lanes of a warp by shuffles, over the warps by shared memory.
     K2K_UNROLL
     for (int mask = 16; mask > 0; mask /= 2) amax = larger(amax, arch::shuffle_xor(amax, mask));
     if (arch::lane_id() == 0) maxima.of_warp[arch::warp_id()] = amax;
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(kScaleRowsThreads)
     K2K_UNROLL
     for (float of_warp : maxima.of_warp) amax = larger(amax, of_warp);
 
+    // Read the row again, from L2, and write it divided.
     for (int64_t column = first; column < p.columns; column += step) {
         tile::widen(values, tile::load_sixteen(x, column, p.columns));
         K2K_UNROLL

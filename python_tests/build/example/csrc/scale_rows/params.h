@@ -1,13 +1,13 @@
 #pragma once
 
-// What the kernel is told. Sizes and strides are in elements.
+// Parameters of the kernel. Sizes and strides are in elements.
 
 #include "common/dtypes.h"
 
 namespace k2k {
 
 struct ScaleRowsParams {
-    const void* x;  // [rows, columns], neighbouring columns side by side
+    const void* x;  // [rows, columns], stride 1 along columns
     void* y;        // [rows, columns], contiguous
     Type type;      // of both
     int64_t rows, columns;
