@@ -29,7 +29,7 @@
 
 #include "arch/warp.cuh"
 #include "mla_decode/config.h"
-#include "tile/scan.cuh"
+#include "tile/reduce.cuh"
 
 namespace k2k {
 

@@ -68,10 +68,7 @@ struct Sequences {
 // The sum of a number of each thread of the block, in each of them.
 template <int kThreads, class T>
 K2K_DEVICE T block_sum(T (&of_warp)[kThreads / 32], T value K2K_WHERE) {
-    K2K_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) {
-        value += arch::shuffle_xor(value, mask K2K_PASS_WHERE);
-    }
+    value = tile::sum_over_lanes(value K2K_PASS_WHERE);
     if (arch::lane_id() == 0) of_warp[arch::warp_id()] = value;
     arch::sync_block(K2K_PASS_WHERE_ONLY);
     T sum = 0;
@@ -163,10 +160,7 @@ struct TokenShares {
                     if (Scores::good(logit)) largest = max_number(largest, fminf(logit, FLT_MAX));
                 }
             }
-            K2K_UNROLL
-            for (int mask = 16; mask > 0; mask /= 2) {
-                largest = max_number(largest, arch::shuffle_xor(largest, mask K2K_PASS_WHERE));
-            }
+            largest = tile::max_over_lanes(largest K2K_PASS_WHERE);
         }
         float total = 0;
         K2K_UNROLL_BY(2)
@@ -180,8 +174,8 @@ struct TokenShares {
                 excess += (counts[j] - mean) * value;
             }
         }
-        inverse = 1.0f / (warp_sum(total K2K_PASS_WHERE) + 1e-20f);
-        excess = warp_sum(excess K2K_PASS_WHERE) * inverse;
+        inverse = 1.0f / (tile::sum_over_lanes(total K2K_PASS_WHERE) + 1e-20f);
+        excess = tile::sum_over_lanes(excess K2K_PASS_WHERE) * inverse;
         lost = 1e-20f * inverse;
     }
 };

@@ -11,7 +11,7 @@
 #include "arch/warp.cuh"
 #include "common/math.h"
 #include "tile/groups.h"
-#include "tile/scan.cuh"
+#include "tile/reduce.cuh"
 
 namespace k2k::tile {
 
