@@ -24,8 +24,8 @@ constexpr int kBlockKeys = 64;
 constexpr int kTileOverhead = 5;
 
 // The number of partial results that can be written, and read again to be joined, in the time of a
-// block of keys: 64 rows are 128 KiB, 84 clocks for an L2 of 3,100 bytes a clock there and back; a block
-// takes about 3,000. An estimate.
+// block of keys: 64 rows are 128 KiB, 84 clocks for an L2 of 3,100 bytes a clock there and back; a
+// block takes about 3,000. An estimate.
 constexpr int kPartialsPerBlock = 36;
 
 // The length, in blocks of keys, of the full pieces that turns are cut into (schedule.cuh), for

@@ -6,8 +6,8 @@
 
 namespace k2k {
 
-// The matrices of the iteration, one each for every matrix of a tensor. X and Q are double buffered:
-// other CTAs still read them while their successors are written.
+// The matrices of the iteration, one each for every matrix of a tensor. X and Q are double
+// buffered: other CTAs still read them while their successors are written.
 enum class NsBuffer : int8_t {
     kX0,       // [m, n]
     kX1,       // [m, n]
@@ -22,7 +22,7 @@ enum class NsBuffer : int8_t {
 
 // A tensor of the list. Strides are in elements.
 struct NsTensor {
-    const void* x;  // [batch, m, n], columns contiguous; in an update, the gradient
+    const void* x;  // [batch, m, n], stride 1 along n; in an update, the gradient
     void* result;   // [batch, m, n], contiguous; in an update, none
     char* workspace;
     int64_t x_batch_stride, x_row_stride;
@@ -34,7 +34,7 @@ struct NsTensor {
     bool gram;  // which iteration
 };
 
-// [batch, m, n], columns contiguous.
+// [batch, m, n], stride 1 along n.
 struct NsView {
     void* data;
     int64_t batch_stride, row_stride;
