@@ -6,7 +6,7 @@
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make clean   remove what the build made (make distclean: the environment too)
 #
-# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.9 that it already has is kept. JOBS=1 runs the
+# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
 # tests one after the other; else they share the cores.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
-HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9))
+HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 # Threads that wait for one another sleep instead of spinning: on a busy machine that is several times faster.
@@ -45,9 +45,9 @@ $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell fi
 	    $(PYTHON) -c '$(SITE)' > "`$(PY) -c '$(SITE)'`/host_packages.pth"; \
 	fi
 	@if $(PY) -c '$(HAS_TORCH)' 2>/dev/null; then :; \
-	elif test `uname` != Linux || nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.9'; \
+	elif test `uname` != Linux || nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.10'; \
 	else $(PIP) -r requirements-cpu.txt 2>/dev/null \
-	  || $(PIP) --index-url https://download.pytorch.org/whl/cpu 'torch>=2.9'; fi
+	  || $(PIP) --index-url https://download.pytorch.org/whl/cpu 'torch>=2.10'; fi
 	$(PIP) 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
 	$(PIP) --no-build-isolation --editable '.[cli,test]'
 	@touch $@
@@ -62,6 +62,7 @@ bench: env
 	$(PY) -m k2kernels bench
 
 gpu:
+	@$(PYTHON) -c '$(HAS_TORCH)' || { echo "k2kernels needs torch >= 2.10 in $(PYTHON); make gpu PYTHON=..." >&2; exit 1; }
 	MAX_JOBS=`nproc` $(PYTHON) setup.py --quiet build_ext --inplace
 	-PYTHONPATH=. timeout 180 $(PYTHON) -m pytest -q -m gpu python_tests/gpu
 	-PYTHONPATH=. timeout 60 $(PYTHON) python_tests/emulator/record.py

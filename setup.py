@@ -5,6 +5,7 @@ Environment variables: K2K_CUDA (AUTO: the GPU's kernels if nvcc is found; ON: o
 what changed), K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
 """
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ OPTIONS = {
 class CMakeBuild(build_ext):
     def build_extensions(self):
         import pybind11  # a build requirement: only known to be there when something is built
+
+        self._warn_of_torch()
 
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build = Path(os.environ.get("K2K_BUILD_DIR", ROOT / "build" / tag))
@@ -54,6 +57,20 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
         package = Path(self.get_finalized_command("build_py").get_package_dir("k2kernels"))
         self._install(Path(self.build_lib) / "k2kernels" / FACTS, package / FACTS)
+
+    @staticmethod
+    def _warn_of_torch():
+        """No error: pip replaces an older torch after this build, and an isolated build sees none."""
+        try:
+            found = importlib.metadata.version("torch")
+        except importlib.metadata.PackageNotFoundError:
+            return
+        if tuple(int(n) for n in found.split(".")[:2]) < (2, 10):
+            print(
+                f"k2kernels: torch {found} is installed; kernels need torch >= 2.10, whose tensors they read through "
+                "torch.Tensor.__dlpack_c_exchange_api__: `pip install 'torch>=2.10'`",
+                file=sys.stderr,
+            )
 
     @staticmethod
     def _install(made, out):

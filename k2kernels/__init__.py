@@ -70,7 +70,7 @@ __all__ = [
     "swiglu_quantize",
 ]
 
-_SUBPACKAGES = ("integrations", "model", "optim", "parallel", "testing", "train")
+_SUBPACKAGES = ("engine", "integrations", "model", "optim", "parallel", "testing", "train")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -7,8 +7,8 @@
 //         K2K_PTX("bar.warp.sync 0xffffffff;" ::: "memory");
 //     }
 //
-// K2K_PTX is volatile: it is neither moved nor dropped. K2K_PTX_PURE may be: its result depends on
-// its operands alone.
+// K2K_PTX is volatile: the compiler neither moves nor drops it. It may do so with K2K_PTX_PURE,
+// whose result depends on its operands alone.
 
 #include "common/macros.h"
 

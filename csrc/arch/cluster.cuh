@@ -1,12 +1,13 @@
 #pragma once
 
-// Clusters: neighbouring blocks that run at once and reach one another's shared memory. sm_90.
+// Clusters: neighbouring CTAs that are resident together and can access each other's shared memory.
+// sm_90.
 
 #include "arch/mbarrier.cuh"
 
 namespace k2k::arch {
 
-// The block's rank in its cluster.
+// The CTA's rank in its cluster.
 // PTX: #special-registers-cluster-ctarank
 K2K_DEVICE uint32_t cluster_rank() {
 #ifdef K2K_EMULATED
@@ -18,7 +19,7 @@ K2K_DEVICE uint32_t cluster_rank() {
 #endif
 }
 
-// The number of blocks in the cluster.
+// The number of CTAs in the cluster.
 // PTX: #special-registers-cluster-nctarank
 K2K_DEVICE uint32_t cluster_size() {
     K2K_EMULATE(cluster_size());
@@ -27,17 +28,17 @@ K2K_DEVICE uint32_t cluster_size() {
     return size;
 }
 
-// Arrives at the cluster's barrier, having released what this thread did before.
+// Arrives at the cluster's barrier and releases this thread's earlier accesses.
 // PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
 K2K_DEVICE void cluster_arrive(K2K_WHERE_ONLY) {
     K2K_EMULATE(cluster_arrive(where));
     K2K_PTX("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
 
-// Arrives there and releases nothing: the arrival alone (no MEMBAR.ALL.GPU). After
-// fence_mbarrier_init, whose barriers the others may then use, and before the end of a block at
-// whose shared memory nothing of another block is outstanding: no read, no copy, no arrival at its
-// mbarriers (wait at these first). sm_90.
+// Arrives without releasing anything (no MEMBAR.ALL.GPU). Use it after fence_mbarrier_init, to let
+// the other CTAs use the mbarriers, and before a CTA ends whose shared memory has no outstanding
+// access by another CTA: no read, no copy, no arrival at its mbarriers (wait at these first).
+// sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
 K2K_DEVICE void cluster_arrive_relaxed(K2K_WHERE_ONLY) {
     K2K_EMULATE(cluster_arrive_relaxed(where));
@@ -51,8 +52,8 @@ K2K_DEVICE void cluster_wait(K2K_WHERE_ONLY) {
     K2K_PTX("barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 
-// Arrives and waits. The last one of a kernel comes before any block ends whose shared memory
-// others still use.
+// Arrives and waits. A kernel calls it before the end of a CTA whose shared memory other CTAs still
+// access.
 // PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
 K2K_DEVICE void cluster_sync(K2K_WHERE_ONLY) {
     cluster_arrive(K2K_PASS_WHERE_ONLY);
@@ -66,7 +67,7 @@ K2K_DEVICE void cluster_sync_relaxed(K2K_WHERE_ONLY) {
     cluster_wait(K2K_PASS_WHERE_ONLY);
 }
 
-// The same object in the shared memory of block `rank`: for loads, stores and atomics. It has no
+// The same object in the shared memory of CTA `rank`: for loads, stores and atomics. It has no
 // shared-space address here, so ldmatrix, wgmma and copies do not reach it.
 // PTX: #data-movement-and-conversion-instructions-mapa
 template <class T>
@@ -80,7 +81,7 @@ K2K_DEVICE T* cluster_pointer(T* pointer, uint32_t rank K2K_WHERE) {
 #endif
 }
 
-// Stores 4, 8 or 16 bytes, at a multiple of their number, to the shared memory of block `rank`,
+// Stores 4, 8 or 16 bytes, at a multiple of their number, to the shared memory of CTA `rank`,
 // where `target` and `barrier` name the same places as here; completes those bytes at the barrier
 // there. A store by a thread, not by the async proxy: wgmma and TMA there need fence_proxy_async.
 // PTX: #data-movement-and-conversion-instructions-st-async

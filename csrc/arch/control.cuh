@@ -1,14 +1,15 @@
 #pragma once
 
-// Registers, time and launches: what steers a kernel rather than computes.
+// Register allocation, time, dependent launches.
 
 #include "arch/body.h"
 
 namespace k2k::arch {
 
-// Gives registers of each thread of the warpgroup back (down to kCount) or takes more (up to it),
-// waiting until other warpgroups of the block have given them back; kCount: a multiple of 8 from 24
-// to 256. All four warps; __launch_bounds__ fixes the number a thread starts with. sm_90a.
+// Releases registers of each thread of the warpgroup (down to kCount) or acquires more (up to
+// kCount), waiting until other warpgroups of the CTA have released them. kCount: a multiple of 8
+// from 24 to 256. All four warps execute it; __launch_bounds__ fixes a thread's initial number.
+// sm_90a.
 // PTX: #miscellaneous-instructions-setmaxnreg
 template <int kCount>
 K2K_DEVICE void registers_decrease(K2K_WHERE_ONLY) {
@@ -23,29 +24,29 @@ K2K_DEVICE void registers_increase(K2K_WHERE_ONLY) {
     K2K_PTX("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Waits until the grids this one depends on have ended and their writes are visible. sm_90.
+// Waits until the prerequisite grids have completed and their writes are visible. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-griddepcontrol
 K2K_DEVICE void grid_dependency_wait(K2K_WHERE_ONLY) {
     K2K_EMULATE(enter_sm90("grid_dependency_wait", where));
     K2K_PTX("griddepcontrol.wait;" :: : "memory");
 }
 
-// Lets dependent grids be set up before this one ends. sm_90.
+// Allows dependent grids to start before this one ends. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-griddepcontrol
 K2K_DEVICE void grid_dependency_launch(K2K_WHERE_ONLY) {
     K2K_EMULATE(enter_sm90("grid_dependency_launch", where));
     K2K_PTX("griddepcontrol.launch_dependents;" :: : "memory");
 }
 
-// Sleeps for about that long, at most a millisecond. For loops over flags.
+// Sleeps for about `ns`, at most a millisecond; for polling loops.
 // PTX: #miscellaneous-instructions-nanosleep
 K2K_DEVICE void nanosleep([[maybe_unused]] uint32_t nanoseconds K2K_WHERE) {
     K2K_EMULATE(nanosleep(where));
     K2K_PTX("nanosleep.u32 %0;" ::"r"(nanoseconds));
 }
 
-// Nanoseconds on a clock that all GPUs' threads share, in steps of up to a microsecond. In the
-// emulator it counts looks at memory, so a bounded wait ends.
+// Nanoseconds of a clock common to all threads of all GPUs, in steps of up to a microsecond. The
+// emulator advances it with every poll, so that a wait with a timeout ends.
 // PTX: #special-registers-globaltimer
 K2K_DEVICE uint64_t globaltimer() {
     K2K_EMULATE(globaltimer());

@@ -1,8 +1,8 @@
 #pragma once
 
 // cp.async: 4, 8 or 16 bytes from global to shared memory without passing through registers. Copies
-// are committed in groups; a thread that waited for its own sees its own, the rest of the block
-// needs a barrier as well.
+// are committed in groups. Waiting makes a thread's own copies visible to it; the other threads of
+// the CTA need a barrier as well.
 
 #include "arch/body.h"
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Fences: order between this thread's accesses, as others see them.
+// Fences: they order this thread's accesses for other threads and for the async proxy.
 
 #include "arch/body.h"
 #include "arch/ldst.cuh"

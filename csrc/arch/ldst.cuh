@@ -1,7 +1,7 @@
 #pragma once
 
-// Loads, stores and atomics on memory, beyond what a plain `*pointer` says: cache hints, vectors,
-// and order between threads. Scopes: kGpu for threads of this GPU, kSystem for those of all.
+// Loads, stores and atomics with cache hints, vector width or memory order. Scopes: kGpu for
+// threads of this GPU, kSystem for threads of all GPUs and the host.
 
 #include <type_traits>
 
@@ -16,7 +16,7 @@ enum class Scope { kGpu, kSystem };
 template <class T>
 K2K_DEVICE T load_nc(const T* source K2K_WHERE);
 
-// The same for data read once: it takes no room in L1.
+// The same for data read once: not allocated in L1.
 // PTX: #data-movement-and-conversion-instructions-ld-global-nc
 template <class T>
 K2K_DEVICE T load_nc_no_allocate(const T* source K2K_WHERE);
@@ -26,8 +26,8 @@ K2K_DEVICE T load_nc_no_allocate(const T* source K2K_WHERE);
 template <class T>
 K2K_DEVICE void store_streaming(T* target, T value K2K_WHERE);
 
-// Stores 16 bytes at a multiple of 16. Of a plain `*pointer = value` the compiler may make four
-// stores, where another branch stores the elements one by one to the same place.
+// Stores 16 bytes, aligned to 16, as one instruction. The compiler may split a plain
+// `*pointer = value` into four stores if another branch stores the same elements one by one.
 // PTX: #data-movement-and-conversion-instructions-st
 K2K_DEVICE void store(uint4* target, uint4 value K2K_WHERE) {
     K2K_EMULATE(store(target, &value, sizeof value, where));
@@ -106,9 +106,9 @@ K2K_DEVICE void store_streaming(T* target, T value) {
 }
 #endif
 
-// ---- flags and counters, 4 or 8 bytes: what one thread releases another may acquire
+// ---- flags and counters, 4 or 8 bytes, with release and acquire order
 
-// Runs `gpu` or `system`, as kScope says.
+// Runs `gpu` or `system`, according to kScope.
 #define K2K_BY_SCOPE(gpu, system)          \
     if constexpr (kScope == Scope::kGpu) { \
         gpu;                               \
@@ -116,7 +116,8 @@ K2K_DEVICE void store_streaming(T* target, T value) {
         system;                            \
     }
 
-// Reads a flag; what its writer did before releasing it is visible afterwards. Made for loops.
+// Reads a flag with acquire order: accesses before the matching release are visible afterwards. For
+// polling loops.
 // PTX: #data-movement-and-conversion-instructions-ld
 template <Scope kScope, class T>
 K2K_DEVICE T load_acquire(const T* source K2K_WHERE) {
@@ -141,7 +142,8 @@ K2K_DEVICE T load_acquire(const T* source K2K_WHERE) {
 #endif
 }
 
-// Writes a flag after everything this thread has written, or has seen through a barrier.
+// Writes a flag with release order: after all earlier accesses of this thread, and of threads it
+// has synchronised with through a barrier.
 // PTX: #data-movement-and-conversion-instructions-st
 template <Scope kScope, class T>
 K2K_DEVICE void store_release(T* target, T value K2K_WHERE) {
@@ -164,7 +166,7 @@ K2K_DEVICE void store_release(T* target, T value K2K_WHERE) {
 #endif
 }
 
-// Adds and returns what was there; relaxed. T: int, unsigned, unsigned long long or float.
+// Adds and returns the old value; relaxed. T: int, unsigned, unsigned long long or float.
 // PTX: #parallel-synchronization-and-communication-instructions-atom
 template <Scope kScope, class T>
 K2K_DEVICE T atomic_add(T* target, T value K2K_WHERE) {
@@ -179,7 +181,7 @@ K2K_DEVICE T atomic_add(T* target, T value K2K_WHERE) {
 #endif
 }
 
-// Adds 32 bits, having released what came before and acquiring what others released there.
+// Adds 32 bits and returns the old value; acquire-release.
 // PTX: #parallel-synchronization-and-communication-instructions-atom
 template <Scope kScope>
 K2K_DEVICE uint32_t atomic_add_acq_rel(uint32_t* target, uint32_t value K2K_WHERE) {
@@ -199,7 +201,8 @@ K2K_DEVICE uint32_t atomic_add_acq_rel(uint32_t* target, uint32_t value K2K_WHER
 #endif
 }
 
-// Writes `value` where `expected` stands and returns what was there; acquires and releases.
+// Compare and swap: writes `value` if the old value is `expected`; returns the old value;
+// acquire-release.
 // PTX: #parallel-synchronization-and-communication-instructions-atom
 template <Scope kScope>
 K2K_DEVICE uint32_t atomic_cas(uint32_t* target, uint32_t expected, uint32_t value K2K_WHERE) {
@@ -219,7 +222,7 @@ K2K_DEVICE uint32_t atomic_cas(uint32_t* target, uint32_t expected, uint32_t val
 #endif
 }
 
-// The larger of what is there and `value`, by bits, which orders non-negative floats too; relaxed.
+// Maximum with `value`, compared as bits, which orders non-negative floats too; relaxed.
 // PTX: #parallel-synchronization-and-communication-instructions-atom
 template <class T>
 K2K_DEVICE T atomic_max(T* target, T value K2K_WHERE) {
@@ -234,14 +237,14 @@ K2K_DEVICE T atomic_max(T* target, T value K2K_WHERE) {
 #endif
 }
 
-// Adds without an answer; relaxed. T as in atomic_add.
+// Adds without returning a value; relaxed. T as in atomic_add.
 // PTX: #parallel-synchronization-and-communication-instructions-red
 template <Scope kScope, class T>
 K2K_DEVICE void reduce_add(T* target, T value K2K_WHERE) {
     atomic_add<kScope>(target, value K2K_PASS_WHERE);  // the compiler makes RED of an unused ATOM
 }
 
-// Adds 32 bits without an answer, having released what came before.
+// Adds 32 bits without returning a value; release.
 // PTX: #parallel-synchronization-and-communication-instructions-red
 template <Scope kScope>
 K2K_DEVICE void reduce_add_release(uint32_t* target, uint32_t value K2K_WHERE) {

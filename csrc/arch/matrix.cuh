@@ -7,8 +7,8 @@
 namespace k2k::arch {
 
 // Loads 1, 2 or 4 matrices; lane 8m + i gives the address of row i of matrix m; lane l gets
-// elements (l / 4, 2 (l % 4)) and the next, of each matrix or (kTransposed) of its transpose. PTX:
-// #warp-level-matrix-instructions-ldmatrix
+// elements (l / 4, 2 (l % 4)) and the next, of each matrix or (kTransposed) of its transpose.
+// PTX: #warp-level-matrix-instructions-ldmatrix
 template <int kCount, bool kTransposed = false>
 K2K_DEVICE void ldmatrix(uint32_t (&r)[kCount], uint32_t address K2K_WHERE) {
     static_assert(kCount == 1 || kCount == 2 || kCount == 4);

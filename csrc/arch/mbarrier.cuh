@@ -1,9 +1,9 @@
 #pragma once
 
 // mbarrier: a barrier in shared memory that also counts bytes. A phase ends when all arrivals and
-// all announced bytes have come; `parity` (0 for the first phase, then 1, 0, ...) names the phase
-// to wait for. A fresh barrier lets a wait for parity 1 pass: "the phase before the first has
-// ended". PTX: #parallel-synchronization-and-communication-instructions-mbarrier
+// all announced bytes have arrived; `parity` (0 for the first phase, then 1, 0, ...) selects the
+// phase to wait for. On a new barrier a wait for parity 1 returns at once.
+// PTX: #parallel-synchronization-and-communication-instructions-mbarrier
 
 #include "arch/smem.cuh"
 
@@ -13,8 +13,8 @@ struct alignas(8) Mbarrier {
     uint64_t state;
 };
 
-// Makes the barrier; each phase takes `count` arrivals. One thread; then fence_mbarrier_init and a
-// barrier of the block (or cluster).
+// Initialises the barrier; each phase takes `count` arrivals. Executed by one thread, followed by
+// fence_mbarrier_init and a barrier of the CTA (or cluster).
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-init
 K2K_DEVICE void mbarrier_init(Mbarrier& barrier, uint32_t count K2K_WHERE) {
     K2K_EMULATE(mbarrier_init(&barrier, count, where));
@@ -22,14 +22,14 @@ K2K_DEVICE void mbarrier_init(Mbarrier& barrier, uint32_t count K2K_WHERE) {
             "r"(count) : "memory");
 }
 
-// Ends its life: the memory may hold something else.
+// Invalidates the barrier, so that its memory can be reused.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-inval
 K2K_DEVICE void mbarrier_inval(Mbarrier& barrier K2K_WHERE) {
     K2K_EMULATE(mbarrier_inval(&barrier, where));
     K2K_PTX("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_address(&barrier)) : "memory");
 }
 
-// Arrives once, having released what this thread did before.
+// Arrives once, with release order in the CTA.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-arrive
 K2K_DEVICE void mbarrier_arrive(Mbarrier& barrier K2K_WHERE) {
     K2K_EMULATE(mbarrier_arrive(&barrier, 1, 0, where));
@@ -37,10 +37,10 @@ K2K_DEVICE void mbarrier_arrive(Mbarrier& barrier K2K_WHERE) {
         smem_address(&barrier)) : "memory");
 }
 
-// Arrives at the barrier in the same place of block `rank` of the cluster, after this thread's
-// reads: a stage is handed back. What this thread wrote is published to its own block only, so that
-// the arrival is one instruction; the barrier's threads wait with mbarrier_wait. sm_90. PTX:
-// #parallel-synchronization-and-communication-instructions-mbarrier-arrive
+// Arrives at the same barrier of CTA `rank` of the cluster, after this thread's reads: a consumer
+// releases a stage to its producer. It publishes no writes to other CTAs, so that it is one
+// instruction; the producer waits with mbarrier_wait. sm_90.
+// PTX: #parallel-synchronization-and-communication-instructions-mbarrier-arrive
 K2K_DEVICE void mbarrier_arrive_remote(Mbarrier& barrier, uint32_t rank K2K_WHERE) {
     K2K_EMULATE(mbarrier_arrive_remote(&barrier, rank, 1, "mbarrier_arrive_remote", where));
     K2K_PTX(
@@ -49,10 +49,9 @@ K2K_DEVICE void mbarrier_arrive_remote(Mbarrier& barrier, uint32_t rank K2K_WHER
         "r"(rank) : "memory");
 }
 
-// Arrives there `count` times, having published to the cluster what this thread wrote (and what it
-// has seen of others): for data that other blocks read through cluster_pointer, after
-// mbarrier_wait_cluster. ptxas makes a fence of the whole GPU of it (MEMBAR.ALL.GPU), an L2 round
-// trip: never in an inner loop. sm_90.
+// Arrives there `count` times with release order at cluster scope: for data that other CTAs read
+// through cluster_pointer after mbarrier_wait_cluster. ptxas emits a GPU-wide fence for it
+// (MEMBAR.ALL.GPU), an L2 round trip: not for inner loops. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-arrive
 K2K_DEVICE void mbarrier_arrive_cluster(Mbarrier& barrier,
                                         uint32_t rank,
@@ -82,7 +81,8 @@ K2K_DEVICE void mbarrier_expect_tx(Mbarrier& barrier, uint32_t bytes K2K_WHERE) 
         "r"(bytes) : "memory");
 }
 
-// Arrives once when all cp.async of this thread have landed; counted in the barrier's count.
+// Arrives once when all earlier cp.async of this thread have completed; part of the barrier's
+// count.
 // PTX: #data-movement-and-conversion-instructions-cp-async-mbarrier-arrive
 K2K_DEVICE void cp_async_arrive(Mbarrier& barrier K2K_WHERE) {
     K2K_EMULATE(cp_async_arrive(&barrier, where));
@@ -104,7 +104,7 @@ K2K_DEVICE bool mbarrier_test_wait(Mbarrier& barrier, uint32_t parity K2K_WHERE)
 #endif
 }
 
-// The same, but sleeps for a while before it says no. sm_90.
+// The same, but suspends the thread for a while before it returns false. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-test-wait-try-wait
 K2K_DEVICE bool mbarrier_try_wait(Mbarrier& barrier, uint32_t parity K2K_WHERE) {
     K2K_EMULATE(mbarrier_try_wait(&barrier, parity, where));
@@ -118,7 +118,7 @@ K2K_DEVICE bool mbarrier_try_wait(Mbarrier& barrier, uint32_t parity K2K_WHERE) 
 #endif
 }
 
-// Waits until the phase of that parity has ended; acquires what was released by arriving. sm_90.
+// Waits until the phase of that parity has ended; acquires what the arrivals released. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-test-wait-try-wait
 K2K_DEVICE void mbarrier_wait(Mbarrier& barrier, uint32_t parity K2K_WHERE) {
     K2K_EMULATE(mbarrier_wait(&barrier, parity, where));
@@ -128,8 +128,8 @@ K2K_DEVICE void mbarrier_wait(Mbarrier& barrier, uint32_t parity K2K_WHERE) {
 #endif
 }
 
-// The same, and acquires what other blocks of the cluster published by mbarrier_arrive_cluster (or
-// store_async): invalidates the multiprocessor's L1 (CCTL.IVALL). sm_90.
+// The same with acquire order at cluster scope, for data published by mbarrier_arrive_cluster or
+// store_async; invalidates the SM's L1 (CCTL.IVALL). sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-test-wait-try-wait
 K2K_DEVICE void mbarrier_wait_cluster(Mbarrier& barrier, uint32_t parity K2K_WHERE) {
     K2K_EMULATE(mbarrier_wait(&barrier, parity, where));

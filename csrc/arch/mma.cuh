@@ -3,7 +3,8 @@
 // Tensor cores, one warp at a time: D[16][8] += A[16][K] B[K][8], accumulated in float. With
 // g = lane / 4, t = lane % 4, in units of 4 bytes (2 or 4 neighbours along K), lane l holds
 // A[g + 8 (i % 2)][t + 4 (i / 2)] in a[i], B[t + 4 i][g] in b[i], D[g + 8 (i / 2)][2 t + i % 2] in
-// d[i]. PTX: #warp-level-matrix-instructions-mma
+// d[i].
+// PTX: #warp-level-matrix-instructions-mma
 
 #include <type_traits>
 

@@ -11,7 +11,7 @@
 
 namespace k2k::arch {
 
-// The block's dynamic shared memory, as the kernel's storage struct.
+// The CTA's dynamic shared memory, as the kernel's storage struct.
 // PTX: #state-spaces-shared
 template <class Storage>
 K2K_DEVICE Storage& shared_storage(K2K_WHERE_ONLY) {
@@ -24,7 +24,7 @@ K2K_DEVICE Storage& shared_storage(K2K_WHERE_ONLY) {
 #endif
 }
 
-// The 32-bit shared-space address of a pointer into this block's shared memory.
+// The 32-bit shared-space address of a pointer into this CTA's shared memory.
 // PTX: #data-movement-and-conversion-instructions-cvta
 K2K_DEVICE uint32_t smem_address(const void* pointer K2K_WHERE) {
     K2K_EMULATE(smem_address(pointer, where));

@@ -39,7 +39,7 @@ void check(Type type,
         require(size >= 1 && size <= uint64_t(1) << 32, "sizes of 1 to 2^32", size);
     }
     for (const uint64_t stride : stride_bytes) {
-        // The driver's rules; 0 is none of a tensor that is wholly in memory.
+        // The driver's rules; it refuses a stride of 0.
         require(stride % 16 == 0 && stride > 0 && stride < uint64_t(1) << 40,
                 "strides: multiples of 16 above 0", stride);
     }
@@ -52,8 +52,8 @@ void check(Type type,
             "an inner box no wider than the swizzle", inner);
 }
 
-// All that a map is made of, and nothing else, so that maps can be kept: whatever lies at the
-// address later, equal arguments make equal maps. Without padding: compared as bytes.
+// All arguments of a map, the key of the cache: equal arguments make equal maps, whatever is stored
+// at the address. Without padding, because it is compared as bytes.
 struct Arguments {
     uint64_t base = 0;
     uint64_t sizes[5] = {}, stride_bytes[4] = {};
@@ -64,7 +64,7 @@ struct Arguments {
     bool operator==(const Arguments& other) const {
         return std::memcmp(this, &other, sizeof *this) == 0;
     }
-    std::size_t hash() const {  // of what mostly differs
+    std::size_t hash() const {  // of the arguments that mostly differ
         const uint64_t mixed =
             (base + (sizes[1] << 44) + (uint64_t(box[1]) << 36)) * 0x9e3779b97f4a7c15;
         return static_cast<std::size_t>(mixed >> 40);
@@ -97,11 +97,10 @@ TensorMap make_tensor_map(Type type,
     arguments.swizzle = static_cast<uint16_t>(swizzle);
     arguments.type = static_cast<uint64_t>(type);
 
-    // The maps that this thread made last, each in the only place it may have: weights, and buffers
-    // that the caller's allocator hands out again, have the same addresses call after call. 1,024
-    // of them are 256 KB a thread.
+    // A direct-mapped cache of this thread's maps: weights, and buffers that the caller's allocator
+    // reuses, have the same addresses in call after call. 1,024 entries take 256 KB per thread.
     struct Kept {
-        Arguments arguments;  // rank 0: nothing is kept here
+        Arguments arguments;  // rank 0: an empty entry
         TensorMap map;
     };
     constexpr std::size_t kPlaces = 1024;

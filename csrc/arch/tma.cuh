@@ -1,9 +1,9 @@
 #pragma once
 
-// TMA and bulk copies: one thread starts a copy that the hardware carries out. Loads announce their
-// bytes to an mbarrier (which must expect them); stores are committed in groups and waited for.
-// Tiles lie at multiples of 128 bytes, with a swizzle of 32 / 64 / 128 at multiples of 256 / 512 /
-// 1024. Elements outside the tensor are read as zeros and not written. sm_90.
+// TMA and bulk copies: one thread starts an asynchronous copy. Loads complete on an mbarrier, to
+// which their bytes were announced; stores are committed in groups and waited for. Tiles are
+// aligned to 128 bytes, with a swizzle of 32 / 64 / 128 to 256 / 512 / 1024. Elements outside the
+// tensor are read as zeros and not written. sm_90.
 
 #include "arch/mbarrier.cuh"
 #include "arch/tensor_map.h"
@@ -17,13 +17,13 @@ K2K_DEVICE void tma_prefetch(const TensorMap& map K2K_WHERE) {
     K2K_PTX("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// What L2 should think of the data of a load: the last parameter of the loads below. The values are
-// what createpolicy.fractional makes of the whole of the data (CUTLASS's TMA::CacheHintSm90 has the
-// same). PTX: #data-movement-and-conversion-instructions-createpolicy
+// L2 eviction priority of a load, the last parameter of the loads below. The values are those of
+// createpolicy.fractional with fraction 1 (as in CUTLASS's TMA::CacheHintSm90).
+// PTX: #data-movement-and-conversion-instructions-createpolicy
 enum class CacheHint : uint64_t {
     kNone = 0,
-    kEvictFirst = 0x12f0000000000000,  // read once: give way to others
-    kEvictLast = 0x14f0000000000000,   // read by many blocks: stay
+    kEvictFirst = 0x12f0000000000000,  // read once
+    kEvictLast = 0x14f0000000000000,   // read by many CTAs
 };
 
 // ---- tensor tiles: the same five functions for 1, 2 and 3 dimensions
@@ -32,7 +32,7 @@ enum class CacheHint : uint64_t {
 //                             L2
 // tma_load_<rank>d            fills the tile at `target` with the box and completes its bytes at
 //                             `barrier`
-// tma_load_<rank>d_multicast  the same into the same place of every block whose bit is in cta_mask,
+// tma_load_<rank>d_multicast  the same into the same place of every CTA whose bit is in cta_mask,
 //                             and completes at each one's barrier
 // tma_store_<rank>d           writes the tile at `source` to the box
 // tma_reduce_add_<rank>d      adds it
@@ -181,7 +181,7 @@ K2K_DEVICE void bulk_load(void* target,
 #endif
 }
 
-// The same into every block of the cluster whose bit is in cta_mask.
+// The same into every CTA of the cluster whose bit is in cta_mask.
 // PTX: #data-movement-and-conversion-instructions-cp-async-bulk
 K2K_DEVICE void bulk_load_multicast(void* target,
                                     const void* source,
@@ -207,7 +207,7 @@ K2K_DEVICE void bulk_load_multicast(void* target,
 #endif
 }
 
-// Own shared memory to that of block `rank` of the cluster, where `target` and `barrier` name the
+// Own shared memory to that of CTA `rank` of the cluster, where `target` and `barrier` name the
 // same places as here; completes at the barrier there.
 // PTX: #data-movement-and-conversion-instructions-cp-async-bulk
 K2K_DEVICE void bulk_copy_to_cluster(

@@ -1,6 +1,6 @@
 #pragma once
 
-// Warps and named barriers: who am I, votes, shuffles, reductions, rendezvous.
+// Warps and CTA barriers: indices, votes, shuffles, reductions, synchronisation.
 
 #include "arch/body.h"
 
@@ -8,20 +8,20 @@ namespace k2k::arch {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
-// The thread's place in its warp, 0 to 31 (blocks are one-dimensional).
+// The lane, 0 to 31 (CTAs are one-dimensional).
 K2K_DEVICE uint32_t lane_id() { return threadIdx.x % 32; }
 
-// The warp's place in its block.
+// The warp's index in its CTA.
 K2K_DEVICE uint32_t warp_id() { return threadIdx.x / 32; }
 
-// Waits for the lanes of `mask` and makes their writes to memory visible to one another.
+// Waits for the lanes of `mask` and makes their writes visible to each other.
 // PTX: #parallel-synchronization-and-communication-instructions-bar-warp-sync
 K2K_DEVICE void sync_warp(uint32_t mask = kFullWarp K2K_WHERE) {
     K2K_EMULATE(sync_warp(mask, where));
     K2K_PTX("bar.warp.sync %0;" ::"r"(mask) : "memory");
 }
 
-// Waits for all threads of the block, which must call it from one place in the source.
+// Waits for all threads of the CTA, which must all call it from the same source line.
 // PTX: #parallel-synchronization-and-communication-instructions-bar
 K2K_DEVICE void sync_block(K2K_WHERE_ONLY) {
     K2K_EMULATE(sync_block(where));
@@ -70,8 +70,9 @@ K2K_DEVICE uint32_t match_any(uint32_t value K2K_WHERE) {
 #endif
 }
 
-// True in one lane of a converged warp: the one that starts TMA copies and arrives for all.
-// sm_90. PTX: #parallel-synchronization-and-communication-instructions-elect-sync
+// True in one lane of a converged warp, for instructions that one thread issues, such as TMA
+// copies. sm_90.
+// PTX: #parallel-synchronization-and-communication-instructions-elect-sync
 K2K_DEVICE bool elect_one(K2K_WHERE_ONLY) {
     K2K_EMULATE(elect_one(where));
     uint32_t elected = 0;
@@ -116,7 +117,7 @@ K2K_DEVICE T shuffle_xor(T value, uint32_t mask K2K_WHERE) {
 #endif
 }
 
-// The value of lane (own lane - delta); own value where there is none.
+// The value of lane (own lane - delta); own value if there is none.
 // PTX: #data-movement-and-conversion-instructions-shfl-sync
 template <class T>
 K2K_DEVICE T shuffle_up(T value, uint32_t delta K2K_WHERE) {
@@ -127,7 +128,7 @@ K2K_DEVICE T shuffle_up(T value, uint32_t delta K2K_WHERE) {
 #endif
 }
 
-// The value of lane (own lane + delta); own value where there is none.
+// The value of lane (own lane + delta); own value if there is none.
 // PTX: #data-movement-and-conversion-instructions-shfl-sync
 template <class T>
 K2K_DEVICE T shuffle_down(T value, uint32_t delta K2K_WHERE) {

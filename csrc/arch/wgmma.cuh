@@ -8,8 +8,8 @@
 //
 //     wgmma_fence();                         registers and shared memory are ready
 //     wgmma_ss<bf16, N>(d, a, b, false);     any number of these
-//     wgmma_commit();                        they make a group
-//     wgmma_wait<0>(d);                      now d may be read
+//     wgmma_commit();                        commits them as a group
+//     wgmma_wait<0>(d);                      d may be read
 //
 // PTX: #asynchronous-warpgroup-level-matrix-instructions
 
@@ -45,8 +45,8 @@ K2K_DEVICE uint64_t matrix_descriptor(const void* tile,
 // What to add to a descriptor to start `bytes` further on.
 K2K_HOST_DEVICE constexpr uint64_t descriptor_step(uint32_t bytes) { return bytes >> 4; }
 
-// Orders register and shared-memory accesses before the wgmma that follow. Before the first one and
-// whenever registers of d or a were touched.
+// Orders register and shared-memory accesses before the wgmma that follow. Needed before the first
+// one and after any access to registers of d or a.
 // PTX: #asynchronous-warpgroup-level-matrix-instructions-wgmma-fence
 K2K_DEVICE void wgmma_fence(K2K_WHERE_ONLY) {
     K2K_EMULATE(wgmma_fence(where));
@@ -60,16 +60,17 @@ K2K_DEVICE void wgmma_commit(K2K_WHERE_ONLY) {
     K2K_PTX("wgmma.commit_group.sync.aligned;" :: : "memory");
 }
 
-// Waits until at most kPending groups are in flight. Then their d may be used, their tiles
-// overwritten. PTX: #asynchronous-warpgroup-level-matrix-instructions-wgmma-wait-group
+// Waits until at most kPending groups are in flight. The d of completed groups may be used, their
+// tiles overwritten.
+// PTX: #asynchronous-warpgroup-level-matrix-instructions-wgmma-wait-group
 template <int kPending>
 K2K_DEVICE void wgmma_wait(K2K_WHERE_ONLY) {
     K2K_EMULATE(wgmma_wait(kPending, where));
     K2K_PTX("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The same, after which `d` is read: for the compiler d is written here, so that no read of it can
-// come before. (The volatile asm statements keep their order; the second one is no instruction.)
+// The same, for a `d` that is read next: the empty asm statement marks d as written, so that the
+// compiler moves no read of it before the wait.
 template <int kPending, int kValues>
 K2K_DEVICE void wgmma_wait(float (&d)[kValues] K2K_WHERE) {
     wgmma_wait<kPending>(K2K_PASS_WHERE_ONLY);
@@ -81,8 +82,8 @@ K2K_DEVICE void wgmma_wait(float (&d)[kValues] K2K_WHERE) {
 
 #ifndef K2K_EMULATED
 
-// The operand lists of the PTX. K2K_NAMES_<r> are the names of r accumulators, K2K_OUT_<r> the
-// accumulators; K2K_FOR_EACH_N(f) is f(N, r, the numbers of the next seven operands) for all N.
+// Operand lists of the PTX. K2K_NAMES_<r>: names of r accumulators; K2K_OUT_<r>: the accumulators;
+// K2K_FOR_EACH_N(f): f(N, r, the indices of the next seven operands) for all N.
 #define K2K_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define K2K_D16(i) K2K_D4(i), K2K_D4(i + 4), K2K_D4(i + 8), K2K_D4(i + 12)
 #define K2K_NAMES_4 "%0, %1, %2, %3"

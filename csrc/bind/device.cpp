@@ -1,6 +1,9 @@
-// What only the module for GPUs has: questions to the driver.
-#include "bind/bind.h"
-#include "common/launch.h"
+// What only the module for GPUs has: launches on PyTorch's current stream, questions to the driver.
+#include "common/device.h"
+
+#include <stdexcept>
+
+#include "bind/run.h"
 
 namespace k2k::bind {
 
@@ -33,6 +36,19 @@ int cudart_version() {
 }
 
 }  // namespace
+
+long run_on(DLDevice device, void (*launch)(void*, void*), void* context) {
+    if (device.device_type != kDLCUDA) throw std::invalid_argument("kernels take CUDA tensors");
+    void* stream = nullptr;
+    if (exchange_api().current_work_stream(device.device_type, device.device_id, &stream) != 0) {
+        const py::gil_scoped_acquire gil;
+        throw py::error_already_set();
+    }
+    const DeviceGuard guard(device.device_id);
+    const long before = num_launches;
+    launch(context, stream);
+    return num_launches - before;
+}
 
 void bind_runtime(py::module_& m) {
     m.def("device_count", &device_count, "GPUs that the CUDA runtime sees; 0 without a driver.");

@@ -2,16 +2,21 @@
 #include "emulator/emulator.h"
 
 #include <memory>
+#include <stdexcept>
 
-#include "bind/bind.h"
+#include "bind/run.h"
+#include "common/launch.h"
 
 namespace k2k::bind {
 
 namespace {
 
-void configure(int arch, std::uint64_t seed) {
+thread_local std::uintptr_t current_stream = 0;
+
+void configure(int arch, std::uint64_t seed, std::uintptr_t stream) {
     emulator::options().arch = arch;
     emulator::set_seed(emulator::options(), seed);
+    current_stream = stream;
 }
 
 // Launches made after begin() and before run() run at once, those of a stream in their order.
@@ -41,10 +46,18 @@ py::dict counters() {
 
 }  // namespace
 
+long run_on(DLDevice device, void (*launch)(void*, void*), void* context) {
+    if (device.device_type != kDLCPU) throw std::invalid_argument("the emulator takes CPU tensors");
+    const long before = num_launches;
+    launch(context, pointer<void>(current_stream));
+    return num_launches - before;
+}
+
 void bind_runtime(py::module_& m) {
     py::register_local_exception<emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
-    m.def("configure", &configure, py::arg("arch"), py::arg("seed"),
-          "Chip (compute capability x 10) and schedule of this thread's launches from now on.");
+    m.def("configure", &configure, py::arg("arch"), py::arg("seed"), py::arg("stream") = 0,
+          "Chip (compute capability x 10), schedule and stream of this thread's launches from now "
+          "on.");
     py::class_<Together>(
         m, "Together",
         "Launches made after begin() and before run(), run at once by run(); those "

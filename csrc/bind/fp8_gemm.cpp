@@ -128,10 +128,12 @@ std::vector<std::pair<PlanNumbers, double>> costs(const SizeNumbers& sizes,
     return all;
 }
 
-std::vector<std::string> kernels() {
-    std::vector<std::string> names;
-    for (const GemmKernelFacts& facts : kGemmKernels) names.push_back(facts.name);
-    return names;
+std::vector<std::pair<std::string, std::string>> kernels() {
+    std::vector<std::pair<std::string, std::string>> rows;
+    for (const GemmKernelFacts& facts : kGemmKernels) {
+        rows.emplace_back(facts.name, kGemmFamilies[static_cast<int>(facts.family)]);
+    }
+    return rows;
 }
 
 }  // namespace
@@ -150,7 +152,8 @@ void bind_fp8_gemm(py::module_& m) {
           "Kernel, k2k::Share and split for k2k::GemmSizes on a chip.");
     m.def("fp8_gemm_costs", &costs, py::arg("sizes"), py::arg("chip"),
           "Every plan that may serve the sizes on a chip, and the clocks it is guessed to take.");
-    m.def("fp8_gemm_kernels", &kernels, "The names of all; their numbers are their places here.");
+    m.def("fp8_gemm_kernels", &kernels,
+          "(name, family) of each; a kernel's number is its place here.");
 }
 
 }  // namespace k2k::bind

@@ -1,5 +1,3 @@
-#include <pybind11/stl.h>
-
 #include "bind/run.h"
 #include "mla_decode/config.h"
 #include "mla_decode/launch.h"
@@ -8,159 +6,164 @@ namespace k2k::bind {
 
 namespace {
 
-// (tile_rows, stages, teams, team_size, split_blocks, partials, hopper)
-using PlanTuple = std::tuple<int, int, int, int, int, int64_t, bool>;
+int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }
 
-PlanTuple plan(std::tuple<int, int, int> chip,
-               std::tuple<int64_t, int64_t, int64_t> sizes,
-               int64_t queries_per_sequence,
-               int64_t capacity,
-               int64_t page_size,
-               int64_t split_keys,
-               bool quantized,
-               bool whole_rows) {
-    const auto [capability, multiprocessors, shared_memory] = chip;
-    const auto [batch, tokens, heads] = sizes;
-    const MlaDecodePlan p =
-        make_plan(Chip{capability, multiprocessors, shared_memory},
-                  MlaDecodeShape{batch, tokens, heads, queries_per_sequence, capacity, page_size,
-                                 split_keys, quantized, whole_rows});
-    return {p.tile_rows, p.stages, p.teams, p.team_size, p.split_blocks, p.partials, p.hopper};
+// Keys that a row of the block table can name.
+int64_t capacity_of(const Tensor& kv_cache, const Tensor& block_table) {
+    return std::min<int64_t>(block_table.size(1) * kv_cache.size(1), INT32_MAX);
 }
 
-void set_sizes(MlaDecodeParams& p,
-               const std::tuple<int64_t, int64_t, int64_t>& sizes,
-               int64_t queries_per_sequence,
-               int64_t capacity,
-               const PlanTuple& plan) {
-    const auto [batch, tokens, heads] = sizes;
-    p.batch = static_cast<int32_t>(batch);
-    p.tokens = tokens;
-    p.heads = static_cast<int32_t>(heads);
-    p.queries_per_sequence = static_cast<int32_t>(queries_per_sequence);
-    p.capacity = static_cast<int32_t>(capacity);
-    std::tie(p.plan.tile_rows, p.plan.stages, p.plan.teams, p.plan.team_size, p.plan.split_blocks,
-             p.plan.partials, p.plan.hopper) = plan;
+int64_t tokens_of(const Tensor& q) { return q.size(0) * (q.dims() == 4 ? q.size(1) : 1); }
+
+// Queries of each sequence; 0 where they differ.
+int64_t queries_of(const Tensor& q, int64_t batch, const Tensor& cu_seqlens_q) {
+    return cu_seqlens_q || batch == 0 ? 0 : tokens_of(q) / batch;
 }
 
-long decode(Address q,
-            int type,
-            std::tuple<int64_t, int64_t> q_strides,
-            Address cache,
-            int cache_type,
-            std::tuple<int64_t, int64_t> cache_sizes,
-            std::tuple<int64_t, int64_t> cache_strides,
-            Address block_table,
-            int64_t table_stride,
-            Address seq_lens,
-            Address cu_seqlens_q,
-            std::tuple<int64_t, int64_t, int64_t> sizes,
-            int64_t queries_per_sequence,
-            int64_t capacity,
-            float scale,
+// Strides of tokens and heads of [B, s_q, H, D], contiguous, or of [T, H, D].
+std::pair<int64_t, int64_t> row_strides(const Tensor& x) {
+    if (x.is_contiguous()) return {x.size(-2) * x.size(-1), x.size(-1)};
+    return {x.stride(0), x.stride(1)};
+}
+
+MlaDecodePlan plan(const Chip& chip,
+                   const Tensor& q,
+                   const Tensor& kv_cache,
+                   const Tensor& block_table,
+                   const Tensor& cu_seqlens_q,
+                   int64_t split_keys) {
+    const bool quantized = kv_cache.type() == Type::kU8;
+    // What TMA can copy: strides of less than 2**40 bytes, multiples of 16 (which Python checks).
+    const auto copied = [](int64_t stride) { return stride > 0 && stride < int64_t(1) << 39; };
+    const bool whole_rows = !quantized && kv_cache.size(0) > 0 && copied(kv_cache.stride(0)) &&
+                            copied(kv_cache.stride(1));
+    return make_plan(
+        chip, {block_table.size(0), tokens_of(q), q.size(-2),
+               queries_of(q, block_table.size(0), cu_seqlens_q), capacity_of(kv_cache, block_table),
+               kv_cache.size(1), split_keys, quantized, whole_rows});
+}
+
+int64_t workspace_floats(const MlaDecodePlan& plan, const Tensor& q) {
+    const int64_t parts = plan.partials * plan.tile_rows;
+    return parts * (kLatent + 2) + 2 * tokens_of(q) * q.size(-2);
+}
+
+long decode(const Tensor& q,
+            const Tensor& kv_cache,
+            const Tensor& block_table,
+            const Tensor& seq_lens,
+            const Tensor& cu_seqlens_q,
+            float softmax_scale,
             bool causal,
-            std::tuple<Address, Address, Address> results,
-            std::tuple<int64_t, int64_t> out_strides,
-            std::tuple<Address, Address, Address> workspace,
-            PlanTuple plan,
-            int device,
-            Address stream) {
+            const Tensor& out,
+            const Tensor& lse,
+            const Tensor& max_logits,
+            const Tensor& workspace,
+            const MlaDecodePlan& plan) {
     MlaDecodeParams p;
-    p.q = pointer<const void>(q);
-    p.type = static_cast<Type>(type);
-    std::tie(p.q_token_stride, p.q_head_stride) = q_strides;
-    p.cache = pointer<const void>(cache);
-    p.cache_type = static_cast<Type>(cache_type);
-    const auto [pages, page_size] = cache_sizes;
-    p.pages = pages;
-    p.page_size = static_cast<int32_t>(page_size);
-    std::tie(p.page_stride, p.slot_stride) = cache_strides;
-    p.block_table = pointer<const int32_t>(block_table);
-    p.table_stride = table_stride;
-    p.seq_lens = pointer<const int32_t>(seq_lens);
-    p.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
-    set_sizes(p, sizes, queries_per_sequence, capacity, plan);
-    p.scale = scale;
+    p.q = q.data<const void>();
+    p.type = q.type();
+    std::tie(p.q_token_stride, p.q_head_stride) = row_strides(q);
+    p.tokens = tokens_of(q);
+    p.heads = narrow(q.size(-2));
+    p.queries_per_sequence = narrow(queries_of(q, seq_lens.size(0), cu_seqlens_q));
+    p.cache = kv_cache.data<const void>();
+    p.cache_type = kv_cache.type();
+    p.pages = kv_cache.size(0);
+    p.page_size = narrow(kv_cache.size(1));
+    p.page_stride = kv_cache.stride(0);
+    p.slot_stride = kv_cache.stride(1);
+    p.block_table = block_table.data<const int32_t>();
+    p.table_stride = block_table.stride(0);
+    p.capacity = narrow(capacity_of(kv_cache, block_table));
+    p.seq_lens = seq_lens.data<const int32_t>();
+    p.batch = narrow(seq_lens.size(0));
+    p.cu_seqlens_q = cu_seqlens_q.data<const int32_t>();
+    p.scale = softmax_scale;
     p.causal = causal;
-    const auto [out, lse, max_logits] = results;
-    p.out = pointer<void>(out);
-    p.lse = pointer<float>(lse);
-    p.max_logits = pointer<float>(max_logits);
-    std::tie(p.out_token_stride, p.out_head_stride) = out_strides;
-    const auto [partial_out, partial_stats, split_rows] = workspace;
-    p.partial_out = pointer<float>(partial_out);
-    p.partial_stats = pointer<float2>(partial_stats);
-    p.split_rows = pointer<SplitRow>(split_rows);
-    return run(device, [&] { launch_mla_decode(p, pointer<void>(stream)); });
+    p.out = out.data<void>();
+    std::tie(p.out_token_stride, p.out_head_stride) = row_strides(out);
+    p.lse = lse.data<float>();
+    p.max_logits = max_logits.numel() > 0 ? max_logits.data<float>() : nullptr;
+    const int64_t parts = plan.partials * plan.tile_rows;
+    p.partial_out = workspace.data<float>();
+    p.partial_stats = reinterpret_cast<float2*>(p.partial_out + parts * kLatent);
+    p.split_rows = reinterpret_cast<SplitRow*>(p.partial_stats + parts);
+    p.plan = plan;
+    return run(q, launch_mla_decode, p);
 }
 
-long schedule(Address seq_lens,
-              Address cu_seqlens_q,
-              std::tuple<int64_t, int64_t, int64_t> sizes,
+// What each CTA would do, for tests: the schedule depends on nothing else.
+long schedule(const Tensor& seq_lens,
+              const Tensor& cu_seqlens_q,
+              int64_t tokens,
+              int64_t heads,
               int64_t queries_per_sequence,
               int64_t capacity,
-              PlanTuple plan,
-              Address tasks,
-              int tasks_of_a_block,
-              int device,
-              Address stream) {
+              const MlaDecodePlan& plan,
+              const Tensor& tasks) {
     MlaDecodeParams p = {};
-    p.seq_lens = pointer<const int32_t>(seq_lens);
-    p.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
-    set_sizes(p, sizes, queries_per_sequence, capacity, plan);
-    return run(device, [&] {
-        launch_mla_schedule(p, pointer<MlaTask>(tasks), tasks_of_a_block, pointer<void>(stream));
+    p.seq_lens = seq_lens.data<const int32_t>();
+    p.batch = narrow(seq_lens.size(0));
+    p.cu_seqlens_q = cu_seqlens_q.data<const int32_t>();
+    p.tokens = tokens;
+    p.heads = narrow(heads);
+    p.queries_per_sequence = narrow(queries_per_sequence);
+    p.capacity = narrow(capacity);
+    p.plan = plan;
+    return run(seq_lens, [&](void* stream) {
+        launch_mla_schedule(p, tasks.data<MlaTask>(), narrow(tasks.size(1)), stream);
     });
 }
 
-long merge(Address out_a,
-           Address lse_a,
-           Address out_b,
-           Address lse_b,
-           Address out,
-           Address lse,
-           int type,
-           int64_t rows,
-           int64_t columns,
-           int device,
-           Address stream) {
-    const MergeParams p{pointer<const void>(out_a),
-                        pointer<const void>(out_b),
-                        pointer<const float>(lse_a),
-                        pointer<const float>(lse_b),
-                        pointer<void>(out),
-                        pointer<float>(lse),
-                        static_cast<Type>(type),
-                        rows,
-                        columns};
-    return run(device, [&] { launch_merge_attention_states(p, pointer<void>(stream)); });
+long merge(const Tensor& out_a,
+           const Tensor& lse_a,
+           const Tensor& out_b,
+           const Tensor& lse_b,
+           const Tensor& out,
+           const Tensor& lse) {
+    const MergeParams p{out_a.data<const void>(),
+                        out_b.data<const void>(),
+                        lse_a.data<const float>(),
+                        lse_b.data<const float>(),
+                        out.data<void>(),
+                        lse.data<float>(),
+                        out.type(),
+                        lse.numel(),
+                        out.size(-1)};
+    return run(out, launch_merge_attention_states, p);
 }
 
 }  // namespace
 
 void bind_mla_decode(py::module_& m) {
-    m.def("mla_decode_plan", &plan, py::arg("chip"), py::arg("sizes"),
-          py::arg("queries_per_sequence"), py::arg("capacity"), py::arg("page_size"),
-          py::arg("split_keys"), py::arg("quantized"), py::arg("whole_rows"),
-          "make_plan of csrc/mla_decode/config.h: (tile_rows, stages, teams, team_size, "
-          "split_blocks, partials, hopper).");
-    m.def("mla_decode", &decode, py::arg("q"), py::arg("type"), py::arg("q_strides"),
-          py::arg("cache"), py::arg("cache_type"), py::arg("cache_sizes"), py::arg("cache_strides"),
-          py::arg("block_table"), py::arg("table_stride"), py::arg("seq_lens"),
-          py::arg("cu_seqlens_q"), py::arg("sizes"), py::arg("queries_per_sequence"),
-          py::arg("capacity"), py::arg("scale"), py::arg("causal"), py::arg("results"),
-          py::arg("out_strides"), py::arg("workspace"), py::arg("plan"), py::arg("device"),
-          py::arg("stream"),
-          "See csrc/mla_decode/params.h; returns the number of kernels started.");
-    m.def("mla_decode_schedule", &schedule, py::arg("seq_lens"), py::arg("cu_seqlens_q"),
-          py::arg("sizes"), py::arg("queries_per_sequence"), py::arg("capacity"), py::arg("plan"),
-          py::arg("tasks"), py::arg("tasks_of_a_block"), py::arg("device"), py::arg("stream"),
-          "Writes the MlaTasks of each block (csrc/mla_decode/params.h), to int32 "
-          "[blocks, tasks_of_a_block, 13]; returns the number of kernels started.");
-    m.def("merge_attention_states", &merge, py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
-          py::arg("lse_b"), py::arg("out"), py::arg("lse"), py::arg("type"), py::arg("rows"),
-          py::arg("columns"), py::arg("device"), py::arg("stream"),
-          "See csrc/mla_decode/params.h; returns the number of kernels started.");
+    py::class_<MlaDecodePlan>(m, "MlaDecodePlan", py::module_local(),
+                              "How a call is served: csrc/mla_decode/params.h")
+        .def_readonly("tile_rows", &MlaDecodePlan::tile_rows)
+        .def_readonly("stages", &MlaDecodePlan::stages)
+        .def_readonly("teams", &MlaDecodePlan::teams)
+        .def_readonly("team_size", &MlaDecodePlan::team_size)
+        .def_readonly("split_blocks", &MlaDecodePlan::split_blocks)
+        .def_readonly("partials", &MlaDecodePlan::partials)
+        .def_property_readonly("kernel",
+                               [](const MlaDecodePlan& p) {
+                                   return p.kernel == MlaDecodeKernel::kSm90 ? "sm90" : "sm80";
+                               })
+        .def("workspace_floats", &workspace_floats);
+    m.def("mla_decode_plan", &plan);
+    m.def(
+        "mla_decode_plan_of",
+        [](const Chip& chip, int64_t batch, int64_t tokens, int64_t heads,
+           int64_t queries_per_sequence, int64_t capacity, int64_t page_size, int64_t split_keys,
+           bool quantized, bool whole_rows) {
+            return make_plan(chip, {batch, tokens, heads, queries_per_sequence, capacity, page_size,
+                                    split_keys, quantized, whole_rows});
+        },
+        "The plan of an MlaDecodeShape, field by field.");
+    m.def("mla_decode", &decode);
+    m.def("mla_decode_schedule", &schedule,
+          "Writes the MlaTasks of each CTA to int32 [CTAs, tasks of a CTA, 13].");
+    m.def("merge_attention_states", &merge);
 }
 
 }  // namespace k2k::bind

@@ -1,4 +1,5 @@
 #include "bind/run.h"
+#include "grouped_gemm/launch.h"
 #include "moe/config.h"
 #include "moe/launch.h"
 
@@ -18,7 +19,7 @@ Half half_of(const HalfOf& half) {
     return {pointer<const int32_t>(std::get<0>(half)), std::get<1>(half)};
 }
 
-ToldRows told_rows(const Told& told, int64_t tokens) {
+ArrivedRows arrived_rows(const Told& told, int64_t tokens) {
     const auto [rows, sources] = told;
     if (rows == 0) return {nullptr, 1, tokens};
     return {pointer<const int32_t>(rows), sources, tokens / sources};
@@ -109,7 +110,7 @@ long moe_dispatch(Rows x,
     p.indices = pointer<const void>(indices);
     p.wide_indices = wide_indices;
     std::tie(p.tokens, p.top_k, p.hidden, p.experts) = sizes;
-    p.told = told_rows(told, p.tokens);
+    p.arrived = arrived_rows(told, p.tokens);
     p.alignment = alignment;
     p.capacity = capacity;
     p.data = pointer<void>(data);
@@ -179,7 +180,7 @@ long moe_combine_backward(Rows grad,
     p.d_y = pointer<void>(d_y);
     p.d_weights = pointer<float>(d_weights);
     std::tie(p.tokens, p.top_k, p.hidden, p.slots) = sizes;
-    p.told = told_rows(told, p.tokens);
+    p.arrived = arrived_rows(told, p.tokens);
     return run(device, [&] { launch_moe_combine_backward(p, pointer<void>(stream)); });
 }
 
@@ -241,8 +242,8 @@ long moe_gemm(int kind,
               int multiprocessors,
               int device,
               Address stream) {
-    MoeGemmParams p;
-    p.kind = static_cast<MoeGemm>(kind);
+    GroupedGemmParams p;
+    p.kind = static_cast<GroupedGemm>(kind);
     p.type = static_cast<Type>(type);
     p.a = pointer<const void>(std::get<0>(matrices));
     p.b = pointer<const void>(std::get<1>(matrices));
@@ -251,8 +252,8 @@ long moe_gemm(int kind,
     std::tie(p.a_row_stride, p.b_row_stride, p.b_matrix_stride, p.d_matrix_stride) = strides;
     const auto [offsets, counts, number] = groups;
     p.groups = {pointer<const int32_t>(offsets), pointer<const int32_t>(counts), number,
-                p.kind == MoeGemm::kWgrad ? tile::Groups::Axis::kK : tile::Groups::Axis::kRows};
-    return run(device, [&] { launch_moe_gemm(p, multiprocessors, pointer<void>(stream)); });
+                p.kind == GroupedGemm::kWgrad ? tile::Groups::Axis::kK : tile::Groups::Axis::kRows};
+    return run(device, [&] { launch_grouped_gemm(p, multiprocessors, pointer<void>(stream)); });
 }
 
 const char* const kSeeParams = "See csrc/moe/params.h; returns the number of kernels started.";
@@ -266,9 +267,9 @@ void bind_moe(py::module_& m) {
     constant(m, "MOE_PLAN_TILE", kPlanTile);
     constant(m, "MOE_ROUTE_WARPS", kRouteWarps);
     constant(m, "MOE_LOSS_BLOCKS", kMostRouteBlocks);
-    constant(m, "MOE_GEMM_FORWARD", MoeGemm::kForward);
-    constant(m, "MOE_GEMM_DGRAD", MoeGemm::kDgrad);
-    constant(m, "MOE_GEMM_WGRAD", MoeGemm::kWgrad);
+    constant(m, "MOE_GEMM_FORWARD", GroupedGemm::kForward);
+    constant(m, "MOE_GEMM_DGRAD", GroupedGemm::kDgrad);
+    constant(m, "MOE_GEMM_WGRAD", GroupedGemm::kWgrad);
     m.def("moe_route", &moe_route, py::arg("logits"), py::arg("bias"), py::arg("sizes"),
           py::arg("groups"), py::arg("softmax"), py::arg("normalize"), py::arg("scale"),
           py::arg("indices"), py::arg("weights"), py::arg("counts"), py::arg("device"),

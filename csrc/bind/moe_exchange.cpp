@@ -1,7 +1,8 @@
 #include <cstddef>
 
 #include "bind/run.h"
-#include "moe/exchange.h"
+#include "exchange/config.h"
+#include "exchange/launch.h"
 
 namespace k2k::bind {
 
@@ -40,7 +41,7 @@ long moe_scatter(const Peers& peers,
                  unsigned blocks,
                  int device,
                  Address stream) {
-    MoeScatterParams p;
+    ScatterParams p;
     p.exchange = exchange(peers, place, ranks);
     p.parts[0] = byte_rows(first);
     p.parts[1] = byte_rows(second);
@@ -48,7 +49,7 @@ long moe_scatter(const Peers& peers,
     p.indices = pointer<const void>(std::get<0>(indices));
     p.wide_indices = std::get<1>(indices);
     p.tokens = std::get<2>(indices);
-    return run(device, [&] { launch_moe_scatter(p, blocks, pointer<void>(stream)); });
+    return run(device, [&] { launch_scatter(p, blocks, pointer<void>(stream)); });
 }
 
 long moe_scatter_wait(const Peers& peers,
@@ -58,11 +59,11 @@ long moe_scatter_wait(const Peers& peers,
                       Address told,
                       int device,
                       Address stream) {
-    MoeScatterWaitParams p;
+    ScatterWaitParams p;
     p.exchange = exchange(peers, place, ranks);
     p.experts = pointer<int32_t>(experts);
-    p.told = pointer<int32_t>(told);
-    return run(device, [&] { launch_moe_scatter_wait(p, pointer<void>(stream)); });
+    p.arrived = pointer<int32_t>(told);
+    return run(device, [&] { launch_scatter_wait(p, pointer<void>(stream)); });
 }
 
 long moe_gather(const Peers& peers,
@@ -75,13 +76,13 @@ long moe_gather(const Peers& peers,
                 unsigned blocks,
                 int device,
                 Address stream) {
-    MoeGatherParams p;
+    GatherParams p;
     p.exchange = exchange(peers, place, ranks);
     p.rows = byte_rows(rows);
     p.experts = pointer<const int32_t>(experts);
     p.slot_of = pointer<const int32_t>(slot_of);
-    p.told = pointer<const int32_t>(told);
-    return run(device, [&] { launch_moe_gather(p, blocks, pointer<void>(stream)); });
+    p.arrived = pointer<const int32_t>(told);
+    return run(device, [&] { launch_gather(p, blocks, pointer<void>(stream)); });
 }
 
 long moe_gather_wait(const Peers& peers,
@@ -94,7 +95,7 @@ long moe_gather_wait(const Peers& peers,
                      Address turn,
                      int device,
                      Address stream) {
-    MoeGatherWaitParams p;
+    GatherWaitParams p;
     p.exchange = exchange(peers, place, ranks);
     p.indices = pointer<const void>(std::get<0>(indices));
     p.wide_indices = std::get<1>(indices);
@@ -103,10 +104,11 @@ long moe_gather_wait(const Peers& peers,
     p.slot_of = pointer<int32_t>(slot_of);
     p.poison_weights = pointer<float>(poison_weights);
     p.turn = pointer<int32_t>(turn);
-    return run(device, [&] { launch_moe_gather_wait(p, pointer<void>(stream)); });
+    return run(device, [&] { launch_gather_wait(p, pointer<void>(stream)); });
 }
 
-const char* const kSeeExchange = "See csrc/moe/exchange.h; returns the number of kernels started.";
+const char* const kSeeExchange =
+    "See csrc/exchange/params.h; returns the number of kernels started.";
 
 }  // namespace
 

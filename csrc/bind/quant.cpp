@@ -6,147 +6,139 @@ namespace k2k::bind {
 
 namespace {
 
+// The parameters that all kernels of this folder share: of [..., rows, columns], leading axes as
+// one, and of the scales beside it. Strides of a single row or matrix are not used.
+template <class Params>
+void set_sizes(Params& p, const Tensor& x, const Tensor& scales) {
+    p.batches = x.size_or(-3, 1);
+    p.rows = x.size(-2);
+    p.columns = x.size(-1);
+    p.scale_batch_stride = scales.stride_or(-3, 0);
+    p.scale_row_stride = scales.stride(-2);
+    p.scale_column_stride = scales.stride(-1);
+}
+
 using LaunchQuantize = void (*)(const QuantizeParams&, void*);
 
-// The functions that quantise take the same arguments.
-void bind_quantizer(py::module_& m, const char* name, LaunchQuantize launch) {
-    m.def(
-        name,
-        [launch](Address x, int type, Address codes, Address scales, Address weights,
-                 std::tuple<int64_t, int64_t, int64_t> sizes,
-                 std::tuple<int64_t, int64_t> x_strides,
-                 std::tuple<int64_t, int64_t, int64_t> scale_strides, Address offsets,
-                 Address counts, int num_groups, bool power_of_two, int device, Address stream) {
-            QuantizeParams p;
-            p.x = pointer<const void>(x);
-            p.type = static_cast<Type>(type);
-            p.codes = pointer<uint8_t>(codes);
-            p.scales = pointer<float>(scales);
-            p.weights = pointer<const float>(weights);
-            std::tie(p.batches, p.rows, p.columns) = sizes;
-            std::tie(p.x_batch_stride, p.x_row_stride) = x_strides;
-            std::tie(p.scale_batch_stride, p.scale_row_stride, p.scale_column_stride) =
-                scale_strides;
-            p.groups = {pointer<const int32_t>(offsets), pointer<const int32_t>(counts),
-                        num_groups};
-            p.power_of_two = power_of_two;
-            return run(device, [&] { launch(p, pointer<void>(stream)); });
-        },
-        py::arg("x"), py::arg("type"), py::arg("codes"), py::arg("scales"), py::arg("weights"),
-        py::arg("sizes"), py::arg("x_strides"), py::arg("scale_strides"), py::arg("offsets"),
-        py::arg("counts"), py::arg("num_groups"), py::arg("power_of_two"), py::arg("device"),
-        py::arg("stream"), "See csrc/quant/params.h; returns the number of kernels started.");
+long quantize(LaunchQuantize launch,
+              const Tensor& x,
+              const Tensor& weights,
+              const Tensor& offsets,
+              const Tensor& counts,
+              bool power_of_two,
+              const Tensor& codes,
+              const Tensor& scales) {
+    QuantizeParams p;
+    set_sizes(p, x, scales);
+    p.x = x.data<const void>();
+    p.type = x.type();
+    p.x_batch_stride = x.stride_or(-3, 0);
+    p.x_row_stride = x.stride(-2);
+    p.codes = codes.data<uint8_t>();
+    p.scales = scales.data<float>();
+    p.weights = weights.data<const float>();
+    p.groups = {offsets.data<const int32_t>(), counts.data<const int32_t>(),
+                offsets ? static_cast<int32_t>(offsets.size(0) - 1) : 0};
+    p.power_of_two = power_of_two;
+    if (launch == launch_swiglu_quantize) p.columns /= 2;
+    return run(x, launch, p);
 }
 
-long rms_norm_quantize(Address x,
-                       Address weight,
-                       int type,
-                       Address codes,
-                       Address scales,
-                       std::tuple<int64_t, int64_t, int64_t> sizes,
-                       std::tuple<int64_t, int64_t> x_strides,
-                       std::tuple<int64_t, int64_t, int64_t> scale_strides,
+long quantize_1x128(const Tensor& x,
+                    const Tensor& offsets,
+                    const Tensor& counts,
+                    bool power_of_two,
+                    bool transpose,
+                    const Tensor& codes,
+                    const Tensor& scales) {
+    return quantize(transpose ? launch_quantize_1x128_transposed : launch_quantize_1x128, x, {},
+                    offsets, counts, power_of_two, codes, scales);
+}
+
+long quantize_128x128(const Tensor& w,
+                      bool power_of_two,
+                      const Tensor& codes,
+                      const Tensor& scales) {
+    return quantize(launch_quantize_128x128, w, {}, {}, {}, power_of_two, codes, scales);
+}
+
+long swiglu_quantize(const Tensor& gate_up,
+                     const Tensor& weights,
+                     const Tensor& offsets,
+                     const Tensor& counts,
+                     bool power_of_two,
+                     const Tensor& codes,
+                     const Tensor& scales) {
+    return quantize(launch_swiglu_quantize, gate_up, weights, offsets, counts, power_of_two, codes,
+                    scales);
+}
+
+long rms_norm_quantize(const Tensor& x,
+                       const Tensor& weight,
                        float eps,
                        bool power_of_two,
-                       int device,
-                       Address stream) {
+                       const Tensor& codes,
+                       const Tensor& scales) {
     RmsNormQuantizeParams p;
-    p.x = pointer<const void>(x);
-    p.weight = pointer<const void>(weight);
-    p.type = static_cast<Type>(type);
-    p.codes = pointer<uint8_t>(codes);
-    p.scales = pointer<float>(scales);
-    std::tie(p.batches, p.rows, p.columns) = sizes;
-    std::tie(p.x_batch_stride, p.x_row_stride) = x_strides;
-    std::tie(p.scale_batch_stride, p.scale_row_stride, p.scale_column_stride) = scale_strides;
+    set_sizes(p, x, scales);
+    p.x = x.data<const void>();
+    p.weight = weight.data<const void>();
+    p.type = x.type();
+    p.x_batch_stride = x.stride_or(-3, 0);
+    p.x_row_stride = x.stride(-2);
+    p.codes = codes.data<uint8_t>();
+    p.scales = scales.data<float>();
     p.eps = eps;
     p.power_of_two = power_of_two;
-    return run(device, [&] { launch_rms_norm_quantize(p, pointer<void>(stream)); });
+    return run(x, launch_rms_norm_quantize, p);
 }
 
-long dequantize(Address codes,
-                Address scales,
-                Address values,
-                int type,
-                std::tuple<int64_t, int64_t, int64_t> sizes,
-                std::tuple<int64_t, int64_t> codes_strides,
-                std::tuple<int64_t, int64_t, int64_t> scale_strides,
+long dequantize(const Tensor& codes,
+                const Tensor& scales,
                 int64_t block_rows,
-                int device,
-                Address stream) {
+                const Tensor& values) {
     DequantizeParams p;
-    p.codes = pointer<const uint8_t>(codes);
-    p.scales = pointer<const float>(scales);
-    p.values = pointer<void>(values);
-    p.type = static_cast<Type>(type);
-    std::tie(p.batches, p.rows, p.columns) = sizes;
-    std::tie(p.codes_batch_stride, p.codes_row_stride) = codes_strides;
-    std::tie(p.scale_batch_stride, p.scale_row_stride, p.scale_column_stride) = scale_strides;
+    set_sizes(p, codes, scales);
+    p.codes = codes.data<const uint8_t>();
+    p.codes_batch_stride = codes.stride_or(-3, 0);
+    p.codes_row_stride = codes.stride(-2);
+    p.scales = scales.data<const float>();
+    p.values = values.data<void>();
+    p.type = values.type();
     p.block_rows = block_rows;
-    return run(device, [&] { launch_dequantize(p, pointer<void>(stream)); });
+    return run(codes, launch_dequantize, p);
 }
 
-long swiglu(Address gate_up,
-            Address hidden,
-            int type,
-            int64_t rows,
-            int64_t columns,
-            int64_t row_stride,
-            int device,
-            Address stream) {
-    const SwigluParams p{pointer<const void>(gate_up),
-                         pointer<void>(hidden),
-                         static_cast<Type>(type),
-                         rows,
-                         columns,
-                         row_stride};
-    return run(device, [&] { launch_swiglu(p, pointer<void>(stream)); });
+long swiglu(const Tensor& gate_up, const Tensor& hidden) {
+    const SwigluParams p{
+        gate_up.data<const void>(), hidden.data<void>(), gate_up.type(), gate_up.size(0),
+        gate_up.size(1) / 2,        gate_up.stride(0)};
+    return run(gate_up, launch_swiglu, p);
 }
 
-long swiglu_backward(Address grad,
-                     Address gate_up,
-                     Address d_gate_up,
-                     int type,
-                     int64_t rows,
-                     int64_t columns,
-                     int64_t grad_row_stride,
-                     int64_t gate_up_row_stride,
-                     int device,
-                     Address stream) {
-    const SwigluBackwardParams p{pointer<const void>(grad),
-                                 pointer<const void>(gate_up),
-                                 pointer<void>(d_gate_up),
-                                 static_cast<Type>(type),
-                                 rows,
-                                 columns,
-                                 grad_row_stride,
-                                 gate_up_row_stride};
-    return run(device, [&] { launch_swiglu_backward(p, pointer<void>(stream)); });
+long swiglu_backward(const Tensor& grad, const Tensor& gate_up, const Tensor& d_gate_up) {
+    const SwigluBackwardParams p{grad.data<const void>(),
+                                 gate_up.data<const void>(),
+                                 d_gate_up.data<void>(),
+                                 gate_up.type(),
+                                 grad.size(0),
+                                 grad.size(1),
+                                 grad.stride(0),
+                                 gate_up.stride(0)};
+    return run(gate_up, launch_swiglu_backward, p);
 }
 
 }  // namespace
 
 void bind_quant(py::module_& m) {
     constant(m, "QUANT_NORM_MOST_COLUMNS", kNormMostColumns);
-    bind_quantizer(m, "quantize_1x128", launch_quantize_1x128);
-    bind_quantizer(m, "quantize_1x128_transposed", launch_quantize_1x128_transposed);
-    bind_quantizer(m, "quantize_128x128", launch_quantize_128x128);
-    bind_quantizer(m, "swiglu_quantize", launch_swiglu_quantize);
-    m.def("rms_norm_quantize", &rms_norm_quantize, py::arg("x"), py::arg("weight"), py::arg("type"),
-          py::arg("codes"), py::arg("scales"), py::arg("sizes"), py::arg("x_strides"),
-          py::arg("scale_strides"), py::arg("eps"), py::arg("power_of_two"), py::arg("device"),
-          py::arg("stream"), "See csrc/quant/params.h; returns the number of kernels started.");
-    m.def("dequantize", &dequantize, py::arg("codes"), py::arg("scales"), py::arg("values"),
-          py::arg("type"), py::arg("sizes"), py::arg("codes_strides"), py::arg("scale_strides"),
-          py::arg("block_rows"), py::arg("device"), py::arg("stream"),
-          "See csrc/quant/params.h; returns the number of kernels started.");
-    m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("hidden"), py::arg("type"),
-          py::arg("rows"), py::arg("columns"), py::arg("row_stride"), py::arg("device"),
-          py::arg("stream"), "See csrc/quant/params.h; returns the number of kernels started.");
-    m.def("swiglu_backward", &swiglu_backward, py::arg("grad"), py::arg("gate_up"),
-          py::arg("d_gate_up"), py::arg("type"), py::arg("rows"), py::arg("columns"),
-          py::arg("grad_row_stride"), py::arg("gate_up_row_stride"), py::arg("device"),
-          py::arg("stream"), "See csrc/quant/params.h; returns the number of kernels started.");
+    m.def("quantize_1x128", &quantize_1x128);
+    m.def("quantize_128x128", &quantize_128x128);
+    m.def("swiglu_quantize", &swiglu_quantize);
+    m.def("rms_norm_quantize", &rms_norm_quantize);
+    m.def("dequantize", &dequantize);
+    m.def("swiglu", &swiglu);
+    m.def("swiglu_backward", &swiglu_backward);
 }
 
 }  // namespace k2k::bind

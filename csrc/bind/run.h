@@ -6,14 +6,35 @@
 #include <memory>
 #include <type_traits>
 
-#include "bind/bind.h"
+#include "bind/tensor.h"
+#include "common/chip.h"
 
 namespace k2k::bind {
 
-// Calls `launch(context)` with `device` current; returns how many kernels it started. kernels.cpp.
-long run_on(int device, void (*launch)(void*), void* context);
+// Calls launch(context, stream) with `device` current and with the stream that is current there in
+// PyTorch (_C), or in this thread's configuration (_emu); returns how many kernels it started.
+// device.cpp and emulator.cpp.
+long run_on(DLDevice device, void (*launch)(void* context, void* stream), void* context);
 
-// Calls launch() with `device` current and without the GIL; returns how many kernels it started.
+// Calls launch(stream) where `tensor` lives, without the GIL; returns how many kernels it started.
+template <class Launch>
+long run(const Tensor& tensor, Launch&& launch) {
+    using Call = std::remove_reference_t<Launch>;
+    const DLDevice device = tensor.device();
+    const py::gil_scoped_release release;
+    return run_on(
+        device, [](void* context, void* stream) { (*static_cast<Call*>(context))(stream); },
+        std::addressof(launch));
+}
+
+// The same for a launcher of csrc/<op>/launch.h.
+template <class Params>
+long run(const Tensor& tensor, void (*launch)(const Params&, void*), const Params& params) {
+    return run(tensor, [&](void* stream) { launch(params, stream); });
+}
+
+// Of functions that still take numbers.
+long run_on(int device, void (*launch)(void*), void* context);
 template <class Launch>
 long run(int device, Launch&& launch) {
     using Call = std::remove_reference_t<Launch>;
@@ -23,3 +44,21 @@ long run(int device, Launch&& launch) {
 }
 
 }  // namespace k2k::bind
+
+namespace pybind11::detail {
+
+// k2kernels.ops._launch.Chip, a tuple.
+template <>
+struct type_caster<k2k::Chip> {
+    PYBIND11_TYPE_CASTER(k2k::Chip, const_name("Chip"));
+    bool load(handle object, bool) {
+        int* const fields[] = {&value.capability, &value.multiprocessors, &value.shared_memory};
+        if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != 3) return false;
+        for (int i = 0; i < 3; ++i) {
+            *fields[i] = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(object.ptr(), i)));
+        }
+        return PyErr_Occurred() == nullptr;
+    }
+};
+
+}  // namespace pybind11::detail

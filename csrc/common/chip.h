@@ -2,11 +2,12 @@
 
 namespace k2k {
 
-// What the choice of a kernel and of its grid depends on; `_launch.chip` in Python asks for it.
+// The properties of a GPU on which the choice of a kernel and of its grid depends; filled by
+// `_launch.chip` in Python.
 struct Chip {
     int capability;       // compute capability x 10
-    int multiprocessors;  // that a grid should fill
-    int shared_memory;    // bytes that one block may ask for
+    int multiprocessors;  // SMs
+    int shared_memory;    // bytes, at most, of one CTA
 };
 
 }  // namespace k2k

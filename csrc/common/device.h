@@ -1,6 +1,6 @@
 #pragma once
 
-// Which GPU is current. PyTorch does not switch devices for ops written in Python.
+// Selects the current GPU: PyTorch does not do so for ops written in Python.
 
 #include "common/launch.h"
 

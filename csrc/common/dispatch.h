@@ -1,6 +1,6 @@
 #pragma once
 
-// From a type known at run time to one known to the compiler.
+// From a type chosen at run time to a template argument.
 
 #include <string>
 #include <type_traits>
@@ -10,8 +10,10 @@
 
 namespace k2k {
 
-// Calls f with a null pointer of the float type that `type` names:
-//     by_float_type(p.type, [&](auto* type) { launch<kernel<Element<decltype(type)>>>(shape, p);
+// Calls f with a null pointer to the float type that `type` names:
+//
+//     by_float_type(p.type, [&](auto* type) {
+//         launch<kernel<Element<decltype(type)>>>(shape, p);
 //     });
 template <class F>
 void by_float_type(Type type, F&& f) {

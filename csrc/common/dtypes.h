@@ -1,7 +1,8 @@
 #pragma once
 
-// The 16- and 8-bit floats, as storage, and their conversions in integer arithmetic: the same bits
-// on every machine. On a GPU kernels use arch/convert.cuh, which has instructions for most of it.
+// Storage types of the 16- and 8-bit floats, and their conversions in integer arithmetic, which
+// give the same bits on every machine. Device code uses arch/convert.cuh, by instructions where
+// they exist.
 
 #include <cstring>
 
@@ -19,7 +20,7 @@ struct e4m3 {  // 1, 4, 3; no infinity; NaN is 0x7f and 0xff; the largest is 448
     uint8_t bits;
 };
 
-// The element types that arch/ wrappers speak of.
+// The element types that the wrappers of arch/ take.
 enum class Type { kF32, kBf16, kFp16, kE4m3, kU8, kS32, kU32 };
 
 template <class T>
@@ -126,7 +127,7 @@ K2K_HOST_DEVICE float e4m3_to_float(e4m3 value) {
 }
 
 // Rounds to nearest, ties to even; beyond 448 saturates, as `cvt.rn.satfinite.e4m3x2.f32` does.
-// Without branches, for GPUs that lack the instruction: about 15 others.
+// Branch-free, about 15 instructions, for GPUs without the e4m3 conversion.
 K2K_HOST_DEVICE e4m3 float_to_e4m3(float value) {
     const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffff;
     const uint32_t odd = magnitude >> 20 & 1;

@@ -4,13 +4,13 @@
 
 namespace k2k {
 
-// What goes wrong on the host side of a launch. Python sees k2kernels._C.Error, a RuntimeError.
+// An error on the host side of a launch; in Python k2kernels._C.Error, a RuntimeError.
 class Error : public std::runtime_error {
   public:
     using std::runtime_error::runtime_error;
 };
 
-// There is no GPU, or no driver for it.
+// No GPU, or no driver for it.
 class NoDeviceError : public Error {
   public:
     using Error::Error;

@@ -1,6 +1,7 @@
 #pragma once
 
-// The only place a grid starts: on a stream of a GPU, or in the emulator. Errors throw.
+// Launches kernels: on a stream of a GPU, or in the emulator. Nothing else starts a grid. Errors
+// throw.
 
 #include <algorithm>
 #include <map>
@@ -26,9 +27,9 @@ struct LaunchShape {
     dim3 block;
     std::size_t smem_bytes = 0;  // if less than launch<kernel, bytes>() says, or for launch(kernel)
     void* stream = nullptr;      // a cudaStream_t
-    unsigned cluster = 1;        // blocks per cluster, along x
-    bool cooperative = false;    // all blocks must be resident at once: they wait for one another
-    bool overlap_previous = false;  // programmatic dependent launch, see arch/grid_dependency.cuh
+    unsigned cluster = 1;        // CTAs per cluster, along x
+    bool cooperative = false;    // all CTAs are resident at once, for grid-wide barriers
+    bool overlap_previous = false;  // programmatic dependent launch, see arch/control.cuh
 };
 
 #ifdef K2K_EMULATED
@@ -46,7 +47,7 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&
 
 inline void check_cuda(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // else the next call would report it again
+    cudaGetLastError();  // clears it: the next call would report it again
     const std::string message = std::string("k2kernels: ") + what + ": " +
                                 cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
     if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
@@ -57,7 +58,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 template <class... Parameters, class... Arguments>
 void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    if (shape.smem_bytes > 48 * 1024) {  // more than this must be asked for
+    if (shape.smem_bytes > 48 * 1024) {  // above the default limit
         check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shape.smem_bytes)),
@@ -95,8 +96,9 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&
 
 #endif
 
-// Kernel -> bytes of shared memory that a launch asks for at most: of all kernels of this module
-// that are launched as below, whether one has been launched or not.
+// Kernel name -> the most bytes of dynamic shared memory of its launches. It holds every kernel of
+// this module that launch<kernel, bytes>() below is instantiated with, also before its first
+// launch.
 inline std::map<std::string_view, std::size_t>& shared_memory() {
     static std::map<std::string_view, std::size_t> bytes;
     return bytes;
@@ -118,8 +120,9 @@ struct Listed {
     }();
 };
 
-// Launches kKernel, whose blocks have kShared bytes of shared memory at most, and shape.smem_bytes
-// of them where that is set:
+// Launches kKernel with shape.smem_bytes of dynamic shared memory, at most kShared; 0 means
+// kShared:
+//
 //     launch<kernel<T>, sizeof(Storage)>(shape, p);
 template <auto kKernel, std::size_t kShared = 0, class... Arguments>
 void launch(LaunchShape shape, Arguments&&... arguments) {

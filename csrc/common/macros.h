@@ -1,20 +1,20 @@
 #pragma once
 
-// The seam between the two compilers. nvcc compiles a kernel for the GPU; a host compiler given
-// -DK2K_EMULATED compiles the same file for the CPU emulator. Only csrc/arch, csrc/common and
-// csrc/emulator may ask which one is at work.
+// Macros that differ between the two builds of a kernel: nvcc compiles it for GPUs; a host compiler
+// with -DK2K_EMULATED compiles the same file for the CPU emulator. Only csrc/arch, csrc/common and
+// csrc/emulator may test K2K_EMULATED.
 //
-//   K2K_DEVICE          in front of a function that runs on the device
-//   K2K_HOST_DEVICE     ... on either side
-//   K2K_UNROLL          in front of a loop that must be unrolled (its registers are an array)
-//   K2K_UNROLL_BY(n)    in front of a loop of which n rounds should be in flight
-//   K2K_NO_UNROLL       in front of a loop that must not be
-//   K2K_RESIDENT(n)     in __launch_bounds__: the CTAs an SM shall hold. One fewer on sm_120, whose
-//                       code takes more registers and whose SMs hold 1,536 threads, not 2,048
-//   K2K_WHERE           last in a parameter list: the caller's source line, for the emulator
-//   K2K_WHERE_ONLY      the same, for a function that has no other parameter
-//   K2K_PASS_WHERE      last in an argument list: hands the caller's line on
-//   K2K_PASS_WHERE_ONLY the same, for a call that has no other argument
+//   K2K_DEVICE          function qualifier: device code
+//   K2K_HOST_DEVICE     function qualifier: host and device code
+//   K2K_UNROLL          before a loop that must be unrolled fully, as when it indexes registers
+//   K2K_UNROLL_BY(n)    before a loop to be unrolled by n, for n iterations in flight
+//   K2K_NO_UNROLL       before a loop that must not be unrolled
+//   K2K_RESIDENT(n)     in __launch_bounds__: the least number of CTAs per SM. One fewer on sm_120,
+//                       whose code takes more registers and whose SMs hold 1,536 threads, not 2,048
+//   K2K_WHERE           last in a parameter list: the caller's source line, for emulator reports
+//   K2K_WHERE_ONLY      the same in a function without other parameters
+//   K2K_PASS_WHERE      last in an argument list: passes the caller's line on
+//   K2K_PASS_WHERE_ONLY the same in a call without other arguments
 
 #ifdef K2K_EMULATED
 

@@ -17,8 +17,7 @@ K2K_DEVICE int clamp_to(int value, int64_t most) {
     return value < 0 ? 0 : value < most ? value : static_cast<int>(most);
 }
 
-// The larger number; a NaN is passed over, even a signalling one, of which libm's fmaxf makes a
-// NaN.
+// The larger number, ignoring NaN, also signalling NaN, for which libm's fmaxf returns NaN.
 K2K_DEVICE float max_number(float a, float b) {
 #ifdef K2K_EMULATED
     return b > a || a != a ? b : a;
@@ -27,7 +26,7 @@ K2K_DEVICE float max_number(float a, float b) {
 #endif
 }
 
-// a * b, rounded before anything is added to it: nvcc makes no fused multiply-add of the two.
+// a * b, rounded: nvcc does not contract it into a fused multiply-add.
 K2K_DEVICE float rounded_product(float a, float b) {
 #ifdef __CUDACC__
     return __fmul_rn(a, b);
@@ -36,7 +35,7 @@ K2K_DEVICE float rounded_product(float a, float b) {
 #endif
 }
 
-// How many bits are set.
+// The number of set bits.
 K2K_DEVICE int count_bits(uint32_t bits) {
 #ifdef __CUDACC__
     return __popc(bits);

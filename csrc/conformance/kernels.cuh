@@ -1,8 +1,8 @@
 #pragma once
 
-// One kernel per facility of csrc/arch, which writes down what its instructions did. Input and
-// output are 32-bit words; `out` takes a value of every thread, in columns of a row per value.
-// python_tests/emulator/conformance_cases.py makes the inputs and says what must come out.
+// One kernel per facility of csrc/arch, which stores the results of its instructions. Input and
+// output are 32-bit words; `out` has a row per value and a column per thread.
+// python_tests/emulator/conformance_cases.py makes the inputs and the expected outputs.
 
 #include "arch/control.cuh"
 #include "arch/convert.cuh"
@@ -21,7 +21,7 @@ using arch::Scope;
 
 // ---- warps
 
-// Input: a word per lane, whose lowest three bits are predicates, and which match in few bits.
+// Input: a word per lane; the lowest three bits are predicates, few other bits differ.
 __global__ void __launch_bounds__(32) votes_kernel(const uint32_t* input, uint32_t* output) {
     Rows out(output);
     const uint32_t value = input[threadIdx.x];
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(32) redux_kernel(const uint32_t* input, uint32
     out(arch::redux_max(with_sign));
 }
 
-// Three warps hand 32 words round: through a warp's rendezvous, named barriers and the block's.
+// Three warps pass 32 words round: through sync_warp, named barriers and sync_block.
 // Input: a word per lane.
 struct BarriersStorage {
     uint32_t first[32], second[32], third[32];
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(96) barriers_kernel(const uint32_t* input, uin
     out(warp);
 }
 
-// Input: none. The clock does not run backwards, and a sleeping thread wakes up.
+// Input: none. The clock is monotonic, and nanosleep returns.
 __global__ void __launch_bounds__(32) time_kernel(const uint32_t*, uint32_t* output) {
     Rows out(output);
     const uint64_t before = arch::globaltimer();
@@ -122,14 +122,14 @@ __global__ void __launch_bounds__(32) vectors_kernel(const uint32_t* input, uint
     arch::store(reinterpret_cast<uint4*>(output) + lane, last);
 }
 
-// Block 0 writes words and raises flags of 4 and 8 bytes; block 1 waits for them and copies the
-// words: with each scope. Input: 64 words; output: 2 x 64 words of block 0, 2 x 64 of block 1, then
+// CTA 0 writes words and sets flags of 4 and 8 bytes; CTA 1 waits for the flags and copies the
+// words; for each scope. Input: 64 words; output: 2 x 64 words of CTA 0, 2 x 64 of CTA 1, then
 // four flags of 16 bytes.
 template <Scope kScope>
 K2K_DEVICE void pass_flags(const uint32_t* input, uint32_t* sent, uint32_t* got, uint32_t* flags) {
     auto* const narrow = flags;
     auto* const wide = reinterpret_cast<unsigned long long*>(flags + 4);
-    const uint32_t start = 0xa5a5a5a5;  // what the output holds at first
+    const uint32_t start = 0xa5a5a5a5;  // the initial content of the output
     if (blockIdx.x == 0) {
         sent[threadIdx.x] = input[threadIdx.x];
         arch::fence_acq_rel<kScope>();
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(64) flags_kernel(const uint32_t* input, uint32
     pass_flags<Scope::kSystem>(input, output + 64, output + 192, flags + 8);
 }
 
-// Every thread adds to (or takes the maximum of) each counter; thread 0 alone shows what the
+// Every thread adds to (or takes the maximum with) each counter; only thread 0 stores what the
 // atomics return. Input: a word per thread; output: 32 counters, then thread 0's values.
 template <Scope kScope>
 K2K_DEVICE void count(uint32_t value, uint32_t* counters) {
@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(64) atomics_kernel(const uint32_t* input, uint
 
 // ---- asynchronous copies, mbarriers
 
-// Every odd thread's copies are not valid: zeros. Input: 32 x (1 + 2 + 4) words; output: the tiles
-// of 4, 8 and 16 bytes, each seen as soon as its group has landed; then the first lane / 2 bytes of
-// 16.
+// The copies of odd threads are invalid and write zeros. Input: 32 x (1 + 2 + 4) words; output: the
+// tiles of 4, 8 and 16 bytes, each read as soon as its group has completed; then the first lane / 2
+// bytes of 16.
 struct CpAsyncStorage {
     uint4 sixteen[32];
     uint2 eight[32];
@@ -223,8 +223,9 @@ __global__ void __launch_bounds__(32) cp_async_kernel(const uint32_t* input, uin
     reinterpret_cast<uint4*>(output + 224)[lane] = smem.sixteen[lane];
 }
 
-// What test_wait says of both parities while two phases of a barrier of 3 go by; then each thread's
-// cp.async arrives at another. Input: 32 words; output: thread 0's answers (20 words), 32 words.
+// The results of test_wait for both parities during two phases of a barrier of 3 arrivals; then
+// each thread's cp.async arrives at another barrier. Input: 32 words; output: thread 0's answers
+// (20 words), 32 words.
 struct MbarrierStorage {
     arch::Mbarrier by_hand, by_copies;
     uint32_t words[32];
@@ -253,8 +254,8 @@ __global__ void __launch_bounds__(32) mbarrier_kernel(const uint32_t* input, uin
 
 // ---- matrices
 
-// Row r of the stored matrices is row 5 r mod 32 of the input's tile of 32 x 8: the addresses
-// count, not the places. Input: 32 x 4 words; output: 1, 2, 4 rows, and the same transposed.
+// Row r of the stored matrices is row 5 r mod 32 of the input's tile of 32 x 8: the lanes'
+// addresses determine the rows. Input: 32 x 4 words; output: 1, 2, 4 rows, and the same transposed.
 template <int kCount, bool kTransposed>
 K2K_DEVICE void show_ldmatrix(Rows& out, uint32_t address) {
     uint32_t r[kCount];

@@ -1,6 +1,6 @@
 #pragma once
 
-// The same for what needs sm_90 or sm_90a (and for mma of e4m3, which needs sm_89).
+// The same for instructions of sm_90 and sm_90a (and for mma of e4m3, of sm_89).
 
 #include "arch/cluster.cuh"
 #include "arch/control.cuh"
@@ -21,7 +21,7 @@ using arch::TensorMap;
 
 // ---- warps, stores, matrices
 
-// How many lanes are elected. Input: none.
+// The number of elected lanes. Input: none.
 __global__ void __launch_bounds__(64) elect_kernel(const uint32_t*, uint32_t* output) {
     Rows out(output);
     out(arch::redux_add(uint32_t(arch::elect_one())));
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(32) add_vector_kernel(const uint32_t* input, u
     arch::reduce_add_vector(reinterpret_cast<float4*>(output) + lane % 2, value);
 }
 
-// The counterpart of ldmatrix_kernel. Input: four words per lane; output: what 32 x 4 words of
-// zeros became, for 1, 2 and 4 matrices, and the same transposed.
+// The counterpart of ldmatrix_kernel. Input: four words per lane; output: 32 x 4 words, zeros
+// before, after a store of 1, 2 and 4 matrices, and the same transposed.
 template <int kCount, bool kTransposed>
 K2K_DEVICE void show_stmatrix(MatrixStorage& smem, const uint32_t* input, uint32_t* output) {
     const uint32_t lane = arch::lane_id();
@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(32) stmatrix_kernel(const uint32_t* input, uin
 
 // ---- mbarriers
 
-// What try_wait says of both parities before and after: an arrival that announces bytes, the other
-// arrival, half of the bytes, all of them. Input: 2 x 16 words; output: thread 0's ten answers,
-// then the words.
+// The results of try_wait for both parities before and after: an arrival that announces bytes, the
+// other arrival, half of the bytes, all of them. Input: 2 x 16 words; output: thread 0's ten
+// answers, then the words.
 struct alignas(128) TransactionStorage {
     uint32_t words[32];
     Mbarrier barrier, half;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(32) transaction_kernel(const uint32_t* input, 
 
 // ---- TMA
 
-constexpr int kNumBoxes = 3;  // one inside the tensor, two that stick out
+constexpr int kNumBoxes = 3;  // one inside the tensor, two partly outside
 constexpr int kTileBytes = 2048;
 
 struct Boxes {
@@ -154,7 +154,7 @@ K2K_DEVICE void add_box(const TensorMap& map, const void* source, const int (&c)
     if constexpr (kRank == 3) arch::tma_reduce_add_3d(map, source, c[0], c[1], c[2]);
 }
 
-// The tiles as they lie in shared memory, one after the other.
+// The tiles as they are in shared memory, one after the other.
 K2K_DEVICE void show_tiles(const TilesStorage& smem, uint32_t bytes, uint32_t* output) {
     for (int box = 0; box < kNumBoxes; ++box) {
         const auto* words = reinterpret_cast<const uint32_t*>(smem.tiles[box]);
@@ -164,7 +164,7 @@ K2K_DEVICE void show_tiles(const TilesStorage& smem, uint32_t bytes, uint32_t* o
     }
 }
 
-// With every hint; the box that lies inside the tensor is prefetched too.
+// With every cache hint; the box inside the tensor is prefetched too.
 template <int kRank>
 __global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ TensorMap map,
                                                        const __grid_constant__ Boxes boxes,
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ T
     show_tiles(smem, boxes.bytes, output);
 }
 
-// A cluster of two: block 0 loads the first box for both blocks, block 1 the second one for both
-// and the third for itself; block 0's third tile is the first box again.
+// A cluster of two: CTA 0 loads the first box for both CTAs, CTA 1 the second one for both
+// and the third for itself; CTA 0's third tile is the first box again.
 template <int kRank>
 __global__ void __launch_bounds__(128) tma_multicast_kernel(const __grid_constant__ TensorMap map,
                                                             const __grid_constant__ Boxes boxes,
@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(128) tma_store_kernel(const __grid_constant__ 
     }
 }
 
-// Input: 64 floats; output: those, and 64 floats to which they have been added twice. The halves
-// are loaded with different hints.
+// Input: 64 floats; output: the same, and 64 floats to which they were added twice. The halves are
+// loaded with different cache hints.
 struct alignas(128) BulkStorage {
     float values[64];
     Mbarrier full;
@@ -265,10 +265,10 @@ __global__ void __launch_bounds__(32) bulk_kernel(const uint32_t* input, uint32_
 
 // ---- clusters
 
-// Four blocks. Each shows its rank and size, what its neighbour wrote to the same place, what its
-// neighbour copied here, what block 0 loaded for all but block 2, and what its neighbour published.
-// Input: 4 x 32 words, then 32; output: six rows of 32 per block, the fifth of block 2 being its
-// own words.
+// Four CTAs. Each stores its rank and the cluster's size, the words its neighbour wrote to it,
+// those its neighbour copied to it, those CTA 0 multicast to all but CTA 2, and those its neighbour
+// published. Input: 4 x 32 words, then 32; output: six rows of 32 per CTA, the fifth of CTA 2 being
+// its own words.
 struct alignas(128) ClusterStorage {
     uint32_t own[32], copied[32], multicast[32], published[32];
     Mbarrier published_all, read_all, landed;
@@ -308,8 +308,8 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
     out(smem.copied[lane]);
     out(smem.multicast[lane]);
 
-    // Block r publishes by r + 1 arrivals at every other's barrier, and its own; by one it hands
-    // back what it has read, which may then be overwritten.
+    // CTA r publishes by r + 1 arrivals at every CTA's barrier; one more arrival releases what it
+    // has read, which may then be overwritten.
     smem.published[lane] = smem.own[lane] + 1;
     arch::sync_warp();
     if (lane < size) arch::mbarrier_arrive_cluster(smem.published_all, lane, rank + 1);
@@ -323,8 +323,8 @@ __global__ void __launch_bounds__(32) cluster_kernel(const uint32_t* input, uint
     arch::cluster_wait();
 }
 
-// Four blocks. Each lane sends its word w, then w + 1 and w + 2, then w + 3 to w + 6 to the next
-// block. Input: 4 x 32 words; output: seven rows of 32 per block, what has come.
+// Four CTAs. Each lane sends its word w, then w + 1 and w + 2, then w + 3 to w + 6 to the next
+// CTA. Input: 4 x 32 words; output: seven rows of 32 per CTA, the received words.
 struct alignas(16) StoreAsyncStorage {
     uint4 sixteen[32];
     uint2 eight[32];
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(32) store_async_kernel(const uint32_t* input, 
 
 // ---- wgmma
 
-// Where an operand of two steps of K lies in shared memory, see arch::matrix_descriptor.
+// The layout of an operand of two K steps in shared memory, see arch::matrix_descriptor.
 struct OperandLayout {
     uint32_t leading_bytes, stride_bytes, step_bytes;
 };
@@ -369,7 +369,7 @@ struct alignas(1024) WgmmaStorage {
     uint8_t a[64 * 128], b[N * 128];
 };
 
-// Input: the bytes of A and B as they are to lie, then A's fragments [step][register][thread];
+// Input: the bytes of A and B as in shared memory, then A's fragments [step][register][thread];
 // output: rows d[N / 2] of the product with A in shared memory, then, of a K-major A, in registers.
 template <class T, int N, Major kMajorA, Major kMajorB>
 __global__ void __launch_bounds__(128) wgmma_kernel(
@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(128) wgmma_kernel(
 
 // ---- registers, launches
 
-// Three warpgroups, of which the first gives registers to the others. Input: a word per thread.
+// Three warpgroups; the first releases registers to the others. Input: a word per thread.
 __global__ void __launch_bounds__(384, 1)
     registers_kernel(const uint32_t* input, uint32_t* output) {
     const uint32_t value = input[threadIdx.x];
@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(384, 1)
     }
 }
 
-// The second kernel is launched early and waits for the first one's writes. Input: 32 words.
+// The second kernel is launched early (PDL) and waits for the first one's writes. Input: 32 words.
 __global__ void __launch_bounds__(32) first_kernel(const uint32_t* input, uint32_t* output) {
     arch::grid_dependency_launch();
     arch::nanosleep(1000);

@@ -5,8 +5,8 @@
 
 namespace k2k::conformance {
 
-// Starts a kernel on `stream`, of the current device. What lies at the two addresses, which are
-// multiples of 256, is said in kernels.cuh.
+// Starts a kernel on `stream` of the current device. kernels.cuh describes the memory at the two
+// addresses, which are multiples of 256.
 using Launch = void (*)(const void* input, void* output, void* stream);
 using Launches = std::map<std::string, Launch>;
 

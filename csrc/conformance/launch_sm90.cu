@@ -86,11 +86,11 @@ void start_store(const void* input, void* output, void* stream) {
 constexpr OperandLayout operand_layout(Major major, Swizzle swizzle, uint32_t rows) {
     const uint32_t width = swizzle == Swizzle::kNone ? 16 : static_cast<uint32_t>(swizzle);
     if (major == Major::kMN) {
-        // Columns of 32 k, as wide as the swizzle; without, 8 x 8 matrices, k fastest.
+        // Columns of 32 k, as wide as the swizzle; without swizzle, 8 x 8 matrices, k fastest.
         if (swizzle == Swizzle::kNone) return {128, 512, 256};
         return {32 * width, 8 * width, 16 * width};
     }
-    // Rows as wide as the swizzle; where two steps need more, one such tile after the other.
+    // Rows as wide as the swizzle; if two K steps need more, one such tile after the other.
     if (width >= 64) return {0, 8 * width, 32};
     if (width == 32) return {0, 8 * width, rows * width};
     return {rows * width, 8 * width, 2 * rows * width};

@@ -1,6 +1,6 @@
 #pragma once
 
-// What the kernels for every chip and those for sm_90a share.
+// Shared by the kernels for every chip and those for sm_90a.
 
 #include "arch/mma.cuh"
 #include "arch/warp.cuh"
@@ -12,7 +12,7 @@ K2K_DEVICE uint32_t bits_of(int32_t value) { return static_cast<uint32_t>(value)
 K2K_DEVICE uint32_t bits_of(float value) { return soft::float_bits(value); }
 K2K_DEVICE uint32_t bits_of(bool value) { return value ? 1 : 0; }
 
-// Rows of one word per thread of the block.
+// Rows of one word per thread of the CTA.
 class Rows {
   public:
     K2K_DEVICE explicit Rows(uint32_t* output) : next_(output + threadIdx.x) {}

@@ -1,5 +1,5 @@
-// Asynchronous copies. Their targets are poisoned when they are issued; the data arrive as late as
-// the options say. What they read must still be the same when they are waited for.
+// Asynchronous copies. Targets are poisoned at issue; the data arrive at the time that the options
+// choose. A source must not have changed by the time of the wait.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -97,7 +97,7 @@ void bulk_prefetch(const void* source, uint32_t bytes, Where where) {
     enter("bulk_prefetch", where, 90);
     check_bulk(source, source, bytes, where);
     const auto* first = static_cast<const volatile uint8_t*>(source);
-    (void)first[0], (void)first[bytes - 1];  // faults where nothing is allocated
+    (void)first[0], (void)first[bytes - 1];  // faults on unallocated memory
 }
 
 void bulk_load(void* target,
@@ -160,7 +160,7 @@ void bulk_copy_to_cluster(void* local_target,
     preempt("bulk_copy_to_cluster", where);
 }
 
-// ---- stores by threads that are announced to an mbarrier of another block
+// ---- stores by threads that are announced to an mbarrier of another CTA
 
 void store_async(void* local_target,
                  const void* value,

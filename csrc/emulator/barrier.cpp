@@ -1,4 +1,4 @@
-// Barriers of a block (numbered, 16 of them; 0 is everybody's) and of a cluster.
+// Barriers of a CTA (16, numbered; 0 is that of all threads) and of a cluster.
 #include <algorithm>
 #include <iterator>
 

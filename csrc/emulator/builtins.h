@@ -1,9 +1,9 @@
 #pragma once
 
-// What nvcc knows without being told, for a host compiler: qualifiers, vector types and the
-// coordinates of the running thread. No CUDA header is needed to build the emulator.
+// The built-ins of nvcc, for a host compiler: qualifiers, vector types and the coordinates of the
+// running thread. The emulator needs no CUDA header.
 //
-// `__shared__` is left undefined on purpose: shared memory is one storage struct, taken from
+// `__shared__` is deliberately undefined: a kernel's shared memory is one storage struct, from
 // arch/smem.cuh, so that the emulator can bound, poison and place it.
 
 #include <cmath>
@@ -46,7 +46,7 @@ struct dim3 {
 
 namespace k2k::emulator {
 
-// What a CUDA thread can ask about itself.
+// The built-in variables of a CUDA thread.
 struct Builtins {
     uint3 thread_idx, block_idx;
     dim3 block_dim, grid_dim;

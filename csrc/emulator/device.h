@@ -1,7 +1,7 @@
 #pragma once
 
-// The emulator as csrc/arch sees it: one function per instruction, named as its wrapper. Every one
-// takes the wrapper's source line; every one may run other CUDA threads before it returns.
+// The interface of the emulator for csrc/arch: one function per instruction, named as its wrapper.
+// Each takes the wrapper's source line, and may run other CUDA threads before it returns.
 // Shared-space addresses are 32-bit numbers, as on a GPU (see memory.cpp).
 
 #include <cstddef>
@@ -46,7 +46,7 @@ void load(void* value, const void* source, std::size_t bytes, Where where);
 void store(void* target, const void* value, std::size_t bytes, Where where);
 void fence_proxy_async(Where where);
 
-// Memory operations that other threads can see or wait for. `operation` runs between the two.
+// Around a memory operation that other threads can observe or wait for.
 enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
 void before_atomic(const void* address, std::size_t bytes, Order order, bool poll, Where where);
 void after_atomic(const void* address, Order order);
@@ -61,7 +61,7 @@ auto atomic(const void* address, std::size_t bytes, Order order, Where where, Op
 void nanosleep(Where where);
 uint64_t globaltimer();
 [[noreturn]] void trap(Where where);
-void enter_sm90(const char* doing, Where where);  // for what has no effect here
+void enter_sm90(const char* doing, Where where);  // for instructions without effect in the emulator
 
 // async_copy.cpp
 void cp_async(uint32_t target, const void* source, int bytes, int source_bytes, Where where);

@@ -1,6 +1,6 @@
 #pragma once
 
-// The emulator as the host sees it: options, launching, guarded "global" memory, counters.
+// The interface of the emulator for the host: options, launches, guarded "global" memory, counters.
 // csrc/emulator/README.md describes the model.
 
 #include <cstddef>
@@ -14,14 +14,14 @@ namespace k2k::emulator {
 
 // Which thread runs next.
 enum class Schedule {
-    kRoundRobin,  // first come, first served
-    kDepthFirst,  // the last one made ready; blocks in reverse order
+    kRoundRobin,  // FIFO
+    kDepthFirst,  // LIFO; CTAs in reverse order
     kPct,         // a random priority per warp, rarely changed (Burckhardt et al., ASPLOS 2010)
 };
 
 // When an asynchronous copy or wgmma takes effect.
 enum class Delivery {
-    kLate,    // as late as the program allows
+    kLate,    // as late as legal
     kEarly,   // at once
     kRandom,  // at any time in between
 };
@@ -34,15 +34,15 @@ struct Options {
     bool hopper_fp8 = false;  // FP8 products summed as H100's tensor cores do
 };
 
-// Those of the calling OS thread; they hold from its next launch on.
+// The options of the calling OS thread, valid from its next launch on.
 Options& options();
 
-// What a seed stands for. 0: round robin, 1: depth first, any other: PCT with that seed. Copies
-// come late, which finds most; of every eight seeds the seventh (6, 14, ...) has them come at any
-// time and the eighth (7, 15, ...) at once, for kernels that rely on lateness.
+// The options of a seed. 0: round robin, 1: depth first, any other: PCT with that seed. Copies
+// complete as late as legal, which finds most bugs; seeds 6 mod 8 complete them at random times and
+// seeds 7 mod 8 at once, for kernels that rely on late copies.
 void set_seed(Options& options, uint64_t seed);
 
-// A kernel did something wrong, or waits for ever. The message names block, thread and line.
+// An error in a kernel, or a deadlock. The message names the CTA, the thread and the line.
 class Error : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -53,14 +53,14 @@ struct Grid {
     std::size_t smem_bytes;
     unsigned cluster;
     bool cooperative;
-    const void* stream = nullptr;  // matters in Together
+    const void* stream = nullptr;  // used by Together
 };
 
 // Runs `kernel` once per CUDA thread; returns when all have ended, throws Error.
 void launch(const Grid& grid, std::function<void()> kernel);
 
-// Collects launches and runs them at once, all blocks resident: the ranks of a node, whose kernels
-// wait for one another. Launches on the same stream, unless it is null, run one after the other.
+// Collects launches and runs them concurrently with all CTAs resident, as for ranks of a node,
+// whose kernels wait for each other. Launches on one stream run in order, unless it is null.
 class Together {
   public:
     Together();
@@ -69,11 +69,11 @@ class Together {
     void run();
 };
 
-// Memory whose end lies at a zone that faults when touched; filled with 0xff.
+// Memory that ends at a guard zone, whose access faults; filled with 0xff.
 void* allocate(std::size_t bytes);
 void release(void* pointer);
 
-// Counted on the calling OS thread since it started.
+// Counters of the calling OS thread.
 struct Counters {
     uint64_t launches = 0;
     uint64_t switches = 0;      // between CUDA threads

@@ -8,7 +8,7 @@
 #include "emulator/race.h"
 
 #if !defined(__x86_64__) || defined(__APPLE__)
-#define K2K_UCONTEXT  // the portable way; kernels run 4 to 6 times slower (it makes system calls)
+#define K2K_UCONTEXT  // portable, but it makes system calls: kernels run 4 to 6 times slower
 #endif
 #ifdef K2K_UCONTEXT
 #include <ucontext.h>
@@ -22,16 +22,15 @@ namespace k2k::emulator {
 
 namespace {
 
-constexpr std::size_t kGuard = 64 * 1024;  // more than any page, more than most overruns
+constexpr std::size_t kGuard = 64 * 1024;  // larger than any page and most overruns
 #ifdef K2K_ASAN
 constexpr std::size_t kStack = 512 * 1024;  // red zones make frames large
 #else
 constexpr std::size_t kStack = 128 * 1024;
 #endif
 
-// TSan's view of a stack that is used again: the old one if its thread came to its end (it is then
-// ignoring accesses, see fiber_started), else a new one; one that was abandoned cannot be
-// destroyed.
+// The TSan fiber of a reused stack: the old one if its thread has ended (it then ignores accesses,
+// see fiber_started), else a new one; an abandoned one cannot be destroyed.
 void renew_race_detector([[maybe_unused]] Fiber& fiber) {
 #ifdef K2K_TSAN
     if (!fiber.race_detector || !fiber.ended) {

@@ -1,5 +1,5 @@
-// A launch: blocks are made resident a few clusters at a time, their threads run as fibers, and
-// whatever goes wrong in one of them comes back as an exception.
+// A launch: CTAs are made resident a few clusters at a time, their threads run as fibers, and
+// an error in any of them is thrown as an exception by launch().
 #include <pthread.h>
 #include <signal.h>
 
@@ -15,7 +15,7 @@ namespace k2k::emulator {
 namespace {
 
 constexpr std::size_t kMaxSharedMemory = 227 * 1024, kRegisters = 64 * 1024;
-constexpr std::size_t kResidentThreads = 2048;  // of a multiprocessor
+constexpr std::size_t kResidentThreads = 2048;  // of an SM
 
 thread_local Options t_options;
 thread_local Machine t_machine;
@@ -34,7 +34,7 @@ thread_local std::vector<GridRun>* t_together = nullptr;
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 
-// Runs on its own stack; leaves it by switching to the fiber of launch().
+// Runs on the signal stack; returns by switching to the fiber of launch().
 void on_signal(int signal, siginfo_t* info, void*) {
     Machine* machine = g_machine;
     if (!machine || !g_current) {
@@ -58,7 +58,7 @@ void on_signal(int signal, siginfo_t* info, void*) {
     back_to_launch(message + describe(thread));
 }
 
-// While alive, faults come to on_signal.
+// Directs faults to on_signal while it exists.
 class FaultHandlers {
   public:
     FaultHandlers() {
@@ -89,7 +89,7 @@ class FaultHandlers {
 
 // ---- the life of a thread
 
-// The launch of thread's stream that comes after its own, which has ended.
+// Starts the next launch of the stream after the thread's, which has ended.
 void start_next_grid(const Thread& thread) {
     const GridRun& ended = *thread.block->grid;
     if (ended.next < 0) return;
@@ -156,7 +156,7 @@ void run_kernel() {
     back_to_launch(std::move(error));
 }
 
-// ---- making blocks resident
+// ---- making CTAs resident
 
 uint3 unflatten(std::size_t index, dim3 extent) {
     return {static_cast<unsigned>(index % extent.x),
@@ -213,7 +213,7 @@ void add_block(Machine& machine, const GridRun& grid, Cluster& cluster, std::siz
         thread.lane = static_cast<unsigned>(i % kWarpSize);
         thread.warp = static_cast<unsigned>(i / kWarpSize);
         thread.machine_warp = first_warp + thread.warp;
-        // What ptxas grants with __launch_bounds__(num_threads, 1), in the units of allocation.
+        // The registers that ptxas allocates for __launch_bounds__(num_threads, 1).
         thread.registers =
             static_cast<int>(std::min<std::size_t>(256, kRegisters / num_threads / 8 * 8));
         thread.doing = "the start";
@@ -233,7 +233,7 @@ void clear(Machine& machine) {
     machine.failed = false;
 }
 
-// Runs what is resident to its end.
+// Runs the resident CTAs to their end.
 void run_resident(Machine& machine) {
     std::size_t num_warps = 0;
     machine.live = machine.resident_threads;
@@ -286,7 +286,7 @@ void check(const Grid& grid) {
     if (grid.blocks.count() == 0) throw Error("launch: an empty grid");
 }
 
-// The launches of a stream run in their order.
+// Orders the launches of each stream.
 void chain(std::vector<GridRun>& grids) {
     std::map<const void*, std::size_t> last;
     for (std::size_t i = 0; i < grids.size(); ++i) {
@@ -314,7 +314,7 @@ void run(const std::vector<GridRun>& grids) {
     race::Quiet quiet;
 
     bool cooperative = grids.size() > 1;
-    std::vector<std::pair<const GridRun*, std::size_t>> clusters;  // grid, first block
+    std::vector<std::pair<const GridRun*, std::size_t>> clusters;  // grid, first CTA
     for (const GridRun& grid : grids) {
         check(grid.shape);
         if (grid.shape.cluster > 1 && machine.options.arch < 90) {

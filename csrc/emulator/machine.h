@@ -1,7 +1,7 @@
 #pragma once
 
-// What the emulator's files share: the running program as data (threads, warps, blocks, clusters,
-// copies in flight) and the few functions by which a thread stops and others go on.
+// Shared by the emulator's files: the state of the running program (threads, warps, CTAs, clusters,
+// copies in flight), and the functions that suspend a thread and resume others.
 
 #include <cstdint>
 #include <deque>
@@ -30,7 +30,7 @@ struct WarpWgmma;
 
 enum class State { kReady, kRunning, kWaiting, kPolling, kDone };
 
-// cp.async: data wait here until the thread waits for their group.
+// cp.async: the data of a copy until the thread waits for its group.
 struct CpAsync {
     uint8_t* target;
     int bytes, source_bytes;
@@ -51,11 +51,11 @@ struct BulkStore {
 struct Thread : Builtins {
     Fiber fiber;
     Block* block = nullptr;
-    unsigned linear = 0;        // in its block
+    unsigned linear = 0;        // in its CTA
     unsigned machine_warp = 0;  // among all warps that are resident
     State state = State::kDone;
 
-    // For reports: the wrapper it is in, or was in last.
+    // For reports: its current or last wrapper.
     const char* doing = "";
     Where where{"", 0};
     const uint64_t* mbarrier = nullptr;
@@ -74,7 +74,7 @@ struct Thread : Builtins {
     unsigned register_calls = 0;  // of setmaxnreg
 };
 
-// A rendezvous of the lanes in `mask`: the last to arrive executes for all.
+// A rendezvous of the lanes in `mask`: the last to arrive executes the instruction for all.
 struct Rendezvous {
     const char* name = "";
     uint32_t mask = 0, arrived = 0;
@@ -89,7 +89,7 @@ struct Warp {
     std::shared_ptr<WarpWgmma> wgmma;
 };
 
-// ---- blocks and clusters
+// ---- CTAs and clusters
 
 struct NamedBarrier {
     unsigned expected = 0, arrived = 0;
@@ -104,13 +104,13 @@ struct SharedMemory {
     std::size_t map_bytes = 0;
     uint8_t* base = nullptr;  // at a multiple of 1024
     std::size_t bytes = 0, capacity = 0;
-    std::vector<uint8_t> async_view;  // what the async proxy has been told of
+    std::vector<uint8_t> async_view;  // the content visible to the async proxy
     bool fence_pending = false;
-    // Those that are initialised: whether a wait has seen the end of the phase before this one.
+    // Initialised mbarriers -> whether a wait has observed the end of the previous phase.
     std::map<const void*, bool> mbarriers;
 };
 
-// What setmaxnreg moves between warpgroups.
+// Register counts for setmaxnreg.
 struct Registers {
     long free = 0;
     std::vector<Thread*> waiting;
@@ -129,8 +129,8 @@ struct GridRun {
     Grid shape;
     std::function<void()> kernel;
     unsigned number;
-    int next = -1;                 // the launch that starts when this one has ended
-    bool waits = false;            // for one that comes before it
+    int next = -1;                 // the launch after this one in its stream
+    bool waits = false;            // for an earlier launch of its stream
     mutable std::size_t live = 0;  // threads
 };
 
@@ -159,8 +159,8 @@ class Scheduler {
   public:
     virtual ~Scheduler() = default;
     virtual void push(Thread* thread) = 0;
-    virtual Thread* pop() = 0;  // null when nobody is ready
-    // The thread's warp goes last from now on, where there are priorities.
+    virtual Thread* pop() = 0;  // null if no thread is ready
+    // Gives the thread's warp the lowest priority, in schedules with priorities.
     virtual void demote(Thread*) {}
 };
 
@@ -172,15 +172,15 @@ struct Machine {
     uint64_t random_state = 1;
     std::unique_ptr<Scheduler> scheduler;
     Fiber main;
-    std::vector<std::unique_ptr<Thread>> threads;  // the first `resident` of them take part
+    std::vector<std::unique_ptr<Thread>> threads;  // the first `resident_threads` take part
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Cluster>> clusters;
     std::size_t resident_threads = 0, resident_blocks = 0, live = 0;
     unsigned num_grids = 1;
     const std::vector<GridRun>* grids = nullptr;
-    std::size_t warps_per_block = 1;  // of the first block that is resident
+    std::size_t warps_per_block = 1;  // of the first CTA that is resident
     std::vector<Copy> in_flight;
-    const Where* delivering = nullptr;  // for reports: whose copy faults
+    const Where* delivering = nullptr;  // for reports: the copy that faults
     std::vector<Thread*> pollers;
     std::vector<Thread*> mbarrier_waiters;
     unsigned idle_rounds = 0;
@@ -199,24 +199,24 @@ extern __thread Machine* g_machine;
 
 inline Thread* self() { return static_cast<Thread*>(g_current); }
 
-// ---- stopping and going on (scheduler.cpp)
+// ---- suspending and resuming (scheduler.cpp)
 
 void make_ready(Thread* thread);
-// Stops the calling thread until make_ready() is called for it.
+// Suspends the calling thread until make_ready() is called for it.
 void wait(const char* doing, Where where);
-// Lets others go first.
+// Runs other threads first.
 void yield(const char* doing, Where where);
-// The calling thread has changed what others can see: the schedule may turn to another warp.
+// After a write that other threads can observe: the schedule may switch to another warp.
 void preempt(const char* doing, Where where);
-// The calling thread has released something: its warp may fall behind those that waited for it.
+// After a release: the schedule may delay the calling warp behind those that waited for it.
 void fall_behind();
-// The calling thread looks at memory in a loop: runs others; reports a deadlock if none moves.
+// In a polling loop: runs other threads; reports a deadlock if none makes progress.
 void poll(const char* doing, Where where);
 void switch_to(Thread* next);
 Thread* next_thread();
 void add_copy(Where where, Block* target, std::function<void()> deliver);
 void deliver_all();
-bool deliver_now();  // asks the options; for copies that complete when they are waited for
+bool deliver_now();  // by the options, for copies that complete when they are waited for
 
 // ---- reports (report.cpp)
 
@@ -232,14 +232,14 @@ void enter(const char* doing, Where where, int arch = 80);
 
 void map_shared_memory(SharedMemory& smem, std::size_t bytes);
 void unmap_shared_memory(SharedMemory& smem);
-void close_shared_memory(SharedMemory& smem);  // nobody may touch it from now on
+void close_shared_memory(SharedMemory& smem);  // any later access faults
 bool shared_memory_overrun(const SharedMemory& smem);
 // The bytes at a shared-space address.
 uint8_t* shared_bytes(
     uint32_t address, std::size_t bytes, unsigned align, const char* what, Where where);
-// The same place in the memory of block `rank` of the cluster.
+// The corresponding address in the shared memory of CTA `rank` of the cluster.
 uint8_t* peer(const void* pointer, uint32_t rank, Where where);
-// The block whose shared memory holds the pointer; null if none.
+// The CTA whose shared memory holds the pointer; null if none.
 Block* owner_of(const void* pointer);
 // The async proxy writes, or reads, shared memory of `block`.
 void async_proxy_writes(Block& block, uint8_t* target, const void* data, std::size_t bytes);
@@ -249,7 +249,7 @@ const char* explain_address(const void* address);
 
 // ---- barriers (barrier.cpp)
 
-// Ends the phase when all threads that live have arrived.
+// Ends the phase when all live threads have arrived.
 void cluster_recheck(Cluster& cluster);
 
 // ---- rendezvous (warp.cpp)
@@ -260,22 +260,22 @@ void rendezvous(const char* name, uint32_t mask, void* argument, Execute execute
 // ---- mbarrier.cpp, async_copy.cpp, wgmma.cpp
 
 uint64_t* checked_mbarrier(void* barrier, const char* what, Where where);
-uint64_t* own_mbarrier(void* barrier, const char* what, Where where);  // of the caller's block
-// By copies: bytes have come, or cp.async of a thread are complete.
+uint64_t* own_mbarrier(void* barrier, const char* what, Where where);  // of the caller's CTA
+// By copies: bytes have arrived, or a thread's cp.async are complete.
 void mbarrier_complete_tx(void* barrier, uint32_t bytes, Where where);
 void mbarrier_complete_arrival(void* barrier, Where where);
 std::string describe_mbarrier(const Thread& thread);
-void check_registers(const Registers& registers);  // at the end of the block
+void check_registers(const Registers& registers);  // at the end of the CTA
 void check_thread_exit(Thread& thread);
-// Bulk stores and reductions of a thread; `write` gets the bytes that stood in shared memory.
+// Bulk stores and reductions of a thread; `write` gets the bytes of shared memory.
 void add_bulk_store(const void* source,
                     uint32_t bytes,
                     std::function<void(const uint8_t*)> write,
                     Where where);
 void add_elements(Type type, uint8_t* target, const uint8_t* source, uint32_t bytes, Where where);
-// The block around a range of shared memory.
+// The CTA around a range of shared memory.
 Block& shared_range(const void* pointer, std::size_t bytes, const char* what, Where where);
-// The same, which must be the caller's own.
+// The same; it must be the caller's own CTA.
 Block& own_range(const void* pointer, std::size_t bytes, const char* what, Where where);
 
 }  // namespace k2k::emulator

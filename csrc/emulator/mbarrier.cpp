@@ -1,8 +1,8 @@
-// mbarrier: a phase ends when all arrivals and all announced bytes have come.
+// mbarrier: a phase ends when all arrivals and all announced bytes have arrived.
 //
-// The 8 bytes of the object, low to high: arrivals still missing (20 bits), arrivals per phase
-// (20), announced bytes not yet come, plus 2^20 (21), phase (1), and 0b10 by which an object that
-// was never initialised, or was overwritten, is recognised.
+// The 8 bytes of the object, low to high: pending arrivals (20 bits), arrivals per phase (20),
+// pending bytes plus 2^20 (21), phase (1), and 0b10 as a mark, by which an uninitialised or
+// overwritten object is detected.
 #include <algorithm>
 
 #include "emulator/machine.h"
@@ -66,7 +66,7 @@ void arrive(uint64_t* barrier, uint32_t count, Where where) {
     finish_phase_if_complete(barrier);
 }
 
-// Of a barrier in the memory of a resident block.
+// An mbarrier in the shared memory of a resident CTA.
 bool& seen(const void* barrier) { return owner_of(barrier)->smem.mbarriers[barrier]; }
 
 bool phase_ended(const uint64_t* barrier, uint32_t parity) {
@@ -140,7 +140,8 @@ void mbarrier_arrive(void* barrier, uint32_t count, uint32_t bytes, Where where)
     preempt("mbarrier_arrive", where);
 }
 
-// Of both kinds: what is published to a cluster alone or to a block alone is not told apart.
+// For both scopes: the emulator does not distinguish release to the cluster from release to the
+// CTA.
 void mbarrier_arrive_remote(
     void* barrier, uint32_t rank, uint32_t count, const char* name, Where where) {
     race::Quiet quiet;
@@ -156,7 +157,7 @@ void mbarrier_expect_tx(void* barrier, uint32_t bytes, Where where) {
     expect_bytes(own_mbarrier(barrier, "mbarrier_expect_tx", where), bytes, where);
 }
 
-// Copies complete in whatever thread's turn it is: only the object itself is looked at.
+// A copy may complete while any thread runs, so that only the object itself is checked.
 static uint64_t* still_valid(void* barrier, Where where) {
     auto* state = static_cast<uint64_t*>(barrier);
     if (*state >> kMarkShift != 2) {
@@ -201,7 +202,7 @@ void mbarrier_wait(void* barrier, uint32_t parity, Where where) {
     enter("mbarrier_wait", where, 90);
     Thread* thread = self();
     if (g_machine->options.schedule == Schedule::kPct) preempt("mbarrier_wait", where);
-    // Looks again after each wake: the barrier may have gone on, as on a GPU.
+    // Checks again after each wake-up: the barrier may be in a later phase, as on a GPU.
     while (!phase_ended(own_mbarrier(barrier, "mbarrier_wait", where), parity)) {
         thread->mbarrier = static_cast<uint64_t*>(barrier);
         thread->parity = parity;

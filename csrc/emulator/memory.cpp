@@ -1,7 +1,7 @@
-// Shared memory as an arena per block and "global" memory with guard zones.
+// Shared memory as an arena per CTA and "global" memory with guard zones.
 //
-// A shared-space address is 0x400 + the offset in the block's storage, as on a GPU, where the first
-// kilobyte is the system's. It names the block's own memory; another block's has pointers only.
+// A shared-space address is 0x400 + the offset in the CTA's storage, as on a GPU, where the first
+// kilobyte is the system's. It names the CTA's own memory; another CTA's has pointers only.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,7 +23,7 @@ namespace {
 constexpr uint32_t kFirstAddress = 0x400;
 constexpr std::size_t kAlignment = 1024;
 constexpr std::size_t kGuard = 64 * 1024;
-constexpr std::size_t kZone = std::size_t(64) << 20;  // a strided overrun leaps far
+constexpr std::size_t kZone = std::size_t(64) << 20;  // for strided overruns
 
 std::size_t round_up(std::size_t value, std::size_t unit) {
     return (value + unit - 1) / unit * unit;
@@ -45,7 +45,7 @@ void map_shared_memory(SharedMemory& smem, std::size_t bytes) {
     const std::size_t capacity = round_up(bytes, kAlignment);
     const std::size_t inner = round_up(capacity, page);
 #ifdef K2K_TSAN
-    unmap_shared_memory(smem);  // forgets the last block's accesses
+    unmap_shared_memory(smem);  // clears the accesses of the previous CTA
 #endif
     if (!smem.map || smem.map_bytes != inner + 2 * kGuard) {
         unmap_shared_memory(smem);
@@ -147,7 +147,7 @@ uint8_t* peer(const void* pointer, uint32_t rank, Where where) {
 void* cluster_pointer(const void* pointer, uint32_t rank, Where where) {
     race::Quiet quiet;
     enter("cluster_pointer", where, 90);
-    fall_behind();  // the other block may end before the pointer is used
+    fall_behind();  // the other CTA may end before the pointer is used
     return peer(pointer, rank, where);
 }
 
@@ -166,10 +166,10 @@ Block& own_range(const void* pointer, std::size_t bytes, const char* what, Where
     return block;
 }
 
-// ---- the two proxies: stores by threads reach asynchronous instructions only through a fence
+// ---- the two proxies: stores by threads are visible to asynchronous instructions after a fence
 //
-// `async_view` is shared memory as the async proxy may see it. A fence is taken to cover all that
-// threads have written so far; it is settled at the next barrier or asynchronous read.
+// `async_view` is the content of shared memory visible to the async proxy. A fence covers all that
+// threads have written so far; it takes effect at the next barrier or asynchronous read.
 
 void fence_proxy_async(Where where) {
     enter("fence.proxy.async", where, 90);
@@ -239,12 +239,12 @@ void after_atomic(const void* address, Order order) {
     race::ignore_end();
     race::Quiet quiet;
     if (order == Order::kAcquire || order == Order::kAcqRel) race::acquire(address);
-    // What was released is out: who waits for it may run before this thread goes on.
+    // After the release a waiting thread may run before this one continues.
     if (order == Order::kRelease || order == Order::kAcqRel) fall_behind();
 }
 
-// For TSan a fence comes after all fences before it: more order than there is, but the relaxed
-// atomics around fences are no races then.
+// For TSan each fence is ordered after all earlier fences: stronger than PTX, but without it the
+// relaxed atomics around fences would be reported as races.
 void fence(Where where) {
     race::Quiet quiet;
     enter("fence", where);

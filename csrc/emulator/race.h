@@ -2,7 +2,8 @@
 
 // ThreadSanitizer as a happens-before detector for the emulated program (-DK2K_TSAN): each CUDA
 // thread is a TSan fiber, and only what orders memory on a GPU orders it here. The emulator itself
-// is compiled without -fsanitize=thread and speaks for the instructions it executes. Without
+// is compiled without -fsanitize=thread and reports the accesses of the instructions it executes to
+// TSan. Without
 // K2K_TSAN everything here is empty.
 
 #include <cstddef>
@@ -32,7 +33,7 @@ inline void ignore_end() {
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
 }
 
-// While alive, the emulator's own memory traffic (through libc) is not the kernel's.
+// In its scope, memory accesses of the emulator itself (through libc) are ignored.
 struct Quiet {
     Quiet() { ignore_begin(); }
     ~Quiet() { ignore_end(); }

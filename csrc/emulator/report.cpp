@@ -1,4 +1,4 @@
-// Words for what went wrong: who, where, waiting for what.
+// Error reports: the thread, the source line, and what each thread waits for.
 #include <cstdarg>
 #include <cstdio>
 #include <map>

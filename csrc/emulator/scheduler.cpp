@@ -1,4 +1,4 @@
-// Who runs next: three schedules, and what happens when nobody can.
+// Chooses the next thread, by three schedules, and handles the case that none can run.
 #include <algorithm>
 #include <utility>
 
@@ -18,8 +18,8 @@ uint32_t Machine::random() {  // xorshift64
 
 namespace {
 
-constexpr unsigned kMaxIdleRounds = 1000;  // of threads that only look at memory
-// Time passes while nobody does anything else, so that a wait that ends by the clock does.
+constexpr unsigned kMaxIdleRounds = 1000;  // while all threads poll
+// Time advances while all threads poll, so that a wait with a timeout ends.
 constexpr uint64_t kIdleNanoseconds = 1000000;
 
 class RoundRobin : public Scheduler {
@@ -50,8 +50,8 @@ class DepthFirst : public Scheduler {
     std::vector<Thread*> ready_;
 };
 
-// Probabilistic concurrency testing: the warp of the highest priority runs until it stops, so some
-// warps fall behind by as much as the program lets them. Priorities change rarely.
+// Probabilistic concurrency testing: the warp of the highest priority runs until it waits, so that
+// some warps fall as far behind as the program allows. Priorities change rarely.
 class Pct : public Scheduler {
   public:
     Pct(Machine& machine, std::size_t num_warps)
@@ -91,8 +91,8 @@ class Pct : public Scheduler {
     }
 
   private:
-    // Seeds 2 and 3 let the first, or the last, block run far ahead of the others: with these two
-    // every block has been ahead of its neighbour. Further seeds mix all warps.
+    // Seeds 2 and 3 let the first, or the last, CTA run far ahead of the others: with these two
+    // every CTA has been ahead of its neighbour. Further seeds mix all warps.
     void shuffle_ranks() {
         const std::size_t count = warp_at_.size();
         const uint64_t seed = machine_.options.seed;
@@ -177,7 +177,7 @@ void make_ready(Thread* thread) {
     g_machine->scheduler->push(thread);
 }
 
-// Threads that poll look again.
+// Makes polling threads ready again.
 static void wake_pollers() {
     std::vector<Thread*> pollers;
     pollers.swap(g_machine->pollers);
@@ -246,7 +246,7 @@ void preempt(const char* doing, Where where) {
     yield(doing, where);
 }
 
-// Lets the calling thread go on when no other can, and copies have come.
+// Resumes the calling thread once no other can run and copies have completed.
 static void go_last(const char* doing, Where where) {
     self()->state = State::kPolling;
     g_machine->pollers.push_back(self());
@@ -272,7 +272,7 @@ void poll(const char* doing, Where where) {
     ++thread->polls;
     if (machine.options.schedule == Schedule::kPct && thread->polls < 4 &&
         machine.random() % 2 == 0) {
-        return;  // looks again before anybody else runs
+        return;  // polls again before any other thread runs
     }
     go_last(doing, where);
 }

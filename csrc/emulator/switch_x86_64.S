@@ -1,5 +1,5 @@
 // void k2k_emulator_switch(void** save_stack_pointer, void* new_stack_pointer)
-// Saves what the calling convention asks a function to preserve and takes up another stack.
+// Saves the callee-saved registers and switches to another stack.
 #if defined(__x86_64__) && !defined(__APPLE__)
     .text
     .globl k2k_emulator_switch

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-// The inner loops are compiled twice, the wider version is chosen when the module is loaded.
+// The inner loops are compiled twice; the wider version is chosen at load time.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define K2K_WIDE __attribute__((target_clones("arch=haswell", "default")))
@@ -51,15 +51,15 @@ K2K_WIDE void multiply_float(float* c, const float* a, const float* b, int m, in
 // An e4m3 value's exponent; subnormals have that of the smallest normal.
 int e4m3_exponent(float value) { return std::max(std::ilogb(value), -6); }
 
-// `value` without its bits below 2^(exponent - 13).
+// `value` truncated below 2^(exponent - 13).
 double cut(double value, int exponent) {
     const double unit = std::ldexp(1.0, exponent - 13);
     return std::trunc(value / unit) * unit;
 }
 
 // H100's sum of 32 FP8 products and the accumulator: all are aligned to the largest exponent and
-// cut to 13 fraction bits, summed, and the sum is cut again. As the package mmaemu models cuBLAS on
-// H100 (mmaemu/model/chain.py, preset "hopper").
+// truncated to 13 fraction bits, summed, and the sum is truncated again. As the package mmaemu
+// models cuBLAS on H100 (mmaemu/model/chain.py, preset "hopper").
 float hopper_sum(float accumulator, const float* a, const float* b, int n) {
     constexpr int kNone = -1000;
     int largest = accumulator != 0 ? std::ilogb(accumulator) : kNone;

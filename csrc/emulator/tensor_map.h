@@ -1,6 +1,6 @@
 #pragma once
 
-// What the emulator keeps in the 128 bytes of a tensor map. Dimensions: innermost first.
+// The content of the 128 bytes of a tensor map in the emulator. Dimensions: innermost first.
 
 #include <cstdint>
 
@@ -20,8 +20,8 @@ struct TensorMapFields {
 };
 static_assert(sizeof(TensorMapFields) <= 128);
 
-// Where the bytes at `address` of a tile lie: the 16-byte chunks of each group of 8 (4, 2) rows of
-// 128 bytes change places.
+// The swizzled address of the bytes at `address` of a tile: the 16-byte chunks of each group of 8
+// (4, 2) rows of 128 bytes are permuted.
 inline uint32_t swizzle(uint32_t address, unsigned swizzle_bytes) {
     const uint32_t mask = swizzle_bytes == 0 ? 0 : swizzle_bytes / 16 - 1;
     return address ^ (address >> 7 & mask) << 4;

@@ -20,7 +20,7 @@ Box make_box(int rank, const void* map, const int* coordinates, Where where) {
     const char* what = self()->doing;
     Box box{};
     if (reinterpret_cast<uintptr_t>(map) % 64) fail(where, "%s: misaligned tensor map", what);
-    std::memcpy(&box.map, map, sizeof box.map);  // the kernel's copy dies with its thread
+    std::memcpy(&box.map, map, sizeof box.map);  // the kernel's copy is on its thread's stack
     if (box.map.mark != TensorMapFields::kMark) fail(where, "%s: not a tensor map", what);
     if (box.map.rank != rank) {
         fail(where, "%s: %d coordinates for a tensor map of rank %d", what, rank, box.map.rank);
@@ -32,8 +32,8 @@ Box make_box(int rank, const void* map, const int* coordinates, Where where) {
     return box;
 }
 
-// Calls visit(offset in the tile, global address or null, bytes) for each 16-byte chunk. Chunks
-// that cross the tensor's end come as two: what exists, and what does not (address null).
+// Calls visit(offset in the tile, global address or null, bytes) for each 16-byte chunk. A chunk
+// across the tensor's end is visited in two parts; the one outside has a null address.
 template <class Visit>
 void for_each_chunk(const Box& box, Visit visit) {
     const TensorMapFields& map = box.map;
@@ -49,7 +49,7 @@ void for_each_chunk(const Box& box, Visit visit) {
             address += static_cast<uint64_t>(index) * map.stride_bytes[d - 1];
         }
         for (uint32_t at = 0; at < box.inner_bytes; at += 16) {
-            for (uint32_t byte = at; byte < at + 16;) {  // runs that exist, or do not
+            for (uint32_t byte = at; byte < at + 16;) {  // runs inside or outside
                 const auto exists = [&](uint32_t b) {
                     const long index = long(box.start[0]) + b / width;
                     return inside && index >= 0 && index < long(map.sizes[0]);
@@ -128,7 +128,7 @@ void tma_load(int rank,
     preempt("tma_load", where);
 }
 
-// Writes a tile, as it stood in shared memory, to its box: `write(global, data, bytes)`.
+// Writes a tile from shared memory to its box: `write(global, data, bytes)`.
 template <class Write>
 static void store_box(int rank,
                       const void* map,

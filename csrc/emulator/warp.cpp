@@ -1,5 +1,5 @@
-// Instructions that a warp executes together: the lanes meet, the last to arrive does the work for
-// all, straight from and into the others' stacks.
+// Warp-wide instructions: the lanes meet, and the last to arrive executes the instruction for all,
+// reading and writing the other lanes' variables directly.
 #include <algorithm>
 #include <cstring>
 
@@ -14,7 +14,7 @@ void rendezvous(const char* name, uint32_t mask, void* argument, Execute execute
     const uint32_t lane_bit = 1u << thread->lane;
     const std::size_t block_threads = thread->block->grid->shape.threads.count();
     if (mask == kFullWarp && (thread->warp + 1) * kWarpSize > block_threads) {
-        mask = warp.live;  // the block's last warp has fewer than 32 lanes
+        mask = warp.live;  // the CTA's last warp has fewer than 32 lanes
     }
     if (!(mask & lane_bit)) fail(where, "%s: the calling lane is not in mask %08x", name, mask);
     if (mask & ~warp.live) fail(where, "%s: mask %08x names lanes that have ended", name, mask);
@@ -299,7 +299,7 @@ void mma_sync(Type type, float* d, const uint32_t* a, const uint32_t* b, Where w
     rendezvous("mma.sync", kFullWarp, &mma, execute_mma, where);
 }
 
-// ---- setmaxnreg: registers that one warpgroup gives back are there for another to take
+// ---- setmaxnreg: registers released by one warpgroup can be acquired by another
 
 void set_max_registers(int count, bool increase, Where where) {
     race::Quiet quiet;

@@ -1,9 +1,9 @@
 // wgmma: each of the four warps of a warpgroup multiplies its 16 rows, asynchronously.
 //
-// Warps meet only among their own lanes, as on a GPU: nothing here waits for the other warps. The
-// first warp to issue an operation records the operands' bytes; another warp, or the end of the
-// operation, that finds other bytes has found a missing barrier or an early overwrite. The product
-// is computed at issue and kept aside; the accumulator registers hold poison until wgmma_wait.
+// No warp waits for the other three, as on a GPU. The first warp to issue an operation records the
+// operands' bytes; different bytes at the issue by another warp, or at the end of the operation,
+// reveal a missing barrier or an early overwrite. The product is computed at issue and stored
+// separately; the accumulator registers hold poison until wgmma_wait.
 #include <algorithm>
 #include <cstring>
 
@@ -153,7 +153,7 @@ struct WarpgroupWgmma {
     std::size_t first = 0;  // number of operations[0]
 };
 
-// What one warp has in flight.
+// The operations that one warp has in flight.
 struct WarpWgmma {
     struct Pending {
         std::size_t operation;
@@ -248,7 +248,7 @@ void execute_wgmma(Thread** lanes, void** arguments, uint32_t) {
         a = a_fragment;
     }
 
-    // An accumulator in flight is carried on; else it comes from the registers.
+    // An accumulator in flight is continued; else it is read from the registers.
     std::shared_ptr<std::vector<float>> result;
     for (const auto& pending : warp.pending) {
         if (pending.d[0] == q.d) result = pending.result;

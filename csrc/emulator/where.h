@@ -2,7 +2,7 @@
 
 namespace k2k {
 
-// A place in the source, carried as a default argument so that it names the caller's line.
+// A source location; as a default argument it is the caller's.
 struct Where {
     const char* file;
     int line;

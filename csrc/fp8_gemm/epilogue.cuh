@@ -1,7 +1,7 @@
 #pragma once
 
-// From accumulators to D: * row weight, + bias, + C, one rounding, stores. Accumulators lie as
-// tile/store_row.cuh says.
+// Epilogue of the kernels that store from registers: accumulators * row weight, + bias, + C, one
+// rounding, stores. tile/store_row.cuh defines the layout of the accumulators.
 
 #include "fp8_gemm/schedule.cuh"
 #include "tile/store_row.cuh"
@@ -16,7 +16,7 @@ K2K_DEVICE float widened(float value) { return value; }
 K2K_DEVICE float widened(bf16 value) { return arch::to_float(value); }
 K2K_DEVICE float widened(fp16 value) { return arch::to_float(value); }
 
-// Calls f with a null pointer of the type, on the device.
+// Calls f with a null pointer to the type.
 template <class F>
 K2K_DEVICE void by_result_type(Type type, F&& f) {
     if (type == Type::kBf16) {
@@ -28,7 +28,8 @@ K2K_DEVICE void by_result_type(Type type, F&& f) {
     }
 }
 
-// Two neighbours from `source`: by one load if the pair lies on a multiple of its size.
+// Loads two contiguous elements, by one access if the pair is aligned; the second only if it
+// exists.
 template <class T>
 K2K_DEVICE void load_pair(float (&pair)[2], const T* source, bool second) {
     struct alignas(2 * sizeof(T)) Pair {
@@ -45,7 +46,7 @@ K2K_DEVICE void load_pair(float (&pair)[2], const T* source, bool second) {
     }
 }
 
-// Adds bias or C to the values of rows row and row + 8, from `column` on.
+// Adds bias or C to the accumulators of rows row and row + 8, from `column` on.
 template <int kValues>
 K2K_DEVICE void add(float (&values)[kValues],
                     const Addend& addend,
@@ -72,12 +73,13 @@ K2K_DEVICE void add(float (&values)[kValues],
     });
 }
 
-// The factor of row `row` of the group's D. Rounded products, so that all kernels agree on bits.
+// The weight of row `row` of the group's D.
 K2K_DEVICE float row_weight(const Fp8GemmParams& p, const GemmTile& tile, int row) {
     return p.row_weights[tile.group * p.row_weights_matrix_stride + tile.first_row + row];
 }
 
-// Multiplies a warp's 16 rows from `row` on, in the group's D, with their weights, if any.
+// Multiplies a warp's 16 rows from `row` on by their weights, if any. Each product is rounded by
+// itself (no fused multiply-add with bias or C), so that all kernels give equal bits.
 template <int kValues>
 K2K_DEVICE void weigh(float (&values)[kValues],
                       const Fp8GemmParams& p,
@@ -96,7 +98,7 @@ K2K_DEVICE void weigh(float (&values)[kValues],
     }
 }
 
-// The same, and adds bias and C to them, from `column` on.
+// weigh(), then adds bias and C, from `column` on.
 template <int kValues>
 K2K_DEVICE void weigh_and_add(
     float (&values)[kValues], const Fp8GemmParams& p, const GemmTile& tile, int row, int column) {
@@ -107,7 +109,7 @@ K2K_DEVICE void weigh_and_add(
     if (p.c.values != nullptr) add(values, p.c, tile, row, column, p.b.rows);
 }
 
-// Stores them, as far as they are within the group's D.
+// Rounds and stores a warp's 16 rows, as far as they are within the group's D.
 template <int kValues>
 K2K_DEVICE void store_rows(const float (&values)[kValues],
                            const Fp8GemmParams& p,

@@ -5,14 +5,14 @@
 
 namespace k2k {
 
-// Starts the kernel of the plan on `stream`, of the current device, which is `chip`. Nothing is
-// started where D is empty.
+// Starts the plan's kernel on `stream`, of the current device, which is `chip`; nothing if D is
+// empty.
 void launch_fp8_gemm(const Fp8GemmParams& params,
                      const GemmPlan& plan,
                      const Chip& chip,
                      void* stream);
 
-// The same for the plan's kernel of sm_90a: the large tiles, the small ones.
+// The same for the kernels of sm_90a: the large ones, the small ones.
 void launch_fp8_gemm_sm90(const Fp8GemmParams& params,
                           const GemmPlan& plan,
                           const Chip& chip,

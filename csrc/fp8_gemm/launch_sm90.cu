@@ -9,7 +9,7 @@ namespace k2k {
 
 namespace {
 
-// Boxes of 64 rows of 64 columns; if D is such that TMA can store it.
+// Boxes of 64 rows x 64 columns; false if TMA cannot store D.
 bool result_map(const Fp8GemmParams& p, arch::TensorMap& map) {
     if (p.d_type != Type::kBf16 && p.d_type != Type::kFp16) return false;
     const int64_t matrices = p.groups.axis == GemmGroups::Axis::kRows ? 1 : p.groups.number;
@@ -26,19 +26,18 @@ bool result_map(const Fp8GemmParams& p, arch::TensorMap& map) {
 
 template <class Tile>
 void launch_tile(const Fp8GemmParams& p, Share share, const Chip& chip, void* stream) {
-    const bool shares = share != Share::kNone;
+    static_assert(sizeof(HopperStorage<Tile>) <= kSharedOfOne);
+    const unsigned cluster = share != Share::kNone ? 2 : 1;
     HopperMaps maps = {};
     maps.a = codes_map(p.a, p.k, share == Share::kA ? Tile::kRows / 2 : Tile::kRows);
-    const int columns = Tile::kSwiglu ? 128 : Tile::kColumns;  // of a copy
+    const int columns = Tile::kSwiglu ? 128 : Tile::kColumns;  // per TMA copy
     maps.b = codes_map(p.b, p.k, share == Share::kB ? columns / 2 : columns);
     maps.stores_by_tma = result_map(p, maps.d);
     const int64_t tiles = tiles_at_most(p, Tile::kRows * (share == Share::kB ? 2 : 1),
                                         Tile::kColumns * (share == Share::kA ? 2 : 1));
-    const int64_t clusters = std::min<int64_t>(tiles, chip.multiprocessors / (shares ? 2 : 1));
-    LaunchShape shape{static_cast<unsigned>(clusters * (shares ? 2 : 1)), Tile::kThreads};
-    static_assert(sizeof(HopperStorage<Tile>) <= 227 * 1024);
-    shape.stream = stream;
-    shape.cluster = shares ? 2 : 1;
+    const int64_t clusters = std::min<int64_t>(tiles, chip.multiprocessors / cluster);
+    const auto ctas = static_cast<unsigned>(clusters * cluster);
+    const LaunchShape shape{ctas, Tile::kThreads, 0, stream, cluster};
     launch<fp8_gemm_sm90_kernel<Tile>, sizeof(HopperStorage<Tile>)>(shape, p, maps, share);
 }
 

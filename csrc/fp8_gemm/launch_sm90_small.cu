@@ -11,15 +11,14 @@ namespace {
 
 template <class Tile>
 void launch_tile(const Fp8GemmParams& p, int split, const Chip& chip, void* stream) {
+    static_assert(sizeof(SmallStorage<Tile>) <= kSharedOfTwo);
     HopperMaps maps = {};
     maps.a = codes_map(p.a, p.k, Tile::kTokens);
     maps.b = codes_map(p.b, p.k, Tile::kColumns);
     const int64_t tiles = tiles_at_most(p, Tile::kTokens, Tile::kColumns);
     const int64_t clusters = std::min<int64_t>(tiles, 2 * chip.multiprocessors / split);
-    LaunchShape shape{static_cast<unsigned>(clusters * split), Tile::kThreads};
-    static_assert(sizeof(SmallStorage<Tile>) <= 113 * 1024, "two blocks fit");
-    shape.stream = stream;
-    shape.cluster = split;
+    const auto ctas = static_cast<unsigned>(clusters * split);
+    const LaunchShape shape{ctas, Tile::kThreads, 0, stream, static_cast<unsigned>(split)};
     launch<fp8_gemm_sm90_small_kernel<Tile>, sizeof(SmallStorage<Tile>)>(shape, p, maps, split);
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Tensor maps of the factors.
+// Tensor maps of A and B.
 
 #include "arch/tensor_map.h"
 #include "fp8_gemm/config.h"

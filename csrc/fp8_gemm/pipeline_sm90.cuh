@@ -1,7 +1,7 @@
 #pragma once
 
-// What the two kernels for sm_90a share: a warp that finds tiles and tells the others, stages of a
-// pipeline, scales, promotion.
+// What the two kernels for sm_90a share: the queue of tiles between the scheduler warp and the
+// other warps, positions in the ring of stages, scales, promotion.
 
 #include "arch/cp_async.cuh"
 #include "arch/tma.cuh"
@@ -17,40 +17,43 @@ struct HopperMaps {
     bool stores_by_tma;
 };
 
-// Tiles that warp 0 may find before the first is finished: stages hold parts of several where K is
-// short.
+// Length of the queue of tiles. If K is short, the stages hold parts of several tiles.
 constexpr int kTilesAhead = 4;
 
-// Waits for the next tile; false behind the last one.
+// Named barriers (bar.sync); 0 is sync_block's.
+enum NamedBarrier : int {
+    kWarpgroupBarrier = 1,  // + warpgroup, 128 threads: its panel of D is free; it is written
+    kSwigluBarrier = 3,     // + warp % 4, 64 threads, a warp of each warpgroup: sums written; read
+};
+
+// Waits for the scheduler's next tile; false if there is none.
 template <class Storage>
-K2K_DEVICE bool has_tile(Storage& smem, const tile::RingPosition<kTilesAhead>& at K2K_WHERE) {
-    arch::mbarrier_wait(smem.found[at.slot], at.parity K2K_PASS_WHERE);
+K2K_DEVICE bool has_tile(Storage& smem, const tile::RingPosition<kTilesAhead>& at) {
+    arch::mbarrier_wait(smem.found[at.slot], at.parity);
     return smem.tiles[at.slot].group >= 0;
 }
 
-// This warp needs the tile no more.
+// Releases the tile's slot in the queue; every warp that waits for tiles calls it once per tile.
 template <class Storage>
-K2K_DEVICE void leave_tile(Storage& smem, tile::RingPosition<kTilesAhead>& at K2K_WHERE) {
-    tile::warp_arrive(smem.used[at.slot] K2K_PASS_WHERE);
+K2K_DEVICE void leave_tile(Storage& smem, tile::RingPosition<kTilesAhead>& at) {
+    tile::warp_arrive(smem.used[at.slot]);
     at.advance();
 }
 
-// Copies a scale, or zero in the place of one that is not `valid`.
-K2K_DEVICE void load_scale(float& target,
-                           const float* source,
-                           bool valid,
-                           const float* any K2K_WHERE) {
-    arch::cp_async<4>(arch::smem_address(&target), valid ? source : any, valid K2K_PASS_WHERE);
+// Starts the copy of a scale; zero instead if it is not `valid`. `any`: an address that may be
+// named.
+K2K_DEVICE void load_scale(float& target, const float* source, bool valid, const float* any) {
+    arch::cp_async<4>(arch::smem_address(&target), valid ? source : any, valid);
 }
 
-// The warp that copies scales does not end before its copies have.
-K2K_DEVICE void finish_scales(K2K_WHERE_ONLY) {
-    arch::cp_async_commit(K2K_PASS_WHERE_ONLY);
-    arch::cp_async_wait<0>(K2K_PASS_WHERE_ONLY);
+// A warp must not exit before its copies have landed.
+K2K_DEVICE void finish_scales() {
+    arch::cp_async_commit();
+    arch::cp_async_wait<0>();
 }
 
-// result += sum * (a_scale * b_scale): a scale for each of this lane's two rows and for each
-// column, the first being the lane's.
+// result += sum * (a_scale * b_scale), with a scale for each of the lane's two rows (a_scale) and
+// one per column (b_scales, from the lane's first column on).
 template <int kValues>
 K2K_DEVICE void promote(float (&result)[kValues],
                         const float (&sum)[kValues],

@@ -1,29 +1,33 @@
 #pragma once
 
-// What SwiGLU adds to the large kernel for sm_90a: codes[m, i], scales[m, i / 128] <-
-// silu(gate[m, i]) * up[m, i] * w[m], where gate and up are sums in the registers of two
-// warpgroups, 128 rows by 128 columns each. Nothing is rounded in between.
+// Quantised SwiGLU epilogue of the large kernel for sm_90a:
 //
-// Exchange  warpgroup 0 gets up for the first 64 rows and gives gate for the last 64 away. Both
-//           hold their sums in the same places, so that a thread deals with its like alone, and
-//           warp w with warp w: half of the sums at a time, 16 KB each way.
-// Rows      then lie in four lanes each: two shuffles give amax, and the codes change places within
-//           the four so that each stores 16 bytes, side by side.
+//     codes[m, i], scales[m, i / 128] <- silu(gate[m, i]) * up[m, i] * w[m]
+//
+// Gate and up are float32 accumulators of two warpgroups, 128 rows by 128 columns each. Nothing is
+// rounded in between.
+//
+// Exchange  Warpgroup 0 receives up of the first 64 rows and sends gate of the last 64. Both have
+//           the same register layout, so each thread exchanges with one thread, and warp w with
+//           warp w: half of the accumulators at a time, 16 KB each way.
+// Rows      Each row then lies in the four lanes of a quad: two shuffles give amax, and a transpose
+//           in the quad makes each lane store 16 contiguous bytes.
 
-#include "fp8_gemm/epilogue.cuh"
+#include "fp8_gemm/pipeline_sm90.cuh"
 #include "tile/e4m3_block.cuh"
 #include "tile/silu.cuh"
 
 namespace k2k {
 
 struct SwigluExchange {
-    float4 given[2][8][128];  // by warpgroup, by thread
+    float4 given[2][8][128];  // [warpgroup][four accumulators][thread]
 };
 
-// Quantises a row's 128 columns of silu(gate) * up, of which this lane has hidden[2 j + e] at
-// columns 8 j + 2 t + e. All lanes of the warp call it; rows that are not `real` are not stored.
+// Quantises and stores 128 columns of a row of silu(gate) * up. Lane t of the quad has columns
+// 8 j + 2 t + e in hidden[2 j + e]. All lanes of the warp call it; only `real` rows are stored.
 K2K_DEVICE void store_codes(
     const float (&hidden)[32], const Fp8GemmParams& p, const GemmTile& tile, int row, bool real) {
+    // One scale for the 128 columns: amax over the quad.
     const float amax = tile::block_amax<4>(hidden);
     const float scale = tile::scale_of(amax, p.d_scales.power_of_two);
     const tile::Divisor divisor = tile::divisor_of(scale);
@@ -32,13 +36,14 @@ K2K_DEVICE void store_codes(
                   (tile.first_row + row) * p.d_row_stride + tile.column;
     K2K_UNROLL
     for (int first = 0; first < 32; first += 16) {
-        uint32_t words[4];  // two pairs of neighbours each
+        uint32_t words[4];  // two pairs of adjacent columns each
         K2K_UNROLL
         for (int i = 0; i < 4; ++i) {
             const float* four = hidden + first + 4 * i;
             words[i] = tile::encode4(four[0], four[1], four[2], four[3], divisor);
         }
-        tile::transpose_quad(words);  // now of groups 2 t and 2 t + 1, from each lane of the quad
+        // Now columns of groups 2 t and 2 t + 1, one word from each lane of the quad.
+        tile::transpose_quad(words);
         const uint4 sixteen = make_uint4(
             (words[0] & 0xffff) | words[1] << 16, (words[2] & 0xffff) | words[3] << 16,
             words[0] >> 16 | (words[1] & 0xffff0000), words[2] >> 16 | (words[3] & 0xffff0000));
@@ -51,8 +56,8 @@ K2K_DEVICE void store_codes(
     }
 }
 
-// Finishes a tile, of whose first and last 64 rows a warpgroup has `first` and `last`: 0 those of
-// gate, 1 those of up.
+// Finishes a tile: `first` and `last` are the warpgroup's accumulators of rows 0 .. 63 and 64 ..
+// 127, of gate in warpgroup 0, of up in warpgroup 1.
 K2K_DEVICE void finish_swiglu(SwigluExchange& exchange,
                               const Fp8GemmParams& p,
                               float (&first)[64],
@@ -60,8 +65,9 @@ K2K_DEVICE void finish_swiglu(SwigluExchange& exchange,
                               const GemmTile& tile,
                               int warpgroup) {
     const int thread = threadIdx.x % 128, warp = thread / 32;
+    // Swap in warpgroup 1, so that both keep `first` and send `last`.
     K2K_UNROLL
-    for (int i = 0; i < 64; ++i) {  // now `first` is kept, `last` given away
+    for (int i = 0; i < 64; ++i) {
         const float kept = warpgroup == 0 ? first[i] : last[i];
         last[i] = warpgroup == 0 ? last[i] : first[i];
         first[i] = kept;
@@ -73,7 +79,8 @@ K2K_DEVICE void finish_swiglu(SwigluExchange& exchange,
             const float* four = last + half + 4 * i;
             exchange.given[warpgroup][i][thread] = make_float4(four[0], four[1], four[2], four[3]);
         }
-        arch::barrier_sync(3 + warp, 64);
+        // Wait for the same warp of the other warpgroup, then read what it wrote.
+        arch::barrier_sync(kSwigluBarrier + warp, 64);
         K2K_UNROLL
         for (int i = 0; i < 8; ++i) {
             const float4 four = exchange.given[1 - warpgroup][i][thread];
@@ -83,9 +90,11 @@ K2K_DEVICE void finish_swiglu(SwigluExchange& exchange,
             to[2] = four.z;
             to[3] = four.w;
         }
-        arch::barrier_sync(3 + warp, 64);
+        // Both have read: the buffer may be written again.
+        arch::barrier_sync(kSwigluBarrier + warp, 64);
     }
 
+    // Quantise this lane's two rows of the warpgroup's 64.
     const int row = tile.row + 64 * warpgroup + 16 * warp + arch::lane_id() / 4;
     const bool column_is_real = tile.column < p.b.rows / 2;
     K2K_UNROLL

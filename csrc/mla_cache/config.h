@@ -2,7 +2,7 @@
 
 namespace k2k {
 
-// A warp for each token; few warps a block, so that a decoding batch spreads over the GPU.
+// A warp per token; few warps per CTA, so that a decoding batch spreads over the SMs.
 constexpr int kCacheWarps = 4;
 
 // The 656-byte row: 512 codes, 4 float32 scales, 64 bfloat16.

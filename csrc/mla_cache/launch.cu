@@ -8,10 +8,8 @@ namespace k2k {
 namespace {
 
 LaunchShape shape_of(const MlaCacheParams& p, void* stream) {
-    const int64_t blocks = (p.tokens + kCacheWarps - 1) / kCacheWarps;
-    LaunchShape shape{static_cast<unsigned>(blocks), 32 * kCacheWarps};
-    shape.stream = stream;
-    return shape;
+    const int64_t blocks = ceil_div(p.tokens, kCacheWarps);
+    return {static_cast<unsigned>(blocks), 32 * kCacheWarps, 0, stream};
 }
 
 // Calls f with null pointers of the two types.

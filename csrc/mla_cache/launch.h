@@ -4,7 +4,7 @@
 
 namespace k2k {
 
-// Start the kernels on `stream`, of the current device. Nothing is started for no tokens.
+// Each starts one kernel on `stream`, of the current device; none without tokens.
 void launch_mla_append(const MlaCacheParams& params, void* stream);
 void launch_mla_gather(const MlaCacheParams& params, void* stream);
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// What the kernels of this folder are told. Sizes and strides are in elements.
+// Parameters of the kernels of this folder. Sizes and strides are in elements.
 
 #include "common/dtypes.h"
 

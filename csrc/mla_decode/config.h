@@ -122,7 +122,7 @@ struct MlaDecodeShape {
 // Hopper's own kernel brings keys by TMA, in boxes that lie in one page: boxes of less than 16 keys
 // would take more copies than one thread can start in time. Codes must be decoded on the way, and a
 // tile of 16 or 32 rows needs less shared memory traffic in the portable kernel.
-constexpr bool served_by_hopper(const Chip& chip, const MlaDecodeShape& shape, int tile_rows) {
+constexpr bool served_by_sm90(const Chip& chip, const MlaDecodeShape& shape, int tile_rows) {
     return chip.capability == 90 && !shape.quantized && shape.whole_rows &&
            tile_rows == kHopperRows && hopper_box_rows(shape.page_size) >= kHopperMinBoxRows;
 }
@@ -131,7 +131,7 @@ constexpr bool served_by_hopper(const Chip& chip, const MlaDecodeShape& shape, i
 // from L2 for both: with several tiles a sequence, what a multiprocessor gets from L2 would take as
 // long as the products. Only whole teams can be paired.
 constexpr bool in_pairs(const MlaDecodePlan& plan) {
-    return plan.hopper && plan.team_size % 2 == 0;
+    return plan.kernel == MlaDecodeKernel::kSm90 && plan.team_size % 2 == 0;
 }
 
 // The tiles of a sequence go to the blocks of a team, which then read the same keys at the same
@@ -146,9 +146,9 @@ constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape)
     // Tiles of different heights add up a score in different orders. With fixed splits, a row's
     // bits must not depend on how many queries come along.
     plan.tile_rows = tile_rows_for(shape.split_keys > 0 ? shape.heads : rows);
-    plan.hopper = served_by_hopper(chip, shape, plan.tile_rows);
-    plan.stages =
-        plan.hopper ? kHopperStages : portable_stages(shape.quantized, chip.shared_memory);
+    const bool sm90 = served_by_sm90(chip, shape, plan.tile_rows);
+    plan.kernel = sm90 ? MlaDecodeKernel::kSm90 : MlaDecodeKernel::kSm80;
+    plan.stages = sm90 ? kHopperStages : portable_stages(shape.quantized, chip.shared_memory);
     const int64_t tiles = ceil_div(rows > 0 ? rows : 1, plan.tile_rows);
     plan.team_size = static_cast<int>(tiles < chip.multiprocessors ? tiles : chip.multiprocessors);
     plan.teams = chip.multiprocessors / plan.team_size;

@@ -47,7 +47,7 @@ void launch_combine(const MlaDecodeParams& p, void* stream) {
 
 void launch_mla_decode(const MlaDecodeParams& p, void* stream) {
     if (p.tokens * p.heads == 0) return;
-    if (p.plan.hopper) return launch_mla_decode_sm90(p, stream);
+    if (p.plan.kernel == MlaDecodeKernel::kSm90) return launch_mla_decode_sm90(p, stream);
     if (p.cache_type == Type::kU8) {
         by_tile_rows<bf16, /*kQuantized=*/true>(p, stream);
     } else if (p.type == Type::kBf16) {

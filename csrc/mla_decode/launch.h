@@ -8,7 +8,7 @@ namespace k2k {
 // rows. Nothing is started for empty inputs.
 void launch_mla_decode(const MlaDecodeParams& params, void* stream);
 
-// The same with the kernels for sm_90a.
+// The same with the kernels for sm_90a, where plan.kernel is kSm90.
 void launch_mla_decode_sm90(const MlaDecodeParams& params, void* stream);
 
 // Writes each CTA's tasks to tasks[ctas, capacity]. Uses the sizes, lengths and plan of `params`.

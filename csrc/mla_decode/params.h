@@ -6,6 +6,8 @@
 
 namespace k2k {
 
+enum class MlaDecodeKernel : int32_t { kSm80, kSm90 };  // kernel_sm80.cuh, kernel_sm90.cuh
+
 // How the work of a call is laid out; config.h makes it, Python allocates by it.
 struct MlaDecodePlan {
     int tile_rows;     // rows of q (query tokens x heads) of a CTA's tile: 16, 32 or 64
@@ -14,7 +16,7 @@ struct MlaDecodePlan {
     int team_size;     // ... by as many CTAs, which divide the tiles of a sequence
     int split_blocks;  // keys are cut at multiples of so many blocks; 0: where shares end
     int64_t partials;  // tiles that the workspace holds
-    bool hopper;       // kernel_sm90.cuh instead of kernel_sm80.cuh
+    MlaDecodeKernel kernel;
 };
 
 // Where the partial results of one row are if its keys were split: the number of parts, and which

@@ -1,6 +1,8 @@
 #pragma once
 
-// Tiles and grids, as pure functions of the sizes.
+// Tiles and grids: pure functions of the sizes.
+
+#include <algorithm>
 
 #include "common/dtypes.h"
 #include "common/math.h"
@@ -9,117 +11,75 @@
 namespace k2k {
 
 constexpr int kMostExperts = 1024;
-constexpr int kMostTopK = 32;    // a token's pairs lie in the lanes of a warp
-constexpr int kMostGroups = 32;  // and so do the router's groups
+constexpr int kMostTopK = 32;    // a lane per pair of a token
+constexpr int kMostGroups = 32;  // a lane per group of the router
 
-// A warp moves 512 neighbours of a row, 16 a lane: 1 KiB of bfloat16, enough for DRAM to stream.
-// Blocks are only there to bring warps: 8 of them.
+// A warp moves 512 contiguous elements of a row, 16 per lane: 1 KiB of bfloat16, enough for DRAM to
+// stream. A CTA has 8 independent warps.
 constexpr int kMoeThreads = 256;
 constexpr int kMoeWarps = kMoeThreads / 32;
 constexpr int kWarpColumns = 512;
 
-// A block ranks 2,048 pairs, 8 rounds of its warps: a batch of Kimi-K2's top-8 up to 256 tokens,
-// hence every decoding step, is one tile, which every block ranks for itself in the one launch
-// there is. More tiles would be a longer scan, larger ones a longer tail of few blocks.
+// A CTA ranks 2,048 pairs, 8 rounds of its warps. Up to 256 tokens of Kimi-K2's top-8, hence in
+// every decoding step, there is one tile, which every CTA ranks for itself in a single launch.
+// Smaller tiles would make the scan longer, larger ones leave few CTAs.
 constexpr int kPlanTile = 2048;
 constexpr int kPlanRounds = kPlanTile / kMoeThreads;
 
-// One thread for each expert: the tiles' counts are added up by one block.
+// A thread per expert: one CTA adds the counts of the tiles.
 constexpr int kScanThreads = kMostExperts;
 
 constexpr bool plans_in_one_launch(int64_t pairs) { return pairs <= kPlanTile; }
 
-// Rows in pieces of a warp; a row without columns is one piece, because its slots are written too.
+// Pieces of a row, one per warp; a row without columns is one piece, because its slots are written.
 constexpr int64_t row_pieces(int64_t hidden) {
     return hidden > 0 ? ceil_div(hidden, kWarpColumns) : 1;
 }
 
-// Blocks that plan for themselves should all be resident: 132 SMs of 4. Others are as many as there
-// are pieces; from 65,536 on they walk, and the tail of the last wave is short.
+// CTAs that plan for themselves should all be resident: 4 on 132 SMs. Else there are enough for all
+// pieces, up to 65,536; beyond, grid-stride, and the last wave is short.
 constexpr unsigned move_blocks(int64_t rows, int64_t hidden, int64_t most) {
     const int64_t blocks = ceil_div(rows * row_pieces(hidden), kMoeWarps);
-    return static_cast<unsigned>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+    return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, most));
 }
 constexpr int64_t kMostPlanningBlocks = 528;
 constexpr int64_t kMostMovingBlocks = 65536;
-// Rows of other ranks: how many there are only the device knows, and a block without any should not
-// be started. Two waves of 132 SMs of 5.
-constexpr int64_t kMostToldBlocks = 1320;
+// Rows of other ranks: the host does not know their number, and a CTA without rows should not be
+// started. Two waves of 5 CTAs on 132 SMs.
+constexpr int64_t kMostArrivedBlocks = 1320;
 static_assert(move_blocks(0, 7168, kMostPlanningBlocks) == 1, "the plan of nothing is written too");
 static_assert(move_blocks(128, 7168, kMostPlanningBlocks) == 224, "a decoding step: one wave");
 static_assert(move_blocks(4096, 7168, kMostMovingBlocks) == 7168, "prefill");
 
-// How many rows combine has in flight at once: 128 bytes a thread, 96 KiB on an SM of 3 blocks,
-// where bandwidth x latency of DRAM ask for 20 to 36. The rest is for short batches, whose time is
-// the number of trips. (test_machine_code.py holds the machine code to it.)
+// Rows that combine has in flight: 128 bytes per thread, 96 KiB on an SM with 3 CTAs; bandwidth x
+// latency of DRAM needs 20 to 36. The rest serves short batches, which are bound by the number of
+// dependent rounds. (test_machine_code.py checks it in the machine code.)
 constexpr int rows_in_flight(Type type) { return type == Type::kF32 ? 2 : 4; }
 constexpr int kCombineBlocks = 3;
 
-// The gradient of combine: a block for each token, because its warps add up the dot products. As
-// many warps as give each the same number of pieces.
+// The gradient of combine: a CTA per token, whose warps add their dot products. As many warps as
+// give each the same number of pieces.
 constexpr unsigned gradient_warps(int64_t hidden) {
     const int64_t pieces = row_pieces(hidden);
     return static_cast<unsigned>(ceil_div(pieces, ceil_div(pieces, kMoeWarps)));
 }
-constexpr int64_t kMostGradientBlocks = 1584;  // 132 SMs of 3, four times over; then they go on
+constexpr int64_t kMostGradientBlocks = 1584;  // four waves of 3 CTAs on 132 SMs; then grid-stride
 static_assert(gradient_warps(7168) == 7 && gradient_warps(512) == 1, "no idle warps");
 
-// Router: a warp for each token, which holds its scores: a vector of 4 neighbours a lane, 128
-// experts a vector, as often as the experts need. 3: Kimi-K2's 384; 2: DeepSeek-V3's 256. Few are
-// held by so many registers that 4 blocks share a multiprocessor.
+// Router: a warp per token has its scores in registers, in vectors of 4 contiguous experts per
+// lane, 128 per warp: 3 for Kimi-K2's 384 experts, 2 for DeepSeek-V3's 256. Up to 3, registers
+// allow 4 CTAs per SM.
 constexpr int kRouteThreads = 256;
 constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int route_vectors(int experts) {
     return experts <= 128 ? 1 : experts <= 256 ? 2 : experts <= 384 ? 3 : experts <= 512 ? 4 : 8;
 }
 constexpr int route_blocks_resident(int vectors) { return vectors <= 3 ? 4 : 2; }
-// 132 SMs of 4; 4,096 tokens are one wave. Each block adds its counts to the others'.
+// 4 CTAs on 132 SMs; 4,096 tokens are one wave. Each CTA adds its counts to the global ones.
 constexpr int64_t kMostRouteBlocks = 528;
 constexpr unsigned route_blocks(int64_t tokens) {
-    const int64_t blocks = ceil_div(tokens, kRouteWarps);
-    return static_cast<unsigned>(blocks < 1                  ? 1
-                                 : blocks < kMostRouteBlocks ? blocks
-                                                             : kMostRouteBlocks);
-}
-
-// ---- products of unquantised experts
-
-// A tile of D is cut among warps of 32 columns: 16 of them at a time are one ldmatrix of B, and 32
-// one transposition in the quads before D is stored.
-template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kStages_, int kBlocks_>
-struct MoeGemmTile {
-    static constexpr int kRows = kRows_, kColumns = kColumns_;
-    static constexpr int kDepth = kDepth_;  // of a stage
-    static constexpr int kWarpRows = kWarpRows_, kWarpColumns = 32;
-    static constexpr int kStages = kStages_;
-    static constexpr int kBlocks = kBlocks_;  // on one multiprocessor
-    static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * 32;
-};
-// 64 sums a lane and 24 words of operands leave room for two blocks, so that one's ends hide behind
-// the other's products. Three stages of 16 KB on their way last the tensor cores of an A100 for
-// 1,500 clocks, twice the latency of DRAM.
-using MoeGemmTile128 = MoeGemmTile<128, 128, 32, 64, 4, 2>;
-// Decoding: nearly all of a stage is weights, 16 of 18 KB, and the stages of two blocks keep 108 KB
-// in flight, where bandwidth x latency of DRAM ask for 20 to 36 a multiprocessor.
-using MoeGemmTile16 = MoeGemmTile<16, 128, 64, 16, 4, 2>;
-static_assert(MoeGemmTile128::kThreads == 256 && MoeGemmTile16::kThreads == 128);
-
-// Up to so many rows a group the small tile serves it: two tiles, the second of which finds the
-// weights in L2; a large one would compute 128 rows for them. wgrad has large tiles only.
-constexpr int64_t kFewRows = 32;
-constexpr bool takes_few_rows(const MoeGemmParams& p) {
-    return p.kind != MoeGemm::kWgrad && p.expected <= kFewRows * p.groups.number;
-}
-
-// Rows of tiles that blocks go down before they go one column on: 8 x 128 rows of A and as many
-// columns' weights are 2 MB each for every 1,024 of the summed axis.
-constexpr int kMoeGemmBand = 8;
-
-// As many tiles as there can be, whatever stands in offsets and counts.
-constexpr int64_t moe_gemm_tiles(const MoeGemmParams& p, int tile_rows, int tile_columns) {
-    const int64_t row_tiles = ceil_div(p.rows, tile_rows);
-    return (p.kind == MoeGemm::kWgrad ? row_tiles * p.groups.number : row_tiles + p.groups.number) *
-           ceil_div(p.columns, tile_columns);
+    return static_cast<unsigned>(
+        std::clamp<int64_t>(ceil_div(tokens, kRouteWarps), 1, kMostRouteBlocks));
 }
 
 }  // namespace k2k

@@ -1,32 +1,33 @@
 #pragma once
 
-// Dispatch: each token's row to a slot of each of its experts, quantised on the way if asked.
+// Dispatch: copies each token's row to a slot of each of its experts, optionally quantised.
 //
-//     slot_of[t, k], offsets[e], counts[e]    as plan.cuh says
+//     slot_of[t, k], offsets[e], counts[e]    see plan.cuh
 //     token_of_slot[slot_of[t, k]]            = t; -1 in all other slots
 //     data[slot_of[t, k], :]                  = x[t, :], or codes[t, :] and scales[t, :]
 //
-// Launches  one where there are at most 2,048 pairs: each block plans for itself, and moves. Else
-//           three: count (a block for each tile of 2,048 pairs), scan (one block), move.
-// Warp      of move: 512 columns of one token, 16 a lane, loaded once, stored to the token's slots,
-//           which lie in the lanes, one for each k. Eight lanes hold a block of 128 to quantise.
-// In flight 32 bytes of bfloat16 a thread: with 48 registers a multiprocessor holds five blocks, 40
-//           KiB; the stores, 4 (8 where it copies) times as many for K = 8, wait for nobody.
-// Order     x is loaded first; what the slots are made of comes through L2 meanwhile, and so does
-//           everything else than rows: 20 bytes a pair. Rows of other ranks are loaded after their
-//           experts, because not all of them came.
-// Scales    "row": the four of a warp are neighbours. "column": 4 bytes here and there; rows of an
-//           expert follow one another in slots but not in time, so L2 is left to merge them.
-// Padding   is not written, except -1 into token_of_slot, by the warps in turns.
+// Launches  One for at most 2,048 pairs: each CTA plans for itself, then moves. Else three: count
+//           (a CTA per tile of 2,048 pairs), scan (one CTA), move.
+// Warp      of move: 512 columns of one token, 16 per lane, loaded once, stored to the token's
+//           slots; lane k has the k-th slot. Eight lanes have a block of 128 to quantise. All warps
+//           have the same role; grid-stride over tasks.
+// In flight 32 bytes of bfloat16 per thread: with 48 registers an SM holds five CTAs, 40 KiB; the
+//           stores, 4 (copying: 8) times as many bytes for K = 8, are not waited for.
+// Order     x is loaded first; meanwhile what the slots are computed from comes through L2, like
+//           all but rows: 20 bytes per pair. Rows of other ranks are loaded after their experts,
+//           because only rows with an expert here arrived.
+// Scales    "row": the four scales of a warp are contiguous. "column": scattered 4-byte stores; the
+//           rows of an expert are adjacent in slots but not in time, so L2 has to merge them.
+// Padding   is not written, except -1 in token_of_slot, grid-stride by the warps.
 // Shared    count: 20 KiB; move that plans: 36 KiB, of which the counts of 8 warps are 16.
 //
-// Barriers of a block
-//     rank_tile       cells zeroed | counts of warps complete | what stands before each warp
-//     place_experts   sums of warps | (one block) dropped pairs of warps
+// Barriers of a CTA
+//     rank_tile       cells zeroed | counts of warps complete | pairs before each warp known
+//     place_experts   sums of warps | (first CTA) dropped pairs of warps
 //     move            offsets, counts and slots complete
 //
-// Limits    1,024 experts, top-32, 2^31 pairs. Rows that do not begin on 16 bytes go element by
-//           element.
+// Limits    1,024 experts, top-32, 2^31 pairs. Rows that do not begin at multiples of 16 bytes are
+//           moved element by element.
 
 #include "arch/smem.cuh"
 #include "moe/plan.cuh"
@@ -35,7 +36,7 @@
 
 namespace k2k {
 
-// One block for each tile.
+// A CTA per tile of pairs: ranks in the tile, and the tile's pairs of each expert.
 __global__ void __launch_bounds__(kMoeThreads)
     moe_count_kernel(const __grid_constant__ MoeDispatchParams p) {
     TileRanks& smem = arch::shared_storage<TileRanks>();
@@ -43,6 +44,7 @@ __global__ void __launch_bounds__(kMoeThreads)
     const int64_t left = p.tokens * p.top_k - first;
     const int count = static_cast<int>(left < kPlanTile ? left : kPlanTile);
 
+    // Rank the pairs among the tile's pairs of their expert.
     const ThreadPairs mine = rank_tile(smem, p, first, count);
     K2K_UNROLL
     for (int round = 0; round < kPlanRounds; ++round) {
@@ -50,11 +52,12 @@ __global__ void __launch_bounds__(kMoeThreads)
             p.ranks[first + mine.first + 32 * round] = static_cast<uint16_t>(mine.rank[round]);
         }
     }
+    // Write the tile's totals; the scan turns them into pairs before the tile.
     int32_t* totals = p.before_tile + int64_t(blockIdx.x) * p.experts;
     for (int e = threadIdx.x; e < p.experts; e += kMoeThreads) totals[e] = smem.totals[e];
 }
 
-// One block, a thread for each expert: its pairs before each tile, then all experts' places.
+// One CTA, a thread per expert: an exclusive scan over the tiles, then the experts' offsets.
 __global__ void __launch_bounds__(kScanThreads)
     moe_scan_kernel(const __grid_constant__ MoeDispatchParams p) {
     auto& smem = arch::shared_storage<PlaceExperts<kScanThreads>>();
@@ -63,7 +66,8 @@ __global__ void __launch_bounds__(kScanThreads)
     if (int(threadIdx.x) < p.experts) {
         int32_t* cell = p.before_tile + threadIdx.x;
         for (int64_t tile = 0; tile < tiles; tile += 8, cell += int64_t(8) * p.experts) {
-            int32_t here[8];  // all on their way before the first is used
+            // Keep eight loads in flight.
+            int32_t here[8];
             K2K_UNROLL
             for (int i = 0; i < 8; ++i) here[i] = tile + i < tiles ? cell[i * p.experts] : 0;
             K2K_UNROLL
@@ -76,6 +80,7 @@ __global__ void __launch_bounds__(kScanThreads)
     place_experts(smem, p, total, p.offsets, p.counts, p.overflow);
 }
 
+// Shared memory of a move that plans.
 struct MovePlan {
     TileRanks ranks;
     PlaceExperts<kMoeThreads> place;
@@ -84,26 +89,30 @@ struct MovePlan {
     int32_t slots[kPlanTile];
 };
 
-// The slot of a pair of which `rank` come before, in an expert that begins at `start`.
+// The slot of the pair number `rank` of an expert that begins at `start`; -1 beyond the capacity.
 K2K_DEVICE int32_t slot_at(const MoeDispatchParams& p, int32_t start, int64_t rank) {
     return start + rank < p.capacity ? static_cast<int32_t>(start + rank) : -1;
 }
 
-// All slots, made by this block. One of the blocks writes down where the experts are.
-K2K_DEVICE void plan_block(MovePlan& smem, const MoeDispatchParams& p K2K_WHERE) {
+// Computes all slots in this CTA; the first CTA writes offsets and counts to memory.
+K2K_DEVICE void plan_block(MovePlan& smem, const MoeDispatchParams& p) {
     constexpr int kEach = kMostExperts / kMoeThreads;
     const int pairs = static_cast<int>(p.tokens * p.top_k);
-    const ThreadPairs mine = rank_tile(smem.ranks, p, 0, pairs K2K_PASS_WHERE);
+    // Rank all pairs.
+    const ThreadPairs mine = rank_tile(smem.ranks, p, 0, pairs);
     static_assert(kEach == 4, "a thread's totals are one vector: no bank conflicts");
+    // A thread has the totals of four contiguous experts.
     const uint4 all = reinterpret_cast<const uint4*>(smem.ranks.totals)[threadIdx.x];
     int32_t totals[kEach] = {int32_t(all.x), int32_t(all.y), int32_t(all.z), int32_t(all.w)};
     K2K_UNROLL
     for (int i = 0; i < kEach; ++i) {
         if (int(threadIdx.x) * kEach + i >= p.experts) totals[i] = 0;
     }
+    // Place the experts; overflow is written once.
     int64_t* overflow = blockIdx.x == 0 ? p.overflow : nullptr;
-    place_experts(smem.place, p, totals, smem.offsets, smem.counts, overflow K2K_PASS_WHERE);
-    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    place_experts(smem.place, p, totals, smem.offsets, smem.counts, overflow);
+    arch::sync_block();
+    // Turn ranks into slots.
     K2K_UNROLL
     for (int round = 0; round < kPlanRounds; ++round) {
         const int pair = mine.first + 32 * round, expert = mine.expert[round];
@@ -111,7 +120,7 @@ K2K_DEVICE void plan_block(MovePlan& smem, const MoeDispatchParams& p K2K_WHERE)
             smem.slots[pair] = expert < 0 ? -1 : slot_at(p, smem.offsets[expert], mine.rank[round]);
         }
     }
-    arch::sync_block(K2K_PASS_WHERE_ONLY);
+    arch::sync_block();
     if (blockIdx.x != 0) return;
     for (int e = threadIdx.x; e <= p.experts; e += kMoeThreads) {
         p.offsets[e] = smem.offsets[e];
@@ -119,10 +128,11 @@ K2K_DEVICE void plan_block(MovePlan& smem, const MoeDispatchParams& p K2K_WHERE)
     }
 }
 
-// token_of_slot of slots without a token: behind each expert's rows, and behind all experts.
+// Writes -1 to token_of_slot of padding: after each expert's rows, and after all experts.
 K2K_DEVICE void mark_padding(const MoeDispatchParams& p,
                              const int32_t* offsets,
                              const int32_t* counts) {
+    // A warp per expert, then all warps over the slots after the last expert.
     const int64_t warps = int64_t(gridDim.x) * kMoeWarps;
     const int64_t warp = int64_t(blockIdx.x) * kMoeWarps + arch::warp_id();
     for (int64_t e = warp; e < p.experts; e += warps) {
@@ -138,19 +148,20 @@ K2K_DEVICE void mark_padding(const MoeDispatchParams& p,
     }
 }
 
-// Whether x has this row. Of the rows of other ranks only those that have an expert here came.
-K2K_DEVICE bool exists(const MoeDispatchParams& p, int64_t token K2K_WHERE) {
-    if (p.told.told == nullptr) return true;
+// Whether x has this row: of the rows of other ranks only those with an expert here arrived.
+K2K_DEVICE bool exists(const MoeDispatchParams& p, int64_t token) {
+    if (p.arrived.counts == nullptr) return true;
     const int lane = arch::lane_id();
-    return arch::any(lane < p.top_k && expert_of(p, token * p.top_k + lane) >= 0 K2K_PASS_WHERE);
+    return arch::any(lane < p.top_k && expert_of(p, token * p.top_k + lane) >= 0);
 }
 
-// Without kQuantize rows are copied, and T is any type of their elements' size.
+// Without kQuantize rows are copied, and T is any type of the elements' size.
 template <class T, bool kQuantize, bool kPlans>
 __global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
     moe_move_kernel(const __grid_constant__ MoeDispatchParams p) {
     MovePlan* plan = nullptr;
     if constexpr (kPlans) {
+        // One launch: plan first.
         plan = &arch::shared_storage<MovePlan>();
         plan_block(*plan, p);
     }
@@ -158,15 +169,17 @@ __global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
     const int64_t pieces = row_pieces(p.hidden);
     const T* all = static_cast<const T*>(p.x) + offset_of(p.x_half);
 
-    ToldWalk walk(int64_t(blockIdx.x) * kMoeWarps + arch::warp_id());
-    for (; walk.find(p.told, pieces); walk.step(int64_t(gridDim.x) * kMoeWarps)) {
-        const int64_t token = walk.row(p.told, pieces), piece = walk.task % pieces;
+    ArrivedTasks tasks(int64_t(blockIdx.x) * kMoeWarps + arch::warp_id());
+    for (; tasks.find(p.arrived, pieces); tasks.step(int64_t(gridDim.x) * kMoeWarps)) {
+        const int64_t token = tasks.row(p.arrived, pieces), piece = tasks.task % pieces;
+        // Load this lane's 16 columns.
         const int64_t column = piece * kWarpColumns + lane * 16;
         const bool here = exists(p, token) && column < p.hidden;
         const T* x = all + token * p.x_row_stride;
         tile::Sixteen<T> sixteen = {};
         if (here) sixteen = tile::load_sixteen(x, column, p.hidden);
 
+        // Lane k: find the k-th slot; the first piece's warp writes it to the plan.
         int32_t slot = -1;
         if (lane < p.top_k) {
             const int64_t pair = token * p.top_k + lane;
@@ -183,11 +196,13 @@ __global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
         }
 
         if constexpr (kQuantize) {
+            // Quantise once: amax over 8 lanes, scale, codes.
             float values[16];
             tile::widen(values, sixteen);
             const float scale = tile::scale_of(tile::block_amax<8>(values), p.power_of_two);
             const uint4 words = tile::encode16(values, tile::divisor_of(scale));
             const int64_t block = column / 128;
+            // Store codes and scale to each slot.
             for (int k = 0; k < p.top_k; ++k) {
                 const int64_t to = arch::shuffle(slot, k);
                 if (to < 0 || !here) continue;
@@ -198,6 +213,7 @@ __global__ void __launch_bounds__(kMoeThreads, K2K_RESIDENT(kPlans ? 4 : 5))
                 }
             }
         } else {
+            // Store the row to each slot.
             for (int k = 0; k < p.top_k; ++k) {
                 const int64_t to = arch::shuffle(slot, k);
                 if (to < 0 || !here) continue;

@@ -1,30 +1,32 @@
 #pragma once
 
-// The router: K experts for each token, their weights, and how often each expert was taken.
+// The router: K experts for each token, their weights, and how often each expert was selected.
 //
-//     s = sigmoid(z) or softmax(z)                 z: NaN as -inf, +inf as the largest finite
-//     number choice = s + b, the lowest number where z is NaN or -inf, or where choice is group[g]
-//     = sum of the two best choices of a group, without b its best; other groups than the
-//                kept_groups best cannot be taken
+//     s = sigmoid(z) or softmax(z)       z: NaN as -inf, +inf as the largest finite number
+//     choice        = s + b; the lowest finite number if z is NaN or -inf, or if choice is NaN
+//     group[g]      = sum of the two best choices of a group, without b its best; only experts of
+//                     the kept_groups best groups are selected
 //     indices[t, :] = top K of choice, descending, equals to the lowest index
 //     weights[t, k] = s / (sum over k of s + 1e-20) * scale
-//     counts[e]     = number of indices that are e
+//     counts[e]     = number of indices equal to e
 //
 //     d_log[e] = (g_k - sum_j g_j w_j) w_k, g = scale * grad      for e = indices[t, k], else 0
 //     d_z[e]   = d_log[e] sigmoid(-z[e]), or d_log[e] - s[e] sum(d_log)
 //
-// Warp      one token; expert 4 (32 v + lane) + j is the lane's number 4 v + j: vectors of 4
-//           neighbours, kVectors of them. What was chosen for k lies in lane k.
-// Keys      choices as integers of the same order; 0 is lower than any, and marks what is taken,
-//           in a group not kept, or beyond E. K times: the lane's best key, the warp's, and the
-//           lowest index that has it (two redux); that one becomes 0.
-// Scores    of the K taken are computed again from their logits: keeping all would double the
-//           registers, and a key does not give its score back.
-// Counts    one histogram a block, in shared memory, added to the others' at the end: integers, so
-//           the order does not matter. A grid of one block writes them, and needs no zeros.
-// Barriers  histogram zeroed | all tokens of the block counted.
+// Grid      CTAs of 8 warps, grid-stride over tokens. All warps have the same role.
+// Warp      One token. Lane l has experts 4 (32 v + l) + j in element 4 v + j: kVectors vectors of
+//           4 contiguous experts. Lane k has the k-th selected expert.
+// Keys      Choices as integers of the same order. 0 is below all of them and marks experts already
+//           selected, in a group not kept, or beyond E. K times: the lane's best key, the warp's,
+//           and the lowest index that has it (two redux); its key becomes 0.
+// Scores    of the K selected are computed again from their logits: keeping all would double the
+//           registers, and a key does not determine its score.
+// Counts    One histogram per CTA, in shared memory, added to the global one at the end: integers,
+//           so the order does not matter. A grid of one CTA writes them and needs no zeros.
+// Barriers  histogram zeroed | all tokens of the CTA counted.
 // Shared    4 KiB: 1,024 counters.
-// Limits    1,024 experts, top-32, 32 groups. Rows that do not begin on 4 elements go one by one.
+// Limits    1,024 experts, top-32, 32 groups. Rows that do not begin at a multiple of 4 elements
+//           are read one by one.
 
 #include <cfloat>
 
@@ -38,7 +40,7 @@
 
 namespace k2k {
 
-// A number's place among all floats, above 0 for each of them; NaN is none.
+// Maps floats to integers of the same order, all above 0; not for NaN.
 K2K_DEVICE uint32_t order_of(float value) {
     const uint32_t bits = soft::float_bits(value);
     return bits >> 31 ? ~bits : bits | 0x80000000;
@@ -59,8 +61,8 @@ struct Floats {
         return static_cast<const float*>(row)[expert];
     }
 
-    // Four neighbours; NaN beyond the last.
-    K2K_DEVICE void load_four(float* values, int first K2K_WHERE) const {
+    // Loads four contiguous elements, by one access if aligned; NaN beyond the last.
+    K2K_DEVICE void load_four(float* values, int first) const {
         const int bytes = type == Type::kF32 ? 4 : 2;
         const char* source = static_cast<const char*>(row) + int64_t(first) * bytes;
         if (first + 4 > experts || reinterpret_cast<uintptr_t>(source) % (4 * bytes) != 0) {
@@ -69,11 +71,10 @@ struct Floats {
                 values[j] = first + j < experts ? at(first + j) : soft::bits_float(0x7fffffff);
             }
         } else if (type == Type::kF32) {
-            const auto words =
-                arch::load_nc(reinterpret_cast<const float4*>(source) K2K_PASS_WHERE);
+            const auto words = arch::load_nc(reinterpret_cast<const float4*>(source));
             values[0] = words.x, values[1] = words.y, values[2] = words.z, values[3] = words.w;
         } else {
-            const auto words = arch::load_nc(reinterpret_cast<const uint2*>(source) K2K_PASS_WHERE);
+            const auto words = arch::load_nc(reinterpret_cast<const uint2*>(source));
             const uint32_t pairs[2] = {words.x, words.y};
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
@@ -93,20 +94,22 @@ struct Scores {
     // Neither NaN nor -inf.
     K2K_DEVICE static bool good(float logit) { return logit >= -FLT_MAX; }
 
-    // Looks at a whole row, if the scores depend on it.
+    // Softmax: computes largest and sum of the row, which the warp's lanes have in logits.
     template <int kCount>
-    K2K_DEVICE void see(const float (&logits)[kCount] K2K_WHERE) {
+    K2K_DEVICE void prepare(const float (&logits)[kCount]) {
         if (!softmax) return;
+        // Maximum over the lane, then over the warp; NaN and -inf are left out.
         largest = -FLT_MAX;
         K2K_UNROLL
         for (float logit : logits) {
             if (good(logit)) largest = max_number(largest, fminf(logit, FLT_MAX));
         }
-        largest = tile::max_over_lanes(largest K2K_PASS_WHERE);
+        largest = tile::max_over_lanes(largest);
+        // Sum of exponentials.
         sum = 0;
         K2K_UNROLL
         for (float logit : logits) sum += exponential(logit);
-        sum = tile::sum_over_lanes(sum K2K_PASS_WHERE);
+        sum = tile::sum_over_lanes(sum);
     }
 
     K2K_DEVICE float of(float logit) const {
@@ -124,16 +127,17 @@ struct RouteStorage {
     uint32_t histogram[kMostExperts];
 };
 
-// The lane that holds bit `lowest` of a mask which is not 0.
+// The position of the lowest bit of a mask that is not 0.
 K2K_DEVICE int lowest_lane(uint32_t mask) { return count_bits((mask & -mask) - 1); }
 
-// Sets the keys of experts in groups that are not kept to 0.
+// Sets the keys of experts outside the kept groups to 0.
 template <int kCount>
-K2K_DEVICE void keep_best_groups(uint32_t (&keys)[kCount], const MoeRouteParams& p K2K_WHERE) {
+K2K_DEVICE void keep_best_groups(uint32_t (&keys)[kCount], const MoeRouteParams& p) {
     const int size = p.experts / p.groups, lane = arch::lane_id();
     uint32_t group_key = 0;  // of group `lane`
     for (int g = 0; g < p.groups; ++g) {
-        uint32_t best = 0, second = 0;  // of this lane
+        // Find this lane's two best keys in group g.
+        uint32_t best = 0, second = 0;
         K2K_UNROLL
         for (int i = 0; i < kCount; ++i) {
             const int expert = 128 * (i / 4) + 4 * lane + i % 4;
@@ -142,22 +146,25 @@ K2K_DEVICE void keep_best_groups(uint32_t (&keys)[kCount], const MoeRouteParams&
             best = keys[i] > best ? keys[i] : best;
             second = other > second ? other : second;
         }
-        const uint32_t first = arch::redux_max(best K2K_PASS_WHERE);
+        // Score the group: the warp's best choice, with a bias plus the second best.
+        const uint32_t first = arch::redux_max(best);
         float quality = number_at(first);
         if (p.bias != nullptr && size > 1) {
-            const uint32_t holders = arch::ballot(best == first K2K_PASS_WHERE);
+            const uint32_t holders = arch::ballot(best == first);
             if (lane == lowest_lane(holders)) best = second;
-            quality += number_at(arch::redux_max(best K2K_PASS_WHERE));
+            quality += number_at(arch::redux_max(best));
         }
         if (lane == g) group_key = order_of(quality < -FLT_MAX ? -FLT_MAX : quality);
     }
+    // Select the best groups, one at a time; lane g has group g, equals go to the lowest.
     uint32_t kept = 0;
     for (int i = 0; i < p.kept_groups; ++i) {
-        const uint32_t best = arch::redux_max(group_key K2K_PASS_WHERE);
-        const int winner = lowest_lane(arch::ballot(group_key == best K2K_PASS_WHERE));
+        const uint32_t best = arch::redux_max(group_key);
+        const int winner = lowest_lane(arch::ballot(group_key == best));
         kept |= 1u << winner;
         if (lane == winner) group_key = 0;
     }
+    // Clear the keys of the other groups.
     K2K_UNROLL
     for (int i = 0; i < kCount; ++i) {
         const int group = (128 * (i / 4) + 4 * lane + i % 4) / size;
@@ -171,11 +178,13 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
     constexpr int kCount = 4 * kVectors;
     RouteStorage& smem = arch::shared_storage<RouteStorage>();
     const int lane = arch::lane_id();
+    // Zero the CTA's histogram.
     for (int e = threadIdx.x; e < p.experts; e += kRouteThreads) smem.histogram[e] = 0;
     arch::sync_block();
 
     for (int64_t token = int64_t(blockIdx.x) * kRouteWarps + arch::warp_id(); token < p.tokens;
          token += int64_t(gridDim.x) * kRouteWarps) {
+        // Load the token's logits.
         const int64_t bytes = p.type == Type::kF32 ? 4 : 2;
         const Floats logits{static_cast<const char*>(p.logits) + token * p.row_stride * bytes,
                             p.type, p.experts};
@@ -183,8 +192,9 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
         K2K_UNROLL
         for (int v = 0; v < kVectors; ++v) logits.load_four(row + 4 * v, 128 * v + 4 * lane);
         Scores scores{p.softmax};
-        scores.see(row);
+        scores.prepare(row);
 
+        // Compute keys of score + bias; 0 beyond the last expert.
         const Floats bias{p.bias, Type::kF32, p.experts};
         uint32_t keys[kCount];
         K2K_UNROLL
@@ -195,15 +205,17 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 float choice = scores.of(row[4 * v + j]) + added[j];
-                // Also where choice is NaN.
+                // The comparison is also false for a NaN choice.
                 if (!Scores::good(row[4 * v + j]) || !(choice >= -FLT_MAX)) choice = -FLT_MAX;
                 keys[4 * v + j] = first + j < p.experts ? order_of(fminf(choice, FLT_MAX)) : 0;
             }
         }
         if (p.groups > 1) keep_best_groups(keys, p);
 
+        // Select K experts, one at a time.
         int chosen = 0;  // for k = lane
         for (int k = 0; k < p.top_k; ++k) {
+            // This lane's best key, at its lowest index.
             uint32_t best = 0;
             int where = 0;
             K2K_UNROLL
@@ -212,6 +224,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
                 best = keys[i];
                 where = 128 * (i / 4) + 4 * lane + i % 4;
             }
+            // The warp's best key, then the lowest index that has it; clear its key.
             const uint32_t best_of_all = arch::redux_max(best);
             const uint32_t lowest = arch::redux_min(best == best_of_all ? uint32_t(where) : ~0u);
             K2K_UNROLL
@@ -221,6 +234,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
             if (lane == k) chosen = static_cast<int>(lowest);
         }
 
+        // Lane k: weight of the k-th expert, its result, and one more in the histogram.
         const bool mine = lane < p.top_k;
         float weight = mine ? scores.of(logits.at(chosen)) : 0.0f;
         if (p.normalize) weight /= tile::sum_over_lanes(weight) + 1e-20f;
@@ -231,6 +245,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
         }
     }
 
+    // Add the histogram to the global counts; a single CTA writes them.
     arch::sync_block();
     for (int e = threadIdx.x; e < p.experts; e += kRouteThreads) {
         const unsigned long long count = smem.histogram[e];
@@ -242,7 +257,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
     }
 }
 
-// Four neighbours of a row of `type`, those that exist.
+// Stores four contiguous elements of a row of `type`, as far as they exist.
 K2K_DEVICE void store_four(void* row, Type type, int first, int experts, const float* values) {
     const int bytes = type == Type::kF32 ? 4 : 2;
     char* target = static_cast<char*>(row) + int64_t(first) * bytes;
@@ -290,14 +305,16 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
          token += int64_t(gridDim.x) * kRouteWarps) {
         const Floats logits{static_cast<const char*>(p.logits) + token * p.row_stride * bytes,
                             p.type, p.experts};
+        // Softmax: load the row for its maximum and sum; sigmoid needs only the K logits.
         Scores scores{p.softmax};
         float row[kCount] = {};
         if (p.softmax) {
             K2K_UNROLL
             for (int v = 0; v < kVectors; ++v) logits.load_four(row + 4 * v, 128 * v + 4 * lane);
-            scores.see(row);
+            scores.prepare(row);
         }
 
+        // Lane k: recompute the k-th weight from its logit.
         const int64_t pair = token * p.top_k + lane;
         const int expert = lane < p.top_k ? p.indices[pair] : -1;
         const bool mine = expert >= 0 && expert < p.experts;
@@ -308,7 +325,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
             weight /= tile::sum_over_lanes(weight) + 1e-20f;
             grad -= tile::sum_over_lanes(grad * weight);
         }
-        // Going through the logarithm of the scores, nothing is divided by a score that may be 0.
+        // Gradient of the logarithm of the score: no division by a score that may be 0.
         float d_logit = grad * weight;
         float sum = 0;
         if (p.softmax) {
@@ -317,6 +334,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
             d_logit *= 1.0f / (1.0f + expf(logit));  // sigmoid(-z)
         }
 
+        // Distribute the K gradients over the lanes of their experts; zeros elsewhere.
         float values[kCount] = {};
         for (int k = 0; k < p.top_k; ++k) {
             const int taken = arch::shuffle(expert, k);
@@ -330,6 +348,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
             K2K_UNROLL
             for (int i = 0; i < kCount; ++i) values[i] -= scores.of(row[i]) * sum;
         }
+        // Store the row.
         void* d_row = static_cast<char*>(p.d_logits) + token * p.experts * bytes;
         K2K_UNROLL
         for (int v = 0; v < kVectors; ++v) {

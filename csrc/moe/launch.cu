@@ -3,7 +3,6 @@
 #include "moe/kernel_balance.cuh"
 #include "moe/kernel_combine.cuh"
 #include "moe/kernel_dispatch.cuh"
-#include "moe/kernel_gemm.cuh"
 #include "moe/kernel_route.cuh"
 #include "moe/launch.h"
 
@@ -12,7 +11,7 @@ namespace k2k {
 namespace {
 
 void check(bool fits, const char* what) {
-    if (!fits) throw Error(std::string("k2kernels: the kernels of moe take ") + what);
+    if (!fits) throw Error(std::string("k2kernels: the kernels of moe support ") + what);
 }
 
 void check_top_k(int top_k) {
@@ -23,7 +22,7 @@ void check_experts(int experts) {
     check(experts >= 1 && experts <= kMostExperts, "1 to 1,024 experts");
 }
 
-// Calls f with the number of vectors that hold `experts`, as a constant.
+// Calls f with the number of vectors of `experts` as a constant.
 template <class F>
 void by_vectors(int experts, F&& f) {
     switch (route_vectors(experts)) {
@@ -43,11 +42,10 @@ void by_vectors(int experts, F&& f) {
 template <bool kPlans>
 void launch_move(const MoeDispatchParams& p, void* stream) {
     constexpr std::size_t kShared = kPlans ? sizeof(MovePlan) : 0;
-    const int64_t most = kPlans                   ? kMostPlanningBlocks
-                         : p.told.told != nullptr ? kMostToldBlocks
-                                                  : kMostMovingBlocks;
-    LaunchShape shape{move_blocks(p.tokens, p.hidden, most), kMoeThreads};
-    shape.stream = stream;
+    const int64_t most = kPlans                        ? kMostPlanningBlocks
+                         : p.arrived.counts != nullptr ? kMostArrivedBlocks
+                                                       : kMostMovingBlocks;
+    const LaunchShape shape{move_blocks(p.tokens, p.hidden, most), kMoeThreads, 0, stream};
     if (p.quantize) {
         by_float_type(p.type, [&](auto* type) {
             launch<moe_move_kernel<Element<decltype(type)>, true, kPlans>, kShared>(shape, p);
@@ -59,44 +57,13 @@ void launch_move(const MoeDispatchParams& p, void* stream) {
     }
 }
 
-template <class T, class Tile, bool kAByColumns, bool kBByColumns>
-void launch_gemm_tile(const MoeGemmParams& p, int multiprocessors, void* stream) {
-    const int64_t tiles = moe_gemm_tiles(p, Tile::kRows, Tile::kColumns);
-    check(std::max({tiles, p.rows, p.columns, p.depth}) <= INT32_MAX - 256,
-          "fewer than 2^31 rows, columns and tiles of a product");
-    const int64_t blocks = std::min<int64_t>(tiles, int64_t(multiprocessors) * Tile::kBlocks);
-    LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads};
-    shape.stream = stream;
-    using Storage = typename MoeGemmPanels<T, Tile, kAByColumns, kBByColumns>::Storage;
-    launch<moe_gemm_kernel<T, Tile, kAByColumns, kBByColumns>, sizeof(Storage)>(shape, p);
-}
-
-template <class T>
-void launch_gemm(const MoeGemmParams& p, int multiprocessors, void* stream) {
-    const bool few = takes_few_rows(p);
-    switch (p.kind) {
-        case MoeGemm::kForward:
-            return few ? launch_gemm_tile<T, MoeGemmTile16, false, false>(p, multiprocessors,
-                                                                          stream)
-                       : launch_gemm_tile<T, MoeGemmTile128, false, false>(p, multiprocessors,
-                                                                           stream);
-        case MoeGemm::kDgrad:
-            return few ? launch_gemm_tile<T, MoeGemmTile16, false, true>(p, multiprocessors, stream)
-                       : launch_gemm_tile<T, MoeGemmTile128, false, true>(p, multiprocessors,
-                                                                          stream);
-        case MoeGemm::kWgrad:
-            return launch_gemm_tile<T, MoeGemmTile128, true, true>(p, multiprocessors, stream);
-    }
-}
-
 }  // namespace
 
 void launch_moe_route(const MoeRouteParams& p, void* stream) {
     check_experts(p.experts);
     check_top_k(p.top_k);
     check(p.groups >= 1 && p.groups <= kMostGroups, "1 to 32 groups");
-    LaunchShape shape{route_blocks(p.tokens), kRouteThreads};
-    shape.stream = stream;
+    const LaunchShape shape{route_blocks(p.tokens), kRouteThreads, 0, stream};
     by_vectors(p.experts, [&](auto vectors) {
         launch<moe_route_kernel<decltype(vectors)::value>, sizeof(RouteStorage)>(shape, p);
     });
@@ -106,11 +73,8 @@ void launch_moe_route_backward(const MoeRouteBackwardParams& p, void* stream) {
     if (p.tokens == 0) return;
     check_experts(p.experts);
     check_top_k(p.top_k);
-    const int64_t blocks = ceil_div(p.tokens, kRouteWarps);
-    LaunchShape shape{
-        static_cast<unsigned>(blocks < kMostMovingBlocks ? blocks : kMostMovingBlocks),
-        kRouteThreads};
-    shape.stream = stream;
+    const int64_t blocks = std::min(ceil_div(p.tokens, kRouteWarps), kMostMovingBlocks);
+    const LaunchShape shape{static_cast<unsigned>(blocks), kRouteThreads, 0, stream};
     by_vectors(p.experts, [&](auto vectors) {
         launch<moe_route_backward_kernel<decltype(vectors)::value>>(shape, p);
     });
@@ -121,9 +85,8 @@ void launch_moe_dispatch(const MoeDispatchParams& p, void* stream) {
     check_top_k(p.top_k);
     const int64_t pairs = p.tokens * p.top_k;
     if (plans_in_one_launch(pairs)) return launch_move<true>(p, stream);
-    LaunchShape count{static_cast<unsigned>(ceil_div(pairs, kPlanTile)), kMoeThreads};
-    LaunchShape scan{1, kScanThreads};
-    count.stream = scan.stream = stream;
+    const auto tiles = static_cast<unsigned>(ceil_div(pairs, kPlanTile));
+    LaunchShape count{tiles, kMoeThreads, 0, stream}, scan{1, kScanThreads, 0, stream};
     launch<moe_count_kernel, sizeof(TileRanks)>(count, p);
     launch<moe_scan_kernel, sizeof(PlaceExperts<kScanThreads>)>(scan, p);
     launch_move<false>(p, stream);
@@ -132,8 +95,8 @@ void launch_moe_dispatch(const MoeDispatchParams& p, void* stream) {
 void launch_moe_combine(const MoeCombineParams& p, void* stream) {
     if (p.tokens * p.hidden == 0) return;
     check_top_k(p.top_k);
-    LaunchShape shape{move_blocks(p.tokens, p.hidden, kMostMovingBlocks), kMoeThreads};
-    shape.stream = stream;
+    const LaunchShape shape{move_blocks(p.tokens, p.hidden, kMostMovingBlocks), kMoeThreads, 0,
+                            stream};
     by_float_type(
         p.type, [&](auto* type) { launch<moe_combine_kernel<Element<decltype(type)>>>(shape, p); });
 }
@@ -143,11 +106,8 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream
     check_top_k(p.top_k);
     const unsigned warps = gradient_warps(p.hidden);
     const int64_t pads = ceil_div(p.slots, 32 * warps);  // of an empty batch, say
-    const int64_t wanted = p.tokens > pads ? p.tokens : pads;
-    LaunchShape shape{
-        static_cast<unsigned>(wanted < kMostGradientBlocks ? wanted : kMostGradientBlocks),
-        32 * warps};
-    shape.stream = stream;
+    const int64_t blocks = std::min(std::max(p.tokens, pads), kMostGradientBlocks);
+    const LaunchShape shape{static_cast<unsigned>(blocks), 32 * warps, 0, stream};
     by_float_type(p.type, [&](auto* type) {
         launch<moe_combine_backward_kernel<Element<decltype(type)>>, sizeof(WeightGradients)>(shape,
                                                                                               p);
@@ -156,12 +116,11 @@ void launch_moe_combine_backward(const MoeCombineBackwardParams& p, void* stream
 
 void launch_moe_sequence_loss(const MoeLossParams& p, void* stream) {
     check(p.tokens == 0 || p.sequences > 0, "a sequence for each token");
-    LaunchShape pairs{static_cast<unsigned>(
-                          std::min(ceil_div(p.tokens * p.top_k, kMoeThreads), kMostRouteBlocks)),
-                      kMoeThreads};
-    LaunchShape tokens{route_blocks(p.tokens), kMoeThreads};
-    LaunchShape one{1, kMoeThreads};
-    pairs.stream = tokens.stream = one.stream = stream;
+    const int64_t hit_blocks =
+        std::min(ceil_div(p.tokens * p.top_k, kMoeThreads), kMostRouteBlocks);
+    LaunchShape pairs{static_cast<unsigned>(hit_blocks), kMoeThreads, 0, stream};
+    LaunchShape tokens{route_blocks(p.tokens), kMoeThreads, 0, stream};
+    LaunchShape one{1, kMoeThreads, 0, stream};
     if (p.tokens > 0) launch<moe_hits_kernel>(pairs, p);
     if (p.loss == nullptr) {
         if (p.tokens == 0) return;
@@ -176,16 +135,8 @@ void launch_moe_sequence_loss(const MoeLossParams& p, void* stream) {
 void launch_moe_update_bias(const MoeBiasParams& p, void* stream) {
     if (p.experts == 0) return;
     check_experts(p.experts);
-    LaunchShape shape{1, kScanThreads};
-    shape.stream = stream;
+    const LaunchShape shape{1, kScanThreads, 0, stream};
     launch<moe_update_bias_kernel, sizeof(BiasCounts)>(shape, p);
-}
-
-void launch_moe_gemm(const MoeGemmParams& p, int multiprocessors, void* stream) {
-    if (p.groups.number == 0 || p.rows == 0 || p.columns == 0) return;
-    if (p.type == Type::kBf16) return launch_gemm<bf16>(p, multiprocessors, stream);
-    check(p.type == Type::kFp16, "bfloat16 and float16 in products");
-    launch_gemm<fp16>(p, multiprocessors, stream);
 }
 
 }  // namespace k2k

@@ -1,30 +1,29 @@
 #pragma once
 
-// Parameters of the kernels of this folder. Sizes and strides are in elements; -1 stands for "no
-// slot", "no token", "no expert".
+// Parameters of the kernels of this folder. Sizes and strides are in elements; -1 means "no slot",
+// "no token", "no expert".
 
 #include "common/dtypes.h"
-#include "moe/told_rows.cuh"
-#include "tile/groups.h"
+#include "tile/arrived_rows.cuh"
 
 namespace k2k {
 
-// A matrix of floats of any of the three types, which kernels read as float32.
+// A matrix of any of the three float types, read as float32.
 struct FloatRows {
-    const void* values;  // [rows, columns], neighbouring columns side by side; or null
+    const void* values;  // [rows, columns], columns contiguous; or null
     Type type;
     int64_t row_stride;
 };
 
-// Rows that came through a buffer of two halves (moe/exchange.h) begin `stride` elements behind
-// the given address if *half is 1. Null: at the address.
+// Rows in a double buffer (csrc/exchange): they begin `stride` elements after the given address if
+// *half is 1. Null: at the address.
 struct Half {
     const int32_t* half;  // in device memory
     int64_t stride;
 };
 
 struct MoeRouteParams {
-    const void* logits;  // [tokens, experts], neighbouring experts side by side
+    const void* logits;  // [tokens, experts], experts contiguous
     Type type;           // of logits
     int64_t row_stride;
     const float* bias;  // [experts], or null
@@ -36,7 +35,7 @@ struct MoeRouteParams {
     float scale;
     int32_t* indices;            // [tokens, top_k]
     float* weights;              // [tokens, top_k]
-    unsigned long long* counts;  // [experts]; zeros where the grid has more than one block
+    unsigned long long* counts;  // [experts]; must be zeros if the grid has more than one CTA
 };
 
 struct MoeRouteBackwardParams {
@@ -55,19 +54,19 @@ struct MoeRouteBackwardParams {
 
 struct MoeDispatchParams {
     const void* x;  // [tokens, hidden]
-    Type type;      // of x, and of data where it is not quantised
+    Type type;      // of x, and of data if it is not quantised
     int64_t x_row_stride;
     Half x_half;
-    // Null: all tokens exist. Else those that exist, sources * each = tokens. Indices of the others
-    // are -1, and x is read neither there nor where a token has no expert.
-    ToldRows told;
+    // The tokens that arrived, with sources * capacity = tokens. Indices of the others are -1; x is
+    // read neither there nor for tokens without an expert. counts null: all tokens exist.
+    ArrivedRows arrived;
     const void* indices;  // [tokens, top_k], contiguous: int32, or int64
     bool wide_indices;
     int64_t tokens, hidden;
     int top_k, experts;
     uint32_t alignment;
     int32_t capacity;  // slots
-    void* data;        // [capacity, hidden], contiguous; e4m3 codes where quantised
+    void* data;        // [capacity, hidden], contiguous; e4m3 codes if quantised
     bool quantize, power_of_two;
     float* scales;  // [capacity, ceil(hidden / 128)] at its strides
     int64_t scale_row_stride, scale_column_stride;
@@ -75,9 +74,9 @@ struct MoeDispatchParams {
     int32_t* token_of_slot;  // [capacity]
     int32_t* offsets;        // [experts + 1]
     int32_t* counts;         // [experts]
-    int64_t* overflow;       // one number: pairs without a slot for want of capacity
-    // Workspace of batches of more than kPlanTile pairs: a pair's rank among those of its expert in
-    // its tile, and the pairs of each expert before each tile.
+    int64_t* overflow;       // one number: pairs dropped for lack of capacity
+    // Workspace for more than kPlanTile pairs: a pair's rank among those of its expert in its tile,
+    // and the pairs of each expert before each tile.
     uint16_t* ranks;       // [tokens * top_k]
     int32_t* before_tile;  // [tiles, experts]
 };
@@ -101,10 +100,10 @@ struct MoeCombineParams {
 struct MoeCombineBackwardParams {
     FloatRows grad;  // [tokens, hidden]
     Half grad_half;
-    ToldRows told;  // as in MoeDispatchParams; d_weights of tokens that do not exist: not written
-    const void* y;  // [slots, hidden]; not read where d_weights is null
-    void* d_y;      // [slots, hidden], contiguous
-    Type type;      // of y and d_y
+    ArrivedRows arrived;  // as in MoeDispatchParams; d_weights of other tokens are not written
+    const void* y;        // [slots, hidden]; not read if d_weights is null
+    void* d_y;            // [slots, hidden], contiguous
+    Type type;            // of y and d_y
     int64_t y_row_stride;
     const int32_t* slot_of;        // [tokens, top_k]
     const int32_t* token_of_slot;  // [slots]
@@ -117,7 +116,7 @@ struct MoeCombineBackwardParams {
 
 // The sequence-wise balance loss, or its gradient.
 struct MoeLossParams {
-    const void* logits;  // [tokens, experts], neighbouring experts side by side
+    const void* logits;  // [tokens, experts], experts contiguous
     Type type;           // of logits and d_logits
     int64_t row_stride;
     const void* indices;  // [tokens, top_k], contiguous: int32, or int64
@@ -128,9 +127,9 @@ struct MoeLossParams {
     int experts, top_k;
     float alpha;
     bool softmax;       // else sigmoid
-    uint32_t* hits;     // [sequences, experts]: zeros, in which the indices are counted
+    uint32_t* hits;     // [sequences, experts]: must be zeros; the indices are counted in it
     float* sums;        // [kMostRouteBlocks]: workspace of the loss
-    float* loss;        // one number; null: the gradient is wanted
+    float* loss;        // one number; null: compute the gradient
     const float* grad;  // one number
     void* d_logits;     // [tokens, experts], contiguous
 };
@@ -143,23 +142,6 @@ struct MoeBiasParams {
     float rate;
     bool quantile;  // else sign
     float* result;  // [experts]
-};
-
-// Which product of unquantised experts.
-enum class MoeGemm : int32_t { kForward, kDgrad, kWgrad };
-
-// D = A B, as kernel_gemm.cuh says for each kind. Rows of A and B begin at multiples of 16 bytes.
-struct MoeGemmParams {
-    MoeGemm kind;
-    Type type;      // of all three
-    const void* a;  // [slots, summed axis], for wgrad [slots, rows]
-    const void* b;  // [groups, columns, K]; dgrad: [groups, N, columns]; wgrad: [slots, columns]
-    void* d;        // [slots, columns] or [groups, rows, columns], contiguous
-    int64_t rows, columns;  // of D: all slots, or a group's
-    int64_t depth;          // of the summed axis; for wgrad all slots
-    int64_t expected;       // slots in use, as far as the host can tell: chooses the tile
-    int64_t a_row_stride, b_row_stride, b_matrix_stride, d_matrix_stride;
-    tile::Groups groups;
 };
 
 }  // namespace k2k

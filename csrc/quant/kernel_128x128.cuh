@@ -4,11 +4,11 @@
 //
 //     codes[n, k], scales[n / 128, k / 128] <- w[n, k]
 //
-// Grid      a block of 512 threads for each 128x128, the blocks of a row of them side by side.
-// Thread    two times 16 neighbours of a row, loaded once and held in registers between the
-//           block's maximum and the codes: 64 bytes of bfloat16 in flight, 32 KiB a block; 64
-//           registers let two blocks share a multiprocessor.
-// Shared    the maximum of each of 16 warps.
+// Grid      A CTA of 512 threads per 128x128 block, adjacent CTAs along a row of blocks.
+// Thread    Twice 16 contiguous elements of a row, loaded once and kept in registers between the
+//           block's maximum and the codes: 64 bytes of bfloat16 in flight, 32 KiB per CTA; 64
+//           registers allow two CTAs per SM.
+// Shared    the maxima of 16 warps.
 // Limits    as in kernel_rows.cuh.
 
 #include "quant/kernel_rows.cuh"
@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     const int64_t num_blocks = p.batches * row_blocks * column_blocks;
 
     for (int64_t index = blockIdx.x; index < num_blocks; index += gridDim.x) {
+        // Thread t has row t / 8, and 64 rows below it the same columns.
         const int64_t column_block = index % column_blocks;
         const int64_t row_block = index / column_blocks % row_blocks;
         const int64_t batch = index / column_blocks / row_blocks;
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         const T* w = static_cast<const T*>(p.x) + batch * p.x_batch_stride;
         uint8_t* codes = p.codes + batch * p.rows * p.columns;
 
+        // Load both rows before the first is used; zeros beyond the last row.
         tile::Sixteen<T> sixteens[2];
         K2K_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -48,6 +50,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         float values[2][16];
         tile::widen(values[0], sixteens[0]);
         tile::widen(values[1], sixteens[1]);
+        // Maximum over the thread, the warp, then the CTA's 16 warps.
         const float amax =
             max_number(tile::block_amax<32>(values[0]), tile::block_amax<32>(values[1]));
         if (arch::lane_id() == 0) maxima.of_warp[arch::warp_id()] = amax;
@@ -56,8 +59,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         const float scale =
             tile::scale_of(tile::max_over_lanes<kBlockThreads / 32>(of_warp), p.power_of_two);
         const tile::Divisor divisor = tile::divisor_of(scale);
-        arch::sync_block();  // the next block's maxima come into the same place
+        // The maxima have been read: the next block may overwrite them.
+        arch::sync_block();
 
+        // Encode from registers and store; one thread stores the scale.
         K2K_UNROLL
         for (int i = 0; i < 2; ++i) {
             const int64_t row = first_row + i * kRowsAtOnce;

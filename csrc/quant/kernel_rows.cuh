@@ -1,6 +1,6 @@
 #pragma once
 
-// Row kernels: 1x128 quantisation, SwiGLU, both at once, SwiGLU's gradient, and dequantisation.
+// Row kernels: 1x128 quantisation, SwiGLU, both fused, SwiGLU's gradient, and dequantisation.
 //
 //     codes[m, k], scales[m, k / 128] <- x[m, k]                             quantize_1x128
 //     codes[m, i], scales[m, i / 128] <- silu(gate[m, i]) * up[m, i] * w[m]  swiglu_quantize
@@ -9,16 +9,18 @@
 //     d_up[m, i]                      <- grad[m, i] * gate[m, i] * s       s = sigmoid(gate[m, i])
 //     values[m, k]                    <- codes[m, k] * scales[m / R, k / 128]  dequantize
 //
-// Tile      8 rows x 512 columns; blocks walk tiles as config.h says (no tail of idle blocks).
-// Thread    16 neighbours of a row: 16-byte loads and stores, everything else in registers. Eight
-//           lanes hold a block of 128; three shuffles give its maximum.
-// In flight 32 bytes of bfloat16 a thread, 64 of gate and up: with 48 and 64 registers a thread a
-//           multiprocessor holds five and four blocks, 40 and 64 KiB; by bandwidth x latency of
-//           DRAM, 20 to 36 KiB are needed. The gradient reads 96 bytes a thread and holds them all.
-// Scales    "row": a warp holds four blocks of one row, so their scales are 16 bytes in a row.
-//           "column": a warp holds one block of four rows, whose scales are neighbours then too.
-// Shared    one word a warp, only to learn which rows are padding.
-// Limits    rows that do not begin on 16 bytes, and their last few columns, go element by element.
+// Tile      8 rows x 512 columns per CTA; grid-stride over tiles, see config.h. All warps have the
+//           same role.
+// Thread    16 contiguous elements of a row: 16-byte loads and stores, all else in registers. Eight
+//           lanes have a block of 128; three shuffles give its maximum.
+// In flight 32 bytes of bfloat16 per thread, 64 of gate and up: with 48 and 64 registers per thread
+//           an SM holds five and four CTAs, 40 and 64 KiB; bandwidth x latency of DRAM needs 20 to
+//           36 KiB. The gradient has 96 bytes per thread in flight.
+// Scales    "row": a warp has four blocks of one row, whose scales are 16 contiguous bytes.
+//           "column": a warp has one block of four rows, whose scales are then contiguous too.
+// Shared    one word per warp, only to find out which rows are padding.
+// Limits    rows that do not begin at multiples of 16 bytes, and the last columns of a row, are
+//           moved element by element.
 
 #include "arch/smem.cuh"
 #include "quant/config.h"
@@ -31,7 +33,7 @@ namespace k2k {
 
 using TileRows = RealRows<kTileRows, kRowThreads / 32>;
 
-// Where this thread works in a tile.
+// Position of this thread in a tile.
 struct RowPlace {
     int row;    // 0 to 7
     int block;  // 0 to 3
@@ -39,18 +41,19 @@ struct RowPlace {
 };
 
 K2K_DEVICE RowPlace row_place(bool scales_by_column) {
+    // "column": adjacent groups of 8 lanes have adjacent rows; "row": adjacent blocks of a row.
     const int block = threadIdx.x / 8, lane = threadIdx.x % 8;
     if (scales_by_column) return {block % kTileRows, block / kTileRows, lane};
     return {block / kTileBlocks, block % kTileBlocks, lane};
 }
 
-// silu(gate) * up of 16 columns of a row [gate | up].
+// Loads 16 columns of a row [gate | up] and computes silu(gate) * up.
 template <class T>
 K2K_DEVICE void load_swiglu(float (&hidden)[16], const T* row, int64_t column, int64_t columns) {
     const T* up_row = row + columns;
     tile::Sixteen<T> gate16, up16;
-    // Both begin on 16 bytes, or both are loaded one by one: no branch, at whose end the compiler
-    // would wait for the first, lies between their loads.
+    // One branch for both, so that both loads are in flight: the compiler would wait for the first
+    // at the end of a branch of its own.
     if (tile::in_vectors(row, column, columns) && tile::in_vectors(up_row, column, columns)) {
         gate16 = tile::load_vectors(row + column);
         up16 = tile::load_vectors(up_row + column);
@@ -79,6 +82,7 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(kSwiglu ? 4 : 5))
         const int64_t batch = p.batches == 1 ? 0 : tile / row_tiles;
         const int64_t first_row = (tile - batch * row_tiles) * kTileRows;
         const int64_t row = first_row + place.row;
+        // Skip padding: find the tile's rows that belong to a group.
         bool is_real = row < p.rows;
         if (grouped) {
             real.find(p.groups, batch, first_row, p.rows);
@@ -95,8 +99,10 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(kSwiglu ? 4 : 5))
             const int64_t column = block * 128 + place.lane * 16;
             const bool here = is_real && block < blocks;
 
+            // Load 16 elements as float32.
             float values[16] = {};
             if (here && kSwiglu) {
+                // SwiGLU: gate and up, then the row's weight.
                 load_swiglu(values, x, column, p.columns);
                 if (p.weights != nullptr) {
                     const float weight = p.weights[batch * p.rows + row];
@@ -107,6 +113,7 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(kSwiglu ? 4 : 5))
                 tile::widen(values, tile::load_sixteen(x, column, p.columns));
             }
 
+            // Reduce over the block's 8 lanes, padding included; then scale, encode, store.
             const float amax = tile::block_amax<8>(values);
             if (!here) continue;
             const float scale = tile::scale_of(amax, p.power_of_two);
@@ -129,6 +136,7 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(4))
         for (int64_t column =
                  int64_t(blockIdx.x) * kTileBlocks * 128 + (place.block * 8 + place.lane) * 16;
              column < p.columns; column += int64_t(gridDim.x) * kTileBlocks * 128) {
+            // Load, compute in float32, round once, store.
             float hidden[16];
             load_swiglu(hidden, gate_up, column, p.columns);
             tile::Sixteen<T> result;
@@ -151,6 +159,7 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(3))
         for (int64_t column =
                  int64_t(blockIdx.x) * kTileBlocks * 128 + (place.block * 8 + place.lane) * 16;
              column < p.columns; column += int64_t(gridDim.x) * kTileBlocks * 128) {
+            // Load all three before the first is used.
             const auto grad16 = tile::load_sixteen(grad_row, column, p.columns);
             const auto gate16 = tile::load_sixteen(gate_row, column, p.columns);
             const auto up16 = tile::load_sixteen(gate_row + p.columns, column, p.columns);
@@ -159,6 +168,7 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(3))
             tile::widen(gate, gate16);
             tile::widen(up, up16);
 
+            // Compute both gradients in the registers of gate and up.
             K2K_UNROLL
             for (int i = 0; i < 16; ++i) {
                 const float sigmoid = 1.0f / (1.0f + expf(-gate[i]));
@@ -166,6 +176,7 @@ __global__ void __launch_bounds__(kRowThreads, K2K_RESIDENT(3))
                 gate[i] *= grad[i] * sigmoid;                                      // d_up
             }
 
+            // Round once and store both halves.
             tile::Sixteen<T> result;
             tile::narrow(result, up);
             tile::store_sixteen(d_gate_row, column, p.columns, result);
@@ -185,14 +196,17 @@ __global__ void __launch_bounds__(kRowThreads, 5)
         const int64_t row = (tile - batch * row_tiles) * kTileRows + place.row;
         if (row >= p.rows) continue;
         const uint8_t* codes = p.codes + batch * p.codes_batch_stride + row * p.codes_row_stride;
+        // 1x128 or 128x128 scales.
         const float* scales = p.scales + batch * p.scale_batch_stride +
                               (p.block_rows == 1 ? row : row / 128) * p.scale_row_stride;
         T* values_row = static_cast<T*>(p.values) + (batch * p.rows + row) * p.columns;
         for (int64_t block = int64_t(blockIdx.x) * kTileBlocks + place.block;
              block * 128 + place.lane * 16 < p.columns; block += int64_t(gridDim.x) * kTileBlocks) {
             const int64_t column = block * 128 + place.lane * 16;
+            // Load codes and the block's scale.
             const auto sixteen = tile::load_sixteen(codes, column, p.columns);
             const float scale = scales[block * p.scale_column_stride];
+            // Multiply in float32, round once, store.
             float values[16];
             K2K_UNROLL
             for (int i = 0; i < 16; ++i) {

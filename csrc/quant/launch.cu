@@ -11,11 +11,9 @@ namespace k2k {
 namespace {
 
 LaunchShape row_shape(int64_t batches, int64_t rows, int64_t columns, void* stream) {
-    const Walk grid =
-        walk(batches * ceil_div(rows, kTileRows), ceil_div(columns, 128 * kTileBlocks));
-    LaunchShape shape{{grid.x, grid.y}, kRowThreads};
-    shape.stream = stream;
-    return shape;
+    const TileGrid grid =
+        tile_grid(batches * ceil_div(rows, kTileRows), ceil_div(columns, 128 * kTileBlocks));
+    return {{grid.x, grid.y}, kRowThreads, 0, stream};
 }
 
 bool empty(const QuantizeParams& p) { return p.batches * p.rows * p.columns == 0; }
@@ -45,10 +43,9 @@ void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
     by_float_type(p.type, [&](auto* type) {
         using T = Element<decltype(type)>;
         constexpr int kColumns = transpose_columns(sizeof(T));
-        const Walk grid =
-            walk(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
-        LaunchShape shape{{grid.x, grid.y}, kTransposeThreads};
-        shape.stream = stream;
+        const TileGrid grid =
+            tile_grid(p.batches * ceil_div(p.rows, kTransposeRows), ceil_div(p.columns, kColumns));
+        const LaunchShape shape{{grid.x, grid.y}, kTransposeThreads, 0, stream};
         launch<quantize_transposed_kernel<T>, sizeof(TransposeStorage<kColumns>)>(shape, p);
     });
 }
@@ -56,9 +53,8 @@ void launch_quantize_1x128_transposed(const QuantizeParams& p, void* stream) {
 void launch_quantize_128x128(const QuantizeParams& p, void* stream) {
     if (empty(p)) return;
     const int64_t blocks = p.batches * ceil_div(p.rows, 128) * ceil_div(p.columns, 128);
-    const int64_t most = (int64_t(1) << 31) - 1;
-    LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), kBlockThreads};
-    shape.stream = stream;
+    const LaunchShape shape{static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)),
+                            kBlockThreads, 0, stream};
     by_float_type(p.type, [&](auto* type) {
         launch<quantize_128x128_kernel<Element<decltype(type)>>, sizeof(BlockMaxima)>(shape, p);
     });
@@ -72,10 +68,9 @@ void launch_rms_norm_quantize(const RmsNormQuantizeParams& p, void* stream) {
                     std::to_string(p.columns));
     }
     const NormShape tile = norm_shape(p.columns);
-    const int64_t blocks = ceil_div(p.batches * p.rows, tile.rows);
-    LaunchShape shape{static_cast<unsigned>(blocks < kNormMostBlocks ? blocks : kNormMostBlocks),
-                      static_cast<unsigned>(32 * tile.warps * tile.rows)};
-    shape.stream = stream;
+    const int64_t blocks = std::min(ceil_div(p.batches * p.rows, tile.rows), kNormMostBlocks);
+    const LaunchShape shape{static_cast<unsigned>(blocks),
+                            static_cast<unsigned>(32 * tile.warps * tile.rows), 0, stream};
     by_float_type(p.type, [&](auto* type) {
         using T = Element<decltype(type)>;
         if (tile.sixteens == 1) {

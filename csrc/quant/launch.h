@@ -4,7 +4,7 @@
 
 namespace k2k {
 
-// Start the kernels on `stream`, of the current device. Nothing is started for empty inputs.
+// Each starts one kernel on `stream`, of the current device; none for empty inputs.
 void launch_quantize_1x128(const QuantizeParams& params, void* stream);
 void launch_quantize_1x128_transposed(const QuantizeParams& params, void* stream);
 void launch_quantize_128x128(const QuantizeParams& params, void* stream);

@@ -1,17 +1,18 @@
 #pragma once
 
-// What the kernels of this folder are told. Sizes and strides are in elements.
+// Parameters of the kernels of this folder. Sizes and strides are in elements.
 
 #include "common/dtypes.h"
 
 namespace k2k {
 
-// Rows that are groups of a matrix (offsets), or the first rows of each matrix (counts alone); all
-// rows where both are null. Rows outside are neither read nor written.
+// The rows that exist: groups of one matrix (offsets), or the first rows of each matrix (counts
+// alone), or all rows (both null). Other rows are neither read nor written.
 struct RowGroups {
-    const int32_t*
-        offsets;  // [num_groups + 1], where each group begins; null if matrices are groups
-    const int32_t* counts;  // [num_groups]; null if groups fill their offsets
+    // [num_groups + 1]: first row of each group; null if each matrix is a group.
+    const int32_t* offsets;
+    // [num_groups]: rows of each group; null if it ends where the next one begins.
+    const int32_t* counts;
     int32_t num_groups;
 };
 
@@ -31,7 +32,7 @@ struct QuantizeParams {
 
 struct RmsNormQuantizeParams {
     const void* x;       // [batches, rows, columns]
-    const void* weight;  // [columns], neighbours side by side
+    const void* weight;  // [columns], contiguous
     Type type;           // of both
     uint8_t* codes;      // [batches, rows, columns], contiguous
     float* scales;       // at scale_strides

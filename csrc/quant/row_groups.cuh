@@ -1,6 +1,6 @@
 #pragma once
 
-// Which rows of a tile are real: rows of no group hold padding, which nobody reads.
+// Which rows of a tile belong to a group. The others are padding, which must not be read.
 
 #include "arch/warp.cuh"
 #include "quant/params.h"
@@ -22,10 +22,11 @@ struct RealRows {
         return all == 0;
     }
 
-    // Finds the real ones of rows first_row .. first_row + kRows - 1 of matrix `batch`. The whole
-    // block calls it; each thread looks at every 32 * kWarps-th group, and as no two groups share
-    // a row, their bits are added.
+    // Finds the rows of groups among first_row .. first_row + kRows - 1 of matrix `batch`. All
+    // threads of the CTA call it.
     K2K_DEVICE void find(const RowGroups& groups, int64_t batch, int64_t first_row, int64_t rows) {
+        // Each thread takes every 32 * kWarps-th group. Groups are disjoint, so adding their bits
+        // is a union.
         uint32_t words[kWords] = {};
         if (groups.offsets != nullptr) {
             for (int g = threadIdx.x; g < groups.num_groups; g += 32 * kWarps) {
@@ -38,6 +39,7 @@ struct RealRows {
             const int64_t end = groups.counts == nullptr ? rows : groups.counts[batch];
             add(words, -first_row, end - first_row);
         }
+        // Add over the warp, then over the warps.
         K2K_UNROLL
         for (int word = 0; word < kWords; ++word) words[word] = arch::redux_add(words[word]);
         if (arch::lane_id() == 0) {
@@ -55,14 +57,14 @@ struct RealRows {
     }
 
   private:
-    // Rows start .. end - 1 of the tile.
+    // Adds rows start .. end - 1 of the tile.
     K2K_DEVICE static void add(uint32_t (&words)[kWords], int64_t start, int64_t end) {
         K2K_UNROLL
         for (int word = 0; word < kWords; ++word) {
             words[word] += below(end - 32 * word) & ~below(start - 32 * word);
         }
     }
-    // The bits of the rows before `row`.
+    // The bits of rows 0 .. row - 1.
     K2K_DEVICE static uint32_t below(int64_t row) {
         return row <= 0 ? 0 : row >= 32 ? ~0u : (1u << row) - 1;
     }

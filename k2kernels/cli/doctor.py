@@ -1,4 +1,4 @@
-"""Show versions, devices, what was compiled, and which body would serve each op, and why."""
+"""Show versions, devices, what was compiled, and which implementation each op would use, and why."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Generate text from a checkpoint through the paged latent cache.
 
-The prompt is continued as it stands: what a chat model expects around it (<|im_user|> ...) belongs into it.
+The prompt is continued without changes: include the markers that a chat model expects (<|im_user|> ...).
 """
 
 from __future__ import annotations

@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         message = str(error) or type(error).__name__
     except RuntimeError as error:
-        if "memory" not in str(error):  # PyTorch has no class of its own for memory that ran out on a CPU
+        if "memory" not in str(error):  # PyTorch has no exception class for running out of CPU memory
             raise
         message = str(error).splitlines()[0]
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    message = message.removeprefix(f"{options.command}: ")  # a function of the same name says it too
+    message = message.removeprefix(f"{options.command}: ")  # functions of the same name begin with it too
     print(f"k2kernels {options.command}: {message}", file=sys.stderr)
     return 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 RESERVED_TOKENS = 256  # ids behind the ranks of tiktoken.model; tokenizer_config.json names some of them
-# How Kimi's tokenizers cut text before the merges (tokenization_kimi.py of the K2 checkpoints): Han runs by themselves,
+# How Kimi's tokenizers cut text before the merges (tokenization_kimi.py of the K2 checkpoints): runs of Han,
 # words with their apostrophe endings, numbers of at most three digits, punctuation, line ends, white space.
 _WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -67,7 +67,7 @@ class _Tiktoken:
     def __init__(self, path: Path):
         import tiktoken
 
-        try:  # read here, because tiktoken's own reader wants the package blobfile for local paths in some versions
+        try:  # not by tiktoken's own reader, which in some versions needs the package blobfile for local paths
             lines = path.read_bytes().splitlines()
             ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
         except (ValueError, binascii.Error) as error:

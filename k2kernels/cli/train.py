@@ -2,7 +2,7 @@
 
 Without --text the text is CPython's own language reference. The run leaves in --out a Hugging Face-style checkpoint
 (config.json, model.safetensors, tokenizer.json), loss.png, max_logits.png, history.jsonl (one line per step), and the
-state from which --resume goes on after an interrupt.
+state from which --resume continues after an interrupt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--config", default="tiny", metavar="PRESET|DIR", help="preset, or directory with config.json (default: tiny)")
     add("--optimizer", default="muonclip", help="muonclip, muon (no clip) or adamw")
     add("--fp8", action="store_true", help="FP8 products in linear layers and experts (weights stay as they are)")
-    add("--resume", action="store_true", help="go on with the run in --out, where there is one")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
     add("--batch-size", type=int, default=16, help="sequences per step")
     add("--length", type=int, default=128, help="tokens per sequence")
     add("--lr", type=float, default=0.02, help="learning rate of the matrices (Muon)")
@@ -59,11 +59,11 @@ def run(options: argparse.Namespace) -> int:
         f"{parameters / 1e6:.2f} M parameters, {chosen.optimizer}{', FP8 products' if chosen.fp8 else ''}, "
         f"{len(corpus.train)} tokens of text "
         f"({corpus.train_bytes_per_token:.2f} bytes each), {len(corpus.valid)} held out"
-        + (f"; going on after step {trainer.step}" if trainer.step else "")
+        + (f"; continuing after step {trainer.step}" if trainer.step else "")
     )
     started, first = time.perf_counter(), trainer.step
     if not _loop(trainer):
-        print(f"\nstopped after step {trainer.step}, saved; --resume goes on", file=sys.stderr)
+        print(f"\nstopped after step {trainer.step}, saved; --resume continues", file=sys.stderr)
         return 130
     trainer.finish()
     valid = next(row.valid for row in reversed(trainer.history) if row.valid is not None)
@@ -82,7 +82,7 @@ def _loop(trainer) -> bool:
     def ask_to_stop(*_) -> None:
         nonlocal stop
         if stop:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # the second signal stops at once
         stop = True
 
     former = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -3,16 +3,17 @@
     buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=..., hidden=..., num_topk=..., use_fp8_dispatch=...)
     out = moe_mlp(x, routing, gate_up, down, exchange=DeepEP(buffer, num_experts=384))
 
-DeepEP carries rows between ranks; the ops of `k2kernels.ops.moe` put them into the slots of the experts here, and add
+DeepEP sends rows between ranks; the ops of `k2kernels.ops.moe` put them into the slots of the local experts, and add
 them up. `dispatch` and `combine` are called like those of `k2kernels.parallel.ExpertParallel`, forward and backward,
-but promise less:
+with these differences:
 
-- A token's rows on one rank are added up there and rounded to bfloat16; DeepEP adds these sums up and rounds again. So
-  the bits are not those of one rank, and depend on which experts share a rank (or a node).
-- An expert's rows stand in the order in which they came, another one each run, which the last bits of the experts'
-  gradients show; unless the buffer is made with deterministic=True.
-- Rows are bfloat16, their bytes a multiple of 16; a token names an expert once; the ranks divide the experts.
-- The host waits for the device in each dispatch. A rank that does not come is DeepEP's to report.
+- A token's rows on one rank are added up there and rounded to bfloat16; DeepEP adds these sums and rounds again. So
+  results are not bit-identical to those of one rank, and depend on which experts share a rank (or a node).
+- The rows of an expert are in the order of arrival, which differs from run to run; the last bits of the experts'
+  gradients depend on it, unless the buffer is made with deterministic=True.
+- Rows are bfloat16, of a multiple of 16 bytes; a token names an expert once; the number of experts is a multiple of
+  the number of ranks.
+- The host waits for the device in each dispatch. DeepEP reports ranks that do not respond.
 
 Source: deepseek-ai/DeepEP at commit dd758ca: deep_ep/buffers/elastic.py, csrc/elastic/buffer.hpp, README.md.
 """
@@ -28,15 +29,16 @@ from torch.autograd.function import once_differentiable
 from k2kernels.ops import moe
 from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.quant import quantize_1x128
-from k2kernels.parallel.exchange import Options, codes_to_slots, to_slots
+from k2kernels.parallel.checks import check_options
+from k2kernels.parallel.exchange import DispatchOptions, codes_to_slots, to_slots
 
 
-class Handle(NamedTuple):
+class DeepEPHandle(NamedTuple):
     """Where dispatch put the rows."""
 
     tokens: int  # of this rank
     local: moe.Handle  # of the rows that arrived here
-    sent: Any  # DeepEP's
+    sent: Any  # the handle of DeepEP
 
 
 class DeepEP:
@@ -58,39 +60,29 @@ class DeepEP:
         x: Tensor,
         indices: Tensor,
         weights: Tensor,
-        *,
-        alignment: int = 1,
-        quantize: bool = False,
-        power_of_two: bool = False,
-        scale_layout: str = "row",
-        capacity: int | None = None,
+        **options: Any,
     ) -> moe.Dispatched:
-        """As `ExpertParallel.dispatch`, but that weights travel too: their gradient comes back with that of x."""
+        """As `ExpertParallel.dispatch`, with its options; weights are sent too, and differentiable as x is."""
         args = Arguments("DeepEP.dispatch")
         x = args.tensor("x", x, ("T", "H"), torch.bfloat16)
         indices = args.tensor("indices", indices, ("T", "K"), moe.INDICES)
         weights = args.tensor("weights", weights, ("T", "K"), FLOATS)
-        args.integer("alignment", alignment, 1)
-        args.boolean("quantize", quantize)
-        args.boolean("power_of_two", power_of_two)
-        args.choice("scale_layout", scale_layout, ("row", "column"))
-        if capacity is not None:
-            args.require(capacity >= 0 == capacity % alignment, "capacity", f"a multiple of {alignment}", capacity)
-        options = Options(self.num_local_experts, alignment, quantize, power_of_two, scale_layout, capacity)
-        rows, scales, experts, arrived_weights, sent = _Dispatch.apply(x, weights, indices, self, options)
-        place = experts, sum(sent.num_recv_tokens_per_expert_list), options
-        if quantize:
+        chosen = DispatchOptions(**options)
+        check_options("DeepEP.dispatch", chosen)
+        rows, scales, experts, arrived_weights, sent = _DeepEPDispatch.apply(x, weights, indices, self, chosen)
+        place = experts, sum(sent.num_recv_tokens_per_expert_list), self.num_local_experts, chosen
+        if chosen.quantize:
             data, scales, plan = codes_to_slots(rows, scales, *place)
         else:
             data, plan = to_slots(rows, *place)
         local = moe.Handle(*plan[:4], arrived_weights, plan[4])
-        return moe.Dispatched(data, scales, local.offsets, local.counts, Handle(len(x), local, sent))
+        return moe.Dispatched(data, scales, local.offsets, local.counts, DeepEPHandle(len(x), local, sent))
 
     @torch.compiler.disable
     def combine(
         self,
         y: Tensor,
-        handle: Handle,
+        handle: DeepEPHandle,
         *,
         shared: Tensor | None = None,
         residual: Tensor | None = None,
@@ -98,20 +90,22 @@ class DeepEP:
     ) -> Tensor:
         """Each token's weighted sum of its rows of y, in bfloat16; then + shared + residual, in float32."""
         args = Arguments("DeepEP.combine")
-        if not isinstance(handle, Handle):
+        if not isinstance(handle, DeepEPHandle):
             raise TypeError(f"DeepEP.combine: handle must be the handle of dispatch, got {type(handle).__name__}")
         y = args.tensor("y", y, ("S", "H"), FLOATS)
         shared = args.optional("shared", shared, (handle.tokens, "H"), FLOATS)
         residual = args.optional("residual", residual, (handle.tokens, "H"), FLOATS)
         out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
-        out = _Combine.apply(moe.moe_combine(y, handle.local, out_dtype=torch.bfloat16), self.buffer, handle.sent)
+        out = _DeepEPCombine.apply(moe.moe_combine(y, handle.local, out_dtype=torch.bfloat16), self.buffer, handle.sent)
         terms = [term.float() for term in (shared, residual) if term is not None]
         return sum(terms, out.float()).to(out_dtype)
 
 
-class _Dispatch(torch.autograd.Function):
+class _DeepEPDispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, indices: Tensor, ranks: DeepEP, options: Options) -> tuple:
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, indices: Tensor, ranks: DeepEP, options: DispatchOptions
+    ) -> tuple:
         rows = x.contiguous()
         if options.quantize:
             rows = quantize_1x128(rows, power_of_two=options.power_of_two)
@@ -132,14 +126,14 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, d_rows: Tensor, _scales: Any, _experts: Any, d_weights: Tensor, _sent: Any) -> tuple:
         if ctx.quantized and ctx.needs_input_grad[0]:
             raise RuntimeError("DeepEP.dispatch: with quantize=True there is no gradient of x; detach x")
-        if ctx.quantized:  # the weights' gradient alone matters
+        if ctx.quantized:  # only the gradient of the weights is needed
             d_rows = d_weights.new_zeros(len(d_weights), ctx.hidden, dtype=torch.bfloat16)
         numbers = dict(handle=ctx.sent, topk_weights=d_weights.contiguous())
         d_x, d_weights, _ = ctx.buffer.combine(d_rows.contiguous(), **numbers)
         return None if ctx.quantized else d_x, d_weights.to(ctx.weights_dtype), None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _DeepEPCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, buffer: Any, sent: Any) -> Tensor:
         ctx.buffer, ctx.sent = buffer, sent

@@ -1,13 +1,13 @@
-"""FlashMLA's two decoding functions over `mla_decode`.
+"""FlashMLA's two decoding functions, implemented by `mla_decode`.
 
     from k2kernels.integrations.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
-in the place of `from flash_mla import ...`. Both generations of calls are taken: the older one, whose metadata is two
+replaces `from flash_mla import ...`. Both generations of calls are supported: the older one, whose metadata is two
 int32 tensors (FlashMLA until 2025), and the newer one, whose metadata is a FlashMLASchedMeta and None.
 
-There is no plan to make: `mla_decode` shares out its work from the lengths on the device, in the launch itself. What
-`get_mla_metadata` returns is therefore a stand-in that holds nothing. It may be reused for other lengths and other
-shapes, which FlashMLA forbids, and need not be made again before a CUDA graph is replayed.
+No plan is needed: the kernel of `mla_decode` computes its schedule from the lengths on the device. The metadata that
+`get_mla_metadata` returns is therefore empty. Unlike FlashMLA's, it may be reused for other lengths and shapes, and
+need not be recomputed before a CUDA graph is replayed.
 
 Beyond FlashMLA's dense decoding: any GPU that has the kernels, CPU tensors, pages of any size, and the 656-byte cache.
 
@@ -157,7 +157,7 @@ def flash_mla_with_kvcache(
 
 
 def _check_metadata(args: Arguments, metadata: Any, num_splits: Any) -> None:
-    """Both of one generation; nothing else, since nothing is read."""
+    """Checks that both are of one generation; their contents are not used."""
     if isinstance(metadata, Tensor) and isinstance(num_splits, Tensor):
         args.require(metadata.dtype == torch.int32, "tile_scheduler_metadata", "int32", metadata.dtype)
         args.require(num_splits.dtype == torch.int32, "num_splits", "int32", num_splits.dtype)

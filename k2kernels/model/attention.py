@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k2kernels.model.cache import LatentCache
 from k2kernels.model.config import K2Config
 from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
 from k2kernels.model.rope import apply_rope
+from k2kernels.ops.mla_cache import mla_append
 from k2kernels.ops.mla_decode import mla_decode
 from k2kernels.ops.mla_prefill import mla_prefill
 
-LATENT_EPS = 1e-6  # of the two latent norms, whatever config.rms_norm_eps says
+LATENT_EPS = 1e-6  # of the two latent norms, independent of config.rms_norm_eps
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Prefill:
 
     rope: tuple[Tensor, Tensor]  # cos and sin of each token [N, R/2]
     cu_seqlens: Tensor  # int32 [B+1]
-    cache: LatentCache | None = None
+    pages: Tensor | None = None  # of the cache, for all layers: [layers, P, page size, C + R]
     block_table: Tensor | None = None  # int32 [B, pages per row]
-    positions: Tensor | None = None  # where each token's row goes [N]; -1: nowhere
+    positions: Tensor | None = None  # of each token's row in its sequence [N]; -1: not written
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Decode:
     """A pass over the next T tokens of each of B sequences, whose past is in the cache."""
 
     rope: tuple[Tensor, Tensor]
-    cache: LatentCache
+    pages: Tensor  # [layers, P, page size, C + R]
     block_table: Tensor
     positions: Tensor
     seq_lens: Tensor  # int32 [B], these tokens included
@@ -89,9 +89,9 @@ class LatentAttention(Float32Buffers):
         latent = self.kv_a_layernorm(latent)
         q_rope = apply_rope(q_rope, *step.rope, config.rope_interleave)
         k_rope = apply_rope(k_rope, *step.rope, config.rope_interleave)
-        if step.cache is not None:
+        if step.pages is not None:
             row = torch.cat([latent, k_rope], dim=-1)
-            step.cache.append(self.layer, row, step.block_table, step.positions)
+            mla_append(row, step.pages[self.layer], step.block_table, step.positions)
         attend = self._absorbed if isinstance(step, Decode) else self._expanded
         return self.o_proj(attend(q_nope, q_rope, latent, k_rope, step).flatten(1)).view_as(x)
 
@@ -127,7 +127,7 @@ class LatentAttention(Float32Buffers):
         rows = step.seq_lens.shape[0]
         result = mla_decode(
             q.unflatten(0, (rows, -1)),
-            step.cache.pages[self.layer],
+            step.pages[self.layer],
             step.block_table,
             step.seq_lens,
             softmax_scale=self.config.softmax_scale,

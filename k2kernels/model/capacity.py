@@ -43,7 +43,7 @@ class Capacity:
     fits: list[Fit]
 
     def format(self) -> str:
-        """A table for people."""
+        """A table to print."""
 
         def per_token(size: int | None) -> str:
             return "not served" if size is None else f"{size:,} bytes"

@@ -1,7 +1,7 @@
 """Weights of a model from and to Hugging Face checkpoints, BF16 or block FP8, one tensor at a time.
 
-What is fused or stacked in the model is separate in the files: `pieces` says how, and both directions follow it. Every
-name, shape and dtype is checked from the files' headers before the first weight is read.
+Tensors that are fused or stacked in the model are separate in the files: `pieces` defines the mapping for both
+directions. Every name, shape and dtype is checked from the files' headers before the first weight is read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from k2kernels.reference.quant import dequantize
 
 Model = TypeVar("Model", bound=nn.Module)
 
-SCALE = "_scale_inv"  # `weight_scale_inv` beside `weight`: what its codes are multiplied by
+SCALE = "_scale_inv"  # `weight_scale_inv` beside `weight`: the factors of its codes
 FP8_BLOCK = (128, 128)  # what the model's FP8 modules hold
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCALE_DTYPES = (*_FLOATS, torch.float8_e8m0fnu)
-ELEMENTS_AT_ONCE = 1 << 22  # of an FP8 weight: bounds the copies made on the way, about 13 bytes for each
+ELEMENTS_AT_ONCE = 1 << 22  # of an FP8 weight: bounds temporary copies, about 13 bytes each
 
-# Copies and leftovers that files may hold beside the weights.
+# Copies and unused tensors that files may hold beside the weights.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _VISION = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
 _MTP = re.compile(r"model\.layers\.(\d+)\.(enorm|hnorm|eh_proj|shared_head\.norm)\.weight")
@@ -48,7 +48,7 @@ def from_pretrained(
     keep_fp8: bool = False,
     progress: bool = True,
 ) -> Model:
-    """Builds a `cls` (K2Model) without memory and fills it from the checkpoint directory `path`.
+    """Loads the Hugging Face checkpoint in the directory `path`. Weights are read one at a time.
 
     Args:
         path: directory with config.json and safetensors files.
@@ -65,7 +65,7 @@ def from_pretrained(
         FileNotFoundError: the directory, config.json or a shard is missing (named).
         ValueError: tensors are missing, unexpected, of the wrong shape or dtype (listed), or hold impossible values:
             FP8 weights with NaN, scales below 0, and NaN or infinity in scales, norms and the router.
-        UnsupportedError: a kind of checkpoint that is recognised but not served.
+        UnsupportedError: a kind of checkpoint that is recognised but not supported.
     """
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"from_pretrained: dtype must be a float dtype or None, got {dtype!r}")
@@ -94,10 +94,10 @@ def from_pretrained(
 def save_pretrained(
     model: nn.Module, path: str | Path, *, max_shard_size: int = MAX_SHARD_SIZE, progress: bool = False
 ) -> None:
-    """Writes `model` and its `config` to the directory `path` under Hugging Face names.
+    """Writes config.json and safetensors under Hugging Face's names to the directory `path`; transformers reads them.
 
-    All or nothing: see `shards.Writer`. Tied weights are written once; MTP layers without the copies of the embedding
-    and the head that DeepSeek's own files carry.
+    Either all files are written or none: see `shards.Writer`. Tied weights are written once; MTP layers without the
+    copies of embedding and head that DeepSeek's own files contain.
 
     Args:
         max_shard_size: bytes; a larger model is split into shards with an index.
@@ -123,7 +123,7 @@ def save_pretrained(
 
 
 def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors that the model's tensor `name` is made of: their names, and views of it.
+    """The Hugging Face tensors that make up the model's tensor `name`: their names, and views of it.
 
     Fused gate and up are two of them, gate rows first; stacked experts are one each (three, gate and up being fused).
     Scales follow their weights.
@@ -165,7 +165,7 @@ def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], pat
         warnings.warn(
             f"{path}: config.json has num_nextn_predict_layers={config.num_nextn_predict_layers}, but the files hold "
             "no MTP layer; the model is loaded without",
-            stacklevel=4,
+            stacklevel=3,
         )
         return replace(config, num_nextn_predict_layers=0)
     left_out = [layer for layer in found if layer >= layers + config.num_nextn_predict_layers]
@@ -173,7 +173,7 @@ def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], pat
         warnings.warn(
             f"{path}: MTP layers {left_out} are left out, because config.json has "
             f"num_nextn_predict_layers={config.num_nextn_predict_layers}",
-            stacklevel=4,
+            stacklevel=3,
         )
         for name in [n for n in tensors if (m := _LAYER.match(n)) and int(m[1]) in left_out]:
             del tensors[name]
@@ -215,11 +215,11 @@ def _check_keep_fp8(config: K2Config, path: str | Path) -> None:
             )
 
 
-# ---- what the model wants ------------------------------------------------------------------------------------------
+# ---- what the model needs ------------------------------------------------------------------------------------------
 
 
 class _Piece(NamedTuple):
-    """A tensor of the files that the model wants, and the tensor of the model that it is a part of."""
+    """A tensor that the files must hold, and the tensor of the model that it is part of."""
 
     owner: str
     like: Tensor
@@ -237,7 +237,7 @@ def _is_fp8(name: str, tensors: dict[str, TensorInfo]) -> bool:
 
 
 def _use_fp8_modules(model: nn.Module, tensors: dict[str, TensorInfo], power_of_two: bool) -> None:
-    """Lets the model hold in FP8 what the files do: linear layers of attention and feed-forward, and the experts."""
+    """Makes modules FP8 where the files hold FP8: linear layers of attention and feed-forward, and experts."""
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, nn.Linear) and re.search(r"\.(self_attn|mlp)\.", name):
@@ -342,10 +342,10 @@ def _load(
 
 
 def read_weight(name: str, info: TensorInfo, reader: Reader, path: str) -> Tensor:
-    """A weight in high precision, known as `name` to the model.
+    """A weight in high precision, which is `name` in the model.
 
-    NaN and infinity are errors where they are cheap to find and do not show, or spoil everything: in the router, which
-    would choose an expert never or always, and in vectors (its bias, norms).
+    NaN and infinity raise ValueError where the check is cheap and such a value would go unnoticed or affect every
+    token: in the router, which would choose an expert never or always, and in vectors (its bias, norms).
     """
     weight = reader.get(info)
     if name.startswith("model.") and (weight.dim() < 2 or ".mlp.gate." in name):
@@ -394,7 +394,7 @@ def _create(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, dev
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Makes `tensor` the model's `name`: as a parameter, if it stands for one (`like`)."""
+    """Sets the model's `name` to `tensor`, as a parameter if `like` is one."""
     parent, _, leaf = name.rpartition(".")
     if isinstance(like, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=like.requires_grad)
@@ -413,10 +413,10 @@ def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """The device, which must be there: better said before the files are read."""
+    """The device; raises ValueError before any file is read if it does not exist."""
     try:
         found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # a name that torch does not know; one without a driver
+    except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name; a device without a driver
         reason = str(error).splitlines()[0]
         raise ValueError(f"from_pretrained: device must be one of this machine, got {device!r} ({reason})") from error
     if found.type == "meta":

@@ -10,22 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from k2kernels._backend import UnsupportedError
+from k2kernels.model.normalise import check, check_number, is_int, normalise_quantization, normalise_rope, rope_fields
+from k2kernels.model.presets import PRESETS
 
 # Kimi-K2.5 and later keep the decoder, of type kimi_k2, in `text_config` beside a vision tower.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 WRAPPER_TYPES = ("kimi_k25",)
 
-_ROPE_KEYS = {
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "attention_factor",
-    "truncate",
-}
-# What every published model of the family has, and all that the model computes: any other value is refused.
+# Fields that are the same in every published model of the family. Other values are refused.
 _FIXED = {"hidden_act": "silu", "topk_method": "noaux_tc", "attention_dropout": 0, "attention_bias": False}
 
 
@@ -34,11 +26,11 @@ class K2Config:
     """Sizes and switches of a Kimi-K2 / DeepSeek-V3 model.
 
     A field's default is the one transformers' DeepseekV3Config gives a key that config.json leaves out, except that
-    there are no MTP layers and no special tokens unless asked for.
+    there are no MTP layers and no special tokens unless given.
 
     Raises:
         ValueError: a field is out of range (field, wanted, got).
-        UnsupportedError: a field asks for something that is recognised but not served.
+        UnsupportedError: a field has a value that is recognised but not supported.
     """
 
     # sizes
@@ -71,7 +63,7 @@ class K2Config:
     # norms, positions
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # None, or YaRN with every key of `_normalise_rope`
+    rope_scaling: dict[str, Any] | None = None  # None, or YaRN with every key of `normalise_rope`
     rope_interleave: bool = True
     # the rest
     num_nextn_predict_layers: int = 0  # MTP layers, at index num_hidden_layers and up
@@ -86,8 +78,8 @@ class K2Config:
 
     def __post_init__(self) -> None:
         self.n_shared_experts = self.n_shared_experts or 0
-        self.rope_scaling = _normalise_rope(self.rope_scaling)
-        self.quantization_config = _normalise_quantization(self.quantization_config)
+        self.rope_scaling = normalise_rope(self.rope_scaling)
+        self.quantization_config = normalise_quantization(self.quantization_config)
         self._validate()
 
     # ---- reading and writing ------------------------------------------------------------------------------------
@@ -97,24 +89,24 @@ class K2Config:
         """The configuration in a parsed config.json, of any type in `MODEL_TYPES` or `WRAPPER_TYPES`.
 
         Reads positions in both styles: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
-        Keys that mean nothing to this model are ignored.
+        Keys that this model does not use are ignored.
         """
         values, _ = text_part(values)
         values = dict(values)
         for key, wanted in _FIXED.items():
             if values.get(key, wanted) != wanted:
                 raise UnsupportedError(f"K2Config: {key} must be {wanted!r}, got {values[key]!r}")
-        # Keys and values are expanded to all heads, so the number means nothing; transformers' default of 128 stays in
-        # the files of smaller models. A number below would ask for another kind of attention.
+        # Keys and values are expanded to all heads, so the number is unused; files of smaller models still have
+        # transformers' default of 128. A smaller number than that of heads would be another kind of attention.
         heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
-        if _is_int(heads) and _is_int(shared) and shared < heads:
+        if is_int(heads) and is_int(shared) and shared < heads:
             raise UnsupportedError(
                 f"K2Config: num_key_value_heads must equal num_attention_heads={heads}, as latent attention expands "
                 f"its keys to all heads, got {shared}"
             )
         dtype = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
         values["dtype"] = str(dtype).removeprefix("torch.")
-        values.update(_rope_fields(values))
+        values.update(rope_fields(values))
         if values.get("rope_theta") is None:
             values.pop("rope_theta", None)
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
@@ -123,8 +115,8 @@ class K2Config:
     def from_pretrained(cls, path: str | Path) -> K2Config:
         """Reads `path`/config.json (or `path` itself, if it is a file).
 
-        The stop ids are those of config.json and of generation_config.json together: Kimi-K2 ends a text with the one
-        and a turn of chat with the other.
+        The stop ids are those of config.json and of generation_config.json together: in Kimi-K2 they end a text and a
+        turn of chat.
         """
         raw = read_config_file(path)
         config = cls.from_dict(raw)
@@ -144,7 +136,7 @@ class K2Config:
         return cls(**PRESETS[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: of type deepseek_v3, which transformers and every server know, Kimi-K2 included."""
+        """The contents of config.json, of type deepseek_v3 for Kimi-K2 too: transformers and servers support it."""
         values = {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
@@ -153,10 +145,10 @@ class K2Config:
             "num_key_value_heads": self.num_attention_heads,
             **_FIXED,
         }
-        if self.rope_scaling is not None:  # older readers look for `type`
+        if self.rope_scaling is not None:  # older readers use `type`
             given = {key: value for key, value in self.rope_scaling.items() if value is not None}
             values["rope_scaling"] = {"type": "yarn", **given}
-        if self.quantization_config is None:  # transformers takes the key alone for a quantised checkpoint
+        if self.quantization_config is None:  # for transformers the key alone means a quantised checkpoint
             del values["quantization_config"]
         return values
 
@@ -195,7 +187,7 @@ class K2Config:
 
     @property
     def rope_attention_factor(self) -> float:
-        """What cos and sin are multiplied by: 1 unless YaRN's mscale and mscale_all_dim differ."""
+        """The factor of cos and sin: 1 unless YaRN's mscale and mscale_all_dim differ."""
         if self.rope_scaling is None:
             return 1.0
         factor, mscale, all_dim = (self.rope_scaling[key] for key in ("factor", "mscale", "mscale_all_dim"))
@@ -222,7 +214,7 @@ class K2Config:
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters, and those one token uses (embedding and head included); MTP layers are not counted.
 
-        The router's per-expert bias counts as a parameter: it is trained, if not by gradient.
+        The router's per-expert bias counts as a parameter: it is trained, although not by gradient.
         """
         moe_layers = sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
         dense_layers = self.num_hidden_layers - moe_layers
@@ -252,32 +244,28 @@ class K2Config:
     # ---- checks -----------------------------------------------------------------------------------------------------
 
     def _validate(self) -> None:
-        for name in _POSITIVE:
-            _whole(name, getattr(self, name), 1)
-        if self.q_lora_rank is not None:
-            _whole("q_lora_rank", self.q_lora_rank, 1)
+        for name in (*_POSITIVE, *(() if self.q_lora_rank is None else ("q_lora_rank",))):
+            check.integer(name, getattr(self, name), 1)
         for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
-            _whole(name, getattr(self, name), 0)
+            check.integer(name, getattr(self, name), 0)
         for name in ("norm_topk_prob", "seq_aux", "rope_interleave", "tie_word_embeddings", "attention_bias"):
-            _require(isinstance(getattr(self, name), bool), name, "true or false", getattr(self, name))
+            check.require(isinstance(getattr(self, name), bool), name, "true or false", repr(getattr(self, name)))
         for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta"):
-            _number(name, getattr(self, name), positive=True)
+            check_number(name, getattr(self, name), positive=True)
         for name in ("aux_loss_alpha", "initializer_range"):
-            _number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         if self.attention_bias:
             raise UnsupportedError("K2Config: attention_bias must be False, got True")
-        _require(
-            self.scoring_func in ("sigmoid", "softmax"), "scoring_func", "'sigmoid' or 'softmax'", self.scoring_func
-        )
-        _require(self.dtype in _DTYPES, "dtype", "one of " + ", ".join(_DTYPES), self.dtype)
-        _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even", self.qk_rope_head_dim)
+        check.choice("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
+        check.choice("dtype", self.dtype, ("bfloat16", "float16", "float32", "float64"))
+        check.require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even", self.qk_rope_head_dim)
 
         experts, groups = self.n_routed_experts, self.n_group
-        _require(experts % groups == 0, "n_group", f"a divisor of n_routed_experts={experts}", groups)
-        _require(groups == 1 or experts // groups >= 2, "n_group", "such that a group has 2 experts or more", groups)
-        _require(self.topk_group <= groups, "topk_group", f"at most n_group={groups}", self.topk_group)
+        check.require(experts % groups == 0, "n_group", f"a divisor of n_routed_experts={experts}", groups)
+        check.require(groups == 1 or experts // groups >= 2, "n_group", "one with 2 or more experts a group", groups)
+        check.require(self.topk_group <= groups, "topk_group", f"at most n_group={groups}", self.topk_group)
         reachable = experts // groups * self.topk_group
-        _require(
+        check.require(
             self.num_experts_per_tok <= reachable,
             "num_experts_per_tok",
             f"at most {reachable}, the experts in topk_group={self.topk_group} groups",
@@ -286,7 +274,7 @@ class K2Config:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-            _require(all(i is None or _is_int(i) for i in ids), name, "an integer or null", value)
+            check.require(all(i is None or is_int(i) for i in ids), name, "an integer or null", repr(value))
 
 
 def text_part(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -298,7 +286,7 @@ def text_part(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     model_type = values.get("model_type")
     if model_type in WRAPPER_TYPES:
         inner = values.get("text_config")
-        _require(isinstance(inner, Mapping), "text_config", f"an object in a {model_type} file", inner)
+        check.require(isinstance(inner, Mapping), "text_config", f"an object in a {model_type} file", repr(inner))
         quantization = inner.get("quantization_config") or values.get("quantization_config")
         inner = {"model_type": "kimi_k2", **inner, "quantization_config": quantization}
         return text_part(inner)[0], "language_model."
@@ -333,122 +321,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` out of either style; a file that says both must say the same."""
-    found: dict[str, Any] = {}
-    for style in ("rope_parameters", "rope_scaling"):
-        rope = values.get(style)
-        if rope is None:
-            continue
-        _require(isinstance(rope, Mapping), style, "an object or null", rope)
-        scaling = _normalise_rope(rope)
-        if "rope_scaling" in found and found["rope_scaling"] != scaling:
-            raise ValueError(f"K2Config: rope_scaling must agree with rope_parameters, got {scaling} and {found}")
-        found["rope_scaling"] = scaling
-        if rope.get("rope_theta") is not None:
-            found["rope_theta"] = rope["rope_theta"]
-    theta = values.get("rope_theta")
-    if theta is not None and found.setdefault("rope_theta", theta) != theta:
-        raise ValueError(
-            f"K2Config: rope_theta must agree with the one in rope_parameters, got {theta} and {found['rope_theta']}"
-        )
-    return found
-
-
-def _normalise_rope(rope: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """None for plain RoPE; else YaRN's parameters with the defaults filled in (transformers' ones)."""
-    if rope is None:
-        return None
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UnsupportedError(f"K2Config: partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise UnsupportedError(f"K2Config: rope_scaling must be of type 'yarn' or 'default', got {kind!r}")
-    unknown = set(rope) - _ROPE_KEYS - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    _require(not unknown, "rope_scaling", "made of " + ", ".join(sorted(_ROPE_KEYS)), sorted(unknown))
-    for key in ("factor", "original_max_position_embeddings"):
-        _require(rope.get(key) is not None, "rope_scaling", f"given with {key!r} for yarn", dict(rope))
-
-    def value(key: str, default: float) -> float:
-        got = rope.get(key)
-        return default if got is None else got
-
-    result = {
-        "rope_type": "yarn",
-        "factor": rope["factor"],
-        "original_max_position_embeddings": rope["original_max_position_embeddings"],
-        "beta_fast": value("beta_fast", 32.0),
-        "beta_slow": value("beta_slow", 1.0),
-        "mscale": value("mscale", 1.0),
-        "mscale_all_dim": value("mscale_all_dim", 0.0),
-        "attention_factor": rope.get("attention_factor"),
-        "truncate": value("truncate", True),
-    }
-    for key in ("beta_fast", "beta_slow"):
-        _number(f"rope_scaling.{key}", result[key], positive=True)
-    for key in ("mscale", "mscale_all_dim"):
-        _number(f"rope_scaling.{key}", result[key])
-    if result["attention_factor"] is not None:
-        _number("rope_scaling.attention_factor", result["attention_factor"], positive=True)
-    _number("rope_scaling.factor", result["factor"])
-    _require(result["factor"] >= 1, "rope_scaling.factor", "1 or more", result["factor"])
-    _whole("rope_scaling.original_max_position_embeddings", result["original_max_position_embeddings"], 1)
-    _require(isinstance(result["truncate"], bool), "rope_scaling.truncate", "true or false", result["truncate"])
-    return result
-
-
-def _normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """None, or block FP8 as DeepSeek writes it."""
-    if quantization is None:
-        return None
-    _require(isinstance(quantization, Mapping), "quantization_config", "an object or null", quantization)
-    method = quantization.get("quant_method")
-    if method == "compressed-tensors":
-        raise UnsupportedError(
-            "K2Config: quantization_config 'compressed-tensors' (the INT4 weights of Kimi-K2-Thinking and later) is "
-            "recognised and not yet served; use a BF16 or block-FP8 copy of the checkpoint"
-        )
-    if method != "fp8":
-        raise UnsupportedError(f"K2Config: quantization_config.quant_method must be 'fp8', got {method!r}")
-    if quantization.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
-        raise UnsupportedError(f"K2Config: quantization_config.fmt must be 'e4m3', got {quantization['fmt']!r}")
-    block = quantization.get("weight_block_size")
-    if block is None:
-        raise UnsupportedError(
-            "K2Config: quantization_config.weight_block_size must be given, e.g. [128, 128]; FP8 with one scale per "
-            "tensor or per row is not served"
-        )
-    good = isinstance(block, (list, tuple)) and len(block) == 2 and all(_is_int(b) and b > 0 for b in block)
-    _require(good, "quantization_config.weight_block_size", "two positive integers", block)
-    return {**quantization, "weight_block_size": list(block)}
-
-
 def _id_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    _require(_is_int(value) and value >= least, name, f"an integer of {least} or more", value)
-
-
-def _number(name: str, value: Any, positive: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    good = good and (value > 0 if positive else value >= 0)
-    _require(good, name, "a finite number above 0" if positive else "a finite number of 0 or more", value)
-
-
-def _require(condition: Any, name: str, wanted: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"K2Config: {name} must be {wanted}, got {got!r}")
-
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -467,87 +343,3 @@ _POSITIVE = (
     "n_group",
     "topk_group",
 )
-
-
-def _yarn(factor: float, original: int, beta_fast: float, beta_slow: float) -> dict[str, Any]:
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original,
-        "beta_fast": beta_fast,
-        "beta_slow": beta_slow,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    }
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Kimi-K2-Instruct, July 2025
-    "kimi-k2": dict(
-        vocab_size=163840,
-        num_attention_heads=64,
-        max_position_embeddings=131072,
-        first_k_dense_replace=1,
-        n_routed_experts=384,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=2.827,
-        rope_theta=50000.0,
-        rope_scaling=_yarn(32.0, 4096, 1.0, 1.0),
-        bos_token_id=163584,
-        eos_token_id=163585,
-        pad_token_id=163839,
-    ),
-    "deepseek-v3": dict(
-        max_position_embeddings=163840,
-        rope_scaling=_yarn(40.0, 4096, 32.0, 1.0),
-        num_nextn_predict_layers=1,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
-    "moonlight-16b-a3b": dict(
-        vocab_size=163840,
-        hidden_size=2048,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        max_position_embeddings=8192,
-        q_lora_rank=None,
-        intermediate_size=11264,
-        moe_intermediate_size=1408,
-        first_k_dense_replace=1,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=2.446,
-        rms_norm_eps=1e-5,
-        rope_theta=50000.0,
-        bos_token_id=163584,
-        eos_token_id=163585,
-    ),
-    # K2 in miniature: every convention of the large one is on, YaRN's step included (it slows pairs 3..7 of 8).
-    "tiny": dict(
-        vocab_size=1024,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        q_lora_rank=96,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        intermediate_size=384,
-        moe_intermediate_size=64,
-        first_k_dense_replace=1,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=2.827,
-        rope_theta=50000.0,
-        rope_scaling=_yarn(4.0, 128, 1.0, 1.0),
-        dtype="float32",
-    ),
-}

@@ -53,16 +53,16 @@ def convert(
     "fp8" is DeepSeek's format: the projections of attention and feed-forward in e4m3 with a float32 scale per 128x128
     block, all other weights in BF16. To "bf16", FP8 and FP32 weights become BF16. The router's bias stays float32.
     With `scale_fmt` "ue8m0", as in DeepSeek-V3.1, scales are rounded up to powers of two, still stored in float32, and
-    config.json asks for the same of activations' scales.
+    config.json requires the same of activations' scales.
 
     config.json is changed accordingly; tokenizer and other small files are copied. `dst` appears complete or not at
     all; no more than about one shard is in memory.
 
     Raises:
-        ValueError: `to` or `scale_fmt` is unknown, or they do not go together; `src` is of that kind already or is
+        ValueError: `to` or `scale_fmt` is unknown, or the two cannot be combined; `src` is of that kind already or is
             damaged; `dst` exists and is not empty.
         FileNotFoundError: `src`, its config.json or a shard is missing.
-        UnsupportedError: a kind of checkpoint that is recognised but not served.
+        UnsupportedError: a kind of checkpoint that is recognised but not supported.
         OSError: `dst` could not be written.
     """
     if to not in ("bf16", "fp8"):

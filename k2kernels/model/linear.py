@@ -16,8 +16,8 @@ BLOCK = 128  # rows and columns that share one scale
 class Float32Buffers(nn.Module):
     """A module whose buffers keep their dtype when the model is cast (`.to(torch.bfloat16)`).
 
-    `reset_buffers` gives the non-persistent ones their first values; it runs by itself when the module leaves the meta
-    device, on which nothing has a value.
+    `reset_buffers` sets the initial values of non-persistent buffers; it is called when the module leaves the meta
+    device, where tensors have no values.
     """
 
     def reset_buffers(self) -> None:
@@ -37,7 +37,7 @@ class Float32Buffers(nn.Module):
 class Linear(nn.Linear):
     """A linear layer without bias; where `fp8` is set, by `K2Model.use_fp8`, its products are FP8, gradients included.
 
-    The weight stays as it is: it is the master that the optimizer moves and that checkpoints hold.
+    The weight keeps its dtype: it is the master weight that the optimizer updates and checkpoints hold.
     """
 
     fp8 = False
@@ -53,7 +53,7 @@ class Fp8Linear(nn.Module):
     """A linear layer with an e4m3 weight and one float32 scale per 128x128 block, for inference.
 
     The input is quantised on the fly, one scale per row and 128 columns: the checkpoints' `activation_scheme: dynamic`;
-    a power of two where `power_of_two` says so (`scale_fmt: ue8m0`).
+    a power of two with `power_of_two` (`scale_fmt: ue8m0`).
     `weight_scale_inv` is the factor that dequantises (the name is the checkpoints').
     """
 
@@ -69,7 +69,7 @@ class Fp8Linear(nn.Module):
         return self.product(*self._quantized(x), x)
 
     def swiglu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of silu(gate) * up, where the first half of `forward` is gate; for another's `product`."""
+        """Codes and scales of silu(gate) * up for another layer's `product`; the first half of `forward` is gate."""
         scaling = dict(power_of_two=self.power_of_two, scale_layout="column")
         return fp8_gemm_swiglu(*self._quantized(x), self.weight, self.weight_scale_inv, **scaling)
 

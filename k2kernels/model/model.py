@@ -7,84 +7,33 @@ Source: DeepSeek-V3 (2024), section 2; where implementations differ: transformer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from k2kernels.engine.generate import generate
 from k2kernels.model import checkpoint
-from k2kernels.model.attention import Decode, Prefill
-from k2kernels.model.config import K2Config
-from k2kernels.model.generate import generate
-from k2kernels.model.layer import DecoderLayer
+from k2kernels.model.attention import Prefill
 from k2kernels.model.linear import Linear
 from k2kernels.model.moe import Experts, Moe
-from k2kernels.model.mtp import MtpLayer
-from k2kernels.model.rope import Rope
+from k2kernels.model.trunk import Decoder, Trunk
 from k2kernels.ops._check import FLOATS, Arguments
 
-
-class Decoder(nn.Module):
-    """Embedding, layers and final norm. MTP layers stand behind the others and do not take part in `forward`."""
-
-    def __init__(self, config: K2Config):
-        super().__init__()
-        self.depth = config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = [DecoderLayer(config, index) for index in range(self.depth)]
-        mtp = [MtpLayer(config, self.depth + k) for k in range(config.num_nextn_predict_layers)]
-        self.layers = nn.ModuleList([*layers, *mtp])
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, input_ids: Tensor, step: Prefill | Decode) -> Tensor:
-        """[B, T] -> [B, T, hidden], after the final norm."""
-        x = self.embed_tokens(input_ids)
-        for layer in self.layers[: self.depth]:
-            x = layer(x, step)
-        return self.norm(x)
+__all__ = ["Decoder", "K2Model"]  # pickled models name both here
 
 
-class K2Model(nn.Module):
+class K2Model(Trunk):
     """A language model; weights are random (normal, standard deviation config.initializer_range) until loaded.
 
-    Loading with keep_fp8 puts e4m3 codes and scales in the place of linear layers and experts; that is for inference.
+    Loading with keep_fp8 replaces the weights of linear layers and experts by e4m3 codes and scales, for inference.
     To train with FP8 products on weights in high precision, see `use_fp8`.
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
     QK-Clip) and how many tokens each expert got (`expert_load`, for `update_router_bias`).
     """
 
-    def __init__(self, config: K2Config):
-        super().__init__()
-        if not isinstance(config, K2Config):
-            raise TypeError(f"K2Model: config must be a K2Config, got {type(config).__name__}; see K2Config.from_dict")
-        self.config = config
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        self.rope = Rope(config)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:  # norms keep their ones
-                nn.init.normal_(parameter, std=config.initializer_range)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        keep_fp8: bool = False,
-        progress: bool = True,
-    ) -> K2Model:
-        """Loads a Hugging Face checkpoint; see `k2kernels.model.checkpoint.from_pretrained`."""
-        return checkpoint.from_pretrained(cls, path, dtype=dtype, device=device, keep_fp8=keep_fp8, progress=progress)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes config.json and safetensors under Hugging Face's names; transformers reads them back."""
-        checkpoint.save_pretrained(self, path)
+    from_pretrained = classmethod(checkpoint.from_pretrained)
+    save_pretrained = checkpoint.save_pretrained
+    generate = generate
 
     def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the next token at every position; differentiable.
@@ -105,18 +54,18 @@ class K2Model(nn.Module):
         return (logits, hidden) if return_hidden else logits
 
     def use_fp8(self, enabled: bool = True) -> K2Model:
-        """From now on the products of attention's and feed-forward's linear layers and of the experts are FP8.
+        """Computes the products of attention's and feed-forward's linear layers and of the experts in FP8 from now on.
 
         Weights keep names and dtype: they are masters, quantised in each pass with one scale per 128x128 block;
         activations and gradients get one per token and 128 features, or, in the weights' gradients, per feature and 128
-        tokens. Embedding, head, norms, router, MTP's projection and attention itself stay as they are. Saved
-        checkpoints hold nothing of it. See `k2kernels.fp8_linear` and `k2kernels.moe_mlp`.
+        tokens. Embedding, head, norms, router, MTP's projection and attention itself are unchanged, and so are saved
+        checkpoints. See `k2kernels.fp8_linear` and `k2kernels.moe_mlp`.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: it holds FP8 codes (keep_fp8) instead of masters, or is float64.
+            ValueError: the weights are FP8 codes (keep_fp8) or float64.
 
         Source: DeepSeek-V3 (2024), section 3.3: which parts are FP8 and which are not.
         """
@@ -128,11 +77,6 @@ class K2Model(nn.Module):
         for module in modules:
             module.fp8 = enabled
         return self
-
-    @property
-    def mtp_layers(self) -> Sequence[MtpLayer]:
-        """The multi-token prediction layers; empty for Kimi-K2."""
-        return self.model.layers[self.config.num_hidden_layers :]
 
     def mtp_logits(self, input_ids: Tensor, hidden: Tensor) -> list[Tensor]:
         """What the MTP layers predict beyond the next token; differentiable, also in `hidden`.
@@ -162,40 +106,6 @@ class K2Model(nn.Module):
             logits.append(self._logits(hidden))
         return logits
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        eos_token_ids: Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        speculative: bool = False,
-        cache_dtype: str = "auto",
-        on_token: Callable[[Tensor], None] | None = None,
-        cuda_graphs: bool = True,
-    ) -> Tensor:
-        """Continues the prompts; see `k2kernels.model.generate.generate`."""
-        return generate(
-            self,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos_token_ids=eos_token_ids,
-            attention_mask=attention_mask,
-            speculative=speculative,
-            cache_dtype=cache_dtype,
-            on_token=on_token,
-            cuda_graphs=cuda_graphs,
-        )
-
     def max_logits(self) -> dict[int, Tensor]:
         """Per layer, MTP layers included: the largest logit of each head, float32 [H], since the last reset."""
         return {layer.self_attn.layer: layer.self_attn.max_logit.clone() for layer in self.model.layers}
@@ -211,7 +121,7 @@ class K2Model(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, rate: float) -> None:
-        """Loss-free balancing: moves every expert's bias by `rate` against its load, and forgets the load.
+        """Loss-free balancing: changes every expert's bias by `rate` against its load, and resets the load.
 
         Call it once per optimizer step. Over several ranks, sum the `expert_counts` buffers first.
         """
@@ -226,26 +136,6 @@ class K2Model(nn.Module):
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
         zero = torch.zeros((), device=self.lm_head.weight.device)
         return sum((layer.sequence_loss(alpha) for _, layer in self._moe_layers()), start=zero)
-
-    def check_ids(self, caller: str, input_ids: Tensor, *, wait: bool = False) -> None:
-        """Raises ValueError or TypeError unless `input_ids` [B, T] are ids of this vocabulary and fit the context.
-
-        The ids themselves are looked at on a CPU; with `wait` on every device.
-        """
-        dtype = getattr(input_ids, "dtype", type(input_ids).__name__)
-        if dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{caller}: input_ids must be an int64 or int32 tensor, got {dtype}")
-        limit = self.config.max_position_embeddings
-        if input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= limit or input_ids.shape[0] == 0:
-            raise ValueError(f"{caller}: input_ids must be [B, T], T from 1 to {limit}, got {list(input_ids.shape)}")
-        device = self.lm_head.weight.device
-        if input_ids.device != device and (input_ids.is_meta or not wait):
-            raise ValueError(f"{caller}: input_ids must be on {device} like the model, got {input_ids.device}")
-        if wait or (input_ids.is_cpu and not torch.compiler.is_compiling()):
-            low, high = (int(i) for i in input_ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                wanted = f"0 to {self.config.vocab_size - 1}"
-                raise ValueError(f"{caller}: input_ids must be {wanted}, got {low if low < 0 else high}")
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden)

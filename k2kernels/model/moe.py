@@ -57,7 +57,7 @@ class Experts(nn.Module):
 
     In a model kept in FP8 they are e4m3, with float32 scales [E, ceil(2I/128), ceil(hidden/128)] and so on in
     `gate_up_proj_scale_inv` and `down_proj_scale_inv`. With `fp8`, which `K2Model.use_fp8` sets, their products are FP8
-    while they stay what they are.
+    and their dtype is unchanged.
     """
 
     fp8 = False
@@ -78,14 +78,14 @@ class Experts(nn.Module):
 
 
 class Moe(nn.Module):
-    """Each token goes to its top-k experts and to the shared ones.
+    """Each token is processed by its top-k experts and the shared ones.
 
     A forward pass in training mode adds to `gate.expert_counts` int64 [E] how many tokens each expert got, and keeps
-    the logits for `sequence_loss`. Activation checkpointing runs it a second time; that is not counted.
+    the logits for `sequence_loss`. Recomputation by activation checkpointing is not counted.
 
-    Where some experts are elsewhere, `exchange` carries rows to them (see `moe_mlp`), and `experts` holds the others;
-    `capacity` is then how many rows these take, None: as many as could come. What an exchange reports later than it
-    happened, `exchange.check()` raises.
+    If some experts are on other ranks, `exchange` sends rows to them (see `moe_mlp`), and `experts` holds the others;
+    `capacity` is then how many rows these take, None: as many as could arrive. `exchange.check()` raises faults that an
+    exchange detects after it has returned.
     """
 
     def __init__(self, config: K2Config):
@@ -114,7 +114,7 @@ class Moe(nn.Module):
             normalize=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
         )
-        if self.training and not _recomputing():
+        if self.training and not recomputing():
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
@@ -144,28 +144,28 @@ class Moe(nn.Module):
         )
 
     def update_bias(self, rate: float) -> None:
-        """Moves the router's bias against the load counted since the last time, and forgets the count."""
+        """Changes the router's bias against the load counted since the last call, and resets the count."""
         gate = self.gate
         gate.e_score_correction_bias.copy_(moe_update_bias(gate.e_score_correction_bias, gate.expert_counts, rate=rate))
         gate.expert_counts.zero_()
 
     def __getstate__(self) -> dict:
-        # The logits belong to a graph, which can be neither copied nor pickled.
+        # The logits are part of a graph, which can be neither copied nor pickled.
         return {**self.__dict__, "_logits": None}
 
 
 def exchanges(model: nn.Module) -> list[Any]:
-    """What carries rows between the tokens and the experts of a model, each once."""
+    """The exchanges of a model, each once."""
     layers = (module for module in model.modules() if isinstance(module, Moe) and module.exchange is not None)
     return list({id(layer.exchange): layer.exchange for layer in layers}.values())
 
 
 def check_exchanges(found: list[Any]) -> None:
-    """Raises what they have reported, of everything that the host has waited for; one need not have a `check`."""
+    """Raises the faults that exchanges have reported, of all work that the host has waited for."""
     for exchange in found:
         getattr(exchange, "check", lambda: None)()
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether a backward pass is running: then this is activation checkpointing's second forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

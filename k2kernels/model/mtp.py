@@ -1,12 +1,10 @@
-"""Multi-token prediction: a layer that sees a position's hidden state and its next token, and predicts the one after.
+"""Multi-token prediction: a layer that predicts the token after next from a position's hidden state and next token.
 
 Source: DeepSeek-V3 (2024), section 2.2. The hidden state is the one *after* the final norm, as in transformers
-(modeling_layers.py, MtpModel); the paper does not say.
+(modeling_layers.py, MtpModel); the paper does not specify it.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +12,6 @@ from torch import Tensor, nn
 from k2kernels.model.attention import Decode, Prefill
 from k2kernels.model.config import K2Config
 from k2kernels.model.layer import DecoderLayer
-
-if TYPE_CHECKING:
-    from k2kernels.model.model import K2Model
 
 
 class MtpLayer(DecoderLayer):
@@ -36,28 +31,3 @@ class MtpLayer(DecoderLayer):
         """
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
         return self.shared_head["norm"](super().forward(x, step))
-
-
-def draft(model: K2Model, hidden: Tensor, following: Tensor, last: Tensor, step: Prefill | Decode) -> Tensor:
-    """Guesses one token per MTP layer for each row, continuing a pass of the main model.
-
-    Args:
-        hidden: [B, T, hidden], what the main model gave for its pass `step`.
-        following: [B, T], the token after each position.
-        last: [B], the last position of each row that is real. What stands after it is neither seen by it nor, in the
-            next pass, by others: those rows of the cache are written anew.
-
-    Returns:
-        int64 [B, MTP layers]: the tokens after `following[b, last[b]]`.
-
-    A layer beyond the first also sees drafts of earlier passes in its own cache, right or wrong. Drafts are verified,
-    so that can cost acceptance only.
-    """
-    rows = torch.arange(len(last), device=last.device)
-    drafts = []
-    for layer in model.mtp_layers:
-        hidden = layer(hidden, model.model.embed_tokens(following), step)
-        drafts.append(model.lm_head(hidden[rows, last]).argmax(dim=-1))
-        following = following.roll(-1, dims=1)
-        following[rows, last] = drafts[-1]
-    return torch.stack(drafts, dim=1)

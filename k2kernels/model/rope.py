@@ -45,8 +45,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) ->
         interleaved: pairs are (0,1), (2,3) ... as in K2's and DeepSeek-V3's weights; else (0,R/2), (1,R/2+1) ...
 
     Returns:
-        x's shape and dtype, all first members of the pairs before all second ones, whichever `interleaved` is. Queries
-        and keys share that order, so their products do not depend on it; a cached rotary key has it.
+        x's shape and dtype, all first members of the pairs before all second ones, for either value of `interleaved`.
+        Queries, keys and cached rotary keys share that order, so their products do not depend on it.
     """
     if x.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]

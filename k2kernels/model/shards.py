@@ -35,7 +35,7 @@ DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies, from the header of its file."""
+    """The location of a tensor, from the header of its file."""
 
     file: Path
     name: str  # in the file
@@ -56,7 +56,7 @@ def scan(path: str | Path) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint directory by name, from the headers of its files alone.
 
     A single `model.safetensors` (which wins if both are there, as in transformers), or shards with an index. The index
-    decides what belongs to the checkpoint; every shard it names must exist, be whole, and hold what the index says.
+    defines the contents of the checkpoint; every shard it names must exist, be complete, and hold the listed tensors.
 
     Raises:
         FileNotFoundError: no checkpoint, or a shard is missing.
@@ -76,21 +76,21 @@ def scan(path: str | Path) -> dict[str, TensorInfo]:
         raise FileNotFoundError(f"{path}: {len(absent)} of {len(files)} shards are missing: {some(absent)}")
     headers = {file: {info.name: info for info in _header(path / file)} for file in files}
     misplaced = [
-        f"{name} (said to be in {file}, {_whereabouts(name, headers)})"
+        f"{name} (listed in the index for {file}, {_whereabouts(name, headers)})"
         for name, file in weight_map.items()
         if name not in headers[file]
     ]
     if misplaced:
-        raise ValueError(f"{path / INDEX}: {len(misplaced)} tensors are not where it says: {some(misplaced)}")
+        raise ValueError(f"{path / INDEX}: {len(misplaced)} tensors are not in the listed shards: {some(misplaced)}")
     return {info.name: info for file in files for info in headers[file].values() if weight_map.get(info.name) == file}
 
 
 class Reader:
     """Reads tensors one at a time, keeping little of the files in memory.
 
-    safetensors maps a file into memory, and the pages read stay mapped (and count as the process's own) until the file
-    is closed. So it is closed and opened again after every so many bytes: half of the largest of `tensors`, which keeps
-    the whole below the largest, and openings few. A tensor that `get` returned must be let go before the next `get`.
+    safetensors maps a file into memory, and pages that were read count as memory of the process until the file is
+    closed. So the file is reopened after half as many bytes as the largest of `tensors` has: the total stays below the
+    largest tensor. A tensor that `get` returned must be released before the next `get`.
     """
 
     def __init__(self, tensors: Iterable[TensorInfo]):
@@ -119,14 +119,14 @@ class Reader:
 
 
 class Writer:
-    """Writes a checkpoint into `path`: all of it appears when the `with` block ends, or, after an error, none of it.
+    """Writes a checkpoint into `path` when the `with` block ends: all of it, or, after an error, none.
 
-    Shards are written under another name, flushed to the disk, and renamed at the end. A new directory appears by one
-    rename. In an existing one the old checkpoint's files are set aside first and come back if anything fails; other
-    files stay as they are. `config.json` goes first and comes last, so what a power cut in between leaves behind is
-    refused when it is loaded, not mistaken for a checkpoint.
+    Shards are written under another name, flushed to the disk, and renamed at the end. A new directory is created by
+    one rename. In an existing one the old checkpoint's files are moved aside first, and back if anything fails; other
+    files are not touched. `config.json` is moved aside first and written last: loading fails after a power failure in
+    between, instead of reading a mixture.
 
-    Tensors are held (not copied, if they are contiguous on the CPU) until their shard is full.
+    Tensors are referenced (not copied, if they are contiguous on the CPU) until their shard is full.
     """
 
     def __init__(self, path: str | Path, max_shard_size: int = MAX_SHARD_SIZE):
@@ -177,7 +177,7 @@ class Writer:
         file = self.directory / f"shard-{len(self._shards)}"
         with _writing(self.path):
             save_file(self._pending, file, metadata={"format": "pt"})
-            file.chmod(self.directory.stat().st_mode & 0o666)  # safetensors gives it to the owner alone
+            file.chmod(self.directory.stat().st_mode & 0o666)  # safetensors makes it readable by the owner alone
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -198,12 +198,12 @@ class Writer:
             os.rename(self.directory, self.path)
         else:
             self._replace()
-        with contextlib.suppress(OSError):  # not every file system can; the files themselves are on the disk
+        with contextlib.suppress(OSError):  # not supported by every file system; the files themselves are flushed
             _fsync(self.path)
             _fsync(self.path.absolute().parent)
 
     def _replace(self) -> None:
-        """Puts the staged files in the place of the old checkpoint's, which come back on any error."""
+        """Replaces the old checkpoint's files by the staged ones; restores them on any error."""
         new = sorted((file.name for file in self.directory.iterdir()), key=lambda name: name == "config.json")
         old = [f.name for f in self.path.iterdir() if f.is_file() and (f.name in new or _belongs_to_checkpoint(f.name))]
         old.sort(key=lambda name: name != "config.json")
@@ -225,13 +225,13 @@ class Writer:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Says which checkpoint was being written when the file system or safetensors raised."""
+    """Adds to errors of the file system and safetensors which checkpoint was being written."""
     try:
         yield
     except WriteError:
         raise
     except (OSError, SafetensorError) as error:
-        code = re.search(r"os error (\d+)", str(error))  # safetensors' way of telling errno
+        code = re.search(r"os error (\d+)", str(error))  # safetensors has errno in the text
         number = error.errno if isinstance(error, OSError) else int(code[1]) if code else errno.EIO
         raise WriteError(
             number, f"cannot write the checkpoint {path} ({error}); what was there before is unchanged"
@@ -239,7 +239,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def some(items: Iterable[str], most: int = 10) -> str:
-    """A list for a message, cut short."""
+    """The first items of a list, for a message."""
     items = list(items)
     tail = f" ... and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + tail

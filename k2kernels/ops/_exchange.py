@@ -1,6 +1,6 @@
 """Rows between ranks through buffers that every rank can write: four steps, each as a kernel and in plain PyTorch.
 
-csrc/moe/kernel_exchange.cuh describes the protocol. A `Rank` is one of the W ranks as its own process sees it: its
+csrc/exchange/kernel.cuh describes the protocol. A `Rank` is one of the W ranks as its own process sees it: its
 buffer, the others', and the state of its exchanges.
 """
 
@@ -255,7 +255,7 @@ class Rank:
             layout.most_tokens,
             self.timeout,
         )
-        _launch.launch("moe_exchange", function, self.buffer.device, peers, place, ranks, *args)
+        _launch.launch_numbers("moe_exchange", function, self.buffer.device, peers, place, ranks, *args)
 
 
 def to_16(size: int) -> int:

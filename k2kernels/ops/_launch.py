@@ -76,7 +76,19 @@ def module(device: torch.device) -> ModuleType:
     return _module("_emu" if device.type == "cpu" else "_C")
 
 
-def launch(op: str, function: str, device: torch.device, *args: Any) -> None:
+def launch(function: str, *args: Any, op: str | None = None) -> None:
+    """Calls `function` of the module that the mode selects, which launches on PyTorch's current stream of the device
+    of the first tensor; counts it as a launch of `op`, which has the function's name unless given."""
+    mode = _backend.mode()
+    if mode.backend == "emulated":
+        module = _module("_emu")
+        module.configure(int(mode.arch.removeprefix("sm_").removesuffix("a")), mode.seed, _emulated_stream.get())
+    else:
+        module = _module("_C")
+    _backend.count_launch(op or function, getattr(module, function)(*args))
+
+
+def launch_numbers(op: str, function: str, device: torch.device, *args: Any) -> None:
     """Calls `function` of the module that the mode asks for, on `device` and PyTorch's current stream there."""
     mode = _backend.mode()
     if mode.backend == "emulated":
@@ -116,7 +128,17 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def matrices(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int]]:
+def matrices(x: Tensor) -> Tensor:
+    """x [..., M, K] as [M, K] or [B, M, K], whose columns are neighbours.
+
+    It is copied only if it must be: if columns lie apart, or the leading axes are not one.
+    """
+    if x.stride()[-1] != 1:
+        x = x.contiguous()
+    return x if x.ndim <= 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+def matrices_numbers(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int]]:
     """x [..., M, K] as B matrices: x, (B, M, K) and the strides of B and M; columns are neighbours.
 
     It is copied only if it must be: if columns lie apart, or the leading axes are not one.

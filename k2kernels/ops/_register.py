@@ -1,5 +1,8 @@
 """Registration of ops with PyTorch's dispatcher: the only file that talks to torch.library.
 
+An op is declared once, by its reference, whose annotations are the schema, by the function that makes its empty
+results, and by the function that launches its kernel into them; `declare` makes the rest of these.
+
 `Library.define/impl` is used rather than the `custom_op` decorator, and each op is registered twice, without and with a
 backward, because that makes a call cheap when no gradient is wanted. Calling the body past the dispatcher would gain
 little: to make sure that no mode, transform, tracer, profiler or odd tensor needs it takes about as long as it does.
@@ -7,10 +10,14 @@ little: to make sure that no mode, transform, tracer, profiler or odd tensor nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import operator
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from k2kernels import _backend
 from k2kernels.ops import _launch
@@ -18,14 +25,22 @@ from k2kernels.ops import _launch
 _LIBRARY = torch.library.Library("k2kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
+_DEFAULT = re.compile(r'=("[^"]*"|[^,)]+)')
+
 OPS: dict[str, Op] = {}
 
 
 class Op:
     """A registered op; calling it picks the overload that has a backward only when a gradient is wanted.
 
-    Arguments are positional, as in the schema.
+    Arguments are positional, as those of the reference.
+
+    Attributes:
+        plain, autograd: the overloads without and with a backward.
+        out: the op that writes its first result into a tensor, given last, and returns the others; where there is one.
     """
+
+    out: Op
 
     def __init__(self, name: str, *, has_kernel: bool, mutates: bool, validate: Callable | None):
         self.name = name
@@ -40,11 +55,205 @@ class Op:
         if torch.is_grad_enabled():
             for i in self._tensors:
                 arg = args[i]  # a tensor, some, or None
-                some = () if arg is None else (arg,) if isinstance(arg, torch.Tensor) else arg
+                some = () if arg is None else (arg,) if isinstance(arg, Tensor) else arg
                 for tensor in some:
                     if tensor.requires_grad:
                         return self.autograd(*args)
         return self.plain(*args)
+
+
+def declare(
+    reference: Callable,
+    *,
+    outputs: Callable | None = None,
+    launch: Callable | None = None,
+    unserved: Callable | None = None,
+    validate: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    mutates: Sequence[str] = (),
+    out: Sequence[str] | None = None,
+    out_reference: Callable | None = None,
+) -> Op:
+    """Registers an op of the reference's name under `torch.ops.k2kernels`; returns what the public function calls.
+
+    The functions below name those of the reference's parameters that they take, in any order, and get these.
+
+    Args:
+        reference: the plain PyTorch body. Its annotations are the schema (`torch.library.infer_schema`), without
+            defaults; its results must not alias its arguments.
+        outputs: makes the results, empty: a tensor, a tuple or a list of them. It is the op's fake too. None: the op
+            has no results.
+        launch: launches the kernel, which fills them: `launch(*results, ...)`. One body serves CUDA and the emulator,
+            because the two extension modules hold the same functions. None: there is no kernel yet.
+        unserved: says why the kernel does not take these arguments ("float64 ..."), or None where it does; the
+            reference serves them then.
+        validate: looks into the *contents* of CPU tensors (indices in range ...) and raises ValueError. CUDA tensors
+            are never read by the host.
+        setup_context, backward: as torch.library.register_autograd takes them. Without a backward, differentiating
+            the op raises instead of silently leaving `grad` at None.
+        mutates: parameters that the op writes into, for which PyTorch allows no backward.
+        out: where the op has an `out=` form, the parameters that may be `out` itself, because each element is read by
+            the thread that writes it. `outputs` then takes `out=` too. Any other argument may share memory with `out`:
+            the result is then made in a copy.
+        out_reference: `out_reference(out, *arguments)`, where the reference writes only some of the elements of `out`.
+    """
+    schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
+    schema = _DEFAULT.sub("", schema)  # which the dispatcher would leave out of the arguments
+    names = list(inspect.signature(reference).parameters)
+    made = 0 if outputs is None else schema.rpartition(" -> ")[2].count("Tensor")
+    make = _naming(outputs, names)
+    fill = _naming(launch, names, made)
+    results_of = (lambda *args: None) if outputs is None else (lambda *args: outputs(*make(args)))
+
+    def kernel(*args: Any) -> Any:
+        results = results_of(*args)
+        launch(*_each(results), *fill(args))
+        return results
+
+    bodies = reference, results_of, launch and kernel
+    checks = unserved, validate
+    op = _define(reference.__name__, schema, names, *bodies, *checks, setup_context, backward, bool(mutates))
+    if out is None:
+        return op
+
+    arguments, _, results = schema.rpartition(" -> ")
+    others = ", ".join(results.strip("()").split(", ")[1:])
+    may_be_out = [names.index(name) for name in out]
+
+    def reference_out(*args: Any) -> Any:
+        *args, destination = args
+        if out_reference is not None:
+            return out_reference(destination, *args)
+        first, *rest = _each(reference(*args))
+        destination.copy_(first)
+        return _others(rest)
+
+    def kernel_out(*args: Any) -> Any:
+        *args, destination = args
+        results = _each(outputs(*make(args), out=destination))
+        launch(*results, *fill(args))
+        return _others(results[1:])
+
+    def fake_out(*args: Any) -> Any:
+        *args, destination = args
+        return _others(_each(outputs(*make(args), out=destination))[1:])
+
+    bodies = _apart(reference_out, may_be_out), fake_out, launch and _apart(kernel_out, may_be_out)
+    schema = f"{arguments[:-1]}, Tensor(a!) out) -> ({others})"
+    op.out = _define(f"{op.name}_out", schema, [*names, "out"], *bodies, *checks, None, None, True)
+    return op
+
+
+def _each(results: Any) -> Sequence[Any]:
+    """What an op returns as a sequence of its results: a list of tensors is one."""
+    return results if type(results) is tuple else () if results is None else (results,)
+
+
+def _others(results: Sequence[Any]) -> Any:
+    return tuple(results) if len(results) > 1 else results[0] if results else None
+
+
+def _naming(
+    function: Callable | None, names: Sequence[str], given: int = 0
+) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Which of an op's arguments, called `names`, `function` takes behind the `given` first ones."""
+    if function is None:
+        return lambda args: ()
+    taken = list(inspect.signature(function).parameters.values())[given:]
+    places = [names.index(p.name) for p in taken if p.name in names]
+    if unknown := [p.name for p in taken if p.name not in names and p.default is p.empty]:
+        raise TypeError(f"{function.__qualname__} takes {unknown}, which are not among {names}")
+    if places == list(range(len(names))):
+        return lambda args: args
+    return operator.itemgetter(*places) if len(places) > 1 else lambda args: [args[i] for i in places]
+
+
+def _apart(body: Callable, may_be_out: Sequence[int]) -> Callable:
+    """`body`, whose last argument is `out`, writing a copy first where `out` shares memory with what is read.
+
+    A kernel writes some results before it has read all operands.
+    """
+
+    def run(*args: Any) -> Any:
+        out = args[-1]
+        begin, end = _extent(out)
+        for i, x in enumerate(args[:-1]):
+            if not isinstance(x, Tensor) or x.data_ptr() >= end or begin >= _extent(x)[1]:
+                continue
+            if i in may_be_out and (x.data_ptr(), x.dtype, x.stride()) == (begin, out.dtype, out.stride()):
+                continue
+            copy = out.clone()
+            results = body(*args[:-1], copy)
+            out.copy_(copy)
+            return results
+        return body(*args)
+
+    return run
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses where its elements begin and end."""
+    begin = x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return begin, begin + (last + 1) * x.itemsize if x.numel() else begin
+
+
+def _define(
+    name: str,
+    schema: str,
+    names: Sequence[str],
+    reference: Callable,
+    fake: Callable,
+    kernel: Callable | None,
+    unserved: Callable | None,
+    validate: Callable | None,
+    setup_context: Callable | None,
+    backward: Callable | None,
+    mutates: bool,
+) -> Op:
+    unserved_takes, validate_takes = _naming(unserved, names), _naming(validate, names)
+
+    def why_not(device: str, args: tuple) -> str | None:
+        if kernel is None:
+            return "no kernel yet"
+        where = _launch.why_not_emulated() if device == "cpu" else _launch.why_not_cuda(_device_index(args))
+        return where or (unserved(*unserved_takes(args)) if unserved is not None else None)
+
+    declared = [name] if mutates else [name, f"{name}_autograd"]
+    for overload in declared:
+        _LIBRARY.define(f"{overload}{schema}", tags=_TAGS)
+    op = OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates, validate=validate)
+    aliases = [argument.alias_info for argument in op.plain._schema.arguments]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+    def body(device: str) -> Callable:
+        def run(*args: Any) -> Any:
+            chosen = _backend.choose(name, device, why_not, device, args)
+            if device == "cpu" and op.validate is not None:
+                op.validate(*validate_takes(args))
+            if chosen == "reference":
+                return reference(*args)
+            results = kernel(*args)
+            if written:  # PyTorch saw no write, and autograd must know: it may have saved the tensor for a backward
+                for i in written:
+                    torch.autograd.graph.increment_version(args[i])
+            return results
+
+        return run
+
+    for overload in declared:
+        _LIBRARY.impl(overload, body("cpu"), "CPU")
+        _LIBRARY.impl(overload, body("cuda"), "CUDA")
+        torch.library.register_fake(f"k2kernels::{overload}", fake, lib=_LIBRARY)
+    if not mutates:
+        torch.library.register_autograd(
+            f"k2kernels::{name}_autograd",
+            backward or _no_backward(name),
+            setup_context=setup_context,
+            lib=_LIBRARY,
+        )
+    return op
 
 
 def register(
@@ -76,47 +285,20 @@ def register(
         mutates: the schema writes into an argument, for which PyTorch allows no backward.
     """
     name, arguments = schema.split("(", 1)
+    rest = (setup_context, backward, mutates)
+    names = [a.split("=")[0].split()[-1] for a in arguments.rpartition(" -> ")[0].rstrip(")").split(",") if a.strip()]
+    unserved, validate = (f and (lambda *args, _f=f: _f(*args)) for f in (unserved, validate))
+    return _define(
+        name, "(" + arguments, names, reference, fake, kernel, _all(unserved, names), _all(validate, names), *rest
+    )
 
-    def why_not(device: str, args: tuple) -> str | None:
-        if kernel is None:
-            return "no kernel yet"
-        where = _launch.why_not_emulated() if device == "cpu" else _launch.why_not_cuda(_device_index(args))
-        return where or (unserved(*args) if unserved is not None else None)
 
-    declared = [name] if mutates else [name, f"{name}_autograd"]
-    for overload in declared:
-        _LIBRARY.define(f"{overload}({arguments}", tags=_TAGS)
-    op = OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates, validate=validate)
-    aliases = [argument.alias_info for argument in op.plain._schema.arguments]
-    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
-
-    def body(device: str) -> Callable:
-        def run(*args: Any) -> Any:
-            chosen = _backend.choose(name, device, why_not, device, args)
-            if device == "cpu" and op.validate is not None:
-                op.validate(*args)
-            if chosen == "reference":
-                return reference(*args)
-            results = kernel(*args)
-            if written:  # PyTorch saw no write, and autograd must know: it may have saved the tensor for a backward
-                for i in written:
-                    torch.autograd.graph.increment_version(args[i])
-            return results
-
-        return run
-
-    for overload in declared:
-        _LIBRARY.impl(overload, body("cpu"), "CPU")
-        _LIBRARY.impl(overload, body("cuda"), "CUDA")
-        torch.library.register_fake(f"k2kernels::{overload}", fake, lib=_LIBRARY)
-    if not mutates:
-        torch.library.register_autograd(
-            f"k2kernels::{name}_autograd",
-            backward or _no_backward(name),
-            setup_context=setup_context,
-            lib=_LIBRARY,
+def _all(function, names):
+    if function is not None:
+        function.__signature__ = inspect.Signature(
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
         )
-    return op
+    return function
 
 
 def _device_index(args: tuple) -> int:

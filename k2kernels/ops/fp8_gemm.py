@@ -16,7 +16,7 @@ from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_blocks, check_counts, check_groups
 from k2kernels.ops._constants import constants
-from k2kernels.ops._launch import TYPES, Chip, address, chip, launch
+from k2kernels.ops._launch import TYPES, Chip, address, chip, launch_numbers as launch
 from k2kernels.ops._register import register
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu_quantize
 from k2kernels.reference import fp8_gemm as reference
@@ -520,7 +520,13 @@ class GemmPlan(NamedTuple):
 
 def fp8_gemm_kernels() -> tuple[str, ...]:
     """The names of the kernels that serve the GEMMs of this file; the numbers are the rows and columns of a tile."""
-    return tuple(_extension().fp8_gemm_kernels())
+    return tuple(_families())
+
+
+@functools.cache
+def _families() -> dict[str, str]:
+    """Kernel -> k2k::GemmFamily, by name, in the order of the kernels' numbers."""
+    return dict(_extension().fp8_gemm_kernels())
 
 
 def fp8_gemm_plan(
@@ -659,10 +665,10 @@ def _numbers(caller: str, kernel: str, share: str | None, split: int) -> tuple[i
     """A plan as the extension takes it, if there is such a one."""
     args = Arguments(caller)
     args.choice("kernel", kernel, fp8_gemm_kernels())
-    small = kernel.startswith("sm90_small")
-    args.choice("share", share, tuple(_shares()) if kernel.startswith("sm90") and not small else (None,))
+    family = _families()[kernel]
+    args.choice("share", share, tuple(_shares()) if family in ("sm90", "sm90_swiglu") else (None,))
     splits = [1 << i for i in range(constants.GEMM_MOST_SPLIT.bit_length())]
-    args.choice("split", split, tuple(splits) if small else (1,))
+    args.choice("split", split, tuple(splits) if family == "sm90_small" else (1,))
     return fp8_gemm_kernels().index(kernel), _shares()[share], split
 
 
@@ -1034,7 +1040,7 @@ def _launch_gemm_swiglu(
     fine = b_scales.shape[-2] == b.shape[-2]
     sizes = filled, rows if expected_m is None else expected_m, b.shape[-2], a.shape[-1], fine, False, True
     plan = _asked() or _extension().fp8_gemm_plan(sizes, chip(a.device))
-    if fp8_gemm_kernels()[plan[0]].startswith("sm90_swiglu"):
+    if _families()[fp8_gemm_kernels()[plan[0]]] == "sm90_swiglu":
         data, scales = _fp8_gemm_swiglu_fake(a, a_scales, b, b_scales, weights, power_of_two, scale_layout)
         quantised = dict(row_weights=weights, scales=scales, power_of_two=power_of_two)
         _launch_gemm(op, a, a_scales, b, b_scales, data, groups, plan=plan, **quantised)

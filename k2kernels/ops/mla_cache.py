@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops._launch import TYPES, launch
-from k2kernels.ops._register import register
+from k2kernels.ops._launch import launch
+from k2kernels.ops._register import declare
 from k2kernels.reference import mla_cache as reference
 
 ROW_BYTES, LATENT = reference.ROW_BYTES, reference.LATENT
@@ -126,7 +126,7 @@ def _validate(op: str, kv_cache: Tensor, block_table: Tensor, positions: Tensor)
     return block_table[sequence, column].long(), position % page_size
 
 
-def _validate_append(kv: Tensor, kv_cache: Tensor, block_table: Tensor, positions: Tensor, power_of_two: bool) -> None:
+def _validate_append(kv_cache: Tensor, block_table: Tensor, positions: Tensor) -> None:
     page, slot = _validate("mla_append", kv_cache, block_table, positions)
     place = (page * kv_cache.shape[1] + slot).sort().values
     if (twice := place[1:][place[1:] == place[:-1]]).numel():
@@ -134,35 +134,22 @@ def _validate_append(kv: Tensor, kv_cache: Tensor, block_table: Tensor, position
         raise ValueError(f"mla_append: positions must name each slot once, got two tokens for page {page}, slot {slot}")
 
 
-def _gather_fake(kv_cache: Tensor, block_table: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def _gather_outputs(kv_cache: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
     size = QUANTIZED_SIZE if kv_cache.dtype == torch.uint8 else kv_cache.shape[-1]
     return kv_cache.new_empty(positions.shape[0], size, dtype=dtype)
 
 
-def _launch(
-    op: str, rows: Tensor, kv_cache: Tensor, block_table: Tensor, positions: Tensor, power_of_two: bool
-) -> None:
-    """Moves `rows` into or out of the cache."""
-    block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
-    positions = positions.contiguous()
-    tokens = positions.shape[0]
-    launch(
-        op,
-        op,
-        rows.device,
-        rows.data_ptr(),
-        TYPES[rows.dtype],
-        rows.stride(0),
-        kv_cache.data_ptr(),
-        TYPES[kv_cache.dtype],
-        kv_cache.stride()[:2],
-        block_table.data_ptr(),
-        block_table.stride(0),
-        positions.data_ptr(),
-        positions.dtype == torch.int64,
-        (tokens, tokens // max(1, block_table.shape[0]), rows.shape[1], kv_cache.shape[1]),
-        power_of_two,
-    )
+def _table(block_table: Tensor) -> Tensor:
+    return block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+
+
+def _launch_append(kv: Tensor, kv_cache: Tensor, block_table: Tensor, positions: Tensor, power_of_two: bool) -> None:
+    kv = kv if kv.stride(-1) == 1 else kv.contiguous()
+    launch("mla_append", kv, kv_cache, _table(block_table), positions.contiguous(), power_of_two)
+
+
+def _launch_gather(rows: Tensor, kv_cache: Tensor, block_table: Tensor, positions: Tensor) -> None:
+    launch("mla_gather", rows, kv_cache, _table(block_table), positions.contiguous())
 
 
 def _unserved(dtype: torch.dtype, kv_cache: Tensor) -> str | None:
@@ -170,37 +157,23 @@ def _unserved(dtype: torch.dtype, kv_cache: Tensor) -> str | None:
     if torch.float64 in (dtype, kv_cache.dtype):
         return "no kernel computes in float64"
     if kv_cache.stride(-1) != 1:
-        return "kernels want the elements of a cache row side by side"
+        return f"kv_cache must have stride 1 in its last axis, got {kv_cache.stride(-1)}"
     if kv_cache.dtype == torch.uint8 and any(n % 16 for n in (kv_cache.data_ptr(), *kv_cache.stride()[:2])):
-        return f"kernels want rows of {ROW_BYTES} bytes to begin at multiples of 16"
+        return f"the {ROW_BYTES}-byte rows of kv_cache must begin at multiples of 16 bytes"
     return None
 
 
-def _append_kernel(kv: Tensor, kv_cache: Tensor, block_table: Tensor, positions: Tensor, power_of_two: bool) -> None:
-    kv = kv if kv.stride(-1) == 1 else kv.contiguous()
-    _launch("mla_append", kv, kv_cache, block_table, positions, power_of_two)
-
-
-def _gather_kernel(kv_cache: Tensor, block_table: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = _gather_fake(kv_cache, block_table, positions, dtype)
-    _launch("mla_gather", rows, kv_cache, block_table, positions, False)
-    return rows
-
-
-_mla_append = register(
-    "mla_append(Tensor kv, Tensor(a!) kv_cache, Tensor block_table, Tensor positions, bool power_of_two) -> ()",
-    reference=reference.mla_append,
-    fake=lambda kv, kv_cache, block_table, positions, power_of_two: None,
-    kernel=_append_kernel,
-    unserved=lambda kv, kv_cache, block_table, positions, power_of_two: _unserved(kv.dtype, kv_cache),
+_mla_append = declare(
+    reference.mla_append,
+    launch=_launch_append,
+    unserved=lambda kv, kv_cache: _unserved(kv.dtype, kv_cache),
     validate=_validate_append,
-    mutates=True,
+    mutates=("kv_cache",),
 )
-_mla_gather = register(
-    "mla_gather(Tensor kv_cache, Tensor block_table, Tensor positions, ScalarType dtype) -> Tensor",
-    reference=reference.mla_gather,
-    fake=_gather_fake,
-    kernel=_gather_kernel,
-    unserved=lambda kv_cache, block_table, positions, dtype: _unserved(dtype, kv_cache),
-    validate=lambda kv_cache, block_table, positions, dtype: _validate("mla_gather", kv_cache, block_table, positions),
+_mla_gather = declare(
+    reference.mla_gather,
+    outputs=_gather_outputs,
+    launch=_launch_gather,
+    unserved=_unserved,
+    validate=lambda kv_cache, block_table, positions: _validate("mla_gather", kv_cache, block_table, positions),
 )

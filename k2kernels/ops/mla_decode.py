@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
-from k2kernels.ops._launch import TYPES, address, chip, launch, module
-from k2kernels.ops._register import register
+from k2kernels.ops._launch import chip, launch, module
+from k2kernels.ops._register import declare
 from k2kernels.ops.mla_cache import LATENT, ROW_BYTES, check_cache, check_pages
 from k2kernels.reference import mla_decode as reference
 from k2kernels.reference._numeric import wide_dtype
@@ -59,7 +57,7 @@ def mla_decode(
         head_dim_v: size of the latent, which is the first part of a row.
         split: tokens of a sequence that are worked on as a unit and then merged. An int fixes it: the bits of a
             sequence's result then do not depend on the other sequences of the batch. "auto" chooses by the batch.
-        out: where to write the result, like the returned `out`, any strides; must not overlap an input.
+        out: where to write the result, like the returned `out`, any strides.
         return_max_logits: also return the largest logit of each row.
 
     Returns:
@@ -98,7 +96,7 @@ def mla_decode(
         out = args.tensor("out", out, (*q.shape[:-1], head_dim_v), q.dtype)
         args.no_gradient(q=q, kv_cache=kv_cache, out=out)
         args.writable("out", out)
-        lse, max_logits = _mla_decode_out(*request, out)
+        lse, max_logits = _mla_decode.out(*request, out)
     return MlaOutput(out, lse, max_logits if return_max_logits else None)
 
 
@@ -125,15 +123,7 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     return _merge_attention_states(out_a, lse_a, out_b, lse_b)
 
 
-def _validate(
-    q: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float,
-    cu_seqlens_q: Tensor | None,
-    *options: Any,
-) -> None:
+def _validate(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
     pages, page_size = kv_cache.shape[:2]
     capacity = block_table.shape[1] * page_size
     if (wrong := seq_lens[(seq_lens < 0) | (seq_lens.long() > capacity)]).numel():
@@ -146,33 +136,8 @@ def _validate(
     check_pages("mla_decode", block_table, first_token < seq_lens.unsqueeze(-1), pages)
 
 
-def _fake(
-    q: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float,
-    cu_seqlens_q: Tensor | None,
-    causal: bool,
-    head_dim_v: int,
-    split: int,
-    return_max_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *rows, _ = q.shape
-    return q.new_empty(*rows, head_dim_v), *_statistics(q, return_max_logits)
-
-
-def _statistics(q: Tensor, return_max_logits: bool) -> tuple[Tensor, Tensor]:
-    """lse and max_logits, without data."""
-    *rows, _ = q.shape
-    dtype = wide_dtype(q.dtype)
-    max_logits = q.new_empty(*rows, dtype=dtype) if return_max_logits else q.new_empty(0, dtype=dtype)
-    return q.new_empty(*rows, dtype=dtype), max_logits
-
-
-def _unserved(q: Tensor, kv_cache: Tensor, *request: Any) -> str | None:
+def _unserved(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
     """Why the kernels do not serve these arguments."""
-    head_dim_v = request[5]
     quantized = kv_cache.dtype == torch.uint8
     if q.dtype not in ((torch.bfloat16,) if quantized else (torch.bfloat16, torch.float16)):
         what = "bfloat16 q for 656-byte rows" if quantized else "bfloat16 and float16"
@@ -180,146 +145,86 @@ def _unserved(q: Tensor, kv_cache: Tensor, *request: Any) -> str | None:
     if (q.shape[-1], head_dim_v) != (LATENT + ROPE, LATENT):
         return f"kernels take {LATENT} latent and {ROPE} rope dims, not {head_dim_v} and {q.shape[-1] - head_dim_v}"
     if kv_cache.stride(-1) != 1:
-        return "kernels want the elements of a cache row side by side"
+        return f"kv_cache must have stride 1 in its last axis, got {kv_cache.stride(-1)}"
     if not _on_16_bytes(kv_cache):
-        return "kernels want cache rows to begin at multiples of 16 bytes"
+        return "the rows of kv_cache must begin at multiples of 16 bytes"
     return None
 
 
+def _outputs(
+    q: Tensor, head_dim_v: int, return_max_logits: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    *rows, _ = q.shape
+    out = q.new_empty(*rows, head_dim_v) if out is None else out
+    dtype = wide_dtype(q.dtype)
+    max_logits = q.new_empty(*rows, dtype=dtype) if return_max_logits else q.new_empty(0, dtype=dtype)
+    return out, q.new_empty(*rows, dtype=dtype), max_logits
+
+
 def _on_16_bytes(x: Tensor) -> bool:
-    """Whether all rows of x, whose elements lie side by side, begin at multiples of 16 bytes."""
+    """Whether all rows of x, whose last axis has stride 1, begin at multiples of 16 bytes."""
     places, size = x.data_ptr(), x.element_size()
     for stride in x.stride()[:-1]:
         places |= stride * size
     return places % 16 == 0
 
 
-def _rows(x: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """x [B, s_q, H, D] or [T, H, D], copied only if its rows do not lie as the kernels want them; strides of [T, H]."""
+def _rows(x: Tensor) -> Tensor:
+    """x [B, s_q, H, D] or [T, H, D] as the kernels take it: contiguous, or [T, H, D]; copied only if it must be."""
     if x.is_contiguous() and _on_16_bytes(x):
-        *_, heads, size = x.shape
-        return x, (heads * size, size)  # not its strides, which say nothing where a size is 1
+        return x
     x = x.flatten(0, 1) if x.ndim == 4 else x
-    x = x if x.stride(-1) == 1 and _on_16_bytes(x) else x.contiguous()
-    return x, x.stride()[:2]
+    return x if x.stride(-1) == 1 and _on_16_bytes(x) else x.contiguous()
 
 
-def _launch_decode(request: tuple, out: Tensor, out_strides: Sequence[int], lse: Tensor, max_logits: Tensor) -> None:
-    """Writes into `out`, whose rows have `out_strides`, lse and max_logits."""
-    q, kv_cache, block_table, seq_lens, softmax_scale, cu_seqlens_q, causal, _, split, return_max_logits = request
+def _launch(
+    out: Tensor,
+    lse: Tensor,
+    max_logits: Tensor,
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    split: int,
+) -> None:
     if q.numel() == 0:
         return
-    queries = q.shape[1] if cu_seqlens_q is None else 0
-    *tokens, heads, _ = q.shape
-    tokens = math.prod(tokens)
-    q, q_strides = _rows(q)
+    rows = _rows(q)
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     seq_lens = seq_lens.contiguous()
     cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
-    capacity = min(block_table.shape[1] * kv_cache.shape[1], 2**31 - 1)
-    quantized = kv_cache.dtype == torch.uint8
-    sizes = (seq_lens.shape[0], tokens, heads)
-    pages, page_size, _ = kv_cache.shape
-    page_stride, slot_stride, _ = kv_cache.stride()
-    # What TMA can copy: strides of less than 2**40 bytes, which `_unserved` has found to be multiples of 16.
-    whole_rows = not quantized and pages > 0 and 0 < slot_stride < 2**39 and 0 < page_stride < 2**39
-    plan = module(q.device).mla_decode_plan(
-        chip(q.device), sizes, queries, capacity, page_size, split, quantized, whole_rows
-    )
-    tile_rows, partials, hopper = plan[0], plan[5], plan[6]
-    if hopper and (q_strides[1] <= 0 or q_strides[0] != heads * q_strides[1]):
-        q, q_strides = _rows(q.contiguous())  # one stride leads from row to row
-    # Partial results, their lse and maximum, and for each row where its parts lie.
-    parts = partials * tile_rows
-    workspace = q.new_empty(parts * (LATENT + 2) + 2 * tokens * heads, dtype=torch.float32)
-    start = workspace.data_ptr()
+    plan = module(q.device).mla_decode_plan(chip(q.device), q, kv_cache, block_table, cu_seqlens_q, split)
+    if plan.kernel == "sm90" and not rows.is_contiguous():
+        token, head, _ = rows.stride()
+        if head <= 0 or token != rows.shape[1] * head:  # its tensor map has one stride from row to row
+            rows = rows.contiguous()
+    workspace = q.new_empty(plan.workspace_floats(q), dtype=torch.float32)
+    target = _rows(out)
     launch(
-        "mla_decode",
-        "mla_decode",
-        q.device,
-        q.data_ptr(),
-        TYPES[q.dtype],
-        q_strides,
-        kv_cache.data_ptr(),
-        TYPES[kv_cache.dtype],
-        (pages, page_size),
-        (page_stride, slot_stride),
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
-        address(cu_seqlens_q),
-        sizes,
-        queries,
-        capacity,
-        softmax_scale,
-        causal,
-        (out.data_ptr(), lse.data_ptr(), max_logits.data_ptr() if return_max_logits else 0),
-        out_strides,
-        (start, start + 4 * parts * LATENT, start + 4 * parts * (LATENT + 2)),
-        plan,
-    )
+        "mla_decode", rows, kv_cache, block_table, seq_lens, cu_seqlens_q, softmax_scale, causal, target, lse,
+        max_logits, workspace, plan,
+    )  # fmt: skip
+    if target.data_ptr() != out.data_ptr():
+        out.copy_(target.view(out.shape))
 
 
-def _kernel(*request: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, max_logits = _fake(*request)
-    _launch_decode(request, *_rows(out), lse, max_logits)
-    return out, lse, max_logits
+def _merge_outputs(out_a: Tensor, lse_a: Tensor) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(*out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-def _out_kernel(*request: Any) -> tuple[Tensor, Tensor]:
-    *request, out = request
-    (rows, strides), (lse, max_logits) = _rows(out), _statistics(request[0], request[-1])
-    _launch_decode(request, rows, strides, lse, max_logits)
-    if rows.data_ptr() != out.data_ptr():
-        out.copy_(rows.view(out.shape))
-    return lse, max_logits
+def _launch_merge(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    launch("merge_attention_states", *(x.contiguous() for x in (out_a, lse_a, out_b, lse_b)), out, lse)
 
 
-def _merge_kernel(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = out_a.new_empty(*out_a.shape), lse_a.new_empty(lse_a.shape)
-    out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
-    launch(
-        "merge_attention_states",
-        "merge_attention_states",
-        out.device,
-        out_a.data_ptr(),
-        lse_a.data_ptr(),
-        out_b.data_ptr(),
-        lse_b.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        TYPES[out.dtype],
-        lse.numel(),
-        out.shape[-1],
-    )
-    return out, lse
-
-
-_ARGUMENTS = (
-    "Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, float softmax_scale, Tensor? cu_seqlens_q, "
-    "bool causal, int head_dim_v, int split, bool return_max_logits"
+_mla_decode = declare(
+    reference.mla_decode, outputs=_outputs, launch=_launch, unserved=_unserved, validate=_validate, out=()
 )
-_mla_decode = register(
-    f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor max_logits)",
-    reference=reference.mla_decode,
-    fake=_fake,
-    kernel=_kernel,
-    unserved=_unserved,
-    validate=_validate,
-)
-_mla_decode_out = register(
-    f"mla_decode_out({_ARGUMENTS}, Tensor(a!) out) -> (Tensor lse, Tensor max_logits)",
-    reference=reference.mla_decode_out,
-    fake=lambda q, *args: _statistics(q, args[-2]),
-    kernel=_out_kernel,
-    unserved=lambda *args: _unserved(*args[:-1]),
-    validate=lambda *args: _validate(*args[:-1]),
-    mutates=True,
-)
-_merge_attention_states = register(
-    "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
-    reference=reference.merge_attention_states,
-    fake=lambda out_a, lse_a, out_b, lse_b: (out_a.new_empty(*out_a.shape), lse_a.new_empty(lse_a.shape)),
-    kernel=_merge_kernel,
-    unserved=lambda out_a, *others: "no kernel computes in float64" if out_a.dtype == torch.float64 else None,
+_merge_attention_states = declare(
+    reference.merge_attention_states,
+    outputs=_merge_outputs,
+    launch=_launch_merge,
+    unserved=lambda out_a: "no kernel computes in float64" if out_a.dtype == torch.float64 else None,
 )

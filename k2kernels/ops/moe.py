@@ -13,7 +13,7 @@ from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_groups
 from k2kernels.ops._constants import constants
-from k2kernels.ops._launch import TYPES, address, chip, launch, matrices
+from k2kernels.ops._launch import TYPES, address, chip, launch_numbers as launch, matrices_numbers as matrices
 from k2kernels.ops._register import register
 from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm, grouped_fp8_gemm_swiglu, grouped_fp8_linear
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu

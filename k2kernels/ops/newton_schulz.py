@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops._launch import TYPES, address, chip, launch, matrices, module
+from k2kernels.ops._launch import TYPES, address, chip, launch_numbers as launch, matrices_numbers as matrices, module
 from k2kernels.ops._register import register
 from k2kernels.reference import newton_schulz as reference
 

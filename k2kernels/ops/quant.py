@@ -10,8 +10,8 @@ from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_blocks, check_counts, check_groups
 from k2kernels.ops._constants import constants
-from k2kernels.ops._launch import TYPES, address, launch, matrices
-from k2kernels.ops._register import register
+from k2kernels.ops._launch import launch, matrices
+from k2kernels.ops._register import declare
 from k2kernels.reference import quant as reference
 
 QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -245,200 +245,100 @@ def empty_scales(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> Tensor
     return x.new_empty(*leading, blocks, -(-rows // 4) * 4, dtype=torch.float32)[..., :rows].mT
 
 
-def _quantize_1x128_fake(
-    x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool, offsets: Tensor | None, counts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    *leading, rows, columns = x.mT.shape if transpose else x.shape
-    scales = empty_scales(x, (*leading, rows, -(-columns // 128)), scale_layout)
-    return x.new_empty(*leading, rows, columns, dtype=torch.float8_e4m3fn), scales
+def _codes(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> tuple[Tensor, Tensor]:
+    """Codes of `shape` and a scale for each row and 128 columns, without data."""
+    scales = empty_scales(x, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
+    return x.new_empty(shape, dtype=torch.float8_e4m3fn), scales
 
 
-def _launch_quantizer(
-    op: str,
-    function: str,
+def _given(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def _quantize_1x128_outputs(x: Tensor, scale_layout: str, transpose: bool) -> tuple[Tensor, Tensor]:
+    return _codes(x, tuple(x.mT.shape if transpose else x.shape), scale_layout)
+
+
+def _launch_quantize_1x128(
+    data: Tensor,
+    scales: Tensor,
     x: Tensor,
-    columns: int,
-    results: tuple[Tensor, Tensor],
+    offsets: Tensor | None,
+    counts: Tensor | None,
     power_of_two: bool,
-    weights: Tensor | None = None,
-    offsets: Tensor | None = None,
-    counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Fills `results` from x [..., M, columns] ([..., M, 2 * columns] for SwiGLU)."""
-    data, scales = results
-    x, (batches, rows, _), strides = matrices(x)
-    weights, offsets, counts = [t if t is None else t.contiguous() for t in (weights, offsets, counts)]
-    groups = 0 if offsets is None else offsets.shape[0] - 1
-    launch(
-        op,
-        function,
-        x.device,
-        x.data_ptr(),
-        TYPES[x.dtype],
-        data.data_ptr(),
-        scales.data_ptr(),
-        address(weights),
-        (batches, rows, columns),
-        strides,
-        (scales.stride(-3) if scales.ndim > 2 else 0, *scales.stride()[-2:]),
-        address(offsets),
-        address(counts),
-        groups,
-        power_of_two,
-    )
-    return results
+    transpose: bool,
+) -> None:
+    launch("quantize_1x128", matrices(x), *_given(offsets, counts), power_of_two, transpose, data, scales)
 
 
-def _quantize_1x128_kernel(
-    x: Tensor, power_of_two: bool, scale_layout: str, transpose: bool, offsets: Tensor | None, counts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    results = _quantize_1x128_fake(x, power_of_two, scale_layout, transpose, offsets, counts)
-    function = "quantize_1x128_transposed" if transpose else "quantize_1x128"
-    return _launch_quantizer("quantize_1x128", function, x, x.shape[-1], results, power_of_two, None, offsets, counts)
-
-
-_quantize_1x128 = register(
-    "quantize_1x128(Tensor x, bool power_of_two, str scale_layout, bool transpose, Tensor? offsets, Tensor? counts)"
-    " -> (Tensor, Tensor)",
-    reference=reference.quantize_1x128,
-    fake=_quantize_1x128_fake,
-    kernel=_quantize_1x128_kernel,
-    validate=lambda x, power_of_two, scale_layout, transpose, offsets, counts: _validate_groups(
-        "quantize_1x128", x, offsets, counts
-    ),
+_quantize_1x128 = declare(
+    reference.quantize_1x128,
+    outputs=_quantize_1x128_outputs,
+    launch=_launch_quantize_1x128,
+    validate=lambda x, offsets, counts: _validate_groups("quantize_1x128", x, offsets, counts),
 )
 
 
-def _quantize_128x128_fake(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def _quantize_128x128_outputs(w: Tensor) -> tuple[Tensor, Tensor]:
     *leading, rows, columns = w.shape
     scales = empty_scales(w, (*leading, -(-rows // 128), -(-columns // 128)), "row")
     return w.new_empty(*w.shape, dtype=torch.float8_e4m3fn), scales
 
 
-def _quantize_128x128_kernel(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    results = _quantize_128x128_fake(w, power_of_two)
-    return _launch_quantizer("quantize_128x128", "quantize_128x128", w, w.shape[-1], results, power_of_two)
-
-
-_quantize_128x128 = register(
-    "quantize_128x128(Tensor w, bool power_of_two) -> (Tensor, Tensor)",
-    reference=reference.quantize_128x128,
-    fake=_quantize_128x128_fake,
-    kernel=_quantize_128x128_kernel,
+_quantize_128x128 = declare(
+    reference.quantize_128x128,
+    outputs=_quantize_128x128_outputs,
+    launch=lambda data, scales, w, power_of_two: launch("quantize_128x128", matrices(w), power_of_two, data, scales),
 )
 
 
-def _rms_norm_quantize_fake(
-    x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
-) -> tuple[Tensor, Tensor]:
-    scales = empty_scales(x, (*x.shape[:-1], -(-x.shape[-1] // 128)), scale_layout)
-    return x.new_empty(*x.shape, dtype=torch.float8_e4m3fn), scales
+def _launch_rms_norm_quantize(
+    data: Tensor, scales: Tensor, x: Tensor, weight: Tensor, eps: float, power_of_two: bool
+) -> None:
+    launch("rms_norm_quantize", matrices(x), weight.contiguous(), eps, power_of_two, data, scales)
 
 
-def _rms_norm_quantize_kernel(
-    x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
-) -> tuple[Tensor, Tensor]:
-    results = _rms_norm_quantize_fake(x, weight, eps, power_of_two, scale_layout)
-    data, scales = results
-    x, sizes, strides = matrices(x)
-    weight = weight.contiguous()
-    launch(
-        "rms_norm_quantize",
-        "rms_norm_quantize",
-        x.device,
-        x.data_ptr(),
-        weight.data_ptr(),
-        TYPES[x.dtype],
-        data.data_ptr(),
-        scales.data_ptr(),
-        sizes,
-        strides,
-        (scales.stride(-3) if scales.ndim > 2 else 0, *scales.stride()[-2:]),
-        eps,
-        power_of_two,
-    )
-    return results
-
-
-def _rms_norm_quantize_unserved(
-    x: Tensor, weight: Tensor, eps: float, power_of_two: bool, scale_layout: str
-) -> str | None:
+def _rms_norm_quantize_unserved(x: Tensor) -> str | None:
     if x.shape[-1] <= (most := constants.QUANT_NORM_MOST_COLUMNS):
         return None
     return f"the kernel takes rows of at most {most} columns, got {x.shape[-1]}"
 
 
-_rms_norm_quantize = register(
-    "rms_norm_quantize(Tensor x, Tensor weight, float eps, bool power_of_two, str scale_layout) -> (Tensor, Tensor)",
-    reference=reference.rms_norm_quantize,
-    fake=_rms_norm_quantize_fake,
-    kernel=_rms_norm_quantize_kernel,
+_rms_norm_quantize = declare(
+    reference.rms_norm_quantize,
+    outputs=lambda x, scale_layout: _codes(x, tuple(x.shape), scale_layout),
+    launch=_launch_rms_norm_quantize,
     unserved=_rms_norm_quantize_unserved,
 )
 
 
-def _dequantize_fake(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
-    return data.new_empty(*data.shape, dtype=dtype)
-
-
-def _dequantize_kernel(data: Tensor, scales: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype) -> Tensor:
-    values = _dequantize_fake(data, scales, block_rows, block_columns, dtype)
-    data, sizes, strides = matrices(data)
-    scales = scales.reshape(sizes[0], *scales.shape[-2:])
-    launch(
-        "dequantize",
-        "dequantize",
-        data.device,
-        data.data_ptr(),
-        scales.data_ptr(),
-        values.data_ptr(),
-        TYPES[dtype],
-        sizes,
-        strides,
-        scales.stride(),
-        block_rows,
-    )
-    return values
-
-
-_dequantize = register(
-    "dequantize(Tensor data, Tensor scales, int block_rows, int block_columns, ScalarType dtype) -> Tensor",
-    reference=reference.dequantize,
-    fake=_dequantize_fake,
-    kernel=_dequantize_kernel,
-    unserved=lambda data, scales, block_rows, block_columns, dtype: _float64(dtype),
-)
+def _launch_dequantize(values: Tensor, data: Tensor, scales: Tensor, block_rows: int) -> None:
+    if data.ndim > 3:
+        scales = scales.reshape(-1, *scales.shape[-2:])
+    launch("dequantize", matrices(data), scales, block_rows, values)
 
 
 def _float64(dtype: torch.dtype) -> str | None:
     return "no kernel computes in float64" if dtype == torch.float64 else None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [..., K] as one matrix."""
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+_dequantize = declare(
+    reference.dequantize,
+    outputs=lambda data, dtype: data.new_empty(*data.shape, dtype=dtype),
+    launch=_launch_dequantize,
+    unserved=_float64,
+)
 
 
-def _swiglu_fake(gate_up: Tensor) -> Tensor:
+def _as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as one matrix, whose columns are neighbours."""
+    x = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _swiglu_outputs(gate_up: Tensor) -> Tensor:
     *leading, columns = gate_up.shape
     return gate_up.new_empty(*leading, columns // 2)
-
-
-def _swiglu_kernel(gate_up: Tensor) -> Tensor:
-    hidden = _swiglu_fake(gate_up)
-    gate_up, (_, rows, columns), (_, row_stride) = matrices(_rows(gate_up))
-    launch(
-        "swiglu",
-        "swiglu",
-        gate_up.device,
-        gate_up.data_ptr(),
-        hidden.data_ptr(),
-        TYPES[gate_up.dtype],
-        rows,
-        columns // 2,
-        row_stride,
-    )
-    return hidden
 
 
 def _swiglu_setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -449,71 +349,44 @@ def _swiglu_grad(ctx: Any, grad: Tensor) -> Tensor:
     return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
-_swiglu = register(
-    "swiglu(Tensor gate_up) -> Tensor",
-    reference=reference.swiglu,
-    fake=_swiglu_fake,
-    kernel=_swiglu_kernel,
+_swiglu = declare(
+    reference.swiglu,
+    outputs=_swiglu_outputs,
+    launch=lambda hidden, gate_up: launch("swiglu", _as_rows(gate_up), hidden),
     unserved=lambda gate_up: _float64(gate_up.dtype),
     setup_context=_swiglu_setup,
     backward=_swiglu_grad,
 )
-
-
-def _swiglu_backward_fake(grad: Tensor, gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(*gate_up.shape)
-
-
-def _swiglu_backward_kernel(grad: Tensor, gate_up: Tensor) -> Tensor:
-    d_gate_up = _swiglu_backward_fake(grad, gate_up)
-    grad, (_, rows, columns), (_, grad_row_stride) = matrices(_rows(grad))
-    gate_up, _, (_, gate_up_row_stride) = matrices(_rows(gate_up))
-    launch(
-        "swiglu_backward",
-        "swiglu_backward",
-        gate_up.device,
-        grad.data_ptr(),
-        gate_up.data_ptr(),
-        d_gate_up.data_ptr(),
-        TYPES[gate_up.dtype],
-        rows,
-        columns,
-        grad_row_stride,
-        gate_up_row_stride,
-    )
-    return d_gate_up
-
-
-_swiglu_backward = register(
-    "swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor",
-    reference=reference.swiglu_backward,
-    fake=_swiglu_backward_fake,
-    kernel=_swiglu_backward_kernel,
-    unserved=lambda grad, gate_up: _float64(gate_up.dtype),
+_swiglu_backward = declare(
+    reference.swiglu_backward,
+    outputs=lambda gate_up: gate_up.new_empty(*gate_up.shape),
+    launch=lambda d_gate_up, grad, gate_up: launch("swiglu_backward", _as_rows(grad), _as_rows(gate_up), d_gate_up),
+    unserved=lambda gate_up: _float64(gate_up.dtype),
 )
 
 
-def _swiglu_quantize_fake(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
-    shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    scales = empty_scales(gate_up, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
-    return gate_up.new_empty(*shape, dtype=torch.float8_e4m3fn), scales
+def swiglu_codes(gate_up: Tensor, scale_layout: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `swiglu_quantize`, without data."""
+    return _codes(gate_up, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), scale_layout)
 
 
-def _swiglu_quantize_kernel(gate_up, weights, power_of_two, scale_layout, offsets, counts) -> tuple[Tensor, Tensor]:
-    results = _swiglu_quantize_fake(gate_up, weights, power_of_two, scale_layout, offsets, counts)
-    columns = gate_up.shape[-1] // 2
-    return _launch_quantizer(
-        "swiglu_quantize", "swiglu_quantize", gate_up, columns, results, power_of_two, weights, offsets, counts
-    )
+def launch_swiglu_quantize(
+    data: Tensor,
+    scales: Tensor,
+    gate_up: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    power_of_two: bool,
+) -> None:
+    """The kernel of `swiglu_quantize`, into `data` and `scales`."""
+    groups = _given(weights, offsets, counts)
+    launch("swiglu_quantize", matrices(gate_up), *groups, power_of_two, data, scales)
 
 
-_swiglu_quantize = register(
-    "swiglu_quantize(Tensor gate_up, Tensor? weights, bool power_of_two, str scale_layout, Tensor? offsets,"
-    " Tensor? counts) -> (Tensor, Tensor)",
-    reference=reference.swiglu_quantize,
-    fake=_swiglu_quantize_fake,
-    kernel=_swiglu_quantize_kernel,
-    validate=lambda gate_up, weights, power_of_two, scale_layout, offsets, counts: _validate_groups(
-        "swiglu_quantize", gate_up, offsets, counts
-    ),
+_swiglu_quantize = declare(
+    reference.swiglu_quantize,
+    outputs=swiglu_codes,
+    launch=launch_swiglu_quantize,
+    validate=lambda gate_up, offsets, counts: _validate_groups("swiglu_quantize", gate_up, offsets, counts),
 )

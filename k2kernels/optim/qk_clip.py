@@ -23,11 +23,11 @@ MODES = ("exact", "smooth", "smooth_literal")
 
 
 class ClipTarget(NamedTuple):
-    """The weights behind the logits of one attention layer.
+    """The weights that produce the logits of one attention layer.
 
     Rows of `query` are per head [nope | rope], rows of `key` per head [nope | value]; scaling acts on rows only.
     Without latent attention, nope_dim is the head size and rope_dim 0. Where heads share keys (grouped or multi-query
-    attention), `key` is None: the query takes all of gamma, so that the other heads of a group are not touched.
+    attention), `key` is None: the query takes all of gamma, so that other heads of a group are unaffected.
     """
 
     layer: Any  # the key in `max_logits()`
@@ -40,7 +40,7 @@ class ClipTarget(NamedTuple):
 
 
 class ClipReport(NamedTuple):
-    """What QK-Clip saw and did in one layer."""
+    """What QK-Clip measured and did in one layer."""
 
     max_logit: Tensor  # [H]; -inf: no logit was seen
     gamma: Tensor  # float64 [H]: the logits' factor; 1: not clipped
@@ -57,9 +57,9 @@ class QKClip:
 
     Args:
         threshold: tau, or a function of the number of steps done so far. Lower it gradually: a jump from 100 to 30
-            scales every hot head by 0.3 in one step. An optimizer that is `capturable` counts on the device: the
-            function gets a float64 tensor and, in a captured graph, must compute with it.
-        alpha: how gamma is shared: queries get gamma^alpha, keys gamma^(1 - alpha); their product is exact for any.
+            scales heads by up to 0.3 in one step. A `capturable` optimizer counts on the device: the function gets a
+            float64 tensor and, in a captured graph, must compute with it.
+        alpha: distribution of gamma: queries get gamma^alpha, keys gamma^(1 - alpha); any value is exact.
         smoothing: decay of a running average e of gamma, for the two smooth modes; None there means 0.9.
         mode: "exact" (the paper's, default without smoothing): gamma = tau / S where S > tau, else 1.
             "smooth" (default with smoothing): max(e, tau / S) where S > tau, but tau / S at once where S > 2 tau,
@@ -69,8 +69,8 @@ class QKClip:
         targets: `ClipTarget`s (or dicts of its fields) for models without `qk_clip_spec()`.
         max_logits: function that returns {layer: [H]}: the largest scaled logit of each head over all the
             micro-batches and ranks of the step, -inf where none was seen; instead of the model's `max_logits()`.
-        reset_max_logits: function called after each step, which forgets the maxima; instead of the model's
-            `reset_max_logits()`. Where a model has none, `max_logits` must come with it.
+        reset_max_logits: function called after each step, which resets the maxima; instead of the model's
+            `reset_max_logits()`. Required with `max_logits` if the model has none.
 
     Raises:
         ValueError: for a value out of range, or a mode that contradicts `smoothing`.
@@ -104,7 +104,7 @@ class QKClip:
         """tau for the step after `step` steps."""
         tau = self.threshold(step) if callable(self.threshold) else self.threshold
         if isinstance(step, Tensor) and isinstance(tau, Tensor):
-            return tau  # nobody may look into it
+            return tau  # must not be read on the host
         if not (_is_number(tau) and 0 < tau < math.inf):
             raise ValueError(f"QKClip: threshold must be positive and finite, got {tau!r} at step {step}")
         return float(tau)
@@ -112,7 +112,7 @@ class QKClip:
     def gamma(self, max_logit: Tensor, average: Tensor | None, step: int | Tensor) -> tuple[Tensor, Tensor | None]:
         """Factors float64 [H] for the largest logits [H], and the new running average (None in mode "exact").
 
-        NaN and +inf give 1 and leave the average alone, and so does -inf, which means that no logit was seen.
+        NaN, +inf, and -inf (no logit was seen) give 1 and do not change the average.
         """
         tau = self.threshold_at(step)
         s = max_logit.double()
@@ -179,8 +179,8 @@ def row_factors(target: ClipTarget, gamma: Tensor, alpha: float) -> list[tuple[T
     """(parameter, factor of each row) that multiply the logits of each head by gamma [H]."""
     nope, rope, value = target.nope_dim, target.rope_dim, target.value_dim
     share = gamma**alpha if target.key else gamma
-    query = torch.cat([_rows(share, nope), _rows(gamma, rope)], dim=1).flatten()
-    key = torch.cat([_rows(gamma ** (1 - alpha), nope), gamma.new_ones(len(gamma), value)], dim=1).flatten()
+    query = torch.cat([_per_row(share, nope), _per_row(gamma, rope)], dim=1).flatten()
+    key = torch.cat([_per_row(gamma ** (1 - alpha), nope), gamma.new_ones(len(gamma), value)], dim=1).flatten()
     return [(p, query) for p in target.query] + [(p, key) for p in target.key]
 
 
@@ -188,5 +188,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
 
 
-def _rows(per_head: Tensor, count: int) -> Tensor:
+def _per_row(per_head: Tensor, count: int) -> Tensor:
     return per_head[:, None].expand(-1, count)

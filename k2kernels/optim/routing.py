@@ -1,4 +1,4 @@
-"""Which update each parameter gets, why, and into which matrices it is cut: decided once, by name and shape."""
+"""The update rule of each parameter, the reason, and the matrices it is cut into: decided once, by name and shape."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 METHODS = ("muon", "adamw")
 
-# What published models keep in two axes or more that is no hidden matrix, by its name without ".weight"; the first
-# pattern that is found gives the reason.
+# Parameters of two axes or more in published models that are no hidden matrices, by name without ".weight". The first
+# pattern that matches gives the reason.
 _NAMES = {
     "bias": r"(^|[._])bias(_[uv])?$",  # of stacked experts; relative ones per head
     "embedding": r"(^|[._])(emb|embed|embeddings?|wte|wpe)([._]|$)",
@@ -43,7 +43,7 @@ def route(
     rules: Mapping[str, str] | None = None,
     router: str = "muon",
 ) -> list[Route]:
-    """Sends every parameter to Muon or AdamW.
+    """Assigns every parameter to Muon or AdamW.
 
     Muon gets matrices [m, n] and stacks of them [E, m, n]; AdamW gets vectors (norms, biases), single rows or columns,
     anything with more axes, and by name (`_NAMES`) stacked biases and norms, embeddings and other tables, output heads,
@@ -51,9 +51,9 @@ def route(
 
     Args:
         parameters: (name, parameter) pairs.
-        model: where they come from, if known: embeddings and convolutions are then also found by module type.
+        model: the module that has them, if any: embeddings and convolutions are then also found by module type.
         rules: glob pattern -> "muon" or "adamw"; the first that matches a name wins over everything else.
-        router: what the matrix that scores experts gets.
+        router: the method of the matrix that scores experts.
 
     Raises:
         ValueError: for a rule that matches nothing, names no method, or sends to Muon what is not a matrix.
@@ -94,7 +94,7 @@ def row_splits(
         splits: glob pattern -> "gate_up" (two equal blocks), "heads" (one per attention head), an int (that many
             equal blocks), a list of block sizes, or None (one matrix). The first that matches wins; by default
             "*gate_up_proj*" is cut into gate and up, and a latent projection into latent and rope rows.
-        known: block sizes that the model told.
+        known: block sizes from the model.
         heads: number of heads of the projections whose rows are grouped by head.
 
     Raises:
@@ -124,7 +124,7 @@ def row_splits(
 
 
 def _block_sizes(spec: str | int | Sequence[int], row: Route, heads: Mapping[str, int], where: str) -> tuple[int, ...]:
-    """The row blocks of one matrix, as an entry of `splits` asks for them; `where` names the entry in errors."""
+    """The row blocks of one matrix for an entry of `splits`; `where` names the entry in errors."""
     rows = row.shape[-2]
     if spec == "heads":
         if row.name not in heads:
@@ -151,7 +151,7 @@ def first_match(name: str, patterns: Mapping[str, object]) -> str | None:
 
 
 def check_matched(argument: str, patterns: Mapping[str, object], parameters: Sequence[tuple[str, object]]) -> None:
-    """Raises ValueError naming the patterns that match no parameter: a misspelt rule must not be silent."""
+    """Raises ValueError naming the patterns that match no parameter."""
     unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name, _ in parameters)]
     if unmatched:
         raise ValueError(

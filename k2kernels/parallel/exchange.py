@@ -1,15 +1,15 @@
-"""Dispatch and combine over ranks, whatever carries the rows, with the bits of dispatch and combine on one rank.
+"""Dispatch and combine over ranks by any transport, with the bits of dispatch and combine on one rank.
 
-T tokens of this rank, K experts a token, R rows that arrive here, S slots of the experts here. A pair is (token, k).
+T tokens of this rank, K experts per token, R rows that arrive here, S slots of the local experts. A pair is (token, k).
 
-- scatter: each token's row goes once to every rank that has one of its experts. Rows arrive ordered by source rank,
+- scatter: each token's row is sent once to every rank that has one of its experts. Rows arrive ordered by source rank,
   then token; the local dispatch orders them by expert, source rank, token and k, as one rank with all tokens would.
-- gather: every pair's row comes back by itself, and the token's own rank adds them up: one float32 sum, in the order
-  of k, one rounding. Adding up on the expert's rank first would send less and round twice.
+- gather: the row of every pair is returned, and the token's rank adds them up: one float32 sum, in the order of k, one
+  rounding. Partial sums on the expert's rank would send less and round twice.
 
-The gradient of dispatch is gather, that of combine is scatter. The weights stay at home; combine's gradient sends
-them along with the gradient's rows, because the products are then made on the expert's rank, and K numbers a token,
-the weights' gradient, return.
+The gradient of dispatch is a gather, that of combine a scatter. Weights are not sent in the forward pass; combine's
+backward sends them with the rows of the gradient, as the products are computed on the expert's rank, and the gradient
+of the weights, K numbers per token, is returned.
 """
 
 from __future__ import annotations
@@ -26,64 +26,77 @@ from k2kernels.ops.quant import quantize_1x128
 from k2kernels.reference.quant import store_scales
 
 
-class Handle(NamedTuple):
-    """Where dispatch put the rows, for combine; what `k2kernels.ops.moe.Handle` is on one rank.
+class ExchangeHandle(NamedTuple):
+    """Where dispatch put the rows, for combine: the counterpart of `k2kernels.ops.moe.Handle` over ranks.
 
     All but `weights` and `route` describe the rows that arrived here.
     """
 
-    slot_of: Tensor  # int32 [R, K]: of the rows that arrived, each pair's slot; -1: another rank's, or no room
+    slot_of: Tensor  # int32 [R, K]: the slot of each arrived pair; -1: of another rank, or dropped
     token_of_slot: Tensor  # int32 [S]: the arrived row in each slot, -1 in pad slots
     offsets: Tensor  # int32 [experts here + 1]
     counts: Tensor  # int32 [experts here]
-    weights: Tensor  # [T, K], of this rank's tokens
-    overflow: Tensor  # int64 []: pairs dropped here for want of capacity
-    route: Any  # the transport's own
-    degraded: bool  # a rank is masked: tokens lack its experts
+    weights: Tensor  # [T, K]: this rank's tokens
+    overflow: Tensor  # int64 []: pairs dropped here for lack of capacity
+    route: Any  # of the transport
+    degraded: bool  # a rank is masked: results lack its experts
 
 
 class Transport(Protocol):
-    """Carries rows. `phase` names a call in errors; rows are matrices of any dtype with columns side by side."""
+    """Sends rows between ranks: matrices of any dtype, contiguous in their last axis. Errors name `phase`."""
 
     degraded: bool
 
     def plan(self, indices: Tensor, kind: int) -> tuple[Any, Tensor, int]:
-        """The route of this rank's pairs; the local expert of each pair of the arriving rows, int32 [R, K], -1 for
-        another rank's; and at most how many are not -1. Ranks whose calls differ in `kind` are told."""
+        """Agrees on an exchange.
 
-    def scatter(self, route: Any, segments: list[Tensor], phase: str) -> list[Tensor]:
-        """Matrices [T, ...] as they arrive: [R, ...]."""
+        Returns:
+            The route of this rank's pairs; int32 [R, K], the local expert of each pair of the arriving rows, -1 for an
+            expert of another rank; and an upper bound of how many are not -1.
 
-    def gather(self, route: Any, rows: Tensor, slot_of: Tensor, phase: str) -> Tensor:
-        """Rows [S, ...] of the experts here as they return: one for each pair of this rank, as `home` orders them.
-
-        A pair without a slot returns zeros.
+        Raises:
+            ValueError: ranks differ in `kind`.
         """
 
+    def scatter(self, route: Any, segments: list[Tensor], phase: str) -> list[Tensor]:
+        """Sends the rows of matrices [T, ...]; returns those that arrive, [R, ...]."""
+
+    def gather(self, route: Any, rows: Tensor, slot_of: Tensor, phase: str) -> Tensor:
+        """Returns rows [S, ...] of the local experts to their tokens: one for each pair of this rank, ordered as in
+        `home`; zeros for a pair without a slot."""
+
     def home(self, route: Any) -> tuple[Tensor, Tensor]:
-        """Which row that returns is each pair's, int32 [T, K], -1: none; and the token of each that returns, int32."""
+        """int32 [T, K], the returned row of each pair, -1 for none; and int32, the token of each returned row."""
 
     def without(self, route: Any, home_slot_of: Tensor) -> Any:
-        """The route with another `home`: pairs without room have lost their rows."""
+        """The route with another `home`, in which dropped pairs have no row."""
 
 
-class Options(NamedTuple):
-    """Of a call of dispatch; all but `capacity` must agree over the ranks."""
+class DispatchOptions(NamedTuple):
+    """Options of `ExpertParallel.dispatch`; all but `capacity` must agree over the ranks."""
 
-    num_experts: int  # here
-    alignment: int
-    quantize: bool
-    power_of_two: bool
-    scale_layout: str
-    capacity: int | None
+    alignment: int = 1
+    quantize: bool = False
+    power_of_two: bool = False
+    scale_layout: str = "row"
+    capacity: int | None = None
+
+    def slots(self, num_experts: int, pairs: int) -> int:
+        """How many slots `num_experts` local experts get for up to `pairs` pairs."""
+        if self.capacity is not None:
+            return self.capacity
+        most = pairs + min(num_experts, pairs) * (self.alignment - 1)
+        return -(-most // self.alignment) * self.alignment
 
 
 @torch.compiler.disable
-def dispatch(transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, options: Options) -> moe.Dispatched:
-    """The rows of all ranks' tokens for the experts here."""
-    data, scales, plan, route = _Dispatch.apply(x, transport, indices, options)
+def dispatch(
+    transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, num_experts: int, options: DispatchOptions
+) -> moe.Dispatched:
+    """The rows of all ranks' tokens for the `num_experts` local experts."""
+    data, scales, plan, route = _TransportDispatch.apply(x, transport, indices, num_experts, options)
     slot_of, token_of_slot, offsets, counts, overflow = plan
-    handle = Handle(slot_of, token_of_slot, offsets, counts, weights, overflow, route, transport.degraded)
+    handle = ExchangeHandle(slot_of, token_of_slot, offsets, counts, weights, overflow, route, transport.degraded)
     return moe.Dispatched(data, scales, offsets, counts, handle)
 
 
@@ -91,30 +104,32 @@ def dispatch(transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, 
 def combine(
     transport: Transport,
     y: Tensor,
-    handle: Handle,
+    handle: ExchangeHandle,
     shared: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Each token's weighted sum of its rows of y, wherever they are."""
-    return _Combine.apply(y, handle.weights, shared, residual, transport, handle, out_dtype)
+    """Each token's weighted sum of its rows of y, over all ranks."""
+    return _TransportCombine.apply(y, handle.weights, shared, residual, transport, handle, out_dtype)
 
 
-class _Dispatch(torch.autograd.Function):
+class _TransportDispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, transport: Transport, indices: Tensor, options: Options) -> tuple:
+    def forward(
+        ctx: Any, x: Tensor, transport: Transport, indices: Tensor, num_experts: int, options: DispatchOptions
+    ) -> tuple:
         kind = 8 * FLOATS.index(x.dtype) + 4 * options.quantize + 2 * options.power_of_two
         kind += options.capacity is not None
         route, experts, pairs = transport.plan(indices, kind)
         if options.quantize:
             codes, scales = quantize_1x128(x, power_of_two=options.power_of_two)
             codes, scales = transport.scatter(route, [codes, scales], "dispatch")
-            data, scales, plan = codes_to_slots(codes, scales, experts, pairs, options)
+            data, scales, plan = codes_to_slots(codes, scales, experts, pairs, num_experts, options)
         else:
             (rows,) = transport.scatter(route, [x], "dispatch")
-            scales, (data, plan) = None, to_slots(rows, experts, pairs, options)
+            scales, (data, plan) = None, to_slots(rows, experts, pairs, num_experts, options)
         slot_of, home_slot_of = plan[0], transport.home(route)[0]
-        if options.capacity is not None:  # home is told what had no room
+        if options.capacity is not None:  # the tokens' ranks learn which pairs were dropped
             kept = torch.ones(len(plan[1]), 4, dtype=torch.uint8, device=x.device)
             kept = transport.gather(route, kept, slot_of, "dispatch, what had room")[:, 0]
             if len(kept):
@@ -130,10 +145,10 @@ class _Dispatch(torch.autograd.Function):
             raise RuntimeError("ExpertParallel.dispatch: with quantize=True there is no gradient of x; detach x")
         rows = ctx.transport.gather(ctx.route, grad, ctx.slot_of, "dispatch backward")
         d_x = moe._moe_combine(rows, *ctx.transport.home(ctx.route), None, None, None, grad.dtype)
-        return d_x, None, None, None
+        return d_x, None, None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _TransportCombine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -142,7 +157,7 @@ class _Combine(torch.autograd.Function):
         shared: Tensor | None,
         residual: Tensor | None,
         transport: Transport,
-        handle: Handle,
+        handle: ExchangeHandle,
         out_dtype: torch.dtype,
     ) -> Tensor:
         rows = transport.gather(handle.route, y, handle.slot_of, "combine")
@@ -158,7 +173,7 @@ class _Combine(torch.autograd.Function):
         home_slot_of, _ = ctx.transport.home(ctx.route)
         rows, factors = ctx.transport.scatter(ctx.route, [grad, weights], "combine backward")
         d_y, d_factors = moe._moe_combine_backward(rows, y, slot_of, token_of_slot, factors)
-        # A pair's number returns like a row of its own: row * K + k is the slot, in which it lies.
+        # The number of a pair is returned like a row; row * K + k is its slot.
         places = torch.arange(slot_of.numel(), dtype=torch.int32, device=y.device).view(slot_of.shape)
         places = torch.where(slot_of >= 0, places, -1)
         returned = ctx.transport.gather(
@@ -174,27 +189,26 @@ class _Combine(torch.autograd.Function):
         return d_y, d_weights, d_shared, d_residual, None, None, None
 
 
-def to_slots(rows: Tensor, experts: Tensor, pairs: int, options: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+def to_slots(
+    rows: Tensor, experts: Tensor, pairs: int, num_experts: int, options: DispatchOptions
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The arrived rows in the slots of their experts, and the plan: slot_of ... overflow."""
-    capacity = options.capacity
-    if capacity is None:
-        capacity = pairs + min(options.num_experts, pairs) * (options.alignment - 1)
-        capacity = -(-capacity // options.alignment) * options.alignment
-    data, *plan = moe._moe_dispatch(rows, experts, options.num_experts, options.alignment, capacity)
+    capacity = options.slots(num_experts, pairs)
+    data, *plan = moe._moe_dispatch(rows, experts, num_experts, options.alignment, capacity)
     return data, tuple(plan)
 
 
 def codes_to_slots(
-    codes: Tensor, scales: Tensor, experts: Tensor, pairs: int, options: Options
+    codes: Tensor, scales: Tensor, experts: Tensor, pairs: int, num_experts: int, options: DispatchOptions
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The same of quantised rows, with their scales in the layout that is asked for."""
-    data, plan = to_slots(_words(codes), experts, pairs, options)
+    """The same for quantised rows; the scales are in the layout of the options."""
+    data, plan = to_slots(_words(codes), experts, pairs, num_experts, options)
     data = data.view(torch.uint8)[:, : codes.shape[1]].contiguous().view(codes.dtype)
     return data, store_scales(moe._moe_permute(scales, *plan[:2]), options.scale_layout), plan
 
 
 def _words(codes: Tensor) -> Tensor:
-    """Bytes as numbers of two or four bytes, which every body of dispatch moves as they are."""
+    """Bytes viewed as numbers of two or four bytes, which dispatch copies unchanged."""
     codes = codes.view(torch.uint8)
     if odd := codes.shape[1] % 2:
         codes = torch.nn.functional.pad(codes, (0, odd))

@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 from k2kernels._backend import UnsupportedError
+from k2kernels.model.moe import recomputing
 from k2kernels.ops import moe
 from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.moe import Dispatched, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE
 from k2kernels.parallel import exchange
-from k2kernels.parallel.buffers import (
-    Ranks,
-    VirtualRanks,
-    check_combine,
-    check_dispatch,
-    check_options,
-    check_rows_of,
-    check_sizes,
-)
-from k2kernels.parallel.exchange import Options
+from k2kernels.parallel.checks import check_combine, check_dispatch, check_options, check_rows_of, check_sizes
+from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle
+from k2kernels.parallel.ranks import Ranks
 from k2kernels.parallel.split import Split
+from k2kernels.parallel.virtual import VirtualRanks
 
 if TYPE_CHECKING:  # a torch built without distributed serves the local transport too
     from torch.distributed import ProcessGroup
@@ -34,42 +29,43 @@ ALONE = ("local", "virtual")  # one rank has all experts
 
 
 class ExpertParallel:
-    """The experts of a layer and how tokens reach them; `dispatch` and `combine` mean what the ops mean.
+    """The experts of a layer over ranks; `dispatch` and `combine` have the meaning of `moe_dispatch` and `moe_combine`.
 
-    With several ranks each brings its own tokens; what comes out has, bit for bit, what one rank with all tokens (those
-    of rank 0, then of rank 1, ...) and all experts would compute, forward and backward. A rank has the experts from
-    `first_expert` on; where the ranks do not divide the experts, the first ranks have one more.
+    Every rank has its own tokens. Results are bit-identical, forward and backward, to those of one rank with all tokens
+    (those of rank 0, then of rank 1, ...) and all experts. A rank has `num_local_experts` experts, from `first_expert`
+    on; if E is not a multiple of W, the first ranks have one more.
 
     Args:
-        group: the ranks that share the experts; None is this process alone, whatever torch.distributed knows.
+        group: the ranks that share the experts; None: this process alone, even if torch.distributed is initialised.
         num_experts: E, over all ranks; at least one a rank.
         hidden: H.
         top_k: K.
-        max_tokens: the largest T of any call; what a transport sizes its buffers by.
-        transport: how rows travel between ranks. "local": they do not, every expert is here. "torch": by
+        max_tokens: the largest T of any call; determines the size of buffers.
+        transport: how rows are sent between ranks. "local": they are not, every expert is here. "torch": by
             `all_to_all_single` of the group. "symmetric": GPUs of one host write into one another's buffers. "auto":
-            for one rank "local"; for an NCCL group "symmetric", if a trial on all ranks succeeds; else "torch".
-            "virtual": the kernels of "symmetric" for this rank alone, to try them anywhere; `VirtualRanks` has several.
-        row_dtype: the widest rows that travel, by which "symmetric" sizes its buffers.
-        ranks_per_node: with "torch", ranks of a node are next to one another in the group, so many a node, and a row
-            goes to each node once, where it is handed on. 0: to every rank by itself. None: what host names say; 0 if
-            they are not such. Bits are the same.
-        init_timeout, step_timeout: seconds to wait for the other ranks when this is made, and in each call; by default
+            "local" for one rank; "symmetric" for an NCCL group, if a trial on all ranks succeeds; else "torch".
+            "virtual": the kernels of "symmetric" for this rank alone; `VirtualRanks` has several ranks.
+        row_dtype: the widest dtype of rows, which determines the size of the buffers of "symmetric".
+        ranks_per_node: (transport "torch") number of consecutive ranks per node. Rows then cross to each node once and
+            are forwarded there. 0 sends to every rank directly. None infers it from host names, or uses 0 if ranks of a
+            host are not consecutive and equally many. Results are bit-identical either way.
+        init_timeout, step_timeout: seconds to wait for the other ranks in the constructor, and in each call; by default
             K2K_PARALLEL_INIT_TIMEOUT (30) and K2K_PARALLEL_STEP_TIMEOUT (10) of the environment.
 
-    Every rank of the group makes its objects, and calls `dispatch`, `combine` and their backward, in the same order.
+    Every rank of the group must create its objects, and call `dispatch`, `combine` and their backward, in the same
+    order.
 
     Raises:
         UnsupportedError: for a transport that is not served.
         ValueError: on every rank, when ranks differ in the arguments.
-        PeerTimeout: when a rank does not come.
+        PeerTimeout: a rank did not respond in time.
 
-    Attributes: transport, rank, world_size, num_experts, and the experts of this rank: num_local_experts, from
-    first_expert on; degraded: whether a rank is masked; overflow: pairs that this rank's experts dropped so far for
-    lack of capacity, int64 [] on the device of the rows, or None before a call with `capacity`.
+    Attributes: transport, rank, world_size, num_experts, first_expert, num_local_experts; degraded: whether a rank is
+    masked; overflow: pairs that this rank's experts have dropped for lack of capacity, int64 [] on the device of the
+    rows, or None before a call with `capacity`. Recomputation by activation checkpointing is not counted.
 
-    One object may be used on several CUDA streams: a call waits on the device for the one before. Between graphs that
-    are replayed on several streams the caller must see to that order, which must be the same on all ranks.
+    One object may be used on several CUDA streams: each call waits on the device for the previous one. The caller must
+    order graphs that are replayed on several streams, in the same order on all ranks.
     """
 
     def __init__(
@@ -108,7 +104,7 @@ class ExpertParallel:
             )
         self._split = Split(num_experts, self.world_size, self.rank)
         self.first_expert, self.num_local_experts = self._split.first_expert, self._split.num_local_experts
-        self._rows: exchange.Transport | None = None  # of "torch"
+        self._torch: exchange.Transport | None = None  # of "torch"
         self._ranks: Ranks | None = None  # of "symmetric" and "virtual"
         self._row_dtype = row_dtype
         self.overflow: Tensor | None = None
@@ -130,15 +126,15 @@ class ExpertParallel:
             if transport == "symmetric":
                 raise UnsupportedError(f"ExpertParallel: transport 'symmetric' does not work here: {opened}")
             if self.rank == 0:
-                warnings.warn(f"ExpertParallel: rows travel by 'torch', not 'symmetric': {opened}", stacklevel=2)
+                warnings.warn(f"ExpertParallel: transport is 'torch', not 'symmetric': {opened}", stacklevel=2)
             self.transport = "torch"
         from k2kernels.parallel.torch_transport import TorchTransport
 
         if ranks_per_node is None:
             ranks_per_node = self._peers.ranks_per_node()
-        if ranks_per_node in (1, self.world_size):  # every node a rank, or all ranks a node
+        if ranks_per_node in (1, self.world_size):  # one rank per node, or one node
             ranks_per_node = 0
-        self._rows = TorchTransport(self._split, self._peers, ranks_per_node)
+        self._torch = TorchTransport(self._split, self._peers, ranks_per_node)
 
     def _choose(self, transport: str) -> str:
         """The transport to try."""
@@ -156,7 +152,7 @@ class ExpertParallel:
         return transport
 
     def __deepcopy__(self, memo: dict) -> ExpertParallel:
-        return self  # a copied model talks to the same ranks
+        return self  # a copied model uses the same ranks
 
     @property
     def degraded(self) -> bool:
@@ -164,29 +160,29 @@ class ExpertParallel:
         return self.transport not in ALONE and bool(self._peers.masked)
 
     def mask(self, rank: int) -> None:
-        """Goes on without `rank`, which died or hangs: nobody waits for it, and what its experts would add is missing.
+        """Continues without `rank`, which died or hangs. Results lack the contributions of its experts.
 
-        Every other rank calls it too; they agree through the group's store, and start over with the same call. What was
-        dispatched before cannot be combined. `degraded`, also in the handle, says it from then on.
+        Every other rank must call it too: they agree through the group's store, and continue with the same call. Rows
+        dispatched before cannot be combined. `degraded` is True afterwards, also in handles.
         """
         if self.transport in ALONE:
-            raise ValueError("ExpertParallel.mask: there is no other rank")
+            raise ValueError("ExpertParallel.mask: rank must be another rank of the group, got a group of one")
         if self._ranks is None:
             from k2kernels.parallel.torch_transport import TorchTransport
 
             self._peers.mask(rank)
-            self._rows = TorchTransport(self._split, self._peers)  # in one hop: a rail is interrupted
+            self._torch = TorchTransport(self._split, self._peers)  # in one hop: a rail lacks a rank
         else:
             from k2kernels.parallel.symmetric import mask
 
             mask(self._ranks, self._peers, rank)
 
     def check(self) -> None:
-        """Raises what a kernel has reported since ("symmetric", "virtual"): every call looks, but none waits for it.
+        """Raises faults that kernels have reported ("symmetric", "virtual"). Every call checks too, without waiting.
 
         Raises:
-            PeerTimeout: a rank did not send; what came out since is NaN.
-            ValueError: an index named no expert, and was taken for -1; or ranks made different calls.
+            PeerTimeout: a rank did not send; results since then are NaN.
+            ValueError: an index was out of range, and was treated as -1; or ranks made different calls.
         """
         if self._ranks is not None:
             self._ranks.check()
@@ -206,41 +202,32 @@ class ExpertParallel:
         """Sends each token of this rank to its experts, as `moe_dispatch`.
 
         Args:
-            x: [T, hidden], T up to max_tokens, and from rank to rank its own.
+            x: [T, hidden], T up to max_tokens; ranks may differ in T.
             indices: [T, top_k], of all num_experts experts.
-            weights, alignment, quantize, power_of_two, scale_layout: as in `moe_dispatch`. The same on all ranks, but
-                for the weights.
+            weights: [T, top_k]; as in `moe_dispatch`.
+            alignment, quantize, power_of_two, scale_layout: as in `moe_dispatch`; the same on all ranks.
             capacity: slots for the rows that arrive here; as in `moe_dispatch`. None: as many as arrive, or, with
-                "symmetric", could arrive.
+                "symmetric", as could arrive.
 
         Returns:
-            Dispatched: the rows that arrived for the experts of this rank; offsets and counts are over those experts.
-            The handle is for `combine` of this object. Differentiable in x unless quantised, once.
+            Dispatched: the rows that arrived for the experts of this rank; offsets and counts are of those experts.
+            The handle is for `combine` of this object. Differentiable once, in x, unless quantised.
 
         Raises:
-            PeerTimeout: when a rank does not take part in time; with "symmetric" in a later call, or `check`.
-            ValueError: for indices that are out of range, on every rank; with "symmetric" on theirs, later.
+            PeerTimeout: a rank did not take part in time; with "symmetric" in a later call, or `check`.
+            ValueError: an index is out of range, on every rank; with "symmetric" on its own rank, in a later call.
         """
-        dispatched = self._dispatch(x, indices, weights, alignment, quantize, power_of_two, scale_layout, capacity)
-        if capacity is not None:
+        options = DispatchOptions(alignment, quantize, power_of_two, scale_layout, capacity)
+        dispatched = self._dispatch(x, indices, weights, options)
+        if capacity is not None and not recomputing():
             dropped = dispatched.handle.overflow
             if self.overflow is None:
-                with torch.inference_mode(False):  # else it could not be added to outside
+                with torch.inference_mode(False):  # an inference tensor could not be added to outside
                     self.overflow = torch.zeros_like(dropped)
             self.overflow += dropped
         return dispatched
 
-    def _dispatch(
-        self,
-        x: Tensor,
-        indices: Tensor,
-        weights: Tensor,
-        alignment: int,
-        quantize: bool,
-        power_of_two: bool,
-        scale_layout: str,
-        capacity: int | None,
-    ) -> Dispatched:
+    def _dispatch(self, x: Tensor, indices: Tensor, weights: Tensor, options: DispatchOptions) -> Dispatched:
         args = Arguments("ExpertParallel.dispatch")
         x = args.tensor("x", x, ("T", self.hidden))
         indices = args.tensor("indices", indices, ("T", self.top_k))
@@ -248,31 +235,20 @@ class ExpertParallel:
             x.shape[0] <= self.max_tokens, "x", lambda: f"at most max_tokens={self.max_tokens} rows", x.shape[0]
         )
         if self.transport == "local":
-            return moe_dispatch(
-                x,
-                indices,
-                weights,
-                num_experts=self.num_experts,
-                alignment=alignment,
-                quantize=quantize,
-                power_of_two=power_of_two,
-                scale_layout=scale_layout,
-                capacity=capacity,
-            )
+            return moe_dispatch(x, indices, weights, num_experts=self.num_experts, **options._asdict())
         weights = args.tensor("weights", weights, ("T", self.top_k), FLOATS)
-        options = Options(self.num_local_experts, alignment, quantize, power_of_two, scale_layout, capacity)
         if self.transport == "virtual":
             self._ranks = self._alone(x)
         if self._ranks is not None:
             check_dispatch(self._ranks, [x], [indices], [weights], self.max_tokens, options)
             return self._ranks.dispatch([x], [indices], [weights], options)[0]
-        check_options(options)
-        args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if quantize else FLOATS)
+        check_options("ExpertParallel.dispatch", options)
+        args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if options.quantize else FLOATS)
         args.tensor("indices", indices, ("T", self.top_k), moe.INDICES)
-        return exchange.dispatch(self._rows, x, indices, weights, options)
+        return exchange.dispatch(self._torch, x, indices, weights, self.num_local_experts, options)
 
     def _alone(self, x: Tensor) -> Ranks:
-        """The one rank of "virtual": its buffer is where the rows are, and as wide."""
+        """The rank of "virtual", with a buffer on the device of the rows that is wide enough for them."""
         if (ranks := self._ranks) is not None and ranks.members[0].buffer.device == x.device:
             if x.element_size() <= ranks.row_dtype.itemsize:
                 return ranks
@@ -289,13 +265,13 @@ class ExpertParallel:
     def combine(
         self,
         y: Tensor,
-        handle: moe.Handle | exchange.Handle,
+        handle: moe.Handle | ExchangeHandle,
         *,
         shared: Tensor | None = None,
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Brings the experts' rows y back to their tokens and adds them up, as `moe_combine`."""
+        """Returns the rows y of the experts to their tokens and adds them up, as `moe_combine`."""
         if self.transport == "local":
             return moe_combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)
         y, shared, residual = check_rows_of(y, handle, shared, residual, self.hidden, self.top_k)
@@ -304,7 +280,7 @@ class ExpertParallel:
         if self._ranks is not None:
             check_combine(self._ranks, [y], [handle], [shared], [residual], out_dtype)
             return self._ranks.combine([y], [handle], [shared], [residual], out_dtype)[0]
-        return exchange.combine(self._rows, y, handle, shared, residual, out_dtype)
+        return exchange.combine(self._torch, y, handle, shared, residual, out_dtype)
 
 
 def _is_nccl(group: ProcessGroup) -> bool:

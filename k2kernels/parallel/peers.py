@@ -1,9 +1,9 @@
-"""The other ranks of a group: agreement at the start, and who is missing when a call does not end.
+"""The other ranks of a group: agreement at the start, and detection of missing ranks when a call does not end.
 
-Each rank's thread leaves a sign of life in the group's store a few times per timeout: a count, and how far its calls
-have come. A rank that runs out of time, or whose connection breaks, looks at the others' signs: a count that stands
-still is a process that is gone, an earlier call a rank that is late. What it finds goes into the store, so that all
-ranks name the same culprit, and not one another.
+A thread of each rank writes a heartbeat to the group's store several times per timeout: a counter, and the number and
+name of its latest call. A rank whose call times out, or whose connection breaks, reads the heartbeats of the others: if
+the counter does not change, the process is gone; if the call is an earlier one, the rank is late. It writes the result
+to the store, so that all ranks report the same missing rank.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store, Work
 
 INIT_TIMEOUT, STEP_TIMEOUT = 30.0, 10.0  # seconds
-_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # how many of a group
-_subgroups: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()  # of a group, by its ranks
+_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # number of Peers by group
+_subgroups: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()  # by group and ranks
 
 
 def timeouts(init: float | None, step: float | None) -> tuple[float, float]:
@@ -48,17 +48,17 @@ class Peers:
     """The ranks of `group` and the calls that this rank makes with them.
 
     Args:
-        config: what must be the same on all ranks, by name.
+        config: values that must be the same on all ranks, by name.
         init_timeout, step_timeout: seconds.
 
     Raises:
-        PeerTimeout: when a rank does not come.
+        PeerTimeout: a rank did not respond in time.
         ValueError: on all ranks, when configs differ.
 
     Attributes:
-        group: of the ranks that take part: `live`.
+        group: the ranks that take part, `live`.
         masked: the others.
-        epoch: how often the ranks dispatched.
+        epoch: number of dispatches.
     """
 
     def __init__(self, group: ProcessGroup, config: dict[str, Any], init_timeout: float, step_timeout: float):
@@ -74,13 +74,13 @@ class Peers:
         self.epoch = 0
         self._phase = ""
         self._agree(config)
-        self._sign = _SignOfLife(self._store, self.rank, min(1.0, step_timeout / 8))
-        weakref.finalize(self, self._sign.stop)
+        self._heartbeat = _Heartbeat(self._store, self.rank, min(1.0, step_timeout / 8))
+        weakref.finalize(self, self._heartbeat.stop)
 
     # ---- agreement
 
     def _agree(self, config: dict[str, Any]) -> None:
-        configs = {rank: json.loads(text) for rank, text in self.tell_all("config", json.dumps(config)).items()}
+        configs = {rank: json.loads(text) for rank, text in self.exchange("config", json.dumps(config)).items()}
         for name in config:
             ranks_with: dict[Any, list[int]] = {}
             for rank, theirs in configs.items():
@@ -89,8 +89,8 @@ class Peers:
                 values = "; ".join(f"{value!r} on {_ranks(ranks)}" for value, ranks in ranks_with.items())
                 raise ValueError(f"ExpertParallel: the ranks must agree on {name}, got {values}")
 
-    def tell_all(self, name: str, text: str) -> dict[int, str]:
-        """Every live rank's text; the store waits for each."""
+    def exchange(self, name: str, text: str) -> dict[int, str]:
+        """Exchanges a text with every live rank through the store; returns all texts."""
         self._store.set(f"{name}/{self.rank}", text)
         deadline = time.monotonic() + self.init_timeout
         for rank in self.live:
@@ -100,8 +100,8 @@ class Peers:
         missing = tuple(rank for rank in self.live if not self._store.check([f"{name}/{rank}"]))
         if missing:
             raise PeerTimeout(
-                f"ExpertParallel: {_ranks(missing)} did not come within {self.init_timeout:g} s (phase {name!r}); "
-                "every rank of the group must make its ExpertParallel, in the same order; init_timeout= waits longer",
+                f"ExpertParallel: {_ranks(missing)} did not respond within {self.init_timeout:g} s (phase {name!r}); "
+                "every rank of the group must create its ExpertParallel, in the same order; or raise init_timeout",
                 phase=name,
                 ranks=missing,
             )
@@ -109,26 +109,26 @@ class Peers:
 
     def hosts(self) -> list[str]:
         """The name of each live rank's host."""
-        return list(self.tell_all("host", socket.gethostname()).values())
+        return list(self.exchange("host", socket.gethostname()).values())
 
     def ranks_per_node(self) -> int:
-        """How many ranks a host has, if there are several hosts, with equally many ranks, side by side; else 0."""
+        """The ranks per host, if there are several hosts, each with equally many consecutive ranks; else 0."""
         hosts = self.hosts()
         runs = [len(list(run)) for _, run in itertools.groupby(hosts)]
         return runs[0] if len(set(runs)) == 1 and 1 < len(runs) == len(set(hosts)) else 0
 
     def first_reason(self, name: str, reason: str) -> str:
-        """What any rank has against it, and which; the same on all ranks, "" if none has."""
-        for rank, theirs in self.tell_all(name, reason).items():
+        """The first rank's reason against something, and the rank; the same on all ranks, "" if none has one."""
+        for rank, theirs in self.exchange(name, reason).items():
             if theirs:
                 return f"{theirs} (rank {rank})"
         return ""
 
     def compare(self, lines: dict[int, list[int]]) -> None:
-        """Raises ValueError, on all ranks, unless all make the same call with experts that exist.
+        """Raises ValueError, on all ranks, unless all make the same call with indices in range.
 
         Args:
-            lines: of each rank: epoch, kind, whether an index is bad, the token and the index.
+            lines: by rank: epoch, kind, whether an index is out of range, its token and value.
         """
         mine = lines[self.rank]
         for i, what in enumerate(("number of the call", "dtype, quantisation, capacity or grad mode")):
@@ -148,17 +148,17 @@ class Peers:
 
     @contextlib.contextmanager
     def step(self, phase: str) -> Iterator[None]:
-        """Around a call: its errors become PeerTimeout."""
+        """Wraps a call: its errors become PeerTimeout."""
         if self._failure is not None:
             raise PeerTimeout(
-                f"{self._failure}; this ExpertParallel cannot go on: mask the rank, or make a new group",
+                f"{self._failure}; this ExpertParallel cannot continue: mask the rank, or make a new group",
                 phase=self._failure.phase,
                 ranks=self._failure.ranks,
                 epoch=self._failure.epoch,
             )
         self._phase = phase
-        self._sign.text = f"{phase!r}, epoch {self.epoch}"
-        self._sign.calls += 1
+        self._heartbeat.text = f"{phase!r}, epoch {self.epoch}"
+        self._heartbeat.calls += 1
         try:
             yield
         except RuntimeError as error:
@@ -167,14 +167,14 @@ class Peers:
             raise self._fail(error) from error
 
     def wait(self, work: Work, device: torch.device) -> None:
-        """For a call to end: at most `step_timeout`. On a GPU the stream waits, and the group's own timeout holds."""
+        """Waits for a call, at most `step_timeout`. On a GPU the stream waits, and the timeout is that of the group."""
         if device.type != "cpu":
             work.wait()
             return
         deadline = time.monotonic() + self.step_timeout
         while True:
             try:
-                work.wait(timedelta(seconds=max(min(self._sign.interval, deadline - time.monotonic()), 0.001)))
+                work.wait(timedelta(seconds=max(min(self._heartbeat.interval, deadline - time.monotonic()), 0.001)))
                 return
             except RuntimeError as error:
                 if work.is_completed():
@@ -186,10 +186,11 @@ class Peers:
         try:
             ranks, why = self._culprit()
         except RuntimeError:
-            ranks, why = (), "the group's store does not answer either: the process that keeps it may be gone"
+            ranks, why = (), "the group's store does not answer either: the process that runs it may be gone"
         if self.rank in ranks:
-            why = f"the others gave this rank up: {why}"
-        cause = re.sub(r"^\[\S*\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]  # without a place in gloo
+            why = f"the others treat this rank as missing: {why}"
+        text = re.sub(r"^\[\S*\] ", "", str(error).strip())  # without gloo's location
+        cause = text.split(". ")[0].splitlines()[0]
         self._failure = PeerTimeout(
             f"ExpertParallel: rank {self.rank} timed out in {self._phase!r}, epoch {self.epoch}: {why} "
             f"(step_timeout {self.step_timeout:g} s; {cause})",
@@ -200,41 +201,41 @@ class Peers:
         return self._failure
 
     def _culprit(self) -> tuple[tuple[int, ...], str]:
-        """Who is missing, and why one thinks so: what another rank found, or else the signs of life."""
+        """The missing ranks and the evidence: the result of another rank, or else from the heartbeats."""
         others = [rank for rank in self.live if rank != self.rank]
-        before = self._signs(others)
-        until = time.monotonic() + 3 * self._sign.interval
+        before = self._heartbeats(others)
+        until = time.monotonic() + 3 * self._heartbeat.interval
         while time.monotonic() < until and not self._store.check(["culprit"]):
-            time.sleep(self._sign.interval / 4)
+            time.sleep(self._heartbeat.interval / 4)
         if not self._store.check(["culprit"]):
-            after = self._signs(others)
+            after = self._heartbeats(others)
             gone = [rank for rank in others if after[rank][0] == before[rank][0]]
-            least = min((after[rank][1] for rank in others), default=self._sign.calls)
-            late = [rank for rank in others if after[rank][1] == least < self._sign.calls]  # others wait for these
+            least = min((after[rank][1] for rank in others), default=self._heartbeat.calls)
+            late = [rank for rank in others if after[rank][1] == least < self._heartbeat.calls]  # others wait for these
             if gone:
-                found = gone, f"{_ranks(gone)} gave no sign of life: gone, or stopped"
+                found = gone, f"{_ranks(gone)} without heartbeat: gone, or stopped"
             elif late:
                 at = "; ".join(f"rank {rank} at {after[rank][2] or 'no call yet'}" for rank in late)
-                found = late, f"{_ranks(late)} late, though alive ({at})"
+                found = late, f"{_ranks(late)} late, although alive ({at})"
             else:
                 found = [], "all ranks are alive and at this call: their connections may be broken"
             self._store.compare_set("culprit", "", json.dumps(found))
         ranks, why = json.loads(self._store.get("culprit"))
         return tuple(ranks), why
 
-    def _signs(self, ranks: list[int]) -> dict[int, tuple[int, int, str]]:
-        """Of each: how often it gave a sign, how many calls it began, and the last one."""
-        signs = {}
+    def _heartbeats(self, ranks: list[int]) -> dict[int, tuple[int, int, str]]:
+        """The heartbeat of each: its counter, the number of calls begun, and the name of the latest."""
+        found = {}
         for rank in ranks:
             key = f"alive/{rank}"
             count, calls, text = self._store.get(key).decode().split("|") if self._store.check([key]) else (0, 0, "")
-            signs[rank] = int(count), int(calls), text
-        return signs
+            found[rank] = int(count), int(calls), text
+        return found
 
     # ---- groups
 
     def subgroup(self, ranks: list[int]) -> ProcessGroup:
-        """A group of some of the ranks, which alone call this; all that share a group share it too."""
+        """A group of some of the ranks; only these call this. It is made once per group."""
         made = _subgroups.setdefault(self.group, {})
         if tuple(ranks) not in made:
             made[tuple(ranks)] = self._new_group(ranks)
@@ -251,47 +252,47 @@ class Peers:
     # ---- masks
 
     def mask(self, rank: int, *, new_group: bool = True) -> None:
-        """Goes on without `rank`. Every other live rank must call it too; they agree through the store."""
+        """Continues without `rank`. Every other live rank must call it too; they agree through the store."""
         if rank == self.rank or rank not in self.live:
             raise ValueError(
-                f"ExpertParallel.mask: rank must be another one that takes part, got {rank} of {self.live}"
+                f"ExpertParallel.mask: rank must be another rank that takes part, got {rank} of {self.live}"
             )
         self.live = [r for r in self.live if r != rank]
         self.masked |= {rank}
         name = f"mask/{len(self.masked)}"
-        told = self.tell_all(name, str(rank))
-        if len(set(told.values())) > 1:
-            raise ValueError(f"ExpertParallel.mask: the ranks must mask the same rank, got {told}")
+        chosen = self.exchange(name, str(rank))
+        if len(set(chosen.values())) > 1:
+            raise ValueError(f"ExpertParallel.mask: the ranks must mask the same rank, got {chosen}")
         if new_group:
             self.group = self._new_group(self.live)
         self._failure = None
-        self._sign.calls = self.epoch = 0  # one rank may have come further than another
+        self._heartbeat.calls = self.epoch = 0  # ranks may differ in the calls they have made
         if self.rank == self.live[0]:
             self._store.delete_key("culprit")
-        self.tell_all(f"{name}/done", "")
+        self.exchange(f"{name}/done", "")
 
 
-class _SignOfLife:
-    """A thread that counts in the store."""
+class _Heartbeat:
+    """A thread that writes a counter, and the latest call, to the store."""
 
     def __init__(self, store: Store, rank: int, interval: float):
         self.interval = interval
         self.text, self.calls = "", 0
         self._store, self._key, self._count = store.clone(), f"alive/{rank}", 0
         self._end = threading.Event()
-        self._give()
-        self._thread = threading.Thread(target=self._run, name="k2kernels sign of life", daemon=True)
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="k2kernels heartbeat", daemon=True)
         self._thread.start()
 
-    def _give(self) -> None:
+    def _beat(self) -> None:
         self._count += 1
         self._store.set(self._key, f"{self._count}|{self.calls}|{self.text}")
 
     def _run(self) -> None:
         while not self._end.wait(self.interval):
             try:
-                self._give()
-            except RuntimeError:  # the store is gone: whoever waits will say so
+                self._beat()
+            except RuntimeError:  # the store is gone: calls that wait will raise
                 return
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""Which experts are where."""
+"""The distribution of experts over ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Split:
-    """E experts over W ranks, in order; where W does not divide E the first ranks have one more (384 over 5: 77, 77,
+    """E experts over W ranks, in order; if E is not a multiple of W, the first ranks have one more (384 over 5: 77, 77,
     77, 77, 76).
 
     Attributes: num_experts, world_size, rank; first_expert and num_local_experts of this rank.
@@ -27,11 +27,11 @@ class Split:
 
 
 class Places:
-    """Of each expert the part that has it, and its number there.
+    """Maps experts to the part that has them and their number within it.
 
     Args:
         num_experts: E.
-        parts: of each part the first expert, and the one after its last.
+        parts: the first expert of each part, and the one after its last.
     """
 
     def __init__(self, num_experts: int, parts: list[tuple[int, int]]):
@@ -44,7 +44,7 @@ class Places:
         self._tables = {torch.device("cpu"): (part, number)}
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts, or -1; the number of parts stands for the part of -1, and of an expert that none has."""
+        """Parts and numbers of experts; the part of -1, and of an expert in no part, is the number of parts."""
         part, number = self._tables[torch.device("cpu")]
         if indices.device not in self._tables:
             self._tables[indices.device] = part.to(indices.device), number.to(indices.device)
@@ -53,8 +53,8 @@ class Places:
 
 
 def in_range(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Indices as int64, with -1 for those that name no expert; and the first of these: int64 [3], whether there is
-    one, its token and the number."""
+    """Indices as int64, with -1 for those out of range; and int64 [3]: whether there is one, and the token and value of
+    the first."""
     indices = indices.long()
     bad = (indices < -1) | (indices >= num_experts)
     if bad.numel() == 0:

@@ -1,6 +1,6 @@
-"""Buffers of an NVLink domain, by torch.distributed._symmetric_memory, and whether they work.
+"""Buffers of an NVLink domain, by torch.distributed._symmetric_memory, and a trial whether they work.
 
-All that knows of processes is here: addresses come out. Everything else is shared with `VirtualRanks`.
+All that depends on processes is here; it results in addresses. Everything else is shared with `VirtualRanks`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from k2kernels._backend import PeerTimeout
 from k2kernels.ops import _launch
 from k2kernels.ops._constants import constants
 from k2kernels.ops._exchange import Call, Rank
-from k2kernels.parallel.buffers import BLOCKS, Ranks, layout_of
 from k2kernels.parallel.peers import Peers
+from k2kernels.parallel.ranks import BLOCKS, Ranks, layout_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 def rendezvous(group: ProcessGroup, size: int) -> tuple[Tensor, list[int], Any]:
-    """This rank's buffer, uint8 [size] of zeros; where each rank's is, as seen from here; and what keeps it open."""
+    """This rank's buffer, uint8 [size] of zeros; the addresses of all ranks' buffers as mapped here; and a handle that
+    keeps them mapped."""
     from torch.distributed import _symmetric_memory
 
     buffer = _symmetric_memory.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
     handle = _symmetric_memory.rendezvous(buffer, group)
-    # A buffer is part of a segment that may hold several; `buffer_ptrs` are where the segments begin.
-    offset = getattr(handle, "offset", 0)  # of an older torch, which has one segment a buffer
+    # A segment may hold several buffers; `buffer_ptrs` are the addresses of segments.
+    offset = getattr(handle, "offset", 0)  # older versions of torch have one segment per buffer
     addresses = [address + offset for address in handle.buffer_ptrs]
     if addresses[group.rank()] != buffer.data_ptr():
         raise RuntimeError(
@@ -38,7 +39,7 @@ def rendezvous(group: ProcessGroup, size: int) -> tuple[Tensor, list[int], Any]:
 
 
 def why_not_here(world_size: int, max_tokens: int) -> str:
-    """What keeps this rank from having such a buffer; "" if nothing is known to."""
+    """Why this rank cannot have such a buffer; "" if there is no known reason."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if reason := _launch.why_not_cuda(torch.cuda.current_device()):
@@ -62,16 +63,16 @@ def open_ranks(
     row_dtype: torch.dtype,
     blocks: int = BLOCKS,
 ) -> Ranks | str:
-    """This process's rank with its buffer, tried out; or why there is none. All ranks get the same kind of answer.
+    """This process's rank with its buffer, after a trial; or the reason why there is none. All ranks agree on which.
 
-    A rank that cannot take part says so through the group's store, so that none waits for it in the rendezvous.
+    A rank that cannot take part reports so through the group's store: the others then do not wait in the rendezvous.
     """
     world = peers.world_size
     if reason := peers.first_reason("symmetric", why_not_here(world, max_tokens)):
         return reason
     hosts = set(peers.hosts())
     if len(hosts) > 1:
-        return f"{len(hosts)} hosts; one NVLink domain is wanted"
+        return f"{len(hosts)} hosts; the ranks must be of one NVLink domain"
     layout = layout_of(world, num_experts, hidden, top_k, max_tokens, row_dtype)
     reason, ranks = "", None
     try:
@@ -87,21 +88,21 @@ def open_ranks(
     reason = peers.first_reason("probe", why_not_working(ranks, peers))
     if reason:
         return reason
-    # No rank may still look at what is cleared here, and none may send before all have cleared.
+    # All ranks must have finished reading before this clears, and none may send before all have cleared.
     ranks.members[0].reset(ranks.members[0].live)
     _wait_for_device(ranks)
-    peers.tell_all("cleared", "")
+    peers.exchange("cleared", "")
     ranks.timeout = int(peers.step_timeout * 1e9)
     return ranks
 
 
 def why_not_working(ranks: Ranks, peers: Peers) -> str:
-    """Every rank writes a row to every other one, by the kernels, and looks at what came: a driver's word that devices
-    reach one another has been wrong."""
+    """Every rank writes a row to every other one by the kernels, and checks those that arrive: drivers have reported
+    peer access that did not work. Returns a reason, or ""."""
     member, split = ranks.members[0], ranks.splits[0]
     layout, device = ranks.layout, ranks.members[0].buffer.device
     for first in range(0, layout.world, max(layout.most_tokens, 1)):
-        there = range(first, min(first + layout.most_tokens, layout.world))  # a token for each
+        there = range(first, min(first + layout.most_tokens, layout.world))  # one token each
         x = torch.full((len(there), ranks.hidden), peers.rank + 1, dtype=ranks.row_dtype, device=device)
         indices = torch.full((len(there), layout.top_k), -1, dtype=torch.int32, device=device)
         for token, rank in enumerate(there):
@@ -110,9 +111,9 @@ def why_not_working(ranks: Ranks, peers: Peers) -> str:
             rows, experts = ranks.run([0], [_probe(member, x, indices)])[0]
             _wait_for_device(ranks)
             ranks.check()
-        except (PeerTimeout, ValueError) as error:  # no flag, or another one
+        except (PeerTimeout, ValueError) as error:  # no flag, or a wrong one
             return f"writes do not arrive: {error}"
-        if peers.rank in there:  # so that a token of each rank came
+        if peers.rank in there:  # then a token of each rank has arrived
             token = there.index(peers.rank)
             rows = rows.view(layout.world, layout.most_tokens, -1)[:, token]
             experts = experts.view(layout.world, layout.most_tokens, -1)[:, token, 0]
@@ -136,9 +137,9 @@ def _wait_for_device(ranks: Ranks) -> None:
 
 
 def mask(ranks: Ranks, peers: Peers, rank: int) -> None:
-    """All others stop, forget what was on its way, and go on without `rank`."""
-    _wait_for_device(ranks)  # its kernels end by themselves, at the latest when their time is over
+    """Drops exchanges in flight and continues without `rank`; all other ranks must call it."""
+    _wait_for_device(ranks)  # kernels end by themselves, at the latest at their timeout
     peers.mask(rank, new_group=False)
     ranks.mask(rank)
     _wait_for_device(ranks)
-    peers.tell_all(f"cleared without {rank}", "")
+    peers.exchange(f"cleared without {rank}", "")

@@ -1,27 +1,27 @@
 """Rows by `all_to_all_single` of process groups: NCCL, or gloo on a CPU.
 
-Dispatch is three all-to-alls: how many rows and pairs come, their experts, the rows, packed with their scales (or, of
-gradients, weights) into bytes, because gloo knows no float8. The host waits for the first one: it sizes buffers.
+Dispatch is three all-to-alls: the numbers of rows and pairs; their experts; the rows, packed with their scales (or, in
+the backward of combine, weights) into bytes, as gloo does not support float8. The host waits for the first one, which
+determines the sizes of buffers.
 
-Bytes a token: dispatch, for each rank that has an expert of it, 4 K + the row (+ 4 for each 128 columns when
+Bytes per token: dispatch, for each rank that has an expert of it, 4 K + the row (+ 4 for each 128 columns when
 quantised), each part rounded up to 16; combine, the row in y's dtype for each of its K experts. Backward the same with
-gradients, and K weights with each of combine's rows; then 4 bytes a pair return.
+gradients, and K weights with each of combine's rows; then 4 bytes per pair are returned.
 
-Over several nodes all of this happens twice: a hop among the ranks of the same number on every node, a rail, whose
-parts of the experts are nodes; then a hop among the ranks of a node, for which the rows that the first one brought are
-the tokens. A token crosses to each node once, whatever ranks there want it, and a rank talks over the network with one
-rank of each other node only. Way back: the same hops, last one first. The host waits once a hop.
+Over several nodes all of this happens twice: a hop among the ranks of equal local rank on all nodes (a rail), whose
+parts of the experts are nodes; then a hop among the ranks of a node, whose tokens are the rows that the first hop
+brought. A token crosses to each node once, however many ranks there need it, and a rank exchanges data over the network
+with one rank of each other node only. Rows return by the same hops in reverse order. The host waits once per hop.
 
-Bytes a token between nodes of 8 ranks, estimates by counting (K2's shape: 384 experts, top 8, hidden 7168; every
+Bytes per token between nodes of 8 ranks, estimates by counting (K2's shape: 384 experts, top 8, hidden 7168; every
 expert, and every choice of nodes, equally likely; dispatch in FP8, combine in bfloat16):
 
     4 nodes, a token's experts      dispatch, one hop     two hops     combine, either way
     anywhere                                   40 300       20 100                  86 000
     on 2 of the nodes                          36 500       11 100                  86 000
 
-Combine does not become less: every pair's row comes home by itself. A node could add its rows up first, in float32
-even, but ((a + b) + c) + d and (a + b) + (c + d) round differently, so that the bits would depend on which experts
-share a node; that is not done.
+The bytes of combine stay the same, as the row of every pair is returned. Partial sums on a node would send less, but
+((a + b) + c) + d and (a + b) + (c + d) round differently: the bits would depend on which experts share a node.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from k2kernels.parallel.split import Places, Split, in_range
 
 
 class Leg(NamedTuple):
-    """Who gets what in a hop. Tokens are the rows that are here before it. A list has one number for each member."""
+    """What is sent to whom in a hop, whose tokens are the rows here before it. Lists have one number per member."""
 
     sent_tokens: Tensor  # int64: the token of each row that is sent, by member, then token
     sent_rows: list[int]
     arrived_rows: list[int]
-    home_slot_of: Tensor  # int32 [T, K]: which row that comes back is a pair's, -1: none
-    home_token_of_slot: Tensor  # int32: the token of each; they come back by member, then token, then k
+    home_slot_of: Tensor  # int32 [T, K]: the returned row of each pair, -1: none
+    home_token_of_slot: Tensor  # int32: the token of each returned row; they are ordered by member, token, k
     home_counts: list[int]
     arrived_pairs: Tensor  # int64: row * K + k of each pair that arrived here, by row, then k
     arrived_counts: list[int]
@@ -55,11 +55,11 @@ class Leg(NamedTuple):
         return members.repeat_interleave(counts, output_size=sum(self.arrived_rows))[:, None]
 
 
-class Route(NamedTuple):
-    """The way of rows through all hops."""
+class HopsRoute(NamedTuple):
+    """The route of rows through all hops."""
 
     legs: list[Leg]
-    order: Tensor | None  # int64 [R]: which of the last hop's rows is each, by source rank; None: they are in order
+    order: Tensor | None  # int64 [R]: orders the rows of the last hop by source rank; None: they are in order
 
 
 class TorchTransport:
@@ -94,10 +94,10 @@ class TorchTransport:
     def degraded(self) -> bool:
         return bool(self.peers.masked)
 
-    def plan(self, indices: Tensor, kind: int) -> tuple[Route, Tensor, int]:
+    def plan(self, indices: Tensor, kind: int) -> tuple[HopsRoute, Tensor, int]:
         self.peers.epoch += 1
         indices, bad = in_range(indices, self.split.num_experts)
-        # A line of each rank that this one has heard of, to tell ranks apart that do not do the same.
+        # A line of each rank whose data has reached this one, to detect ranks that make another call.
         mine = bad.new_tensor([self.peers.rank, self.peers.epoch, 2 * kind + torch.is_grad_enabled()])
         lines, legs, sources = torch.cat([mine, bad])[None], [], []
         for hop in self.hops:
@@ -107,32 +107,32 @@ class TorchTransport:
                 sources.append(leg.sources(indices.device))
         self.peers.compare({line[0]: line[1:] for line in lines})
         order = None
-        if len(self.hops) > 1:  # rows came by their rank's number in the node, then node, then token
+        if len(self.hops) > 1:  # rows are ordered by local rank of their source, then node, then token
             order = sources[0][:, 0].argsort(stable=True)
             indices = indices[order]
-        return Route(legs, order), indices, sum(legs[-1].arrived_counts)
+        return HopsRoute(legs, order), indices, sum(legs[-1].arrived_counts)
 
-    def scatter(self, route: Route, segments: list[Tensor], phase: str) -> list[Tensor]:
+    def scatter(self, route: HopsRoute, segments: list[Tensor], phase: str) -> list[Tensor]:
         for hop, leg in zip(self.hops, route.legs, strict=True):
             segments = hop.scatter(leg, segments, phase)
-        return segments if route.order is None else [_rows(segment, route.order) for segment in segments]
+        return segments if route.order is None else [_selected(segment, route.order) for segment in segments]
 
-    def gather(self, route: Route, rows: Tensor, slot_of: Tensor, phase: str) -> Tensor:
+    def gather(self, route: HopsRoute, rows: Tensor, slot_of: Tensor, phase: str) -> Tensor:
         if route.order is not None:
             slot_of = torch.empty_like(slot_of).index_copy_(0, route.order, slot_of)
         for hop, leg in zip(reversed(self.hops), reversed(route.legs), strict=True):
             rows, slot_of = hop.gather(leg, rows, slot_of, phase), leg.home_slot_of
         return rows
 
-    def home(self, route: Route) -> tuple[Tensor, Tensor]:
+    def home(self, route: HopsRoute) -> tuple[Tensor, Tensor]:
         return route.legs[0].home_slot_of, route.legs[0].home_token_of_slot
 
-    def without(self, route: Route, home_slot_of: Tensor) -> Route:
+    def without(self, route: HopsRoute, home_slot_of: Tensor) -> HopsRoute:
         return route._replace(legs=[route.legs[0]._replace(home_slot_of=home_slot_of), *route.legs[1:]])
 
 
 class Hop:
-    """An exchange among the members of a group, each of which has a part of the experts, or the way to it."""
+    """An exchange among the members of a group; each has, or forwards to, a part of the experts."""
 
     def __init__(self, peers: Peers, group: dist.ProcessGroup, places: Places):
         self.peers = peers
@@ -140,7 +140,7 @@ class Hop:
         self.places = places
 
     def plan(self, lines: Tensor | list, indices: Tensor, beside: list[Tensor]) -> tuple[Leg, list, list[Tensor]]:
-        """The leg, all members' lines, and for each row that arrives its experts here, and what travelled beside."""
+        """The leg, the lines of all members, and, of the arriving rows, the local experts and what was sent beside."""
         world, device = self.places.parts, indices.device
         part, local = self.places(indices)
         tokens, ones = indices.shape[0], torch.ones_like(part)
@@ -153,7 +153,7 @@ class Hop:
         answer = self._all_to_all(_bytes(header), [1] * world, [1] * world, "dispatch").view(torch.int64)
         sent, arrived = torch.stack([header, answer]).tolist()
         width = lines.shape[1]
-        lines = [told[i : i + width] for told in arrived for i in range(2, len(told), width)]
+        lines = [line[i : i + width] for line in arrived for i in range(2, len(line), width)]
         sent_rows, home_counts, arrived_rows, arrived_counts = (
             [line[i] for line in side] for side in (sent, arrived) for i in (0, 1)
         )
@@ -163,7 +163,7 @@ class Hop:
         home_slot_of = torch.full((part.numel(),), -1, dtype=torch.int32, device=device)
         home_slot_of[home_pairs] = torch.arange(len(home_pairs), dtype=torch.int32, device=device)
         experts = torch.where(part[sent_tokens] == sent_part[:, None], local[sent_tokens], -1).int()
-        beside = [_rows(b, sent_tokens) for b in beside]
+        beside = [_selected(b, sent_tokens) for b in beside]
         experts, *beside = self._carry([experts, *beside], sent_rows, arrived_rows, "dispatch")
         arrived_pairs = (experts >= 0).flatten().nonzero()[:, 0]
         leg = Leg(
@@ -179,7 +179,7 @@ class Hop:
         return leg, lines, [experts, *beside]
 
     def scatter(self, leg: Leg, segments: list[Tensor], phase: str) -> list[Tensor]:
-        return self._carry([_rows(s, leg.sent_tokens) for s in segments], leg.sent_rows, leg.arrived_rows, phase)
+        return self._carry([_selected(s, leg.sent_tokens) for s in segments], leg.sent_rows, leg.arrived_rows, phase)
 
     def gather(self, leg: Leg, rows: Tensor, slot_of: Tensor, phase: str) -> Tensor:
         slots = slot_of.flatten()[leg.arrived_pairs]
@@ -201,7 +201,7 @@ class Hop:
         return [packed[:, start : start + s.shape[1] * s.itemsize].view(s.dtype) for s, start in zip(segments, starts)]
 
     def _all_to_all(self, rows: Tensor, sent: list[int], arrived: list[int], phase: str) -> Tensor:
-        """Rows of bytes, so many to and from each member."""
+        """Exchanges rows of bytes; `sent` and `arrived` are the numbers for each member."""
         with self.peers.step(phase):
             out = rows.new_empty(sum(arrived), rows.shape[1])
             work = dist.all_to_all_single(out, rows.contiguous(), arrived, sent, group=self.group, async_op=True)
@@ -210,12 +210,12 @@ class Hop:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Rows as bytes, which may lie apart."""
+    """Rows as bytes; rows need not be adjacent."""
     if x.stride(-1) != 1:
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.uint8)
 
 
-def _rows(x: Tensor, which: Tensor) -> Tensor:
+def _selected(x: Tensor, which: Tensor) -> Tensor:
     """Some rows, of any dtype."""
     return _bytes(x)[which].view(x.dtype)

@@ -54,14 +54,6 @@ def mla_decode(
     return out.reshape(*rows, head_dim_v).to(q.dtype), lse.reshape(rows), max_logits
 
 
-def mla_decode_out(*args) -> tuple[Tensor, Tensor]:
-    """`mla_decode`, writing out into the last argument."""
-    *args, destination = args
-    out, lse, max_logits = mla_decode(*args)
-    destination.copy_(out)
-    return lse, max_logits
-
-
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the keys of a and b together, from the results [..., D] and lse [...] over each of them."""
 

@@ -29,8 +29,8 @@ def read_text(paths: Sequence[Path]) -> str:
     if not paths:
         from pydoc_data.topics import topics
 
-        # The reference shows whole sections under several topics. Each paragraph is taken once: otherwise much of the
-        # held-out text would stand in the training text too.
+        # The reference repeats whole sections under several topics. Each paragraph is taken once: otherwise much of
+        # the held-out text would be in the training text too.
         paragraphs = "\n\n".join(topics[name].strip() for name in sorted(topics)).split("\n\n")
         return "\n\n".join(dict.fromkeys(paragraphs)) + "\n"
     parts = []
@@ -71,7 +71,7 @@ def hold_out(text: str) -> tuple[str, str]:
 
 
 def xz_bits_per_byte(text: str) -> float:
-    """What `xz -9e` needs for the text: a yardstick that everyone has."""
+    """Bits per byte of the text compressed by `xz -9e`, for comparison."""
     raw = text.encode()
     return 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
 
@@ -92,7 +92,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 @dataclass
 class Corpus:
-    """Token ids [tokens] of the two parts, and how many bytes of text a token stands for."""
+    """Token ids [tokens] of the two parts, and the mean number of bytes of text per token."""
 
     train: Tensor
     valid: Tensor
@@ -110,7 +110,7 @@ class Corpus:
 
     def batch(self, step: int, *, size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [size, length] of training step `step`: a pure function of (seed, step), so that a
-        resumed run sees what an uninterrupted one would have seen."""
+        resumed run gets the batches of an uninterrupted one."""
         generator = torch.Generator().manual_seed((seed << 32) + step)
         starts = torch.randint(len(self.train) - length, (size, 1), generator=generator)
         window = self.train[starts + torch.arange(length + 1)]

@@ -31,7 +31,7 @@ HISTORY_FILE = "history.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """What shapes a run. Sizes in tokens, rates per step."""
+    """The options of a run. Sizes in tokens, rates per step."""
 
     text: tuple[str, ...] = ()  # files; none: CPython's language reference
     config: str = "tiny"  # a preset's name, or a directory with a config.json
@@ -62,7 +62,7 @@ class TrainOptions:
 
 @dataclasses.dataclass
 class Row:
-    """What one step showed. `valid` (bits per byte of the held-out text) only where it was measured."""
+    """The measurements of one step. `valid` (bits per byte of the held-out text) only where it was measured."""
 
     step: int  # counted from 1
     loss: float  # nats per token
@@ -79,12 +79,12 @@ class Row:
 
 
 class Trainer:
-    """Trains a K2 model on text, and keeps in `out` all that is needed to go on after an interrupt.
+    """Trains a K2 model on text, and saves in `out` all that is needed to resume.
 
     Args:
         options: what to train.
         out: directory of the run.
-        resume: go on from the last save in `out`, where there is one.
+        resume: continue from the last save in `out`, if there is one.
         save_every: steps between saves.
 
     Raises:
@@ -127,7 +127,7 @@ class Trainer:
 
     def run(self) -> Iterator[Row]:
         """Does the remaining steps, one per iteration; saves on the way and at the end."""
-        self.out.mkdir(parents=True, exist_ok=True)  # a place that refuses is better known before the first step
+        self.out.mkdir(parents=True, exist_ok=True)  # so that an error occurs before the first step
         validate_every = max(1, self.options.steps // 6)
         while self.step < self.options.steps:
             row = self._train_step(self.step)
@@ -179,7 +179,7 @@ class Trainer:
         return nats / inputs.numel() / math.log(2) / self.corpus.valid_bytes_per_token
 
     def save(self) -> None:
-        """Writes the state from which a run resumes; a crash while writing leaves the former one."""
+        """Writes the state from which a run resumes; a crash during this leaves the previous one."""
         self.out.mkdir(parents=True, exist_ok=True)
         state = {
             "identity": self.identity,
@@ -192,7 +192,7 @@ class Trainer:
         _replace(self.out / HISTORY_FILE, lambda file: file.write(lines.encode()))
 
     def finish(self) -> None:
-        """Writes what a user wants from a finished run: checkpoint, tokenizer, pictures."""
+        """Writes the results of a finished run: checkpoint, tokenizer, pictures."""
         self.model.save_pretrained(self.out)
         _replace(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
         o, steps = self.options, [row.step for row in self.history]
@@ -218,7 +218,7 @@ class Trainer:
         return sum(int((clip.gamma < 1).sum()) for clip in self.optimizer.last_clip.values())
 
     def _lr_factor(self, step: int) -> float:
-        """Warm up, stay, then fall linearly to zero."""
+        """Linear warm-up, constant, linear decay to zero."""
         decay = max(1, round(DECAY_FRACTION * self.options.steps))
         return min(1.0, (step + 1) / WARMUP_STEPS, (self.options.steps - step) / decay)
 
@@ -227,7 +227,7 @@ class Trainer:
         if not path.exists():
             return None
         if not resume:
-            raise FileExistsError(f"--out {self.out}: holds a run already; --resume goes on with it, or name another")
+            raise FileExistsError(f"--out {self.out}: holds a run already; --resume continues it, or name another")
         try:
             state = torch.load(path, weights_only=True)
             identity = state["identity"]
@@ -265,7 +265,7 @@ def _replace(path: Path, write: Any) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save turns what the file system refused into a RuntimeError about its own bookkeeping.
+        # torch.save turns errors of the file system into a RuntimeError about its own state.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path}: cannot be written ({reason}); what was there before is unchanged") from error
     finally:

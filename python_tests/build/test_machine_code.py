@@ -40,8 +40,8 @@ SIZES = {
 # loads in flight".
 VECTORS = {"bf16": 2, "fp16": 2, "float": 4}  # of a lane's 16 neighbours
 IN_FLIGHT = {
-    "moe_scatter_kernel": (4, 0),  # kExchangeVectors
-    "moe_gather_kernel": (4, 0),
+    "scatter_kernel": (4, 0),  # kExchangeVectors
+    "gather_kernel": (4, 0),
     "mla_append_kernel<bf16, bf16>": (2, 0),
     "mla_gather_kernel<bf16, bf16>": (2, 0),
     "mla_combine_sm90_kernel<bf16>": (2, 0),  # of four: the compiler waits for the second before the third

@@ -197,18 +197,18 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
             for t, number in zip(transposed, (a_loads, b_loads)):
                 loads[f"LDSM.16.M{'T' if t else ''}88.4"] += number
             others = {f"HMMA.16816.F32{bf16}": products, "LDGSTS.E.BYPASS.128": copies, **loads}
-            PLANS[f"moe_gemm_kernel<{dtype}, MoeGemmTile<{tile}>, {columns}>"] = (
+            PLANS[f"grouped_gemm_kernel<{dtype}, GroupedGemmTile<{tile}>, {columns}>"] = (
                 registers, copies, stores, dict.fromkeys(PORTABLE, others),
             )  # fmt: skip
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in PORTABLE})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 # Between ranks: 2 KiB a warp. A wait looks at a flag and the abort word, and each acquire invalidates L1 (CCTL.IVALL):
 # the emulator, which knows no weak memory, would not miss one.
-PLANS["moe_scatter_kernel"] = (80, 4, 4, {arch: {"MATCH.ANY": 1} for arch in PORTABLE})
-PLANS["moe_gather_kernel"] = (80, 4, 4, {arch: {"ST.E.64.STRONG.SYS": 1} for arch in PORTABLE})
+PLANS["scatter_kernel"] = (80, 4, 4, {arch: {"MATCH.ANY": 1} for arch in PORTABLE})
+PLANS["gather_kernel"] = (80, 4, 4, {arch: {"ST.E.64.STRONG.SYS": 1} for arch in PORTABLE})
 acquires = {"LD.E.64.STRONG.SYS": 2, "CCTL.IVALL": 5}
 for wait in ("scatter", "gather"):
-    PLANS[f"moe_{wait}_wait_kernel"] = (32, 0, 0, dict.fromkeys(PORTABLE, acquires))
+    PLANS[f"{wait}_wait_kernel"] = (32, 0, 0, dict.fromkeys(PORTABLE, acquires))
 # Balance: a row alone for its largest logit; a row and hits, two rounds in flight and one left over; both once more.
 PLANS["moe_hits_kernel"] = (32, 0, 0, {})
 PLANS["moe_sequence_loss_kernel"] = (64, 1 + 3 * 2, 0, {})
@@ -248,8 +248,8 @@ SHARED = {
     "fp8_gemm_sm90_small_kernel<SmallTile<64, 5> >": 102400,
     # moe: 8 warps' counts of 1,024 experts and their totals; with them sums of warps, offsets, counts and 2,048 slots.
     "moe_count_kernel": 20480,
-    "moe_scatter_wait_kernel": 8,
-    "moe_gather_wait_kernel": 8,
+    "scatter_wait_kernel": 8,
+    "gather_wait_kernel": 8,
     "moe_scan_kernel": 32 * 12,
     **{f"moe_move_kernel<{t}, {q}, true>": 36976 for t in BYTES for q in ("false", "true")},
     **{f"moe_combine_backward_kernel<{t}>": 2048 for t in BYTES},
@@ -261,7 +261,7 @@ SHARED = {
     "moe_update_bias_kernel": (1024 + 32) * 8,
     # Four stages of 32 of two panels of 128, of 64 of panels of 16 and 128.
     **{
-        f"moe_gemm_kernel<{t}, MoeGemmTile<{tile}>, {columns}>": size
+        f"grouped_gemm_kernel<{t}, GroupedGemmTile<{tile}>, {columns}>": size
         for t in ("bf16", "fp16")
         for columns in ("false, false", "false, true", "true, true")
         for tile, size in (("128, 128, 32, 64, 4, 2", 4 * 32 * 256 * 2), ("16, 128, 64, 16, 4, 2", 4 * 64 * 144 * 2))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import k2kernels as k
-from k2kernels.model import K2Config, K2Model, replay
-from k2kernels.model.replay import CudaRecorder
+from k2kernels.engine import replay
+from k2kernels.engine.replay import CudaRecorder
+from k2kernels.model import K2Config, K2Model
 from k2kernels.testing.compare import check_close
 from k2kernels.testing.inputs import BAD_PAGES, KIMI_K2, poisoned_cache
 

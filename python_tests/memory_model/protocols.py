@@ -45,13 +45,13 @@ def stripped(text):
 
 
 NOTHING = "nothing"
-EXCHANGE = "csrc/moe/kernel_exchange.cuh"
+EXCHANGE = "csrc/exchange/kernel.cuh"
 SMALL_GEMM = "csrc/fp8_gemm/kernel_sm90_small.cuh"
 LARGE_GEMM = "csrc/fp8_gemm/kernel_sm90.cuh"
 DISPATCH = "csrc/moe/kernel_dispatch.cuh"
 MLA = "csrc/mla_decode/kernel_sm90.cuh"
 
-# ---- between GPUs: csrc/moe/kernel_exchange.cuh
+# ---- between GPUs: csrc/exchange/kernel.cuh
 
 # GPU 0 sends: blocks 0 and 1, of which block 1 counts last; its lane 1 sets the flag of GPU 1. There a block of the
 # wait kernel polls, and the next kernel of the stream reads the rows.
@@ -106,10 +106,10 @@ ROWS_AND_FLAG = Protocol(
             """,
         ),
         Source(EXCHANGE, "await_flag", "ld.acquire.sys flag", only=r"ld\S+ flag"),
-        Source(EXCHANGE, "moe_scatter_kernel", ": store_piece(\n: finish_sending("),
-        Source(EXCHANGE, "moe_scatter_wait_kernel", ": await_flag(\nbar.sync\n: numbers[i]"),
-        Source(EXCHANGE, "moe_gather_kernel", ": store_piece(\n: finish_sending("),
-        Source(EXCHANGE, "moe_gather_wait_kernel", ": await_flag(\nbar.sync\n: numbers[pair]"),
+        Source(EXCHANGE, "scatter_kernel", ": store_piece(\n: finish_sending("),
+        Source(EXCHANGE, "scatter_wait_kernel", ": await_flag(\nbar.sync\n: numbers[i]"),
+        Source(EXCHANGE, "gather_kernel", ": store_piece(\n: finish_sending("),
+        Source(EXCHANGE, "gather_wait_kernel", ": await_flag(\nbar.sync\n: numbers[pair]"),
     ],
     spare={
         "fence.acq_rel.sys": (

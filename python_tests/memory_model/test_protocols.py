@@ -127,22 +127,22 @@ EDITS = {
         "store_release<arch::Scope::kSystem>(flag_of",
         "store_release<arch::Scope::kGpu>(flag_of",
     ),
-    "no meeting of lanes": (EXCHANGE, "arch::sync_warp(arch::kFullWarp K2K_PASS_WHERE);  // what", "// what"),
+    "no meeting of lanes": (EXCHANGE, "arch::sync_warp();\n    if (!arch::any(last)", "if (!arch::any(last)"),
     "no meeting before the count": (
         EXCHANGE,
-        "arch::sync_block(K2K_PASS_WHERE_ONLY);\n    if (arch::warp_id()",
+        "arch::sync_block();\n    if (arch::warp_id()",
         "if (arch::warp_id()",
     ),
     "a relaxed count": (EXCHANGE, "atomic_add_acq_rel", "atomic_add"),
     "numbers before the wait": (
         EXCHANGE,
-        "    arch::sync_block();\n    const int64_t first",
-        "    const int64_t first",
+        "    arch::sync_block();\n    // Copy the local experts",
+        "    // Copy the local experts",
     ),
     "parts not published": (SMALL_GEMM, "mbarrier_arrive_cluster(smem.parts_ready", "mbarrier_arrive(smem.parts_ready"),
     "parts not acquired": (SMALL_GEMM, "mbarrier_wait_cluster(smem.parts_ready", "mbarrier_wait(smem.parts_ready"),
     "the combine kernel does not wait": (MLA, "arch::grid_dependency_wait();", ""),
-    "a plan used at once": (DISPATCH, "arch::sync_block(K2K_PASS_WHERE_ONLY);\n    if (blockIdx.x", "if (blockIdx.x"),
+    "a plan used at once": (DISPATCH, "arch::sync_block();\n    if (blockIdx.x", "if (blockIdx.x"),
     "a wrapper that releases less": ("csrc/arch/mbarrier.cuh", "mbarrier.arrive.release.cluster.", "mbarrier.arrive."),
 }
 

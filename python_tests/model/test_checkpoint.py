@@ -628,7 +628,7 @@ def test_index_that_points_elsewhere(plain):
     file.write_text(json.dumps(index))
     with pytest.raises(ValueError) as caught:
         load(path)
-    assert f"lm_head.weight (said to be in {SHARD}, is in {right})" in str(caught.value)
+    assert f"lm_head.weight (listed in the index for {SHARD}, is in {right})" in str(caught.value)
     assert "nowhere.weight" in str(caught.value) and "is in none of the shards" in str(caught.value)
 
 
@@ -674,7 +674,7 @@ def test_int4_is_recognised(plain):
     path, _, config = plain
     config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"INT4.*recognised and not yet served"):
+    with pytest.raises(UnsupportedError, match=r"INT4.*recognised and not yet supported"):
         load(path)
 
 

@@ -107,24 +107,24 @@ def test_plain_rope_in_both_styles():
         ({"rope_scaling": {**YARN, "beta_fast": 0}}, "rope_scaling.beta_fast must be a finite number above 0, got 0"),
         ({"rope_scaling": {**YARN, "mscale": float("nan")}}, "rope_scaling.mscale must be"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object or null"),
-        ({"hidden_size": 0}, "hidden_size must be an integer of 1 or more, got 0"),
-        ({"hidden_size": 7168.0}, "hidden_size must be an integer of 1 or more, got 7168.0"),
-        ({"num_hidden_layers": "61"}, "num_hidden_layers must be an integer of 1 or more, got '61'"),
-        ({"vocab_size": True}, "vocab_size must be an integer"),
-        ({"q_lora_rank": 0}, "q_lora_rank must be an integer of 1 or more, got 0"),
-        ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer of 0 or more, got -1"),
-        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be an integer of 0 or more"),
-        ({"moe_layer_freq": 0}, "moe_layer_freq must be an integer of 1 or more"),
+        ({"hidden_size": 0}, "hidden_size must be an int >= 1, got 0"),
+        ({"hidden_size": 7168.0}, "hidden_size must be an int >= 1, got 7168.0"),
+        ({"num_hidden_layers": "61"}, "num_hidden_layers must be an int >= 1, got '61'"),
+        ({"vocab_size": True}, "vocab_size must be an int >= 1, got True"),
+        ({"q_lora_rank": 0}, "q_lora_rank must be an int >= 1, got 0"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an int >= 0, got -1"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be an int >= 0"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq must be an int >= 1"),
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be a finite number above 0, got 0.0"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a finite number above 0, got '1e-6'"),
         ({"routed_scaling_factor": float("inf")}, "routed_scaling_factor must be a finite number"),
         ({"rope_theta": -1.0}, "rope_theta must be a finite number above 0"),
-        ({"scoring_func": "tanh"}, "scoring_func must be 'sigmoid' or 'softmax', got 'tanh'"),
-        ({"torch_dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, float64, got 'int8'"),
+        ({"scoring_func": "tanh"}, "scoring_func must be one of 'sigmoid', 'softmax', got 'tanh'"),
+        ({"torch_dtype": "int8"}, "dtype must be one of 'bfloat16', 'float16', 'float32', 'float64', got 'int8'"),
         ({"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even, got 63"),
         ({"n_group": 7}, "n_group must be a divisor of n_routed_experts=384, got 7"),
-        ({"n_group": 384}, "n_group must be such that a group has 2 experts or more, got 384"),
+        ({"n_group": 384}, "n_group must be one with 2 or more experts a group, got 384"),
         ({"n_group": 8, "topk_group": 9}, "topk_group must be at most n_group=8, got 9"),
         ({"n_group": 64, "topk_group": 1}, "num_experts_per_tok must be at most 6"),
         ({"num_experts_per_tok": 385}, "num_experts_per_tok must be at most 384"),
@@ -151,7 +151,7 @@ def test_bad_values(changes, message):
     [
         (
             {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
-            "recognised and not yet served",
+            "recognised and not yet supported",
         ),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method must be 'fp8', got 'awq'"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt must be 'e4m3', got 'e5m2'"),
@@ -191,7 +191,7 @@ def test_multimodal_file_gives_its_decoder():
     wrapped = {"model_type": "kimi_k25", "text_config": text, "vision_config": {"hidden_size": 3}}
     assert K2Config.from_dict(wrapped) == K2Config.from_dict(text)
     wrapped["quantization_config"] = {"quant_method": "compressed-tensors"}
-    with pytest.raises(UnsupportedError, match="recognised and not yet served"):
+    with pytest.raises(UnsupportedError, match="recognised and not yet supported"):
         K2Config.from_dict(wrapped)
 
 

@@ -204,7 +204,7 @@ def test_int4_is_recognised(tmp_path):
     float_checkpoint(tmp_path / "src")
     config = {**config_of(tmp_path / "src"), "quantization_config": {"quant_method": "compressed-tensors"}}
     (tmp_path / "src" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="recognised and not yet served"):
+    with pytest.raises(UnsupportedError, match="recognised and not yet supported"):
         convert(tmp_path / "src", tmp_path / "dst", "bf16")
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import k2kernels
+from k2kernels.engine.session import Session
 from k2kernels.model import K2Model
-from k2kernels.model.generate import Session
 from k2kernels.testing.compare import cos_diff
 
 # A dense layer and two with experts, of sizes that all kernels of a decoding pass serve.

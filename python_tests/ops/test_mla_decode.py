@@ -259,7 +259,7 @@ def test_registration(quantize, ragged, split, return_max_logits):
             q, *cache, cu_seqlens_q=cu, softmax_scale=0.1, split=split, return_max_logits=return_max_logits
         ),
     )
-    check_op(module._mla_decode_out, (*request, torch.zeros(*q.shape[:-1], 512)))
+    check_op(module._mla_decode.out, (*request, torch.zeros(*q.shape[:-1], 512)))
 
 
 def test_compiled_with_out():

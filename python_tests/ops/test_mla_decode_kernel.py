@@ -507,10 +507,12 @@ H100, A100, RTX4090 = Chip(90, 132, 232448), Chip(80, 108, 166912), Chip(89, 128
 
 
 def plan(chip, batch, heads, queries=1, *, tokens=None, capacity=8192, page_size=64, split=0, quantized=False):
-    sizes = (batch, batch * queries if tokens is None else tokens, heads)
-    names = ("tile_rows", "stages", "teams", "team_size", "split_blocks", "partials", "hopper")
-    values = _emu.mla_decode_plan(chip, sizes, queries, capacity, page_size, split, quantized, not quantized)
-    return dict(zip(names, values))
+    tokens = batch * queries if tokens is None else tokens
+    found = _emu.mla_decode_plan_of(
+        chip, batch, tokens, heads, queries, capacity, page_size, split, quantized, not quantized
+    )
+    names = ("tile_rows", "stages", "teams", "team_size", "split_blocks", "partials", "kernel")
+    return {name: getattr(found, name) for name in names}
 
 
 @pytest.mark.parametrize("heads, tile", [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64), (128, 64)])

@@ -20,17 +20,16 @@ def tasks(seq_lens, multiprocessors, *, heads=64, s_q=1, cu_seqlens_q=None, toke
     """
     queries = s_q if cu_seqlens_q is None else 0
     tokens = tokens or len(seq_lens) * s_q
-    sizes, capacity = (len(seq_lens), tokens, heads), capacity or max([64, *seq_lens])
-    plan = _emu.mla_decode_plan(Chip(90, multiprocessors, 232448), sizes, queries, capacity, 64, split, False, True)
+    capacity = capacity or max([64, *seq_lens])
+    sizes = tokens, heads, queries, capacity
+    plan = _emu.mla_decode_plan_of(Chip(90, multiprocessors, 232448), len(seq_lens), *sizes, 64, split, False, True)
     lengths = torch.tensor(seq_lens, dtype=torch.int32)
     offsets = None if cu_seqlens_q is None else torch.tensor(cu_seqlens_q, dtype=torch.int32)
-    blocks = plan[2] * plan[3]
-    address = 0 if offsets is None else offsets.data_ptr()
+    blocks = plan.teams * plan.team_size
     _emu.configure(90, 0)
     for most in (4 << i for i in itertools.count()):  # tasks of a block
         found = torch.full((blocks, most, 13), -1, dtype=torch.int32)
-        where = (found.data_ptr(), most)
-        _emu.mla_decode_schedule(lengths.data_ptr(), address, sizes, queries, capacity, plan, *where, -1, 0)
+        _emu.mla_decode_schedule(lengths, offsets, *sizes, plan, found)
         if (found[:, -1] == -1).all():
             break
     rows = []
@@ -42,7 +41,7 @@ def tasks(seq_lens, multiprocessors, *, heads=64, s_q=1, cu_seqlens_q=None, toke
 
 def check(rows, plan, seq_lens):
     """Each tile's keys are worked on once, in splits that the joining finds; no two share a tile of the workspace."""
-    _, _, _, team_size, _, partials, _ = plan
+    team_size, partials = plan.team_size, plan.partials
     tiles = {}
     for _, sequence, first_row, *task in rows:
         tiles.setdefault((sequence, first_row), []).append(task)
@@ -190,7 +189,7 @@ def test_all_keys_are_worked_on_once(multiprocessors, heads, s_q, split):
         seq_lens = [draw.choice([0, 1, 64, 65, draw.randint(1, 5000)]) for _ in range(batch)]
         rows, plan = tasks(seq_lens, multiprocessors, heads=heads, s_q=s_q, split=split)
         tiles = check([row for row in rows if row[2] < heads * s_q], plan, seq_lens)  # pairs may have no rows
-        assert set(tiles) == {(b, row) for b in range(batch) for row in range(0, heads * s_q, plan[0])}
+        assert set(tiles) == {(b, row) for b in range(batch) for row in range(0, heads * s_q, plan.tile_rows)}
 
 
 @pytest.mark.parametrize("split", [0, 64])
@@ -201,8 +200,10 @@ def test_offsets_that_fall_give_no_row_to_two_sequences(offsets, split):
     kept = list(itertools.accumulate((min(max(x, 0), 12) for x in offsets), max))
     check(rows, plan, seq_lens)
     owned = {row[1:3] for row in rows}
-    want = {(b, row) for b in range(4) for row in range(0, 40 * (kept[b + 1] - kept[b]), plan[0])}
-    assert {tile for tile in owned if tile in want} == want and all(tile in want or plan[3] > 1 for tile in owned)
+    want = {(b, row) for b in range(4) for row in range(0, 40 * (kept[b + 1] - kept[b]), plan.tile_rows)}
+    assert {tile for tile in owned if tile in want} == want and all(
+        tile in want or plan.team_size > 1 for tile in owned
+    )
 
 
 def test_lengths_beyond_the_block_table():

@@ -32,9 +32,10 @@ def run(q, cache, *, seed, split="auto", cu_seqlens_q=None, **options):
     tokens, heads = math.prod(q.shape[:-2]), q.shape[-2]
     queries = q.shape[1] if cu_seqlens_q is None else 0
     page_size, capacity = cache.kv_cache.shape[1], cache.block_table.shape[1] * cache.kv_cache.shape[1]
-    sizes = (len(cache.seq_lens), tokens, heads)
+    sizes = len(cache.seq_lens), tokens, heads
     fixed = 0 if split == "auto" else split
-    assert _emu.mla_decode_plan(EMULATED_CHIPS["sm_90a"], sizes, queries, capacity, page_size, fixed, False, True)[-1]
+    chosen = _emu.mla_decode_plan_of(EMULATED_CHIPS["sm_90a"], *sizes, queries, capacity, page_size, fixed, False, True)
+    assert chosen.kernel == "sm90"
     before = k2kernels.launch_count("mla_decode")
     with k2kernels.emulated("sm_90a", seed=seed):
         got = mla_decode(
@@ -157,7 +158,8 @@ def test_offsets_beyond_two_to_the_31():
 
 def plan(chip="sm_90a", heads=64, page_size=64, quantized=False, whole_rows=True):
     """Whether Hopper's kernel serves."""
-    return _emu.mla_decode_plan(EMULATED_CHIPS[chip], (4, 4, heads), 1, 4096, page_size, 0, quantized, whole_rows)[-1]
+    shape = 4, 4, heads, 1, 4096, page_size, 0, quantized, whole_rows
+    return _emu.mla_decode_plan_of(EMULATED_CHIPS[chip], *shape).kernel == "sm90"
 
 
 @pytest.mark.parametrize("page_size, serves", [(1, False), (8, False), (16, True), (48, True), (64, True), (96, True)])

@@ -268,7 +268,7 @@ def test_rms_norm_quantize_of_longer_rows_is_the_references():
     with k2kernels.emulated(), pytest.raises(k2kernels.UnsupportedError, match="at most 8192 columns, got 8193"):
         rms_norm_quantize(x, weight)
     with pytest.raises(RuntimeError, match="at most 8192 columns, got 8193"):  # the two limits are one
-        _emu.rms_norm_quantize(0, 0, 0, 0, 0, (1, 1, 8193), (0, 0), (0, 0, 0), 0.0, False, -1, 0)
+        _emu.rms_norm_quantize(x, torch.empty(8193), 0.0, False, torch.empty(1, 8193), torch.empty(1, 65))
 
 
 def test_more_normed_rows_than_blocks():

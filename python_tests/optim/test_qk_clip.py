@@ -171,7 +171,7 @@ def test_threshold_schedule_counts_steps_from_zero():
     assert gammas == [1.0, 0.9, 0.8]
     assert sorted(set(seen)) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"threshold must be positive and finite, got -1.0 at step 3"):
-        optimizer._clip.threshold = lambda step: -1.0
+        optimizer._clipper.clip.threshold = lambda step: -1.0
         optimizer.step()
 
 

@@ -81,7 +81,7 @@ def test_routes_of_a_model_with_experts_and_mtp():
     optimizer = MuonClip(model, 0.1, qk_clip=QKClip())
     table = {row.name: row for row in optimizer.routing_table()}
     assert list(table) == [name for name, _ in model.named_parameters()]
-    assert sorted(target.layer for target in optimizer._targets) == [0, 1, 2]
+    assert sorted(target.layer for target in optimizer._clipper.targets) == [0, 1, 2]
     adamw = {name for name, row in table.items() if row.method == "adamw"}
     assert adamw == {n for n, p in model.named_parameters() if p.ndim == 1} | {
         "model.embed_tokens.weight",

@@ -162,7 +162,9 @@ def test_bad_arguments():
     for ranks in (3, -1, 2.0, True):
         with pytest.raises((ValueError, TypeError), match=r"ExpertParallel: ranks_per_node must be .*, got"):
             ExpertParallel(SomeRanks(4), **SIZES, ranks_per_node=ranks)
-    with pytest.raises(ValueError, match=r"ExpertParallel.mask: there is no other rank"):
+    with pytest.raises(
+        ValueError, match=r"ExpertParallel.mask: rank must be another rank of the group, got a group of one"
+    ):
         ExpertParallel(**SIZES).mask(0)
     layer = ExpertParallel(**SIZES)
     with pytest.raises(ValueError, match=r"ExpertParallel.dispatch: x must be at most max_tokens=16 rows, got 17"):
@@ -171,3 +173,17 @@ def test_bad_arguments():
         layer.dispatch(torch.zeros(4, 64), torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"indices must be \[T=4, 2\], got \[4, 3\] int32"):
         layer.dispatch(torch.zeros(4, 128), torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_does_not_count_dropped_pairs_again(use_reentrant):
+    ep = ExpertParallel(num_experts=4, hidden=128, top_k=2, max_tokens=16)
+    x, weights = torch.randn(9, 128, requires_grad=True), torch.ones(9, 2)
+    indices = torch.tensor([[0, 1]], dtype=torch.int32).repeat(9, 1)
+
+    def layer(x):
+        sent = ep.dispatch(x, indices, weights, capacity=8)
+        return ep.combine(sent.data, sent.handle)
+
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert x.grad.any() and int(ep.overflow) == 10

@@ -36,9 +36,9 @@ def test_a_killed_rank_is_named_and_the_others_go_on_without_it(seen, scenario, 
         assert isinstance(ranks[rank], dict), ranks[rank]
         first, again = ranks[rank]["seen"]
         check_timeout(first, "dispatch", [1], 3, 2)
-        assert f"rank {rank} timed out in 'dispatch', epoch 3: rank 1 gave no sign of life" in first["message"]
+        assert f"rank {rank} timed out in 'dispatch', epoch 3: rank 1 without heartbeat" in first["message"]
         check_timeout(again, "dispatch", [1], 3, 0.5)
-        assert "this ExpertParallel cannot go on: mask the rank, or make a new group" in again["message"]
+        assert "this ExpertParallel cannot continue: mask the rank, or make a new group" in again["message"]
 
 
 @pytest.mark.parametrize("scenario, others", [("silent/3", (0, 1)), ("silent_on_nodes/4", (0, 1, 3))])
@@ -46,9 +46,9 @@ def test_a_late_rank_is_named_by_the_others_and_told(seen, scenario, others):
     ranks = seen[scenario]
     for rank in others:
         check_timeout(ranks[rank], "dispatch", [2], 3, 1.5 * 2)
-        assert "rank 2 late, though alive (rank 2 at 'dispatch backward', epoch 2)" in ranks[rank]["message"]
+        assert "rank 2 late, although alive (rank 2 at 'dispatch backward', epoch 2)" in ranks[rank]["message"]
     check_timeout(ranks[2], "dispatch", [2], 3, 1.5 * 2)
-    assert "the others gave this rank up" in ranks[2]["message"]
+    assert "the others treat this rank as missing" in ranks[2]["message"]
 
 
 def test_who_only_waits_for_a_late_rank_is_not_blamed():
@@ -56,9 +56,13 @@ def test_who_only_waits_for_a_late_rank_is_not_blamed():
 
     peers, counts = object.__new__(Peers), itertools.count()
     peers.rank, peers.live, peers._store = 3, [0, 1, 2, 3], torch.distributed.HashStore()
-    peers._sign = SimpleNamespace(interval=0.001, calls=7)
-    peers._signs = lambda ranks: {0: (next(counts), 6, "here"), 1: (next(counts), 7, ""), 2: (next(counts), 5, "there")}
-    assert peers._culprit() == ((2,), "rank 2 late, though alive (rank 2 at there)")
+    peers._heartbeat = SimpleNamespace(interval=0.001, calls=7)
+    peers._heartbeats = lambda ranks: {
+        0: (next(counts), 6, "here"),
+        1: (next(counts), 7, ""),
+        2: (next(counts), 5, "there"),
+    }
+    assert peers._culprit() == ((2,), "rank 2 late, although alive (rank 2 at there)")
 
 
 def test_a_rank_that_stops_in_a_backward_pass_is_named(seen):
@@ -70,7 +74,7 @@ def test_a_rank_that_stops_in_a_backward_pass_is_named(seen):
 
 def test_a_rank_that_never_comes_is_named(seen):
     check_timeout(seen["absent/2"][0], "config", [1], 0, 2)
-    assert "rank 1 did not come within 1 s" in seen["absent/2"][0]["message"]
+    assert "rank 1 did not respond within 1 s" in seen["absent/2"][0]["message"]
 
 
 @pytest.mark.parametrize("variable", ["K2K_PARALLEL_INIT_TIMEOUT", "K2K_PARALLEL_STEP_TIMEOUT"])

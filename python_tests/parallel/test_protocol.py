@@ -12,9 +12,9 @@ from k2kernels import PeerTimeout, _emu
 from k2kernels.ops import _launch, moe
 from k2kernels.ops._constants import constants
 from k2kernels.ops._exchange import KINDS, Call
-from k2kernels.parallel import ExpertParallel, buffers
-from k2kernels.parallel.buffers import _dispatch
-from k2kernels.parallel.exchange import Options
+from k2kernels.parallel import ExpertParallel, ranks
+from k2kernels.parallel.exchange import DispatchOptions
+from k2kernels.parallel.ranks import _dispatch
 
 in_some_modes = pytest.mark.parametrize("mode", ["plain", ("sm_80", 2)], ids=str)
 
@@ -123,7 +123,7 @@ def test_a_layer_over_ranks_may_be_checkpointed(mode):
 
 @pytest.mark.parametrize("mode", MODES[1:2], ids=str)
 def test_a_gradient_that_did_not_come_has_no_expert(mode):
-    """Its rows are those of an earlier call: `_Combine.backward` makes NaN of what has no expert."""
+    """Its rows are those of an earlier call: `_BufferCombine.backward` makes NaN of what has no expert."""
     virtual = make(2)
     batch, starts = make_batch("uniform", 2)
     parts = split_up(batch, starts)
@@ -132,9 +132,9 @@ def test_a_gradient_that_did_not_come_has_no_expert(mode):
         virtual.combine([s.data for s in sent], [s.handle for s in sent])
         member, p = virtual.group.members[0], parts[0]
         member.timeout = 10**8  # nanoseconds
-        program = buffers._rows_and_weights(member, p.x.contiguous(), p.weights.contiguous(), p.indices.int())
+        program = ranks._sent_gradients(member, p.x.contiguous(), p.weights.contiguous(), p.indices.int())
         next(program), next(program)
-        *_, experts = buffers._end(program)
+        *_, experts = ranks._end(program)
     assert member.fault() is not None
     mine, theirs = experts.view(2, -1)
     assert (mine >= 0).any() and (theirs == -1).all()
@@ -189,7 +189,7 @@ def test_ranks_that_make_different_calls_are_refused(mode):
             programs = []
             for member, split, p, call in zip(virtual.group.members, virtual.splits, parts, calls):
                 flags = dict(dict(quantize=False, power_of_two=False), **call)
-                options = Options(split.num_local_experts, 1, *flags.values(), "row", None)
+                options = DispatchOptions(**flags)
                 rows = list(k2kernels.quantize_1x128(p.x)) if options.quantize else [p.x]
                 call = Call("dispatch", p.x.dtype, **flags)
                 programs.append(_dispatch(member, rows, p.indices.contiguous(), options, split.num_local_experts, call))
@@ -251,11 +251,11 @@ class Stream:
 
 
 def test_a_call_on_another_stream_waits_for_the_one_before(monkeypatch):
-    monkeypatch.setattr(buffers, "_is_recorded", lambda stream: stream.recorded)
+    monkeypatch.setattr(ranks, "_is_recorded", lambda stream: stream.recorded)
     first, second, graph, fork = Stream(), Stream(), Stream(recorded=True), Stream(recorded=True)
     last = None
     for stream in (first, first, second, graph, fork, first):
-        last = buffers.follow(stream, last)
+        last = ranks.follow(stream, last)
         assert last is stream
     assert (first.waited, second.waited, graph.waited, fork.waited) == ([], [first], [], [graph])
 
@@ -281,15 +281,15 @@ def test_rows_that_did_not_come_are_not_loaded(max_tokens):
             halves = member.arrived(0, 48, F32)
             sizes = split.num_local_experts, 1, 4 * experts.numel()
             (_, slot_of, token_of_slot, *_), loaded = counted(
-                lambda m=member, h=halves, e=experts, s=sizes, t=told: buffers._to_slots(m, h, e, *s, told=t)
+                lambda m=member, h=halves, e=experts, s=sizes, t=told: ranks._to_slots(m, h, e, *s, row_counts=t)
             )
             rows, pairs = int((experts >= 0).any(1).sum()), int((experts >= 0).sum())
             assert loaded == rows * 192
             y = torch.randn(len(token_of_slot), 48)
             weights = torch.rand(experts.shape)
             _, loaded = counted(
-                lambda m=member, h=halves, a=(y, slot_of, token_of_slot, weights), t=told: buffers._gradients(
-                    m, h, *a, told=t
+                lambda m=member, h=halves, a=(y, slot_of, token_of_slot, weights), t=told: ranks._gradients(
+                    m, h, *a, row_counts=t
                 )
             )
             assert loaded == (rows + pairs) * 192

@@ -2,9 +2,9 @@ import pytest
 import tiny
 import torch
 
+from k2kernels.engine.cache import LatentCache
 from k2kernels.model import K2Config
-from k2kernels.model.cache import LatentCache
-from k2kernels.ops.mla_cache import mla_gather
+from k2kernels.ops.mla_cache import mla_append, mla_gather
 
 
 def cache(**changes):
@@ -55,7 +55,7 @@ def test_rows_are_written_where_the_table_says():
     rows = torch.randn(2 * 66, 64)
     positions = torch.cat([torch.arange(66), torch.arange(64, 130)])
     positions[:3] = -1
-    made.append(1, rows, made.block_table[[0, 2]], positions)
+    mla_append(rows, made.pages[1], made.block_table[[0, 2]], positions)
     got = mla_gather(made.pages[1], made.block_table[[0, 2]], positions, dtype=torch.float32)
     assert torch.equal(got[3:], rows[3:])
     assert not made.pages[0].any()

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from k2kernels.model.attention import Prefill
-from k2kernels.model.cache import LatentCache, pages_for
-from k2kernels.model.decode_pass import DecodePass
-from k2kernels.model.moe import check_exchanges, exchanges
-from k2kernels.model.mtp import draft
-from k2kernels.model.replay import CudaRecorder
+from k2kernels.engine.draft import draft
+from k2kernels.engine.sampling import sample
+from k2kernels.engine.session import Session
+from k2kernels.model.trunk import Trunk
 from k2kernels.ops._check import Arguments
-
-if TYPE_CHECKING:
-    from k2kernels.model.model import K2Model
 
 
 def generate(
-    model: K2Model,
+    model: Trunk,
     input_ids: Tensor,
     *,
     max_new_tokens: int,
@@ -48,22 +42,22 @@ def generate(
         seed: of the draws, 0 or more: same call, same tokens. None draws from PyTorch's global generator.
         eos_token_ids: a row ends with the first of these; None takes the checkpoint's, [] never stops early.
         attention_mask: [B, T], 1 (or True) at real tokens. Prompts of different lengths are padded on the left or on
-            the right, and each is continued as if it were alone.
+            the right; the padding does not affect the results.
         speculative: draft with the MTP layers and verify several tokens in one pass. The tokens are those of greedy
-            decoding, in fewer passes.
+            decoding.
         cache_dtype: "auto" (the model's), or "fp8" (656 bytes per token and layer; 512 + 64 dimensions only).
         on_token: called with each new column of the result, int64 [B] on the CPU, as soon as every row has it.
         cuda_graphs: on a GPU, replay the decoding passes from CUDA graphs, recorded in the second pass of a batch size;
-            see `DecodePass`. As rows end, the batch shrinks by powers of two.
+            see `DecodePass`. As rows end, the batch shrinks in powers of two.
 
     Returns:
-        int64 [B, T + new]: `input_ids`, then up to max_new_tokens columns. Behind its stop id a row holds
-        config.pad_token_id (or, without one, the stop id again).
+        int64 [B, T + new]: `input_ids`, then up to max_new_tokens columns. After its stop id a row is filled with
+        config.pad_token_id (or, without one, with the stop id).
 
     Raises:
         TypeError, ValueError: for any argument of another type or out of range; a sequence longer than
             config.max_position_embeddings; `speculative` without MTP layers or with a temperature.
-        PeerTimeout: where ranks share the experts, when one of them does not take part in time.
+        PeerTimeout: a rank that shares the experts did not take part in time.
     """
     model.check_ids("generate", input_ids, wait=True)
     config = model.config
@@ -102,7 +96,7 @@ def generate(
             model, lengths, max_new_tokens, len(model.mtp_layers) if speculative else 0, cache_dtype, cuda_graphs
         )
         result = _Result(len(lengths), max_new_tokens, stops, config.pad_token_id, on_token)
-        rows = list(range(len(lengths)))  # those that go on; the tensors below have one entry for each
+        rows = list(range(len(lengths)))  # those that continue; the tensors below have one entry for each
         each = torch.arange(len(rows), device=prompts.device)
 
         step = session.prefill(prompts.shape[1])
@@ -121,104 +115,15 @@ def generate(
                 rows, newest, drafts = [rows[i] for i in going], newest[keep], drafts[keep]
             decode = session.decode(rows, torch.cat([newest[:, None], drafts], dim=1))
             chosen = pick(decode.logits)  # after each of its tokens
-            # A draft stands as long as it and all before it are what the model itself chose.
+            # A draft is accepted if it and all drafts before it equal the model's own choices.
             last = (decode.tokens[:, 1:] == chosen[:, :-1]).cumprod(dim=1).sum(dim=1)
             newest = chosen.gather(1, last[:, None]).squeeze(1)
             drafts = draft(model, decode.hidden, chosen, last, decode.step) if speculative else chosen[:, :0]
             accepted = torch.cat([chosen, last[:, None] + 1], dim=1)[: len(rows)].tolist()
-            session.check()  # before a token of a pass that went wrong gets out
+            session.check()  # before tokens of a faulty pass are reported
             ready = [tokens[:count] for *tokens, count in accepted]
             session.advance(rows, [len(tokens) for tokens in ready])
     return torch.cat([input_ids.long(), result.columns(0, result.reported).to(input_ids.device)], dim=1)
-
-
-class Session:
-    """The sequences of one call: their cache, how many tokens of each are in it, and the passes over them."""
-
-    def __init__(
-        self,
-        model: K2Model,
-        lengths: list[int],
-        max_new_tokens: int,
-        drafts: int,
-        cache_dtype: str,
-        cuda_graphs: bool = True,
-    ):
-        weight = model.lm_head.weight
-        self.model, self.device = model, weight.device
-        self.lengths = list(lengths)
-        layers = model.model.layers[: model.config.num_hidden_layers + drafts]
-        # The last pass may write drafts beyond the longest text that is wanted.
-        most = [length + max_new_tokens + drafts for length in lengths]
-        self.cache = LatentCache(
-            model.config,
-            layers=len(layers),
-            rows=len(lengths),
-            max_tokens=max(most),
-            num_pages=sum(map(pages_for, most)),
-            dtype=weight.dtype,
-            device=self.device,
-            cache_dtype=cache_dtype,
-        )
-        self.absorbed = [layer.self_attn.absorbed(weight.dtype) for layer in layers]
-        self.recorder = CudaRecorder(self.device) if cuda_graphs and self.device.type == "cuda" else None
-        self.passes: dict[tuple[int, int], DecodePass] = {}  # by slots and width
-        self.exchanges = exchanges(model)
-
-    def prefill(self, width: int) -> Prefill:
-        """The pass over the prompts, padded on the right to `width` tokens: padding is computed, but not cached."""
-        for row, length in enumerate(self.lengths):
-            self.cache.reserve(row, length)
-        column = torch.arange(width, device=self.device).expand(len(self.lengths), -1)
-        real = column < torch.tensor(self.lengths, device=self.device)[:, None]
-        cu_seqlens = torch.arange(0, column.numel() + 1, width, dtype=torch.int32, device=self.device)
-        return Prefill(
-            rope=self.model.rope(column.flatten()),
-            cu_seqlens=cu_seqlens,
-            cache=self.cache,
-            block_table=self.cache.block_table,
-            positions=torch.where(real, column, -1).flatten(),
-        )
-
-    def decode(self, rows: list[int], tokens: Tensor) -> DecodePass:
-        """Runs the pass over `tokens` [at least n, width], the next ones of n rows; its results stay until the next.
-
-        The smallest pass that is made for so many rows takes them: of 1, 2, 4 ... or all rows of the session.
-        """
-        width = tokens.shape[1]
-        for row in rows:
-            self.cache.reserve(row, self.lengths[row] + width)
-        slots = min(len(self.lengths), 1 << (len(rows) - 1).bit_length())
-        if (slots, width) not in self.passes:
-            self.passes[slots, width] = DecodePass(self.model, self.cache, self.absorbed, slots, width, self.recorder)
-        decode = self.passes[slots, width]
-        decode(tokens, rows, [self.lengths[row] for row in rows])
-        return decode
-
-    def check(self) -> None:
-        """Raises what exchanges between ranks have reported, of everything that the host has waited for."""
-        check_exchanges(self.exchanges)
-
-    def advance(self, rows: list[int], tokens: list[int]) -> None:
-        """Keeps the first so many tokens of each row of the last pass."""
-        for row, count in zip(rows, tokens):
-            self.lengths[row] += count
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draws a token from each row of logits [..., vocab] -> int64 [...]."""
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens: the likeliest one always stays
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))
-    flat = probabilities.flatten(0, -2)
-    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
 
 
 class _Result:
@@ -233,7 +138,7 @@ class _Result:
         self.reported = 0
 
     def add(self, rows: list[int], ready: list[list[int]]) -> list[int]:
-        """Takes the tokens that are ready for `rows`; returns which of the rows (as indices into `rows`) go on."""
+        """Adds the new tokens of `rows`; returns the indices into `rows` of those that continue."""
         for row, tokens in zip(rows, ready):
             for token in tokens[: self.limit - len(self.new[row])]:
                 self.new[row].append(token)
@@ -255,7 +160,7 @@ class _Result:
         return torch.tensor([part + [pad] * (stop - start - len(part)) for part, pad in zip(parts, pads)]).long()
 
     def _complete(self) -> int:
-        """How many columns every row has, or will not have."""
+        """The number of leading columns that are final in every row."""
         lengths = [len(tokens) for tokens in self.new]
         return min((n for n, ended in zip(lengths, self.ended) if not ended), default=max(lengths))
 
@@ -279,7 +184,7 @@ def _right_padded(
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; then every module gets back the mode it had."""
+    """Evaluation mode inside the block; restores the mode of every module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

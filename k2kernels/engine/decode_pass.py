@@ -3,60 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from k2kernels.engine.cache import LatentCache
+from k2kernels.engine.replay import CudaRecorder, Replay
 from k2kernels.model.attention import Decode
-from k2kernels.model.cache import LatentCache
 from k2kernels.model.layer import DecoderLayer
 from k2kernels.model.moe import check_exchanges, exchanges
-from k2kernels.model.replay import CudaRecorder, Replay
-
-if TYPE_CHECKING:
-    from k2kernels.model.model import K2Model
+from k2kernels.model.trunk import Trunk
 
 
 class DecodePass:
     """From the next `width` tokens of up to `slots` sequences to the logits after each of them.
 
-    Whatever changes from call to call, lengths and pages included, is read from tensors that stay where they are, and
-    the host looks at none of them. A slot without a sequence is idle: its sequence has length 0, it neither reads nor
-    writes the cache, and what comes out of it means nothing.
+    All inputs that change from call to call, lengths and pages included, are read from tensors of fixed addresses, and
+    the host reads none of them. A slot without a sequence is idle: its length is 0, it neither reads nor writes the
+    cache, and its results are undefined.
 
-    On a GPU it is replayed from one CUDA graph. Parts that wait for the device stay outside: experts that no kernel
-    multiplies (in float32), because PyTorch asks for the sizes of the groups, and whatever else the reference serves
-    for want of a kernel. Sampling and drafting come after the pass and are launched one by one.
+    On a GPU the pass is replayed from one CUDA graph. Parts that wait for the device stay outside: experts in float32,
+    for which there is no kernel and PyTorch needs the sizes of the groups on the host, and other ops that the reference
+    computes. Sampling and drafting follow the pass and are launched one by one.
 
-    Attributes, with what the last call gave:
-        tokens: int64 [slots, width], what it was called with.
+    Attributes, of the last call:
+        tokens: int64 [slots, width], its argument.
         hidden: [slots, width, hidden], after the final norm.
         logits: [slots, width, vocab], in the model's dtype.
-        step: the pass as attention sees it; `draft` goes on with it.
+        step: the arguments of attention in this pass; `draft` uses them too.
     """
 
     def __init__(
         self,
-        model: K2Model,
+        model: Trunk,
         cache: LatentCache,
         absorbed: list[tuple[Tensor, Tensor]],
         slots: int,
         width: int,
         recorder: CudaRecorder | None,
     ):
-        self.model = model
+        self.model, self.cache = model, cache
         weight = model.lm_head.weight
         self.device = weight.device
         integers = dict(dtype=torch.int64, device=self.device)
         self.tokens = torch.zeros(slots, width, **integers)
-        self.sequences = torch.zeros(2, slots, **integers)  # rows of the cache, and how many tokens each has; -1: idle
+        self.sequences = torch.zeros(2, slots, **integers)  # rows of the cache and their numbers of tokens; -1: idle
         self.hidden = weight.new_empty(slots, width, weight.shape[1])
         self.logits = weight.new_empty(slots, width, weight.shape[0])
         positions = torch.zeros(slots * width, **integers)
         self.step = Decode(
             rope=model.rope(positions),
-            cache=cache,
+            pages=cache.pages,
             block_table=cache.block_table.new_empty(slots, cache.block_table.shape[1]),
             positions=positions,
             seq_lens=torch.zeros(slots, dtype=torch.int32, device=self.device),
@@ -74,23 +71,23 @@ class DecodePass:
 
         Args:
             tokens: int64 [at least n, width]; the first n go to the n sequences.
-            rows: of the cache, n of them, with room for the tokens; lengths: tokens that each has in it.
+            rows: n rows of the cache, with room for the tokens; lengths: the number of tokens in each.
 
         Raises:
-            PeerTimeout, ValueError: what `check` finds, of earlier passes.
+            PeerTimeout, ValueError: faults of earlier passes; see `check`.
         """
         self.check()
         count, idle = len(rows), self.tokens.shape[0] - len(rows)
         self.tokens[:count].copy_(tokens[:count])
         sequences = torch.tensor([[*rows, *[0] * idle], [*lengths, *[-1] * idle]])
         if self.device.type == "cuda":
-            sequences = sequences.pin_memory()  # else the copy waits
+            sequences = sequences.pin_memory()  # otherwise the copy would wait
         self.sequences.copy_(sequences, non_blocking=True)
         self.replay()
 
     def check(self) -> None:
-        """Raises what exchanges between ranks have reported, PeerTimeout for one: a replayed pass runs no Python that
-        would. What a pass reports is there once the host has waited for it; its results mean nothing then."""
+        """Raises the faults that exchanges between ranks have reported, such as PeerTimeout: a replayed pass runs no
+        Python that would. Faults of a pass are visible once the host has waited for it; its results are undefined."""
         check_exchanges(self.exchanges)
 
     def _begin(self) -> None:
@@ -100,7 +97,7 @@ class DecodePass:
         positions = lengths[:, None] + torch.arange(width, device=self.device)
         step.positions.copy_(torch.where(busy[:, None], positions, -1).flatten())
         step.seq_lens.copy_(torch.where(busy, lengths + width, 0))
-        step.block_table.copy_(step.cache.block_table[rows])
+        step.block_table.copy_(self.cache.block_table[rows])
         for buffer, angle in zip(step.rope, self.model.rope(step.positions)):
             buffer.copy_(angle)
         self.hidden.copy_(self.model.model.embed_tokens(self.tokens))

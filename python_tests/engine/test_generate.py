@@ -2,8 +2,8 @@ import pytest
 import tiny
 import torch
 
+from k2kernels.engine.sampling import sample
 from k2kernels.model import K2Config, K2Model
-from k2kernels.model.generate import sample
 
 
 def ids(rows, length, seed=0):

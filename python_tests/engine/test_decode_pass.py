@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import k2kernels
-from k2kernels.model import attention, replay
-from k2kernels.model.generate import Session
+from k2kernels.engine import replay
+from k2kernels.engine.draft import draft
+from k2kernels.engine.replay import Replay
+from k2kernels.engine.session import Session
+from k2kernels.model import attention
 from k2kernels.model.moe import Experts, Moe
-from k2kernels.model.mtp import draft
-from k2kernels.model.replay import Replay
 from k2kernels.ops import moe
 from k2kernels.testing.compare import check_close
 

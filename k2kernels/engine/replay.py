@@ -1,4 +1,4 @@
-"""Functions that run again and again on the same memory: on a GPU, replayed from CUDA graphs."""
+"""Functions that run repeatedly on the same memory: on a GPU, replayed from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Run = Callable[[], None]
 class Replay:
     """Calls `parts`, (name, function) pairs, in order; with a recorder, from CUDA graphs after the first call.
 
-    What parts hand to one another, and what is handed to them from outside, must be tensors that stay where they are:
-    a graph keeps addresses and everything that the host knew when it was recorded.
+    Inputs, outputs and intermediate results of the parts must be tensors of fixed addresses: a graph contains addresses
+    and all values that the host had when it was captured.
 
-    The first call runs the parts one by one and notes which of them wait for the device, which no graph can hold. The
-    second records the others, neighbours into one graph, and from then on those graphs are replayed, with the waiting
-    parts in between. A warning says which parts stayed outside, and why.
+    The first call runs the parts one by one and detects those that wait for the device, which cannot be captured. The
+    second captures the others, adjacent ones into one graph; later calls replay these graphs and run the waiting parts
+    in between. A warning names the parts that are not captured.
     """
 
     def __init__(self, parts: Sequence[tuple[str, Run]], recorder: CudaRecorder | None):
         self.parts, self.recorder = parts, recorder
-        self.waiting: set[str] | None = None  # unknown before the first call
+        self.waiting: set[str] | None = None  # None before the first call
         self.schedule: list[Run] | None = None
 
     def __call__(self) -> None:
@@ -60,9 +60,9 @@ class Replay:
 
 
 class CudaRecorder:
-    """Runs functions on a side stream of `device`, watching whether they wait for it or recording what they launch.
+    """Runs functions on a side stream of `device`: detects whether they wait for it, or captures what they launch.
 
-    All graphs of a recorder share memory for what lives inside of them: replay one at a time.
+    All graphs of a recorder share one memory pool: replay one at a time.
     """
 
     def __init__(self, device: torch.device):
@@ -88,7 +88,7 @@ class CudaRecorder:
         return found
 
     def record(self, runs: Sequence[Run]) -> Run:
-        """A function that does again what `runs` launch; they are not executed now."""
+        """Captures what `runs` launch, without executing it; returns a function that replays it."""
         # Not `with torch.cuda.graph(...)`, which waits for the device and empties the allocator's cache each time.
         graph = torch.cuda.CUDAGraph()
         with self._beside():
@@ -111,7 +111,7 @@ class CudaRecorder:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device for good: the BLAS libraries keep a workspace for every stream they have seen."""
+    """One per device and process: the BLAS libraries keep a workspace for every stream they are used on."""
     return torch.cuda.Stream(device)
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from k2kernels.model.config import K2Config
-from k2kernels.ops.mla_cache import mla_append
 from k2kernels.reference.mla_cache import LATENT, ROPE, ROW_BYTES
 
 PAGE_SIZE = 64  # tokens
 
 
 class LatentCache:
-    """Pages of 64 tokens shared by `rows` sequences of different lengths; a page is handed out when a row needs it.
+    """Pages of 64 tokens for `rows` sequences of different lengths; a page is allocated when a row needs it.
 
     Args:
         config: sizes of a token's row.
-        layers: how many attention layers write here. All use the same pages of a row.
+        layers: number of attention layers. All use the same pages of a row.
         rows: sequences.
-        max_tokens: of one row.
-        num_pages: in the pool; as many as all rows need at full length by default.
-        dtype: of the rows, when `cache_dtype` is "auto".
+        max_tokens: the most tokens of one row.
+        num_pages: size of the pool; by default as many as all rows need at full length.
+        dtype: dtype of the rows, when `cache_dtype` is "auto".
         cache_dtype: "auto", or "fp8" for rows of 656 bytes (512 + 64 dimensions only).
 
     `pages[layer]` [num_pages, 64, kv_lora_rank + qk_rope_head_dim] (uint8 [num_pages, 64, 656] for "fp8") and
@@ -63,19 +61,19 @@ class LatentCache:
 
     @property
     def free_pages(self) -> int:
-        """Pages that no row holds."""
+        """Pages in the pool that no row has."""
         return len(self._free)
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all layers together."""
+        """Bytes of all layers together."""
         return self.pages.shape[0] * self.pages.shape[-1] * self.pages.element_size()
 
     def reserve(self, row: int, tokens: int) -> None:
-        """Makes room for `tokens` tokens in `row`, counted from its first; keeps what it already has.
+        """Allocates pages so that `row` can hold `tokens` tokens in all; pages that it has stay.
 
         Raises:
-            ValueError: more than `max_tokens`, or the pool is empty. Nothing is changed then.
+            ValueError: more than `max_tokens`, or too few free pages. Nothing is changed then.
         """
         if tokens > self.max_tokens:
             raise ValueError(
@@ -96,17 +94,10 @@ class LatentCache:
         owned.extend(taken)
 
     def free(self, row: int) -> None:
-        """Gives the pages of `row` back."""
+        """Returns the pages of `row` to the pool."""
         self._free.extend(reversed(self._owned[row]))
         self._owned[row] = []
         self.block_table[row] = -1
-
-    def append(self, layer: int, kv: Tensor, block_table: Tensor, positions: Tensor) -> None:
-        """Writes rows kv [N, latent_dim] at `positions` [N] (-1: nowhere) of the sequences in `block_table` [B, ...].
-
-        Token n belongs to sequence n // (N // B).
-        """
-        mla_append(kv, self.pages[layer], block_table, positions)
 
 
 def pages_for(tokens: int) -> int:

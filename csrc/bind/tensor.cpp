@@ -1,0 +1,45 @@
+#include "bind/tensor.h"
+
+#include <stdexcept>
+
+namespace k2k::bind {
+
+const DLPackExchangeAPI& exchange_api() {
+    static const DLPackExchangeAPI* const api = [] {
+        const py::object tensor = py::module_::import("torch").attr("Tensor");
+        const py::capsule capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+        const auto* found = capsule.get_pointer<DLPackExchangeAPI>();
+        if (found->version.major != 1) throw std::runtime_error("DLPack 1 is needed");
+        return found;
+    }();
+    return *api;
+}
+
+int64_t Tensor::numel() const {
+    int64_t count = 1;
+    for (int axis = 0; axis < t_.ndim; ++axis) count *= t_.shape[axis];
+    return count;
+}
+
+bool Tensor::is_contiguous() const {
+    int64_t step = 1;
+    for (int axis = t_.ndim - 1; axis >= 0; --axis) {
+        if (t_.shape[axis] == 0) return true;
+        if (t_.shape[axis] != 1 && t_.strides[axis] != step) return false;
+        step *= t_.shape[axis];
+    }
+    return true;
+}
+
+Type Tensor::type() const {
+    const int code = t_.dtype.code, bits = t_.dtype.bits;
+    if (none_ || (code == kDLFloat && bits == 32)) return Type::kF32;
+    if (code == kDLBfloat && bits == 16) return Type::kBf16;
+    if (code == kDLFloat && bits == 16) return Type::kFp16;
+    if (code == kDLFloat8_e4m3fn) return Type::kE4m3;
+    if (code == kDLUInt && bits == 8) return Type::kU8;
+    if (code == kDLInt && bits == 32) return Type::kS32;
+    throw std::invalid_argument("no kernel takes a tensor of this dtype");
+}
+
+}  // namespace k2k::bind

@@ -1,0 +1,86 @@
+"""The sequences of one call of `generate`, and the passes over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from k2kernels.engine.cache import LatentCache, pages_for
+from k2kernels.engine.decode_pass import DecodePass
+from k2kernels.engine.replay import CudaRecorder
+from k2kernels.model.attention import Prefill
+from k2kernels.model.moe import check_exchanges, exchanges
+from k2kernels.model.trunk import Trunk
+
+
+class Session:
+    """The sequences of one call: their cache, the number of tokens of each in it, and the passes over them."""
+
+    def __init__(
+        self,
+        model: Trunk,
+        lengths: list[int],
+        max_new_tokens: int,
+        drafts: int,
+        cache_dtype: str,
+        cuda_graphs: bool = True,
+    ):
+        weight = model.lm_head.weight
+        self.model, self.device = model, weight.device
+        self.lengths = list(lengths)
+        layers = model.model.layers[: model.config.num_hidden_layers + drafts]
+        # The last pass may write drafts beyond the longest text.
+        most = [length + max_new_tokens + drafts for length in lengths]
+        self.cache = LatentCache(
+            model.config,
+            layers=len(layers),
+            rows=len(lengths),
+            max_tokens=max(most),
+            num_pages=sum(map(pages_for, most)),
+            dtype=weight.dtype,
+            device=self.device,
+            cache_dtype=cache_dtype,
+        )
+        self.absorbed = [layer.self_attn.absorbed(weight.dtype) for layer in layers]
+        self.recorder = CudaRecorder(self.device) if cuda_graphs and self.device.type == "cuda" else None
+        self.passes: dict[tuple[int, int], DecodePass] = {}  # by slots and width
+        self.exchanges = exchanges(model)
+
+    def prefill(self, width: int) -> Prefill:
+        """The pass over the prompts, padded on the right to `width` tokens: padding is computed, but not cached."""
+        for row, length in enumerate(self.lengths):
+            self.cache.reserve(row, length)
+        column = torch.arange(width, device=self.device).expand(len(self.lengths), -1)
+        real = column < torch.tensor(self.lengths, device=self.device)[:, None]
+        cu_seqlens = torch.arange(0, column.numel() + 1, width, dtype=torch.int32, device=self.device)
+        return Prefill(
+            rope=self.model.rope(column.flatten()),
+            cu_seqlens=cu_seqlens,
+            pages=self.cache.pages,
+            block_table=self.cache.block_table,
+            positions=torch.where(real, column, -1).flatten(),
+        )
+
+    def decode(self, rows: list[int], tokens: Tensor) -> DecodePass:
+        """Runs the pass over `tokens` [at least n, width], the next ones of n rows; its results last until the next.
+
+        Passes have 1, 2, 4 ... or all slots of the session; the smallest that fits is used.
+        """
+        width = tokens.shape[1]
+        for row in rows:
+            self.cache.reserve(row, self.lengths[row] + width)
+        slots = min(len(self.lengths), 1 << (len(rows) - 1).bit_length())
+        if (slots, width) not in self.passes:
+            self.passes[slots, width] = DecodePass(self.model, self.cache, self.absorbed, slots, width, self.recorder)
+        decode = self.passes[slots, width]
+        decode(tokens, rows, [self.lengths[row] for row in rows])
+        return decode
+
+    def check(self) -> None:
+        """Raises the faults that exchanges between ranks have reported, of all passes that the host has waited for."""
+        check_exchanges(self.exchanges)
+
+    def advance(self, rows: list[int], tokens: list[int]) -> None:
+        """Keeps the first `tokens[i]` tokens of `rows[i]` of the last pass."""
+        for row, count in zip(rows, tokens):
+            self.lengths[row] += count

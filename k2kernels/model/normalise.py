@@ -1,0 +1,128 @@
+"""`rope_scaling` and `quantization_config` of config.json: each in one form, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from k2kernels._backend import UnsupportedError
+from k2kernels.ops._check import Arguments
+
+check = Arguments("K2Config")
+_ROPE_KEYS = {
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "truncate",
+}
+
+
+def rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` from either style; a file with both must have the same values in both."""
+    found: dict[str, Any] = {}
+    for style in ("rope_parameters", "rope_scaling"):
+        rope = values.get(style)
+        if rope is None:
+            continue
+        check.require(isinstance(rope, Mapping), style, "an object or null", repr(rope))
+        scaling = normalise_rope(rope)
+        if "rope_scaling" in found and found["rope_scaling"] != scaling:
+            raise ValueError(f"K2Config: rope_scaling must agree with rope_parameters, got {scaling} and {found}")
+        found["rope_scaling"] = scaling
+        if rope.get("rope_theta") is not None:
+            found["rope_theta"] = rope["rope_theta"]
+    theta = values.get("rope_theta")
+    if theta is not None and found.setdefault("rope_theta", theta) != theta:
+        raise ValueError(
+            f"K2Config: rope_theta must agree with the one in rope_parameters, got {theta} and {found['rope_theta']}"
+        )
+    return found
+
+
+def normalise_rope(rope: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """None for plain RoPE; else YaRN's parameters with the defaults filled in (transformers' ones)."""
+    if rope is None:
+        return None
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UnsupportedError(f"K2Config: partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise UnsupportedError(f"K2Config: rope_scaling must be of type 'yarn' or 'default', got {kind!r}")
+    unknown = set(rope) - _ROPE_KEYS - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    check.require(not unknown, "rope_scaling", "made of " + ", ".join(sorted(_ROPE_KEYS)), sorted(unknown))
+    for key in ("factor", "original_max_position_embeddings"):
+        check.require(rope.get(key) is not None, "rope_scaling", f"given with {key!r} for yarn", dict(rope))
+
+    def value(key: str, default: float) -> float:
+        got = rope.get(key)
+        return default if got is None else got
+
+    result = {
+        "rope_type": "yarn",
+        "factor": rope["factor"],
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "beta_fast": value("beta_fast", 32.0),
+        "beta_slow": value("beta_slow", 1.0),
+        "mscale": value("mscale", 1.0),
+        "mscale_all_dim": value("mscale_all_dim", 0.0),
+        "attention_factor": rope.get("attention_factor"),
+        "truncate": value("truncate", True),
+    }
+    for key in ("beta_fast", "beta_slow"):
+        check_number(f"rope_scaling.{key}", result[key], positive=True)
+    for key in ("mscale", "mscale_all_dim"):
+        check_number(f"rope_scaling.{key}", result[key])
+    if result["attention_factor"] is not None:
+        check_number("rope_scaling.attention_factor", result["attention_factor"], positive=True)
+    check_number("rope_scaling.factor", result["factor"])
+    check.require(result["factor"] >= 1, "rope_scaling.factor", "1 or more", result["factor"])
+    check.integer("rope_scaling.original_max_position_embeddings", result["original_max_position_embeddings"], 1)
+    check.require(
+        isinstance(result["truncate"], bool), "rope_scaling.truncate", "true or false", repr(result["truncate"])
+    )
+    return result
+
+
+def normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """None, or block FP8 as DeepSeek writes it."""
+    if quantization is None:
+        return None
+    check.require(isinstance(quantization, Mapping), "quantization_config", "an object or null", repr(quantization))
+    method = quantization.get("quant_method")
+    if method == "compressed-tensors":
+        raise UnsupportedError(
+            "K2Config: quantization_config 'compressed-tensors' (the INT4 weights of Kimi-K2-Thinking and later) is "
+            "recognised and not yet supported; use a BF16 or block-FP8 copy of the checkpoint"
+        )
+    if method != "fp8":
+        raise UnsupportedError(f"K2Config: quantization_config.quant_method must be 'fp8', got {method!r}")
+    if quantization.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise UnsupportedError(f"K2Config: quantization_config.fmt must be 'e4m3', got {quantization['fmt']!r}")
+    block = quantization.get("weight_block_size")
+    if block is None:
+        raise UnsupportedError(
+            "K2Config: quantization_config.weight_block_size must be given, e.g. [128, 128]; FP8 with one scale per "
+            "tensor or per row is not supported"
+        )
+    good = isinstance(block, (list, tuple)) and len(block) == 2 and all(is_int(b) and b > 0 for b in block)
+    check.require(good, "quantization_config.weight_block_size", "two positive integers", block)
+    return {**quantization, "weight_block_size": list(block)}
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any, positive: bool = False) -> None:
+    """Raises ValueError unless `value`, of a JSON file, is a finite number of at least 0, or above it."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    wanted = "a finite number above 0" if positive else "a finite number of 0 or more"
+    check.require(good and (value > 0 if positive else value >= 0), name, wanted, repr(value))
