@@ -1,4 +1,4 @@
-"""The rules of the house: an op has six rooms of one name, and imports run downwards only."""
+"""The structure of the repository: an op has six places of one name, and imports go downwards only."""
 
 import ast
 import graphlib
