@@ -17,6 +17,8 @@ from k2kernels.model.presets import PRESETS
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 WRAPPER_TYPES = ("kimi_k25",)
 
+_MAY_BE_ZERO = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "aux_loss_alpha"}
+_MAY_BE_ZERO |= {"initializer_range"}
 # Fields that are the same in every published model of the family. Other values are refused.
 _FIXED = {"hidden_act": "silu", "topk_method": "noaux_tc", "attention_dropout": 0, "attention_bias": False}
 
@@ -244,16 +246,14 @@ class K2Config:
     # ---- checks -----------------------------------------------------------------------------------------------------
 
     def _validate(self) -> None:
-        for name in (*_POSITIVE, *(() if self.q_lora_rank is None else ("q_lora_rank",))):
-            check.integer(name, getattr(self, name), 1)
-        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
-            check.integer(name, getattr(self, name), 0)
-        for name in ("norm_topk_prob", "seq_aux", "rope_interleave", "tie_word_embeddings", "attention_bias"):
-            check.require(isinstance(getattr(self, name), bool), name, "true or false", repr(getattr(self, name)))
-        for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta"):
-            check_number(name, getattr(self, name), positive=True)
-        for name in ("aux_loss_alpha", "initializer_range"):
-            check_number(name, getattr(self, name))
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "int" or (name == "q_lora_rank" and value is not None):
+                check.integer(name, value, 0 if name in _MAY_BE_ZERO else 1)
+            elif field.type == "bool":
+                check.require(isinstance(value, bool), name, "true or false", repr(value))
+            elif field.type == "float":
+                check_number(name, value, positive=name not in _MAY_BE_ZERO)
         if self.attention_bias:
             raise UnsupportedError("K2Config: attention_bias must be False, got True")
         check.choice("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
@@ -323,23 +323,3 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _id_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
-
-
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-)

@@ -27,7 +27,7 @@ from k2kernels.ops import _launch, moe
 from k2kernels.ops._constants import constants
 from k2kernels.ops._exchange import Call, Halves, Layout, Rank, to_16
 from k2kernels.ops.quant import quantize_1x128
-from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle
+from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes
 from k2kernels.parallel.split import Split
 from k2kernels.reference.quant import store_scales
 
@@ -49,13 +49,11 @@ class Ranks:
     Args:
         layout: the layout of every rank's buffer.
         members: the ranks of this process.
-        hidden: H.
-        row_dtype: the widest dtype of rows.
+        sizes: what the layout was made for.
     """
 
-    def __init__(self, layout: Layout, members: list[Rank], hidden: int, row_dtype: torch.dtype):
-        self.layout, self.members = layout, members
-        self.hidden, self.row_dtype = hidden, row_dtype
+    def __init__(self, layout: Layout, members: list[Rank], sizes: Sizes):
+        self.layout, self.members, self.sizes = layout, members, sizes
         self.splits = [Split(layout.experts, layout.world, member.rank) for member in members]
         self.masked: frozenset[int] = frozenset()
         self.withheld: frozenset[int] = frozenset()  # ranks whose programs are not run, as if they had died
@@ -354,7 +352,8 @@ def _end(program: Generator) -> Any:
     raise AssertionError("a program yields twice")
 
 
-def layout_of(world: int, num_experts: int, hidden: int, top_k: int, max_tokens: int, row_dtype: torch.dtype) -> Layout:
-    """The layout of buffers for rows of `row_dtype`, with scales or weights beside them."""
+def layout_of(world: int, sizes: Sizes) -> Layout:
+    """The layout of buffers for rows of `sizes.row_dtype`, with scales or weights beside them."""
+    num_experts, hidden, top_k, max_tokens, row_dtype = sizes
     extra = 4 * max(top_k, -(-hidden // 128))
     return Layout(world, num_experts, top_k, max_tokens, to_16(hidden * row_dtype.itemsize), extra)
