@@ -56,7 +56,7 @@ class ExpertParallel:
     order.
 
     Raises:
-        UnsupportedError: for a transport that is not served.
+        UnsupportedError: the transport is not available here.
         ValueError: on every rank, when ranks differ in the arguments.
         PeerTimeout: a rank did not respond in time.
 
