@@ -38,7 +38,7 @@ def check_dispatch(ranks: Ranks, x: list, indices: list, weights: list, options:
         args.tensor("weights", one_weights, ("T", ranks.sizes.top_k), FLOATS)
         args.require(len(one_x) <= max_tokens, "x", lambda: f"at most max_tokens={max_tokens} rows", len(one_x))
         if not options.quantize:
-            check_rows(ranks, "dispatch", "x", [one_x.dtype])
+            check_rows(ranks, "dispatch", "x", one_x.dtype)
 
 
 def check_options(op: str, options: DispatchOptions) -> None:
@@ -75,11 +75,11 @@ def check_combine(
             continue
         check_rows_of(y, handle, *added, ranks.sizes.hidden, ranks.sizes.top_k)
         tensors += [y, handle.weights]
-        check_rows(ranks, "combine", "y", [y.dtype])
+        check_rows(ranks, "combine", "y", y.dtype)
     if out_dtype is not None:
         Arguments("ExpertParallel.combine").choice("out_dtype", out_dtype, FLOATS)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        check_rows(ranks, "combine", "out_dtype", [tensors[0].dtype if out_dtype is None else out_dtype])
+        check_rows(ranks, "combine", "out_dtype", tensors[0].dtype if out_dtype is None else out_dtype)
 
 
 def check_rows_of(
@@ -102,11 +102,10 @@ def check_rows_of(
     return y, shared, residual
 
 
-def check_rows(ranks: Ranks, where: str, name: str, dtypes: list[torch.dtype]) -> None:
+def check_rows(ranks: Ranks, where: str, name: str, dtype: torch.dtype) -> None:
     """Raises UnsupportedError for rows that are too wide for the buffers."""
-    for dtype in dtypes:
-        if dtype == torch.float64 or dtype.itemsize > ranks.sizes.row_dtype.itemsize:
-            raise UnsupportedError(
-                f"ExpertParallel.{where}: {name} is {dtype}, and the buffers are for rows of {ranks.sizes.row_dtype}; "
-                "make them with row_dtype="
-            )
+    widest = ranks.sizes.row_dtype
+    if dtype == torch.float64 or dtype.itemsize > widest.itemsize:
+        raise UnsupportedError(
+            f"ExpertParallel.{where}: {name} is {dtype}, and the buffers are for rows of {widest}; set row_dtype="
+        )
