@@ -126,7 +126,7 @@ class Rank:
         if buffer.is_cuda:
             self.error = self.error.pin_memory()
         self.live = (1 << layout.world) - 1
-        self.plain_epochs, self.plain_failed = dict.fromkeys(KINDS, 0), False  # of the bodies in plain PyTorch
+        self.plain_failed = False  # of the bodies in plain PyTorch: this rank sends and waits no more
         self.timeout = 10**10  # nanoseconds
 
     def reset(self, live: int) -> None:
@@ -134,7 +134,7 @@ class Rank:
         for tensor in (*self.layout.cleared(self.buffer), self.state, self.error):
             tensor.zero_()
         self.live = live
-        self.plain_epochs, self.plain_failed = dict.fromkeys(KINDS, 0), False
+        self.plain_failed = False
 
     def fault(self) -> Fault | None:
         """What went wrong first, if anything has."""
@@ -226,7 +226,6 @@ class Rank:
 
     def _begin(self, kind: str, parts: list[Tensor], call: Call) -> tuple[tuple[int, ...], list[int]]:
         self.call = call.code()
-        self.plain_epochs[kind] = (self.plain_epochs[kind] + 1) % 2**32
         widths = [part.shape[1] * part.itemsize for part in parts]
         return self.layout.place(kind, sum(map(to_16, widths))), widths
 
@@ -289,8 +288,13 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
+def _epoch(rank: Rank, kind: str) -> int:
+    """How often this rank has sent, modulo 2^32: the count of the kernels, which begins k2k::ExchangeState."""
+    return int(rank.state[KINDS.index(kind)]) % 2**32
+
+
 def _half(rank: Rank, kind: str) -> int:
-    return rank.plain_epochs[kind] % 2
+    return _epoch(rank, kind) % 2
 
 
 def _in_half(rank: Rank, kind: str, place: tuple[int, ...]) -> tuple[int, int, int]:
@@ -333,7 +337,7 @@ def _set_flags(rank: Rank, flags: int, kind: str, rows: int) -> None:
     word = rank.call << constants.EXCHANGE_FLAG_ROWS_BITS | rows
     for there in _lives(rank):
         flag = _view(rank, there, flags + rank.rank * constants.EXCHANGE_FLAG_BYTES, (2,), torch.int32)
-        flag.copy_(torch.tensor([word, rank.plain_epochs[kind]]).int())
+        flag.copy_(torch.tensor([word, _epoch(rank, kind)]).int())
 
 
 def _flag(rank: Rank, flags: int, kind: str, source: int) -> int:
@@ -341,7 +345,7 @@ def _flag(rank: Rank, flags: int, kind: str, source: int) -> int:
     flag = _view(rank, rank.rank, flags + source * constants.EXCHANGE_FLAG_BYTES, (2,), torch.int32)
     abort = _view(rank, rank.rank, 0, (2,), torch.int32)
     word, epoch = (number % 2**32 for number in flag.tolist())
-    if epoch == (now := rank.plain_epochs[kind]):
+    if epoch == (now := _epoch(rank, kind)):
         call, rows = divmod(word, 1 << constants.EXCHANGE_FLAG_ROWS_BITS)
         if call == rank.call:
             return rows
@@ -364,6 +368,7 @@ def _flag(rank: Rank, flags: int, kind: str, source: int) -> int:
 
 def _scatter(rank: Rank, place: tuple[int, ...], parts: list[Tensor], indices: Tensor) -> None:
     layout, tokens, pitch = rank.layout, indices.shape[0], place[-1]
+    rank.state[KINDS.index("scatter")] += 1
     flags, numbers_at, rows_at = _in_half(rank, "scatter", place)
     owner, number = _places(rank, indices)
     bad = (indices < -1) | (indices >= layout.experts)
@@ -399,6 +404,7 @@ def _scatter_wait(rank: Rank, place: tuple[int, ...], experts: Tensor, told: Ten
 
 def _gather(rank: Rank, place: tuple[int, ...], rows: Tensor, experts: Tensor, slot_of: Tensor) -> None:
     layout, pitch = rank.layout, place[-1]
+    rank.state[KINDS.index("gather")] += 1
     flags, numbers_at, rows_at = _in_half(rank, "gather", place)
     shape = layout.world, layout.most_tokens * layout.top_k
     here, slots = experts.view(shape) >= 0, slot_of.view(shape)

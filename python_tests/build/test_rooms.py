@@ -22,7 +22,7 @@ FLOORS = {
     "optim": {"optim", "ops"},
     "engine": {"engine", "model", "ops", "reference"},
     "parallel": {"parallel", "model", "optim", "ops", "_backend", "reference"},
-    "integrations": {"integrations", "parallel", "model", "optim", "ops", "_backend", "reference"},
+    "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "ops", "_backend", "reference"},
     "testing": {"testing", "ops", "reference", "_backend"},
     "train": {"train", "model", "optim"},
 }
