@@ -15,10 +15,10 @@ struct type_caster<k2k::GemmPlan> {
     static constexpr const char* kShares[] = {nullptr, "a", "b"};  // by k2k::Share; None, 'a', 'b'
 
     bool load(handle object, bool convert) {
-        make_caster<std::tuple<std::string, std::optional<std::string>, int>> fields;
+        using Fields = std::tuple<std::string, std::optional<std::string>, int>;
+        make_caster<Fields> fields;
         if (!fields.load(object, convert)) return false;
-        const auto [kernel, share, split] =
-            cast_op<std::tuple<std::string, std::optional<std::string>, int>>(fields);
+        const auto [kernel, share, split] = cast_op<Fields>(fields);
         for (const k2k::GemmKernelFacts& facts : k2k::kGemmKernels) {
             if (kernel != facts.name) continue;
             const k2k::Share shared = !share          ? k2k::Share::kNone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -322,18 +322,13 @@ def _layout(args: Arguments, offsets: Tensor | None, counts: Tensor | None, mask
         "given by offsets (contiguous) or by masked_m (masked)",
         "neither" if offsets is None else "both",
     )
-    args.require(
-        masked_m is None or counts is None, "counts", "None with masked_m", "both", "masked_m holds the counts"
-    )
+    alone = masked_m is None or counts is None
+    args.require(alone, "counts", "None with masked_m", "both", "masked_m holds the counts")
     return ("G", "maxM") if offsets is None else ("cap",)
 
 
 def _groups(
-    args: Arguments,
-    offsets: Tensor | None,
-    counts: Tensor | None,
-    masked_m: Tensor | None,
-    expected_m: int | None,
+    args: Arguments, offsets: Tensor | None, counts: Tensor | None, masked_m: Tensor | None, expected_m: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Checks the places of the groups; masked_m becomes the counts."""
     offsets = args.optional("offsets", offsets, (args.sizes["G"] + 1,), torch.int32)
@@ -467,34 +462,27 @@ def _validate_tokens(a: Tensor, offsets: Tensor, counts: Tensor) -> None:
     check_groups("grouped_fp8_wgrad", offsets, counts, a.shape[1], alignment=128)
 
 
-_fp8_gemm = declare(
-    reference.fp8_gemm,
-    outputs=_outputs,
-    launch=functools.partial(_launch, op="fp8_gemm"),
-    out=("accumulate",),
-)
+_fp8_gemm = declare(reference.fp8_gemm, outputs=_outputs, launch=partial(_launch, op="fp8_gemm"), out=("accumulate",))
 _grouped_fp8_gemm = declare(
     reference.grouped_fp8_gemm,
     outputs=_outputs,
-    launch=functools.partial(_launch, op="grouped_fp8_gemm"),
-    validate=functools.partial(_validate_rows, "grouped_fp8_gemm"),
+    launch=partial(_launch, op="grouped_fp8_gemm"),
+    validate=partial(_validate_rows, "grouped_fp8_gemm"),
     out=(),
     out_reference=reference.grouped_fp8_gemm_out,
 )
 _fp8_gemm_swiglu = declare(
-    reference.fp8_gemm_swiglu,
-    outputs=_swiglu_outputs,
-    launch=functools.partial(_launch_swiglu, op="fp8_gemm_swiglu"),
+    reference.fp8_gemm_swiglu, outputs=_swiglu_outputs, launch=partial(_launch_swiglu, op="fp8_gemm_swiglu")
 )
 _grouped_fp8_gemm_swiglu = declare(
     reference.grouped_fp8_gemm_swiglu,
     outputs=_swiglu_outputs,
-    launch=functools.partial(_launch_swiglu, op="grouped_fp8_gemm_swiglu"),
-    validate=functools.partial(_validate_rows, "grouped_fp8_gemm_swiglu"),
+    launch=partial(_launch_swiglu, op="grouped_fp8_gemm_swiglu"),
+    validate=partial(_validate_rows, "grouped_fp8_gemm_swiglu"),
 )
 _grouped_fp8_wgrad = declare(
     reference.grouped_fp8_wgrad,
     outputs=lambda a, b, counts, out_dtype: a.new_empty((len(counts), len(a), len(b)), dtype=out_dtype),
-    launch=functools.partial(_launch, op="grouped_fp8_wgrad"),
+    launch=partial(_launch, op="grouped_fp8_wgrad"),
     validate=_validate_tokens,
 )

@@ -186,7 +186,7 @@ def _launch(
     plan: str,
     *operands: Any,
 ) -> None:
-    """Launches the calls of which the extension's function `plan` makes up an op on `xs`."""
+    """Launches the calls that the extension's function `plan` makes for an op on `xs`."""
     xs = [matrices(x) for x in xs]
     device = xs[0].device
     grams = [reference.on_gram_matrix(algorithm, *x.shape[-2:]) for x in xs]
