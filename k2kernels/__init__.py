@@ -5,13 +5,12 @@ from types import ModuleType
 
 from k2kernels._backend import PeerTimeout, UnsupportedError, backend, emulated, launch_count
 from k2kernels._info import info
+from k2kernels.functional.fp8_linear import fp8_linear, grouped_fp8_linear
 from k2kernels.ops.fp8_gemm import (
     fp8_gemm,
     fp8_gemm_swiglu,
-    fp8_linear,
     grouped_fp8_gemm,
     grouped_fp8_gemm_swiglu,
-    grouped_fp8_linear,
     grouped_fp8_wgrad,
 )
 from k2kernels.ops.mla_cache import mla_append, mla_gather

@@ -11,11 +11,14 @@ from k2kernels.testing.stand_in import no_kernels
 
 X = torch.randn(1, 256).bfloat16()
 DATA, SCALES = k.quantize_1x128(X)
+FP8 = k.quantize_128x128(torch.randn(256, 256))
+FP8_EXPERT, TURNED = [x[None] for x in FP8], k.quantize_1x128(torch.randn(16, 256), transpose=True)
 GRAD = torch.randn(1, 128).bfloat16()
 WEIGHT = torch.ones(256).bfloat16()
 Q = torch.randn(1, 1, 8, 576).bfloat16()
 ROW, CACHE = torch.randn(1, 576).bfloat16(), torch.zeros(2, 64, 576).bfloat16()
 TABLE, ONE = torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+ENDS = torch.tensor([0, 1], dtype=torch.int32)
 INDICES, WEIGHTS, LOGITS = torch.tensor([[0, 3]], dtype=torch.int32), torch.ones(1, 2), torch.randn(1, 8)
 BIAS = torch.zeros(8)
 MATRIX, STEP = torch.randn(24, 40), [[torch.randn(1, 24, 40)] for _ in range(3)]
@@ -42,9 +45,13 @@ CALLS = {
     "mla_gather": (lambda: k.mla_gather(CACHE, TABLE, ONE), 33, set()),
     "moe_route": (lambda: k.moe_route(LOGITS, BIAS, top_k=2), 42, set()),
     "moe_dispatch": (dispatched, 42, set()),
-    "newton_schulz": (lambda: k.newton_schulz(MATRIX), 60, set()),
-    "newton_schulz_grouped": (lambda: k.newton_schulz_grouped([MATRIX]), 60, set()),
-    "muon_update": (lambda: muon_update(*STEP, lr=0.1), 82, set()),
+    "newton_schulz": (lambda: k.newton_schulz(MATRIX), 46, set()),
+    "newton_schulz_grouped": (lambda: k.newton_schulz_grouped([MATRIX]), 49, set()),
+    "muon_update": (lambda: muon_update(*STEP, lr=0.1), 64, set()),
+    "fp8_gemm": (lambda: k.fp8_gemm(DATA, SCALES, *FP8), 54, set()),
+    "grouped_fp8_gemm": (lambda: k.grouped_fp8_gemm(DATA, SCALES, *FP8_EXPERT, offsets=ENDS), 60, set()),
+    "fp8_gemm_swiglu": (lambda: k.fp8_gemm_swiglu(DATA, SCALES, *FP8), 62, set()),
+    "grouped_fp8_wgrad": (lambda: k.grouped_fp8_wgrad(*TURNED, *TURNED, offsets=ENDS, counts=ONE), 52, set()),
     "moe_combine": (lambda: k.moe_combine(SLOTS.data, SLOTS.handle, shared=X), 41, set()),
     "moe_update_bias": (lambda: k.moe_update_bias(BIAS, COUNTS, rate=1e-3), 26, set()),
     "grouped_gemm": (lambda: torch.ops.k2kernels.grouped_gemm(SLOTS.data, EXPERTS, *PLACES), 27, set()),

@@ -3,7 +3,6 @@
 #include "bind/run.h"
 #include "common/device.h"
 #include "common/dtypes.h"
-#include "tile/groups.h"
 
 namespace k2k::bind {
 
@@ -20,9 +19,6 @@ void bind_kernels(py::module_& m) {
     constant(m, "TYPE_FP16", Type::kFp16);
     constant(m, "TYPE_E4M3", Type::kE4m3);
     constant(m, "TYPE_U8", Type::kU8);
-    constant(m, "GROUPS_OF_MATRICES", tile::Groups::Axis::kMatrices);
-    constant(m, "GROUPS_OF_ROWS", tile::Groups::Axis::kRows);
-    constant(m, "GROUPS_OF_K", tile::Groups::Axis::kK);
     m.def(
         "shared_memory",
         [] {

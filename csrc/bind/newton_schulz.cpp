@@ -1,8 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
+#include <cmath>
 
 #include "bind/run.h"
 #include "newton_schulz/config.h"
@@ -12,106 +11,165 @@ namespace k2k::bind {
 
 namespace {
 
-// (x, result, (batch, m, n), (batch_stride, row_stride), type, gram)
-using TensorTuple = std::tuple<Address,
-                               Address,
-                               std::tuple<int32_t, int32_t, int32_t>,
-                               std::tuple<int64_t, int64_t>,
-                               int,
-                               bool>;
-// (address, (batch_stride, row_stride), type)
-using ViewTuple = std::tuple<Address, std::tuple<int64_t, int64_t>, int>;
-// (momentum, weight, copy, row_scale, its stride, scale)
-using UpdateTuple = std::tuple<ViewTuple, ViewTuple, ViewTuple, Address, int64_t, double>;
-// (skip, lr_tensor, grad_scale, lr, weight_decay, momentum, nesterov)
-using RuleTuple = std::tuple<Address, Address, Address, double, double, double, bool>;
+using Tensors = std::vector<Tensor>;
+// Which tensors take the Gram iteration; (a, b, c) of each step, flat; the steps with a restart;
+// whether iterates are bfloat16 rather than float16; the most bytes of a workspace; the chip.
+using Options =
+    std::tuple<std::vector<bool>, std::vector<float>, std::vector<int>, bool, int64_t, Chip>;
 
-NsView view_of(const ViewTuple& tuple) {
-    NsView view = {};
-    view.data = pointer<void>(std::get<0>(tuple));
-    std::tie(view.batch_stride, view.row_stride) = std::get<1>(tuple);
-    view.type = static_cast<Type>(std::get<2>(tuple));
-    return view;
+// Matrices of one tensor.
+struct Part {
+    NsTensor tensor;
+    NsUpdate update;
+    int64_t batch;
+    int kind;  // place in NsCall::counts
+};
+
+Part part(const Tensor& x, bool gram, const Chip& chip) {
+    Part p = {};
+    NsTensor& t = p.tensor;
+    t.x = x.data<const void>();
+    t.x_batch_stride = x.stride_or(-3, 0);
+    t.x_row_stride = x.stride(-2);
+    t.m = static_cast<int32_t>(x.size(-2));
+    t.n = static_cast<int32_t>(x.size(-1));
+    t.type = x.type();
+    t.gram = gram;
+    p.batch = x.size_or(-3, 1);
+    const int blocks = ns_small_blocks(t.m, t.n, chip.shared_memory);
+    p.kind = blocks > 0 ? 1 + blocks : gram;
+    return p;
 }
 
-long newton_schulz(const std::vector<TensorTuple>& tensors,
-                   const std::array<int, 2 + kNsSmallMost>& counts,
-                   const std::vector<double>& coefficients,
-                   const std::vector<int>& restarts,
-                   int iterate_type,
-                   Address workspace,
-                   const std::vector<UpdateTuple>& updates,
-                   const std::optional<RuleTuple>& rule,
-                   int capability,
-                   int device,
-                   Address stream) {
-    NsCall call = {};
-    for (const auto& [x, result, sizes, strides, type, gram] : tensors) {
-        NsTensor t = {};
-        t.x = pointer<const void>(x);
-        t.result = pointer<void>(result);
-        std::tie(t.batch, t.m, t.n) = sizes;
-        std::tie(t.x_batch_stride, t.x_row_stride) = strides;
-        t.type = static_cast<Type>(type);
-        t.gram = gram;
-        call.tensors.push_back(t);
+NsView view(const Tensor& x) {
+    return {x.data<void>(), x.stride_or(-3, 0), x.stride_or(-2, 0), x.type()};
+}
+
+// The address `elements` further on; null stays null.
+template <class T>
+T* advanced(T* data, int64_t elements, Type type) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return data == nullptr ? nullptr : static_cast<Byte*>(data) + elements * bytes_of(type);
+}
+
+void append(NsCall& call, Part p, int64_t first, int64_t count) {
+    NsTensor& t = p.tensor;
+    t.x = advanced(t.x, first * t.x_batch_stride, t.type);
+    t.result = advanced(t.result, first * t.m * t.n, t.type);
+    t.batch = static_cast<int32_t>(count);
+    call.tensors.push_back(t);
+    ++call.counts[p.kind];
+    if (p.update.weight.data == nullptr) return;
+    for (NsView* v : {&p.update.momentum, &p.update.weight, &p.update.copy}) {
+        v->data = advanced(v->data, first * v->batch_stride, v->type);
     }
-    for (const auto& [momentum, weight, copy, row_scale, stride, scale] : updates) {
-        NsUpdate u = {};
-        u.momentum = view_of(momentum);
-        u.weight = view_of(weight);
-        u.copy = view_of(copy);
-        u.row_scale = pointer<const float>(row_scale);
-        u.row_scale_stride = stride;
-        u.scale = static_cast<float>(scale);
-        call.updates.push_back(u);
-    }
-    if (rule) {
-        const auto& [skip, lr_tensor, grad_scale, lr, weight_decay, momentum, nesterov] = *rule;
-        call.rule = {pointer<const uint8_t>(skip),
-                     pointer<const float>(lr_tensor),
-                     pointer<const float>(grad_scale),
-                     lr,
-                     weight_decay,
-                     momentum,
-                     nesterov};
-    }
-    std::copy(counts.begin(), counts.end(), call.counts);
+    if (p.update.row_scale != nullptr) p.update.row_scale += first * p.update.row_scale_stride;
+    call.updates.push_back(p.update);
+}
+
+// The calls that serve the parts one after another. A workspace exceeds the limit only where a
+// single matrix does.
+std::vector<NsCall> calls(std::vector<Part> parts, const NsRule& rule, const Options& options) {
+    const auto& [grams, coefficients, restarts, bfloat16, most_bytes, chip] = options;
+    NsCall empty = {};
     for (std::size_t i = 0; i + 2 < coefficients.size(); i += 3) {
         const bool restart =
-            std::find(restarts.begin(), restarts.end(), int(i / 3)) != restarts.end();
-        call.steps.push_back({static_cast<float>(coefficients[i]),
-                              static_cast<float>(coefficients[i + 1]),
-                              static_cast<float>(coefficients[i + 2]), restart});
+            std::find(restarts.begin(), restarts.end(), static_cast<int>(i / 3)) != restarts.end();
+        empty.steps.push_back({coefficients[i], coefficients[i + 1], coefficients[i + 2], restart});
     }
-    call.iterate_type = static_cast<Type>(iterate_type);
-    call.workspace = pointer<char>(workspace);
-    call.capability = capability;
-    return run(device, [&] { launch_newton_schulz(call, pointer<void>(stream)); });
+    empty.rule = rule;
+    empty.iterate_type = bfloat16 ? Type::kBf16 : Type::kFp16;
+    empty.capability = chip.capability;
+
+    // By kinds, and of a kind first those with the longest sums.
+    std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) {
+        const auto longest = [](const Part& p) { return std::max(p.tensor.m, p.tensor.n); };
+        return a.kind != b.kind ? a.kind < b.kind : longest(a) > longest(b);
+    });
+    std::vector<NsCall> calls;
+    for (const Part& p : parts) {
+        const int64_t fixed = ns_tensor_bytes(p.update.weight.data != nullptr);
+        const int64_t each = ns_matrix_bytes(p.tensor.m, p.tensor.n, p.tensor.gram, p.kind > 1);
+        for (int64_t first = 0, count; first < p.batch; first += count) {
+            const auto room = [&] { return most_bytes - calls.back().workspace_bytes - fixed; };
+            if (calls.empty() || room() < each) calls.push_back(empty);
+            count = std::clamp<int64_t>(room() / each, 1, p.batch - first);
+            append(calls.back(), p, first, count);
+            calls.back().workspace_bytes += fixed + count * each;
+        }
+    }
+    return calls;
+}
+
+std::vector<NsCall> newton_schulz_plan(const Tensors& xs,
+                                       const Tensors& results,
+                                       const Options& options) {
+    std::vector<Part> parts;
+    for (std::size_t i = 0; i < xs.size(); ++i) {
+        if (xs[i].numel() == 0) continue;
+        parts.push_back(part(xs[i], std::get<0>(options)[i], std::get<Chip>(options)));
+        parts.back().tensor.result = results[i].data<void>();
+    }
+    return calls(std::move(parts), {}, options);
+}
+
+std::vector<NsCall> muon_update_plan(const Tensors& grads,
+                                     const Tensors& weights,
+                                     const Tensors& momenta,
+                                     const Tensors& copies,
+                                     const Tensors& row_scales,
+                                     const Tensor& lr_tensor,
+                                     const Tensor& grad_scale,
+                                     const Tensor& skip,
+                                     double lr,
+                                     double weight_decay,
+                                     double momentum,
+                                     bool nesterov,
+                                     double rms_scale,
+                                     const Options& options) {
+    std::vector<Part> parts;
+    for (std::size_t i = 0; i < grads.size(); ++i) {
+        if (grads[i].numel() == 0) continue;
+        parts.push_back(part(grads[i], std::get<0>(options)[i], std::get<Chip>(options)));
+        const auto& [m, n] = std::pair(parts.back().tensor.m, parts.back().tensor.n);
+        NsUpdate& u = parts.back().update;
+        u.weight = view(weights[i]);
+        u.momentum = view(momenta[i]);
+        if (!copies.empty()) u.copy = view(copies[i]);
+        if (!row_scales.empty() && row_scales[i].numel() > 0) {
+            u.row_scale = row_scales[i].data<const float>();
+            u.row_scale_stride = row_scales[i].stride(0);
+        }
+        u.scale = static_cast<float>(rms_scale * std::sqrt(static_cast<double>(std::max(m, n))));
+    }
+    const NsRule rule{skip.data<const uint8_t>(),
+                      lr_tensor.data<const float>(),
+                      grad_scale.data<const float>(),
+                      lr,
+                      weight_decay,
+                      momentum,
+                      nesterov};
+    return calls(std::move(parts), rule, options);
+}
+
+long newton_schulz(NsCall& call, const Tensor& workspace) {
+    call.workspace = workspace.data<char>();
+    return run(workspace, launch_newton_schulz, call);
 }
 
 }  // namespace
 
 void bind_newton_schulz(py::module_& m) {
     constant(m, "NS_MOST_STEPS", kNsMostSteps);
-    m.def("newton_schulz", &newton_schulz, py::arg("tensors"), py::arg("counts"),
-          py::arg("coefficients"), py::arg("restarts"), py::arg("iterate_type"),
-          py::arg("workspace"), py::arg("updates"), py::arg("rule"), py::arg("capability"),
-          py::arg("device"), py::arg("stream"),
-          "See csrc/newton_schulz/launch.h; tensors are (x, result, (batch, m, n), (batch_stride, "
-          "row_stride), type, gram), updates and rule as in params.h, capability times 10. Returns "
-          "the number of kernels "
-          "started.");
-    m.def(
-        "newton_schulz_plan",
-        [](int64_t rows, int64_t columns, bool gram, bool updates, int64_t shared_memory) {
-            const int blocks = ns_small_blocks(rows, columns, shared_memory);
-            return std::make_tuple(blocks, ns_matrix_bytes(rows, columns, gram, blocks > 0),
-                                   ns_tensor_bytes(updates));
-        },
-        py::arg("m"), py::arg("n"), py::arg("gram"), py::arg("updates"), py::arg("shared_memory"),
-        "For matrices of this shape: the blocks of 64 of their short side if one block of threads "
-        "iterates on each, else 0; bytes of workspace for one, and for each tensor besides.");
+    py::class_<NsCall>(m, "NsCall", py::module_local(), "csrc/newton_schulz/launch.h")
+        .def_readonly("workspace_bytes", &NsCall::workspace_bytes)
+        .def_property_readonly("counts", [](const NsCall& call) {
+            return std::vector<int>(std::begin(call.counts), std::end(call.counts));
+        });
+    m.def("newton_schulz_plan", &newton_schulz_plan,
+          "The calls that serve a list of tensors, which must outlive them.");
+    m.def("muon_update_plan", &muon_update_plan, "The same for a step of the optimizer.");
+    m.def("newton_schulz", &newton_schulz);
 }
 
 }  // namespace k2k::bind

@@ -16,8 +16,9 @@ struct NsCall {
     int counts[2 + kNsSmallMost];
     std::vector<NsStep> steps;
     Type iterate_type;  // kFp16 or kBf16
-    char* workspace;    // as config.h counts it
-    int capability;     // of the chip, x 10
+    char* workspace;    // 16-byte aligned, of workspace_bytes, as config.h counts them
+    int64_t workspace_bytes;
+    int capability;  // of the chip, x 10
 };
 
 // Starts the kernels on `stream`, of the current device: the tables, norm and cast, then one launch

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from k2kernels.ops.fp8_gemm import fp8_gemm, fp8_gemm_swiglu, fp8_linear
+from k2kernels.functional.fp8_linear import fp8_linear
+from k2kernels.ops.fp8_gemm import fp8_gemm, fp8_gemm_swiglu
 from k2kernels.ops.quant import dequantize, quantize_1x128
 
 BLOCK = 128  # rows and columns that share one scale

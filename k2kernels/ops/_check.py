@@ -60,7 +60,7 @@ class Arguments:
         if not good_dtype or (shape is not None and not self._bind(shape, value.shape)):
             raise (ValueError if good_dtype else TypeError)(
                 f"{self.op}: {name} must be {self._wanted(shape, dtype)}, "
-                f"got {list(value.shape)} {_short(got)}{_also(remedy)}"
+                f"got {list(value.shape)} {short(got)}{_also(remedy)}"
             )
         device = value.device
         if self.device is None:
@@ -167,7 +167,7 @@ class Arguments:
             known = [f"{d}={self.sizes[d]}" if d in self.sizes else str(d) for d in shape]
             parts.append("[" + ", ".join(known) + "]")
         if dtype is not None:
-            parts.append(" or ".join(map(_short, dtype if isinstance(dtype, tuple) else (dtype,))))
+            parts.append(" or ".join(map(short, dtype if isinstance(dtype, tuple) else (dtype,))))
         return " ".join(parts)
 
 
@@ -257,7 +257,8 @@ def _brief(values: list) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, {values[2]}, ..., {values[-1]}]"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

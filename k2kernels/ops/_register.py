@@ -77,7 +77,8 @@ def declare(
 ) -> Op:
     """Registers an op of the reference's name under `torch.ops.k2kernels`; returns what the public function calls.
 
-    The functions below name those of the reference's parameters that they take, in any order, and get these.
+    The functions below name those of the reference's parameters that they take, in any order, and get these. Where
+    one serves several ops, a parameter that an op lacks keeps its default; keyword-only ones are no arguments of ops.
 
     Args:
         reference: the plain PyTorch body. Its annotations are the schema (`torch.library.infer_schema`), without
@@ -168,14 +169,19 @@ def _naming(
         return lambda args: ()
     # tuple and itemgetter, not lambdas: a call of a Python function costs as much as all else here.
     taken = list(inspect.signature(function).parameters.values())[given:]
-    places = [names.index(p.name) for p in taken if p.name in names]
-    if unknown := [p.name for p in taken if p.name not in names and p.default is p.empty]:
+    taken = [p for p in taken if p.kind is not p.KEYWORD_ONLY]
+    absent = [p for p in taken if p.name not in names]
+    if unknown := [p.name for p in absent if p.default is p.empty]:
         raise TypeError(f"{function.__qualname__} takes {unknown}, which are not among {names}")
-    if places == list(range(len(names))):
+    names, defaults = [*names, *(p.name for p in absent)], [p.default for p in absent]
+    places = [names.index(p.name) for p in taken]
+    if places == list(range(len(names))) and not defaults:
         return tuple
     if len(places) == 1:
-        return operator.itemgetter(slice(places[0], places[0] + 1))
-    return operator.itemgetter(*places) if places else lambda args: ()
+        pick = operator.itemgetter(slice(places[0], places[0] + 1))
+    else:
+        pick = operator.itemgetter(*places) if places else lambda args: ()
+    return (lambda args: pick((*args, *defaults))) if defaults else pick
 
 
 def _apart(body: Callable, may_be_out: Sequence[int]) -> Callable:

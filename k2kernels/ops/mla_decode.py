@@ -152,7 +152,7 @@ def _unserved(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
 
 
 def _outputs(
-    q: Tensor, head_dim_v: int, return_max_logits: bool, out: Tensor | None = None
+    q: Tensor, head_dim_v: int, return_max_logits: bool, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     *rows, _ = q.shape
     out = q.new_empty(*rows, head_dim_v) if out is None else out

@@ -15,7 +15,7 @@ from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens, check_grou
 from k2kernels.ops._constants import constants
 from k2kernels.ops._launch import TYPES, address, chip, launch_numbers as launch, matrices_numbers as matrices
 from k2kernels.ops._register import register
-from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm, grouped_fp8_gemm_swiglu, grouped_fp8_linear
+from k2kernels.ops.fp8_gemm import E4M3, grouped_fp8_gemm, grouped_fp8_gemm_swiglu
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales, swiglu
 from k2kernels.reference import moe as reference
 from k2kernels.reference._numeric import wide_dtype
@@ -388,6 +388,8 @@ def moe_mlp(
         inner, inner_scales = grouped_fp8_gemm_swiglu(data, scales, gate_up, gate_up_scales, **scaling, **groups)
         y = grouped_fp8_gemm(inner, inner_scales, down, down_scales, out_dtype=x.dtype, **groups)
     elif fp8:
+        from k2kernels.functional.fp8_linear import grouped_fp8_linear
+
         groups |= dict(alignment=alignment, power_of_two=power_of_two)
         inner = swiglu(grouped_fp8_linear(data, gate_up, **groups))
         y = grouped_fp8_linear(inner, down, **groups)

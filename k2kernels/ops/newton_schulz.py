@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops._launch import TYPES, address, chip, launch_numbers as launch, matrices_numbers as matrices, module
-from k2kernels.ops._register import register
+from k2kernels.ops._check import FLOATS, Arguments, short
+from k2kernels.ops._launch import chip, launch, matrices, module
+from k2kernels.ops._register import declare
 from k2kernels.reference import newton_schulz as reference
 
 # A call with more is cut into several, one after another: each still fills a GPU many times over (20 of Kimi-K2's
@@ -146,7 +146,7 @@ def muon_update(
         )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result  # a few numbers: torch.compile shall take them, not trace how they come about
+@torch.compiler.assume_constant_result  # a few numbers, which torch.compile need not trace
 def _polar_express(steps: int) -> tuple[tuple[float, float, float], ...]:
     return reference.polar_express(steps)
 
@@ -177,141 +177,42 @@ def _options(
     return [float(v) for t in triples for v in t], algorithm, iterate_dtype
 
 
-class _Update(NamedTuple):
-    """What else belongs to a tensor in a step of Muon; each [B, m, n]."""
-
-    weight: Tensor
-    momentum: Tensor
-    copy: Tensor | None
-    row_scale: Tensor | None  # [B, m]
-    scale: float
-
-    def description(self, first: int) -> tuple:
-        """As csrc/bind/newton_schulz.cpp takes it, from matrix `first` on."""
-        views = []
-        for t in (self.momentum, self.weight, self.copy):
-            if t is None:
-                views.append((0, (0, 0), 0))
-            else:
-                batch_stride, row_stride, _ = t.stride()
-                start = t.data_ptr() + first * batch_stride * t.element_size()
-                views.append((start, (batch_stride, row_stride), TYPES[t.dtype]))
-        s = self.row_scale
-        rows = (0, 0) if s is None else (s.data_ptr() + first * s.stride(0) * s.element_size(), s.stride(0))
-        return (*views, *rows, self.scale)
-
-
-class _Part(NamedTuple):
-    """Matrices of one tensor that are worked on in one call."""
-
-    x: Tensor  # [B, m, n] or [m, n], columns side by side
-    result: Tensor | None  # contiguous
-    update: _Update | None  # in its place
-    sizes: tuple[int, int, int]  # B, m, n
-    strides: tuple[int, int]  # of x
-    gram: bool
-    kind: int  # place in the counts of launch.h
-    capability: int  # of the chip, x 10
-    bytes: tuple[int, int]  # of workspace, for a matrix and for a tensor
-    first: int  # of B
-    count: int
-
-    def description(self) -> tuple:
-        """As csrc/bind/newton_schulz.cpp takes it."""
-        _, m, n = self.sizes
-        result = 0
-        if self.result is not None:
-            result = self.result.data_ptr() + self.first * m * n * self.result.element_size()
-        return (
-            self.x.data_ptr() + self.first * self.strides[0] * self.x.element_size(),
-            result,
-            (self.count, m, n),
-            self.strides,
-            TYPES[self.x.dtype],
-            self.gram,
-        )
-
-
-def _parts(
-    xs: Sequence[Tensor], results: Sequence[Tensor] | None, updates: Sequence[_Update] | None, algorithm: str
-) -> list[_Part]:
-    """What there is to do, by kinds, and of each kind first those with the longest sums."""
-    parts = []
-    for i, x in enumerate(xs):
-        if x.numel() > 0:
-            rows, sizes, strides = matrices(x)
-            gram = reference.on_gram_matrix(algorithm, *sizes[1:])
-            result, update = (results[i], None) if updates is None else (None, updates[i])
-            capability, _, shared_memory = chip(x.device)
-            blocks, *num_bytes = module(x.device).newton_schulz_plan(
-                *sizes[1:], gram, update is not None, shared_memory
-            )
-            kind = 1 + blocks if blocks else int(gram)
-            parts.append(
-                _Part(rows, result, update, sizes, strides, gram, kind, capability, tuple(num_bytes), 0, sizes[0])
-            )
-    return sorted(parts, key=lambda part: (part.kind, -max(part.sizes[1:])))
-
-
-def _calls(parts: list[_Part]) -> Iterator[tuple[list[_Part], int]]:
-    """The parts cut so that the workspace of each call stays below the limit, if single matrices do; and its bytes."""
-    call: list[_Part] = []
-    used = 0
-    for part in parts:
-        each, fixed = part.bytes
-        left = part.count
-        while left > 0:
-            fits = min(left, (WORKSPACE_BYTES - used - fixed) // each)
-            if fits <= 0 and call:
-                yield call, used
-                call, used = [], 0
-                continue
-            count = max(fits, 1)
-            call.append(part._replace(first=part.count - left, count=count))
-            used += fixed + count * each
-            left -= count
-    if call:
-        yield call, used
-
-
 def _launch(
-    op: str, parts: list[_Part], coefficients: Sequence[float], iterate_dtype: torch.dtype, rule: tuple | None = None
+    op: str,
+    xs: Sequence[Tensor],
+    coefficients: Sequence[float],
+    algorithm: str,
+    iterate_dtype: torch.dtype,
+    plan: str,
+    *operands: Any,
 ) -> None:
+    """Launches the calls that the extension's function `plan` makes for an op on `xs`."""
+    xs = [matrices(x) for x in xs]
+    device = xs[0].device
+    grams = [reference.on_gram_matrix(algorithm, *x.shape[-2:]) for x in xs]
     restarts = list(reference.restarts(len(coefficients) // 3, iterate_dtype))
-    for call, num_bytes in _calls(parts):
-        workspace = call[0].x.new_empty(num_bytes, dtype=torch.uint8)
-        kinds = [part.kind for part in call]
-        launch(
-            op,
-            "newton_schulz",
-            workspace.device,
-            [part.description() for part in call],
-            [kinds.count(kind) for kind in range(5)],
-            coefficients,
-            restarts,
-            TYPES[iterate_dtype],
-            workspace.data_ptr(),
-            [part.update.description(part.first) for part in call if part.update is not None],
-            rule,
-            call[0].capability,
-        )
+    options = grams, coefficients, restarts, iterate_dtype == torch.bfloat16, WORKSPACE_BYTES, chip(device)
+    for call in getattr(module(device), plan)(xs, *operands, options):
+        launch("newton_schulz", call, xs[0].new_empty(call.workspace_bytes, dtype=torch.uint8), op=op)
 
 
-def _kernel(x: Tensor, coefficients: Sequence[float], algorithm: str, iterate_dtype: torch.dtype) -> Tensor:
-    result = x.new_empty(x.shape)
-    _launch("newton_schulz", _parts([x], [result], None, algorithm), coefficients, iterate_dtype)
-    return result
+def _launch_one(
+    result: Tensor, x: Tensor, coefficients: Sequence[float], algorithm: str, iterate_dtype: torch.dtype
+) -> None:
+    _launch("newton_schulz", [x], coefficients, algorithm, iterate_dtype, "newton_schulz_plan", [result])
 
 
-def _grouped_kernel(
-    xs: Sequence[Tensor], coefficients: Sequence[float], algorithm: str, iterate_dtype: torch.dtype
-) -> list[Tensor]:
-    results = [x.new_empty(x.shape) for x in xs]
-    _launch("newton_schulz_grouped", _parts(xs, results, None, algorithm), coefficients, iterate_dtype)
-    return results
+def _launch_list(
+    results: list[Tensor],
+    xs: Sequence[Tensor],
+    coefficients: Sequence[float],
+    algorithm: str,
+    iterate_dtype: torch.dtype,
+) -> None:
+    _launch("newton_schulz_grouped", xs, coefficients, algorithm, iterate_dtype, "newton_schulz_plan", results)
 
 
-def _update_kernel(
+def _launch_update(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -329,61 +230,58 @@ def _update_kernel(
     algorithm: str,
     iterate_dtype: torch.dtype,
 ) -> None:
-    updates = []
-    for i, w in enumerate(weights):
-        scales = row_scales[i] if row_scales and row_scales[i].numel() else None
-        if scales is not None:
-            scales = scales.float().contiguous()
-        scale = rms_scale * math.sqrt(max(w.shape[1:]))
-        updates.append(_Update(w, momenta[i], copies[i] if copies else None, scales, scale))
-    found = [address(t) for t in (skip, lr_tensor, grad_scale)]
-    rule = (*found, lr, weight_decay, momentum, nesterov)
-    _launch("muon_update", _parts(grads, None, updates, algorithm), coefficients, iterate_dtype, rule)
+    row_scales = [s.float().contiguous() for s in row_scales]
+    lists, rule = (weights, momenta, copies, row_scales), (lr, weight_decay, momentum, nesterov, rms_scale)
+    operands = *lists, lr_tensor, grad_scale, skip, *rule
+    _launch("muon_update", grads, coefficients, algorithm, iterate_dtype, "muon_update_plan", *operands)
 
 
-def _unserved(xs: Sequence[Tensor], coefficients: Any, algorithm: str, iterate_dtype: torch.dtype) -> str | None:
-    """Why the kernels do not serve these arguments."""
+def _unserved(name: str, xs: Sequence[Tensor], iterate_dtype: torch.dtype) -> str | None:
+    """Why the kernels do not serve tensors `xs`, called `name`."""
     if iterate_dtype not in (torch.float16, torch.bfloat16):
-        return f"kernels iterate in float16 and bfloat16, not {iterate_dtype}"
-    if any(x.dtype == torch.float64 for x in xs):
-        return "no kernel takes float64"
-    if any(max(x.shape[-2:]) >= 2**30 for x in xs):
-        return "kernels take sides below 2**30"
+        return f"iterate_dtype must be float16 or bfloat16, got {short(iterate_dtype)}"
+    for x in xs:
+        if x.dtype == torch.float64:
+            return f"{name} must be float32, bfloat16 or float16, got float64"
+        if max(x.shape[-2:]) >= 2**30:
+            return f"{name} must have sides below 2**30, got {list(x.shape)}"
     return None
 
 
 def _update_unserved(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], momenta: Sequence[Tensor], copies: Sequence[Tensor], *rest: Any
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    iterate_dtype: torch.dtype,
 ) -> str | None:
-    """The same for `muon_update`."""
-    if any(m.dtype not in (torch.float32, torch.bfloat16) for m in momenta):
-        return "kernels take momenta of float32 and bfloat16"
-    if any(t.numel() and t.stride(-1) != 1 for t in (*weights, *momenta, *copies)):
-        return "kernels write into rows whose elements lie side by side"
-    return _unserved((*weights, *grads, *copies), *rest[-3:])
+    for m in momenta:
+        if m.dtype not in (torch.float32, torch.bfloat16):
+            return f"momenta must be float32 or bfloat16, got {short(m.dtype)}"
+    for name, xs in (("weights", weights), ("grads", grads), ("copies", copies), ("momenta", momenta)):
+        if reason := _unserved(name, xs, iterate_dtype):
+            return reason
+        for x in xs if name != "grads" else ():
+            if x.numel() and x.stride(-1) != 1:
+                return f"{name} must have stride 1 in the last axis, got {x.stride(-1)}"
+    return None
 
 
-_newton_schulz = register(
-    "newton_schulz(Tensor x, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> Tensor",
-    reference=reference.newton_schulz,
-    fake=lambda x, coefficients, algorithm, iterate_dtype: x.new_empty(x.shape),
-    kernel=_kernel,
-    unserved=lambda x, *options: _unserved([x], *options),
+_newton_schulz = declare(
+    reference.newton_schulz,
+    outputs=lambda x: x.new_empty(x.shape),
+    launch=_launch_one,
+    unserved=lambda x, iterate_dtype: _unserved("x", [x], iterate_dtype),
 )
-_newton_schulz_grouped = register(
-    "newton_schulz_grouped(Tensor[] xs, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> Tensor[]",
-    reference=reference.newton_schulz_grouped,
-    fake=lambda xs, coefficients, algorithm, iterate_dtype: [x.new_empty(x.shape) for x in xs],
-    kernel=_grouped_kernel,
-    unserved=_unserved,
+_newton_schulz_grouped = declare(
+    reference.newton_schulz_grouped,
+    outputs=lambda xs: [x.new_empty(x.shape) for x in xs],
+    launch=_launch_list,
+    unserved=lambda xs, iterate_dtype: _unserved("xs", xs, iterate_dtype),
 )
-_muon_update = register(
-    "muon_update(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] copies, Tensor[] row_scales, "
-    "Tensor? lr_tensor, Tensor? grad_scale, Tensor? skip, float lr, float weight_decay, float momentum, bool nesterov, "
-    "float rms_scale, float[] coefficients, str algorithm, ScalarType iterate_dtype) -> ()",
-    reference=reference.muon_update,
-    fake=lambda *args: None,
-    kernel=_update_kernel,
+_muon_update = declare(
+    reference.muon_update,
+    launch=_launch_update,
     unserved=_update_unserved,
-    mutates=True,
+    mutates=("weights", "momenta", "copies"),
 )

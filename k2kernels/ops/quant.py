@@ -245,7 +245,7 @@ def empty_scales(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> Tensor
     return x.new_empty(*leading, blocks, -(-rows // 4) * 4, dtype=torch.float32)[..., :rows].mT
 
 
-def _codes(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> tuple[Tensor, Tensor]:
+def empty_codes(x: Tensor, shape: tuple[int, ...], scale_layout: str) -> tuple[Tensor, Tensor]:
     """Codes of `shape` and a scale for each row and 128 columns, without data."""
     scales = empty_scales(x, (*shape[:-1], -(-shape[-1] // 128)), scale_layout)
     return x.new_empty(shape, dtype=torch.float8_e4m3fn), scales
@@ -256,7 +256,7 @@ def _given(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _quantize_1x128_outputs(x: Tensor, scale_layout: str, transpose: bool) -> tuple[Tensor, Tensor]:
-    return _codes(x, tuple(x.mT.shape if transpose else x.shape), scale_layout)
+    return empty_codes(x, tuple(x.mT.shape if transpose else x.shape), scale_layout)
 
 
 def _launch_quantize_1x128(
@@ -306,7 +306,7 @@ def _rms_norm_quantize_unserved(x: Tensor) -> str | None:
 
 _rms_norm_quantize = declare(
     reference.rms_norm_quantize,
-    outputs=lambda x, scale_layout: _codes(x, tuple(x.shape), scale_layout),
+    outputs=lambda x, scale_layout: empty_codes(x, tuple(x.shape), scale_layout),
     launch=_launch_rms_norm_quantize,
     unserved=_rms_norm_quantize_unserved,
 )
@@ -365,9 +365,8 @@ _swiglu_backward = declare(
 )
 
 
-def swiglu_codes(gate_up: Tensor, scale_layout: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `swiglu_quantize`, without data."""
-    return _codes(gate_up, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), scale_layout)
+def _swiglu_codes(gate_up: Tensor, scale_layout: str) -> tuple[Tensor, Tensor]:
+    return empty_codes(gate_up, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), scale_layout)
 
 
 def launch_swiglu_quantize(
@@ -386,7 +385,7 @@ def launch_swiglu_quantize(
 
 _swiglu_quantize = declare(
     reference.swiglu_quantize,
-    outputs=swiglu_codes,
+    outputs=_swiglu_codes,
     launch=launch_swiglu_quantize,
     validate=lambda gate_up, offsets, counts: _validate_groups("swiglu_quantize", gate_up, offsets, counts),
 )

@@ -38,23 +38,6 @@ def fp8_gemm(
     return result.to(out_dtype)
 
 
-def fp8_gemm_out(
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    bias: Tensor | None,
-    accumulate: Tensor | None,
-    out: Tensor,
-    b_row_offset: int = 0,
-    batch_invariant: bool = False,
-    row_weights: Tensor | None = None,
-) -> None:
-    """`fp8_gemm` into `out`, which may be `accumulate`."""
-    options = b_row_offset, batch_invariant, row_weights
-    out.copy_(fp8_gemm(a, a_scales, b, b_scales, bias, accumulate, out.dtype, *options))
-
-
 def grouped_fp8_gemm(
     a: Tensor,
     a_scales: Tensor,
@@ -70,12 +53,13 @@ def grouped_fp8_gemm(
 ) -> Tensor:
     """`fp8_gemm` of each group's rows with the group's B; the rows of no group come out as zeros."""
     out = a.new_zeros((*a.shape[:-1], b.shape[1]), dtype=out_dtype)
-    options = b_row_offset, batch_invariant, row_weights
-    grouped_fp8_gemm_out(a, a_scales, b, b_scales, offsets, counts, expected_m, out, *options)
+    options = out_dtype, b_row_offset, batch_invariant, row_weights
+    grouped_fp8_gemm_out(out, a, a_scales, b, b_scales, offsets, counts, expected_m, *options)
     return out
 
 
 def grouped_fp8_gemm_out(
+    out: Tensor,
     a: Tensor,
     a_scales: Tensor,
     b: Tensor,
@@ -83,7 +67,7 @@ def grouped_fp8_gemm_out(
     offsets: Tensor | None,
     counts: Tensor | None,
     expected_m: int | None,
-    out: Tensor,
+    out_dtype: torch.dtype,
     b_row_offset: int = 0,
     batch_invariant: bool = False,
     row_weights: Tensor | None = None,

@@ -7,7 +7,7 @@ import torch
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import newton_schulz as module
-from k2kernels.ops._launch import TYPES, Chip
+from k2kernels.ops._launch import Chip
 from k2kernels.ops.newton_schulz import newton_schulz, newton_schulz_grouped
 from k2kernels.reference.newton_schulz import polar_express, restarts
 from k2kernels.testing.compare import check_close
@@ -158,19 +158,27 @@ def test_products_are_symmetric_to_the_bit_and_stay_in_their_places(m, n, gram, 
     check_places(2, m, n, gram, int(arch[3:5]), seed, by=80)
 
 
+def one_call(x, result, gram, chip):
+    """The call that iterates on x in float16, on a chip."""
+    options = [gram], [v for t in QUINTIC for v in t], [2], False, 1 << 40, chip
+    (call,) = _emu.newton_schulz_plan([x], [result], options)
+    return call
+
+
+def guarded_workspace(call):
+    size = -(-call.workspace_bytes // 16) * 16
+    return guarded_memory(size, size)
+
+
 def check_places(batch, m, n, gram, chip, seed, by):
     """By the kernel of capability `by`: products are symmetric, and nothing is written but where it belongs."""
     x = guarded(torch.randn(batch, m, n))
     result = guarded(torch.full((batch, m, n), torch.nan))
-    _, each, fixed = _emu.newton_schulz_plan(m, n, gram, False, 0)
-    size = -(-(fixed + batch * each) // 16) * 16
-    workspace = guarded_memory(size, size)
-    tensors = [(x.data_ptr(), result.data_ptr(), (batch, m, n), (m * n, n), TYPES[torch.float32], gram)]
-    coefficients = [v for t in QUINTIC for v in t]
+    call = one_call(x, result, gram, Chip(by, 6, 0))
+    assert call.counts == [int(not gram), int(gram), 0, 0, 0]
+    workspace = guarded_workspace(call)
     _emu.configure(chip, seed)
-    counts = [int(not gram), int(gram), 0, 0, 0]
-    half = TYPES[torch.float16]
-    _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, by, -1, 0)
+    _emu.newton_schulz(call, workspace)
     s = min(m, n)
     for name, buffer in buffers(workspace, batch, m, n, gram).items():
         if name[0] == "X":
@@ -278,8 +286,14 @@ def test_what_kernels_do_not_serve():
     assert [x.shape for x in run("sm_80", 0, [empty, torch.empty(0, 4)], launches=0)] == [(3, 0, 5), (0, 4)]
     x = torch.randn(4, 6)
     for call, message in (
-        (lambda: newton_schulz(x, iterate_dtype=torch.float32), "kernels iterate in float16 and bfloat16, not"),
-        (lambda: newton_schulz_grouped([x, x.double()]), "newton_schulz_grouped: .* no kernel takes float64"),
+        (
+            lambda: newton_schulz(x, iterate_dtype=torch.float32),
+            "iterate_dtype must be .* bfloat16, got float32",
+        ),
+        (
+            lambda: newton_schulz_grouped([x, x.double()]),
+            "newton_schulz_grouped: .* xs must be float32, .*, got float64",
+        ),
     ):
         with k2kernels.emulated(), pytest.raises(k2kernels.UnsupportedError, match=message):
             call()

@@ -3,15 +3,16 @@ decomposition in float64, and to the bit what goes by tiles."""
 
 import pytest
 import torch
+from test_newton_schulz_kernel import guarded_workspace, one_call
 
 import k2kernels
 from k2kernels import _emu
 from k2kernels.ops import newton_schulz as module
-from k2kernels.ops._launch import EMULATED_CHIPS, TYPES, Chip
+from k2kernels.ops._launch import EMULATED_CHIPS, Chip
 from k2kernels.ops.newton_schulz import newton_schulz, newton_schulz_grouped
 from k2kernels.reference.newton_schulz import polar_express
 from k2kernels.testing.compare import check_close
-from k2kernels.testing.inputs import guarded, guarded_memory
+from k2kernels.testing.inputs import guarded
 
 SCHEDULES = [("sm_80", 0), ("sm_90a", 1), ("sm_80", 2), ("sm_89", 3)]
 HALVES = [torch.float16, torch.bfloat16]
@@ -112,24 +113,23 @@ def test_a_matrix_does_not_depend_on_its_batch_or_the_workspace(monkeypatch):
     assert torch.equal(run("sm_90a", 1, x, launches=3 * 4), want)
 
 
+def blocks(call):
+    """The blocks of 64 of the short side of a call's only tensor, where its matrices are small; else 0."""
+    return max(call.counts.index(1) - 1, 0)
+
+
 @pytest.mark.parametrize("arch, seed", SCHEDULES)
 @pytest.mark.parametrize("m, n, gram", [(40, 61, 0), (61, 40, 1), (70, 300, 1), (300, 70, 0), (130, 140, 1)])
 def test_it_stays_in_its_places(m, n, gram, arch, seed):
     """Nothing is read or written beside x, result and workspace, and rows keep the zeros behind their ends."""
     batch, gram = 2, bool(gram)
     x, result = guarded(torch.randn(batch, m, n)), guarded(torch.full((batch, m, n), torch.nan))
-    chip = EMULATED_CHIPS["sm_90a"]
-    blocks, each, fixed = _emu.newton_schulz_plan(m, n, gram, False, chip.shared_memory)
-    assert blocks == -(-min(m, n) // 64)
-    size = -(-(fixed + batch * each) // 16) * 16
-    workspace = guarded_memory(size, size)
-    tensors = [(x.data_ptr(), result.data_ptr(), (batch, m, n), (m * n, n), TYPES[torch.float32], gram)]
-    counts = [int(i == 1 + blocks) for i in range(5)]
+    call = one_call(x, result, gram, EMULATED_CHIPS["sm_90a"])
+    assert blocks(call) == -(-min(m, n) // 64)
+    workspace = guarded_workspace(call)
     _emu.configure(90, seed)
-    coefficients, half = [v for t in QUINTIC for v in t], TYPES[torch.float16]
-    assert _emu.newton_schulz(tensors, counts, coefficients, [2], half, workspace.data_ptr(), [], None, 90, -1, 0) == 4
+    assert _emu.newton_schulz(call, workspace) == 4
     pitch = -(-n // 8) * 8
-    x0 = workspace[size - batch * m * pitch * 2 :].view(torch.float16).view(batch, m, pitch)
     start = 96 + -(-(-(-m * -(-n // 512) // 64) * batch) // 2) * 16
     x0 = workspace[start : start + batch * m * pitch * 2].view(torch.float16).view(batch, m, pitch)
     assert not x0[..., :n].isnan().any() and not x0[..., n:].any()
@@ -191,7 +191,10 @@ def test_hard_spectra(s, long, dtype, schedule, tiles):
 def test_which_matrices_are_small(chip, most):
     memory = EMULATED_CHIPS[chip].shared_memory
     for m, n in ((1, 1), (64, 4000), (4000, 64), (65, 65), (128, 512), (129, 512), (192, 1536), (193, 193)):
-        blocks, each, _ = _emu.newton_schulz_plan(m, n, True, False, memory)
-        assert blocks == (-(-min(m, n) // 64) if min(m, n) <= most else 0)
-        _, by_tiles, _ = _emu.newton_schulz_plan(m, n, True, False, 0)
-        assert each <= by_tiles / 2 or not blocks
+        one, two = (torch.empty(count, m, n) for count in (1, 2))
+        small, tiles = (
+            [one_call(x, x, True, Chip(90, 6, shared_memory)) for x in (one, two)] for shared_memory in (memory, 0)
+        )
+        assert blocks(small[0]) == (-(-min(m, n) // 64) if min(m, n) <= most else 0) and blocks(tiles[0]) == 0
+        each, by_tiles = (calls[1].workspace_bytes - calls[0].workspace_bytes for calls in (small, tiles))
+        assert each <= by_tiles / 2 or not blocks(small[0])

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import k2kernels
-from k2kernels.ops import fp8_gemm as ops
-from k2kernels.ops.fp8_gemm import fp8_linear, grouped_fp8_linear
+from k2kernels.functional import fp8_linear as functional
+from k2kernels.functional.fp8_linear import fp8_linear, grouped_fp8_linear
 from k2kernels.ops.quant import quantize_1x128, quantize_128x128
 
 OPS = ("quantize_1x128", "quantize_128x128", "fp8_gemm", "grouped_fp8_gemm", "grouped_fp8_wgrad")
@@ -405,7 +405,7 @@ def test_planted_scales_of_the_transposed_weight_are_caught(bug, monkeypatch):
                 return real
             return lambda *args: real(*(bug(args[:4]) if args[2].stride(-1) != 1 else args[:4]), *args[4:])
 
-    monkeypatch.setattr(ops, "_ops", Ops())
+    monkeypatch.setattr(functional, "_ops", Ops())
     x, weight, grad = matrix(129, 260).requires_grad_(), matrix(300, 260).requires_grad_(), matrix(129, 300)
     y = fp8_linear(x, weight)
     y.backward(grad)

@@ -1,0 +1,1 @@
+"""Compositions of ops, with autograd and without kernels of their own: one file each."""
