@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import k2kernels as k
+from k2kernels.ops.grouped_gemm import grouped_gemm
 from k2kernels.ops.newton_schulz import muon_update
 from k2kernels.testing.stand_in import no_kernels
 
@@ -47,7 +48,7 @@ CALLS = {
     "muon_update": (lambda: muon_update(*STEP, lr=0.1), 82, set()),
     "moe_combine": (lambda: k.moe_combine(SLOTS.data, SLOTS.handle, shared=X), 41, set()),
     "moe_update_bias": (lambda: k.moe_update_bias(BIAS, COUNTS, rate=1e-3), 26, set()),
-    "grouped_gemm": (lambda: torch.ops.k2kernels.grouped_gemm(SLOTS.data, EXPERTS, *PLACES), 27, set()),
+    "grouped_gemm": (lambda: grouped_gemm(SLOTS.data, EXPERTS, offsets=SLOTS.offsets, counts=SLOTS.counts), 27, set()),
     "grouped_gemm_wgrad": (lambda: torch.ops.k2kernels.grouped_gemm_wgrad(SLOTS.data, SLOTS.data, *PLACES), 26, set()),
     "moe_sequence_loss": (
         lambda: k.moe_sequence_loss(LOGITS, INDICES, top_k=2, alpha=0.1),

@@ -38,8 +38,9 @@ void bind_kernels(py::module_& m) {
     bind_mla_decode(m);
     bind_fp8_gemm(m);
     bind_newton_schulz(m);
+    bind_grouped_gemm(m);
     bind_moe(m);
-    bind_moe_exchange(m);
+    bind_exchange(m);
     bind_conformance(m);
 }
 

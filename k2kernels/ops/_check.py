@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int32, torch.int64)
 LARGEST = 2**63 - 1  # an op takes ints of 64 bits
 
 

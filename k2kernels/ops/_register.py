@@ -38,12 +38,17 @@ class Op:
     Attributes:
         plain, autograd: the overloads without and with a backward.
         out: the op that writes its first result into a tensor, given last, and returns the others; where there is one.
+        kernel: makes the results and launches the kernel, past the dispatcher; keywords are passed to `launch`.
     """
 
     out: Op
+    kernel: Callable
 
-    def __init__(self, name: str, *, has_kernel: bool, mutates: bool, validate: Callable | None):
+    def __init__(
+        self, name: str, *, has_kernel: bool, mutates: bool, validate: Callable | None, why_not: Callable[..., Any]
+    ):
         self.name = name
+        self._why_not = why_not
         self.has_kernel = has_kernel
         self.validate = validate
         self.plain = getattr(torch.ops.k2kernels, name).default
@@ -60,6 +65,11 @@ class Op:
                     if tensor.requires_grad:
                         return self.autograd(*args)
         return self.plain(*args)
+
+    def serves(self, *args: Any) -> bool:
+        """Whether the kernel serves a call with these arguments, the first of which is a tensor."""
+        device = args[0].device.type
+        return _backend.choose(self.name, device, self._why_not, device, args) != "reference"
 
 
 def declare(
@@ -106,14 +116,15 @@ def declare(
     fill = _naming(launch, names, made)
     results_of = (lambda *args: None) if outputs is None else (lambda *args: outputs(*make(args)))
 
-    def kernel(*args: Any) -> Any:
+    def kernel(*args: Any, **more: Any) -> Any:
         results = results_of(*args)
-        launch(*_each(results), *fill(args))
+        launch(*_each(results), *fill(args), **more)
         return results
 
     bodies = reference, results_of, launch and kernel
     checks = unserved, validate
     op = _define(reference.__name__, schema, names, *bodies, *checks, setup_context, backward, bool(mutates))
+    op.kernel = kernel
     if out is None:
         return op
 
@@ -223,7 +234,7 @@ def _define(
     declared = [name] if mutates else [name, f"{name}_autograd"]
     for overload in declared:
         _LIBRARY.define(f"{overload}{schema}", tags=_TAGS)
-    op = OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates, validate=validate)
+    op = OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates, validate=validate, why_not=why_not)
     aliases = [argument.alias_info for argument in op.plain._schema.arguments]
     written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 

@@ -1,0 +1,1 @@
+"""Compositions of ops with gradients of their own, which have no kernel."""
