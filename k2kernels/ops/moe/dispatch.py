@@ -235,6 +235,7 @@ def _launch_dispatch(
     alignment: int,
     scales: Tensor | None = None,
     power_of_two: bool = False,
+    *,
     arrived: ArrivedRows | None = None,
 ) -> None:
     ranks = before_tile = None
@@ -305,7 +306,7 @@ _moe_dispatch_quantize = declare(
 
 
 def _launch_permute(
-    data: Tensor, x: Tensor, slot_of: Tensor, token_of_slot: Tensor, arrived: ArrivedRows | None = None
+    data: Tensor, x: Tensor, slot_of: Tensor, token_of_slot: Tensor, *, arrived: ArrivedRows | None = None
 ) -> None:
     plan = slot_of.contiguous(), token_of_slot.contiguous()
     launch("moe_combine_backward", *_where(x, arrived), None, *plan, None, data, None, op="moe_permute")
@@ -345,6 +346,7 @@ def _launch_combine(
     weights: Tensor | None,
     shared: Tensor | None,
     residual: Tensor | None,
+    *,
     arrived: ArrivedRows | None = None,
 ) -> None:
     y, half, _ = _where(y, arrived)
@@ -389,6 +391,7 @@ def _launch_combine_backward(
     slot_of: Tensor,
     token_of_slot: Tensor,
     weights: Tensor,
+    *,
     arrived: ArrivedRows | None = None,
 ) -> None:
     in_float32 = d_weights
