@@ -28,8 +28,7 @@ long grouped_gemm(const Chip& chip,
     p.b_row_stride = b.stride(-2);
     p.b_matrix_stride = kWgrad ? 0 : b.stride(0);
     p.d_matrix_stride = kWgrad ? d.stride(0) : 0;
-    p.groups = {offsets.data<const int32_t>(), counts.data<const int32_t>(),
-                narrow(counts.size(0)),
+    p.groups = {offsets.data<const int32_t>(), counts.data<const int32_t>(), narrow(counts.size(0)),
                 kWgrad ? tile::Groups::Axis::kK : tile::Groups::Axis::kRows};
     return run(a, [&](void* stream) { launch_grouped_gemm(p, chip.multiprocessors, stream); });
 }

@@ -117,8 +117,9 @@ def declare(
     results_of = (lambda *args: None) if outputs is None else (lambda *args: outputs(*make(args)))
 
     def kernel(*args: Any, **more: Any) -> Any:
-        results = results_of(*args)
-        launch(*_each(results), *fill(args), **more)
+        results = None if outputs is None else outputs(*make(args))
+        each = results if type(results) is tuple else (results,)[:made]  # `_each`, without a call
+        launch(*each, *fill(args), **more)
         return results
 
     bodies = reference, results_of, launch and kernel
@@ -175,9 +176,9 @@ def _naming(
     places = [names.index(p.name) for p in taken if p.name in names]
     if unknown := [p.name for p in taken if p.name not in names and p.default is p.empty]:
         raise TypeError(f"{function.__qualname__} takes {unknown}, which are not among {names}")
-    if places == list(range(len(names))):
-        return lambda args: args
-    return operator.itemgetter(*places) if len(places) > 1 else lambda args: [args[i] for i in places]
+    if places == list(range(start := next(iter(places), 0), start + len(places))):
+        return operator.itemgetter(slice(start, start + len(places)))
+    return operator.itemgetter(*places)
 
 
 def _apart(body: Callable, may_be_out: Sequence[int]) -> Callable:

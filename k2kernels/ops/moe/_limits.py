@@ -6,17 +6,15 @@ import torch
 from torch import Tensor
 
 
-def no_float64(**tensors: Tensor | None) -> str | None:
-    """Names the first of `tensors` in float64, which no kernel computes in."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype == torch.float64:
+def unserved(dtypes: dict[str, torch.dtype], **sizes: tuple[int, int]) -> str | None:
+    """Names the first of `dtypes` that is float64, or of `sizes` (size, limit) that is too large for the kernels."""
+    for name, dtype in dtypes.items():
+        if dtype == torch.float64:
             return f"{name} must be float32, bfloat16 or float16 for the kernels, got float64"
+    for name, (size, most) in sizes.items():
+        if size > most:
+            return f"{name} must be at most {most} for the kernels, got {size}"
     return None
-
-
-def too_many(name: str, got: int, most: int) -> str | None:
-    """Says that `name` exceeds what the kernels take, if it does."""
-    return f"{name} must be at most {most} for the kernels, got {got}" if got > most else None
 
 
 def float32(x: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from k2kernels.ops._constants import constants
 from k2kernels.ops._launch import launch, matrices
 from k2kernels.ops._register import Op, declare
 from k2kernels.ops.exchange import ArrivedRows
-from k2kernels.ops.moe._limits import check_indices, float32, no_float64, too_many
+from k2kernels.ops.moe._limits import check_indices, float32, unserved
 from k2kernels.ops.quant import QUANTIZABLE, empty_scales
 from k2kernels.reference import moe as reference
 
@@ -267,12 +267,12 @@ def _launch_dispatch_quantize(
 
 
 def _dispatch_unserved(x: Tensor, indices: Tensor, num_experts: int, alignment: int) -> str | None:
-    return (
-        no_float64(x=x)
-        or too_many("num_experts", num_experts, constants.MOE_MOST_EXPERTS)
-        or too_many("K of indices", indices.shape[1], constants.MOE_MOST_TOP_K)
-        or too_many("T K of indices", indices.numel(), 2**31 - 1)
-        or too_many("alignment", alignment, 2**31 - 1)
+    return unserved(
+        {"x": x.dtype},
+        num_experts=(num_experts, constants.MOE_MOST_EXPERTS),
+        K=(indices.shape[1], constants.MOE_MOST_TOP_K),
+        TK=(indices.numel(), 2**31 - 1),
+        alignment=(alignment, 2**31 - 1),
     )
 
 
@@ -320,7 +320,7 @@ _moe_permute = declare(
     reference.moe_permute,
     outputs=lambda x, token_of_slot: x.new_empty((token_of_slot.shape[0], x.shape[1])),
     launch=_launch_permute,
-    unserved=lambda x, slot_of: no_float64(x=x) or too_many("K", slot_of.shape[1], constants.MOE_MOST_TOP_K),
+    unserved=lambda x, slot_of: unserved({"x": x.dtype}, K=(slot_of.shape[1], constants.MOE_MOST_TOP_K)),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     backward=_permute_gradients,
 )
@@ -350,18 +350,20 @@ def _launch_combine(
     arrived: ArrivedRows | None = None,
 ) -> None:
     y, half, _ = _where(y, arrived)
-    terms = (term if term is None else matrices(term) for term in (shared, residual))
-    launch("moe_combine", y, half, slot_of.contiguous(), float32(weights), *terms, out)
+    shared = shared if shared is None else matrices(shared)
+    residual = residual if residual is None else matrices(residual)
+    launch("moe_combine", y, half, slot_of.contiguous(), float32(weights), shared, residual, out)
 
 
 def _combine_unserved(
     y: Tensor, slot_of: Tensor, shared: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype
 ) -> str | None:
-    if out_dtype == torch.float64:
-        return "out_dtype must be float32, bfloat16 or float16 for the kernels, got float64"
-    return no_float64(y=y, shared=shared, residual=residual) or too_many(
-        "K of slot_of", slot_of.shape[1], constants.MOE_MOST_TOP_K
-    )
+    dtypes = {"y": y.dtype, "out_dtype": out_dtype}
+    if shared is not None:
+        dtypes["shared"] = shared.dtype
+    if residual is not None:
+        dtypes["residual"] = residual.dtype
+    return unserved(dtypes, K=(slot_of.shape[1], constants.MOE_MOST_TOP_K))
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -416,7 +418,7 @@ _moe_combine_backward = declare(
     reference.moe_combine_backward,
     outputs=lambda y, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
     launch=_launch_combine_backward,
-    unserved=lambda grad, y, slot_of: (
-        no_float64(grad=grad, y=y) or too_many("K of slot_of", slot_of.shape[1], constants.MOE_MOST_TOP_K)
+    unserved=lambda grad, y, slot_of: unserved(
+        {"grad": grad.dtype, "y": y.dtype}, K=(slot_of.shape[1], constants.MOE_MOST_TOP_K)
     ),
 )

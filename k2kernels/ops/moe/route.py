@@ -11,7 +11,7 @@ from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops._constants import constants
 from k2kernels.ops._launch import launch, matrices
 from k2kernels.ops._register import declare
-from k2kernels.ops.moe._limits import float32, no_float64, too_many
+from k2kernels.ops.moe._limits import float32, unserved
 from k2kernels.reference import moe as reference
 from k2kernels.reference._numeric import wide_dtype
 
@@ -117,11 +117,11 @@ def _launch_backward(
 
 
 def _unserved(logits: Tensor, top_k: int, n_group: int) -> str | None:
-    return (
-        no_float64(logits=logits)
-        or too_many("E of logits", logits.shape[1], constants.MOE_MOST_EXPERTS)
-        or too_many("top_k", top_k, constants.MOE_MOST_TOP_K)
-        or too_many("n_group", n_group, constants.MOE_MOST_GROUPS)
+    return unserved(
+        {"logits": logits.dtype},
+        E=(logits.shape[1], constants.MOE_MOST_EXPERTS),
+        top_k=(top_k, constants.MOE_MOST_TOP_K),
+        n_group=(n_group, constants.MOE_MOST_GROUPS),
     )
 
 
