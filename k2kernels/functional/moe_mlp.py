@@ -12,7 +12,7 @@ from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_swiglu, grouped_fp8_linear
-from k2kernels.ops.grouped_gemm import grouped_gemm
+from k2kernels.ops.grouped_gemm import multiply
 from k2kernels.ops.moe import Routing, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE, swiglu
 
@@ -120,7 +120,7 @@ def moe_mlp(
         inner = swiglu(grouped_fp8_linear(data, gate_up, **groups))
         y = grouped_fp8_linear(inner, down, **groups)
     else:
-        inner = swiglu(grouped_gemm(data, gate_up, **groups, expected=expected))
-        y = grouped_gemm(inner, down, **groups, expected=expected)
+        inner = swiglu(multiply(data, gate_up, offsets, counts, expected))
+        y = multiply(inner, down, offsets, counts, expected)
     combine = moe_combine if exchange is None else exchange.combine
     return combine(y, handle, shared=shared, residual=residual, out_dtype=out_dtype)

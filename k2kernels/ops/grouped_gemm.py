@@ -1,7 +1,11 @@
-"""The grouped matrix product of unquantised experts, with its gradients: the public function."""
+"""The grouped matrix product of unquantised experts, with its gradients: the public function.
+
+`multiply` is the same without checks, for compositions that have made them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +50,9 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple:
-    a, b, offsets, counts = ctx.saved_tensors
-    d_a = _grouped_gemm_dgrad(grad, b, offsets, counts, ctx.expected) if ctx.needs_input_grad[0] else None
-    d_b = _grouped_gemm_wgrad(grad, a, offsets, counts) if ctx.needs_input_grad[1] else None
+    a, b, *groups = ctx.saved_tensors
+    d_a = _grouped_gemm_dgrad(grad, b, *groups, ctx.expected) if ctx.needs_input_grad[0] else None
+    d_b = _grouped_gemm_wgrad(grad, a, *groups) if ctx.needs_input_grad[1] else None
     return d_a, d_b, None, None, None
 
 
@@ -61,37 +65,40 @@ def _rows_on_16_bytes(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], -(-width // 8) * 8))[..., :width].copy_(x)
 
 
-def _launch(function: str, a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None, d: Tensor):
-    operands = _rows_on_16_bytes(a), _rows_on_16_bytes(b), offsets.contiguous(), counts.contiguous()
-    launch(function, chip(a.device), *operands, a.shape[0] if expected is None else expected, d)
+def _launching(function: str) -> Callable:
+    def launch_into(d: Tensor, a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None):
+        operands = _rows_on_16_bytes(a), _rows_on_16_bytes(b), offsets.contiguous(), counts.contiguous()
+        launch(function, chip(a.device), *operands, a.shape[0] if expected is None else expected, d)
+
+    return launch_into
 
 
-def _unserved(name: str, a: Tensor, other: str, b: Tensor) -> str | None:
+def _unserved(a: Tensor, b: Tensor) -> str | None:
     if a.dtype not in (torch.bfloat16, torch.float16):
-        return f"{name} must be bfloat16 or float16 for the kernels, got {a.dtype}"
-    return None if b.dtype == a.dtype else f"{other} must be {a.dtype} like {name}, got {b.dtype}"
+        return f"a must be bfloat16 or float16 for the kernels, got {a.dtype}"
+    return None if b.dtype == a.dtype else f"b must be {a.dtype} like a, got {b.dtype}"
 
 
 _grouped_gemm = declare(
     reference.grouped_gemm,
     outputs=lambda a, b: a.new_empty((a.shape[0], b.shape[1])),
-    launch=lambda d, a, b, offsets, counts, expected: _launch("grouped_gemm", a, b, offsets, counts, expected, d),
-    unserved=lambda a, b: _unserved("a", a, "b", b),
+    launch=_launching("grouped_gemm"),
+    unserved=_unserved,
     validate=lambda a, offsets, counts: check_groups("grouped_gemm", offsets, counts, a.shape[0]),
     setup_context=_setup,
     backward=_gradients,
 )
 _grouped_gemm_dgrad = declare(
     reference.grouped_gemm_dgrad,
-    outputs=lambda grad, b: grad.new_empty((grad.shape[0], b.shape[2])),
-    launch=lambda d_a, grad, b, offsets, counts, expected: _launch(
-        "grouped_gemm_dgrad", grad, b, offsets, counts, expected, d_a
-    ),
-    unserved=lambda grad, b: _unserved("grad", grad, "b", b),
+    outputs=lambda a, b: a.new_empty((a.shape[0], b.shape[2])),
+    launch=_launching("grouped_gemm_dgrad"),
+    unserved=_unserved,
 )
 _grouped_gemm_wgrad = declare(
     reference.grouped_gemm_wgrad,
-    outputs=lambda grad, a, counts: grad.new_empty((counts.shape[0], grad.shape[1], a.shape[1])),
-    launch=lambda d_b, grad, a, offsets, counts: _launch("grouped_gemm_wgrad", grad, a, offsets, counts, None, d_b),
-    unserved=lambda grad, a: _unserved("grad", grad, "a", a),
+    outputs=lambda a, b, counts: a.new_empty((counts.shape[0], a.shape[1], b.shape[1])),
+    launch=_launching("grouped_gemm_wgrad"),
+    unserved=_unserved,
 )
+
+multiply = _grouped_gemm  # without checks: a, b, offsets, counts, expected

@@ -15,18 +15,18 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected
     return _grouped_mm(a, b.transpose(1, 2), offsets, counts)
 
 
-def grouped_gemm_dgrad(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None) -> Tensor:
-    """Gradient of `grouped_gemm` with respect to a: [S, N] and [G, N, K] give [S, K]."""
-    return _grouped_mm(grad, b, offsets, counts)
+def grouped_gemm_dgrad(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None) -> Tensor:
+    """Gradient of `grouped_gemm` with respect to its a: the gradient a [S, N] and b [G, N, K] give [S, K]."""
+    return _grouped_mm(a, b, offsets, counts)
 
 
-def grouped_gemm_wgrad(grad: Tensor, a: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-    """Gradient of `grouped_gemm` with respect to b: [S, N] and [S, K] give [G, N, K]."""
+def grouped_gemm_wgrad(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    """Gradient of `grouped_gemm` with respect to its b: the gradient a [S, N] and its a, b [S, K], give [G, N, K]."""
     groups = _groups(offsets, counts)
-    d_b = grad.new_empty((len(groups), grad.shape[1], a.shape[1]))
+    d = a.new_empty((len(groups), a.shape[1], b.shape[1]))
     for g, (start, end, _) in enumerate(groups):
-        torch.mm(grad[start:end].t(), a[start:end], out=d_b[g])  # zeros for an empty group
-    return d_b
+        torch.mm(a[start:end].t(), b[start:end], out=d[g])  # zeros for an empty group
+    return d
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:

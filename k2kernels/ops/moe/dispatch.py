@@ -1,11 +1,12 @@
 """Rows of tokens to the slots of their experts, and back: the public functions.
 
-`dispatch_rows`, `permute_rows`, `combine_rows` and `combine_rows_backward` are the same without checks, for exchanges
+`dispatch_rows`, `permute_rows`, `combine_rows` and `combine_rows_backward` are the ops without checks, for exchanges
 between ranks: the rows may be `ArrivedRows`, which a kernel reads where they arrived.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -145,38 +146,6 @@ def moe_combine(
     residual = args.optional("residual", residual, ("T", "H"), FLOATS)
     out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
     return _moe_combine(y, slot_of, token_of_slot, weights, shared, residual, out_dtype)
-
-
-def dispatch_rows(
-    x: Tensor | ArrivedRows, indices: Tensor, num_experts: int, alignment: int, capacity: int
-) -> tuple[Tensor, ...]:
-    """data [capacity, H] and the plan, slot_of ... overflow, of `moe_dispatch` without quantisation."""
-    return _with_arrived(_moe_dispatch, x, indices, num_experts, alignment, capacity)
-
-
-def permute_rows(x: Tensor | ArrivedRows, slot_of: Tensor, token_of_slot: Tensor) -> Tensor:
-    """[S, H]: x in the slots of a plan, zeros in the others."""
-    return _with_arrived(_moe_permute, x, slot_of, token_of_slot)
-
-
-def combine_rows(
-    y: Tensor | ArrivedRows,
-    slot_of: Tensor,
-    token_of_slot: Tensor,
-    weights: Tensor | None,
-    shared: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """[T, H]: `moe_combine` by a plan; weights None stands for ones."""
-    return _with_arrived(_moe_combine, y, slot_of, token_of_slot, weights, shared, residual, out_dtype)
-
-
-def combine_rows_backward(
-    grad: Tensor | ArrivedRows, y: Tensor, slot_of: Tensor, token_of_slot: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of y [S, H] and of the weights [T, K]."""
-    return _with_arrived(_moe_combine_backward, grad, y, slot_of, token_of_slot, weights)
 
 
 def _with_arrived(op: Op, rows: Tensor | ArrivedRows, *args: Any) -> Any:
@@ -422,3 +391,9 @@ _moe_combine_backward = declare(
         {"grad": grad.dtype, "y": y.dtype}, K=(slot_of.shape[1], constants.MOE_MOST_TOP_K)
     ),
 )
+
+# Without checks: rows, which may be `ArrivedRows`, and the further arguments of the reference.
+dispatch_rows = functools.partial(_with_arrived, _moe_dispatch)
+permute_rows = functools.partial(_with_arrived, _moe_permute)
+combine_rows = functools.partial(_with_arrived, _moe_combine)
+combine_rows_backward = functools.partial(_with_arrived, _moe_combine_backward)
