@@ -52,9 +52,9 @@ class Recording(TorchDispatchMode):
         return result
 
     def __enter__(self):
-        def noted(*args):
-            self.calls.append((_launch._emulated_stream.get(), args))
-            launch(*args)
+        def noted(*args, **op):
+            self.calls.append((_launch._emulated_stream.get(), args, op))
+            launch(*args, **op)
 
         launch, self.patch = _launch.launch, pytest.MonkeyPatch()
         for module in (_launch, dispatch):
@@ -67,9 +67,9 @@ class Recording(TorchDispatchMode):
 
     def replay(self):
         with _launch.emulated_together():
-            for stream, args in self.calls:
+            for stream, args, op in self.calls:
                 with _launch.emulated_stream(stream):
-                    _launch.launch(*args)
+                    _launch.launch(*args, **op)
 
 
 @pytest.mark.parametrize("mode", MODES[1:3], ids=str)
