@@ -303,7 +303,7 @@ def test_what_no_kernel_serves():
     with k2kernels.emulated():
         with pytest.raises(k2kernels.UnsupportedError, match=r"moe_sequence_loss: .* float64"):
             moe_sequence_loss(torch.zeros(2, 8).double(), indices, top_k=2, alpha=1.0)
-        with pytest.raises(k2kernels.UnsupportedError, match=r"bias: .*E must be at most 1024 .* got 1025"):
+        with pytest.raises(k2kernels.UnsupportedError, match=r"bias: .*E of bias must be at most 1024 .* got 1025"):
             moe_update_bias(torch.zeros(1025), torch.zeros(1025, dtype=torch.int64), rate=1.0)
 
 

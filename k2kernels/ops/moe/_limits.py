@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def unserved(dtypes: dict[str, torch.dtype], **sizes: tuple[int, int]) -> str | None:
+def unserved(dtypes: dict[str, torch.dtype], sizes: dict[str, tuple[int, int]]) -> str | None:
     """Names the first of `dtypes` that is float64, or of `sizes` (size, limit) that is too large for the kernels."""
     for name, dtype in dtypes.items():
         if dtype == torch.float64:

@@ -99,7 +99,7 @@ def _validate(logits: Tensor, indices: Tensor, cu_seqlens: Tensor | None) -> Non
 def _unserved(logits: Tensor, indices: Tensor, cu_seqlens: Tensor | None) -> str | None:
     if logits.shape[0] > 0 and cu_seqlens is not None and cu_seqlens.shape[0] < 2:
         return f"cu_seqlens must end at T={logits.shape[0]} for the kernels, got no sequence"
-    return unserved({"logits": logits.dtype}, TK=(indices.numel(), 2**31 - 1))
+    return unserved({"logits": logits.dtype}, {"T K of indices": (indices.numel(), 2**31 - 1)})
 
 
 def _launch(
@@ -170,5 +170,5 @@ _moe_update_bias = declare(
     launch=lambda result, bias, counts, rate, mode: launch(
         "moe_update_bias", bias.contiguous(), counts.contiguous(), rate, mode == "quantile", result
     ),
-    unserved=lambda bias: unserved({}, E=(bias.shape[0], constants.MOE_MOST_EXPERTS)),
+    unserved=lambda bias: unserved({}, {"E of bias": (bias.shape[0], constants.MOE_MOST_EXPERTS)}),
 )

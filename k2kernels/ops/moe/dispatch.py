@@ -238,10 +238,12 @@ def _launch_dispatch_quantize(
 def _dispatch_unserved(x: Tensor, indices: Tensor, num_experts: int, alignment: int) -> str | None:
     return unserved(
         {"x": x.dtype},
-        num_experts=(num_experts, constants.MOE_MOST_EXPERTS),
-        K=(indices.shape[1], constants.MOE_MOST_TOP_K),
-        TK=(indices.numel(), 2**31 - 1),
-        alignment=(alignment, 2**31 - 1),
+        {
+            "num_experts": (num_experts, constants.MOE_MOST_EXPERTS),
+            "K of indices": (indices.shape[1], constants.MOE_MOST_TOP_K),
+            "T K of indices": (indices.numel(), 2**31 - 1),
+            "alignment": (alignment, 2**31 - 1),
+        },
     )
 
 
@@ -289,7 +291,9 @@ _moe_permute = declare(
     reference.moe_permute,
     outputs=lambda x, token_of_slot: x.new_empty((token_of_slot.shape[0], x.shape[1])),
     launch=_launch_permute,
-    unserved=lambda x, slot_of: unserved({"x": x.dtype}, K=(slot_of.shape[1], constants.MOE_MOST_TOP_K)),
+    unserved=lambda x, slot_of: unserved(
+        {"x": x.dtype}, {"K of slot_of": (slot_of.shape[1], constants.MOE_MOST_TOP_K)}
+    ),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     backward=_permute_gradients,
 )
@@ -332,7 +336,7 @@ def _combine_unserved(
         dtypes["shared"] = shared.dtype
     if residual is not None:
         dtypes["residual"] = residual.dtype
-    return unserved(dtypes, K=(slot_of.shape[1], constants.MOE_MOST_TOP_K))
+    return unserved(dtypes, {"K of slot_of": (slot_of.shape[1], constants.MOE_MOST_TOP_K)})
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -388,7 +392,7 @@ _moe_combine_backward = declare(
     outputs=lambda y, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
     launch=_launch_combine_backward,
     unserved=lambda grad, y, slot_of: unserved(
-        {"grad": grad.dtype, "y": y.dtype}, K=(slot_of.shape[1], constants.MOE_MOST_TOP_K)
+        {"grad": grad.dtype, "y": y.dtype}, {"K of slot_of": (slot_of.shape[1], constants.MOE_MOST_TOP_K)}
     ),
 )
 

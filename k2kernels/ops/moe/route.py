@@ -119,9 +119,11 @@ def _launch_backward(
 def _unserved(logits: Tensor, top_k: int, n_group: int) -> str | None:
     return unserved(
         {"logits": logits.dtype},
-        E=(logits.shape[1], constants.MOE_MOST_EXPERTS),
-        top_k=(top_k, constants.MOE_MOST_TOP_K),
-        n_group=(n_group, constants.MOE_MOST_GROUPS),
+        {
+            "E of logits": (logits.shape[1], constants.MOE_MOST_EXPERTS),
+            "top_k": (top_k, constants.MOE_MOST_TOP_K),
+            "n_group": (n_group, constants.MOE_MOST_GROUPS),
+        },
     )
 
 
