@@ -1,13 +1,13 @@
 # make demo    train a tiny Kimi-K2 with MuonClip on a CPU, save it, generate from it
 # make test    the whole suite
 # make env     only the environment (.venv) and the installed package; the others call it
-# make lint    formatters and linters            make bench    benchmarks of what this machine can run
+# make lint    formatters and linters            make bench    the benchmarks
 # make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
-# make clean   remove what the build made (make distclean: the environment too)
+# make clean   removes build outputs (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
-# tests one after the other; else they share the cores.
+# tests sequentially; by default they share the cores.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
 HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-# Threads that wait for one another sleep instead of spinning: on a busy machine that is several times faster.
+# Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test env lint bench gpu sanitize clean distclean
@@ -35,8 +35,8 @@ test: env
 
 env: $(READY)
 
-# With a fitting torch at hand the environment looks into the interpreter's own packages; else it gets the CPU build
-# where no NVIDIA GPU answers, so that no gigabytes of CUDA packages come along.
+# If PYTHON has a suitable torch, the environment uses PYTHON's packages; else it gets the CPU build of torch on a machine
+# without an NVIDIA GPU, which avoids gigabytes of CUDA packages.
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell find csrc cmake -type f ! -name '*.md')
 	@$(PYTHON) -c '$(HAS_PYTHON)' || { echo "k2kernels needs Python >= 3.10, got `$(PYTHON) --version`; make PYTHON=..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -68,7 +68,7 @@ gpu:
 	-PYTHONPATH=. timeout 60 $(PYTHON) python_tests/emulator/record.py
 	PYTHONPATH=. timeout 240 $(PYTHON) bench/gpu.py
 
-# Under TSan without the launches that end with an error: its reports after one are not to be trusted.
+# Under TSan without launches that end with an error: its reports after one are unreliable.
 KERNEL_TESTS := -m pytest -q -s -p no:faulthandler $(addprefix python_tests/,emulator/test_kernels.py \
     emulator/test_conformance.py ops/test_quant.py ops/test_mla_cache.py ops/test_moe_route_kernel.py \
     ops/test_moe_dispatch_kernel.py ops/test_moe_balance.py ops/test_exchange.py ops/test_grouped_gemm.py \

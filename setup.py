@@ -1,8 +1,8 @@
 """Builds the extension modules k2kernels._C and k2kernels._emu with CMake; everything else is in pyproject.toml.
 
 Environment variables: K2K_CUDA (AUTO: the GPU's kernels if nvcc is found; ON: or fail; OFF), K2K_CUDA_ARCHS
-(80;90a-real;120-real), K2K_LINEINFO (OFF), K2K_BUILD_DIR (where CMake works; kept, so that a second build touches only
-what changed), K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
+(80;90a-real;120-real), K2K_LINEINFO (OFF), K2K_BUILD_DIR (CMake's build folder; kept for incremental builds),
+K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-FACTS = "_C.json"  # what each kernel takes of a multiprocessor; made where kernels are compiled
+FACTS = "_C.json"  # registers and shared memory of each kernel; made where kernels are compiled
 OPTIONS = {
     "CMAKE_BUILD_TYPE": ("K2K_BUILD_TYPE", "Release"),
     "K2K_CUDA": ("K2K_CUDA", "AUTO"),
@@ -28,7 +28,7 @@ OPTIONS = {
 
 class CMakeBuild(build_ext):
     def build_extensions(self):
-        import pybind11  # a build requirement: only known to be there when something is built
+        import pybind11  # a build requirement: not installed for other commands
 
         self._warn_of_torch()
 
@@ -39,9 +39,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DK2K_VERSION={self.distribution.get_version()}",
         ]
-        # Always passed: CMake would remember the last build's.
+        # Always passed: otherwise CMake would reuse the values of the last build.
         configure += [f"-D{option}={os.environ.get(name, value)}" for option, (name, value) in OPTIONS.items()]
-        if ninja := shutil.which("ninja"):  # by name: the cached one may have been another build's
+        if ninja := shutil.which("ninja"):  # by name: CMake's cache may name the ninja of another build environment
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         if ccache := shutil.which("ccache"):
             configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}", f"-DCMAKE_CUDA_COMPILER_LAUNCHER={ccache}"]
@@ -79,7 +79,7 @@ class CMakeBuild(build_ext):
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_suffix(".tmp")
-        shutil.copy(made, temporary)  # of now: setuptools copies only what is newer than what another build left
+        shutil.copy(made, temporary)  # always: setuptools copies a file only if it is newer than the old one
         os.replace(temporary, out)  # a process that has the old module loaded keeps it
 
     @staticmethod

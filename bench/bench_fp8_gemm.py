@@ -90,14 +90,14 @@ LINEARS = {  # N, K of Kimi-K2
 ROWS = (1, 8, 64, 128, 512, 4096)
 RANKS = (1, 8, 32)  # of expert parallelism
 TOKENS = (128, 1024, 8192)  # of all ranks together
-EXPERT_ROWS = 128  # multiples at which DeepGEMM wants the groups of one matrix to start
+EXPERT_ROWS = 128  # DeepGEMM's alignment of the groups of one matrix
 
 
 def gpu_cases() -> list[Case]:
     """Dense layers over rows, the quantisation of their inputs, experts over ranks and tokens, and wgrad.
 
-    What reads other bytes than the FP8 product is a case of its own, with its own floor: the product of bfloat16, and
-    quantisation and product together.
+    The bfloat16 product, and quantisation with product, are separate cases, because they read other bytes and so have
+    other lower bounds.
     """
     cases = [case for name in LINEARS for rows in ROWS for case in linear_cases(name, rows)]
     widths = sorted({k for _, k in LINEARS.values()})
@@ -111,7 +111,7 @@ def gpu_cases() -> list[Case]:
 
 
 def fp8_bytes(rows: int, columns: int, block: int = 1) -> int:
-    """Of codes and scales."""
+    """Bytes of codes and scales."""
     return rows * columns + 4 * -(-rows // block) * -(-columns // 128)
 
 
@@ -157,7 +157,7 @@ def quantize_case(rows: int, k: int) -> Case:
 
 
 def expert_rows(ranks: int, tokens: int) -> list[int]:
-    """How many of the tokens' top-k choices fall on each expert of one rank, all being equally likely."""
+    """The rows of each expert of one rank, under uniform routing of the tokens' top-k choices."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, KIMI_K2.experts, generator=generator).topk(KIMI_K2.top_k).indices
     counts = torch.bincount(chosen.flatten(), minlength=KIMI_K2.experts)
@@ -240,11 +240,11 @@ def wgrad_cases(name: str, groups: int = 12, rows: int = 2048) -> list[Case]:
     ]
 
 
-# Peers of the same arithmetic: an error of theirs leaves them out, with a warning.
+# Peers with the same arithmetic; one that raises is left out with a warning.
 
 
 def checked(peer: Callable, ours: Callable, of: Callable = lambda d: d) -> Callable:
-    """`peer`, whose first result is compared with ours: no figure of a wrong one."""
+    """`peer`, with a check of its first result against ours: a wrong peer is not measured."""
     compared: list = []
 
     def run(*inputs):
@@ -260,7 +260,7 @@ def checked(peer: Callable, ours: Callable, of: Callable = lambda d: d) -> Calla
 
 
 def dense_peers() -> dict[str, Callable]:
-    """Of scales 1x128 for A and 128x128 for B; PyTorch's are cuBLAS's, of Hopper and CUDA 12.9 on."""
+    """GEMMs with scales 1x128 for A and 128x128 for B; PyTorch's is cuBLAS's, from Hopper and CUDA 12.9 on."""
     found = {}
     if hasattr(F, "scaled_mm"):
         found["torch scaled_mm"] = scaled_mm
@@ -281,7 +281,7 @@ def old_scaled_mm(a, a_scales, b, b_scales):
 
 
 def by_columns(scales: torch.Tensor) -> torch.Tensor:
-    """Scales [N blocks, K blocks] as cuBLAS wants those of blocks: rows padded to multiples of 4."""
+    """Scales [N blocks, K blocks] in cuBLAS's layout: rows padded to multiples of 4."""
     return F.pad(scales, (0, -scales.shape[1] % 4))
 
 

@@ -1,6 +1,6 @@
-"""What the host does for a call, from the public function to the launch; with inputs of one row, for a short kernel.
+"""Host time of a call, from the public function to the launch, with inputs of one row.
 
-On a CPU the extension module is one that does nothing; `bench/gpu.py launch` measures the same calls with the kernels.
+On a CPU a stand-in replaces the extension module; `bench/gpu.py launch` measures the same calls with the kernels.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Attention over the paged latent cache: at sizes of a CPU in float32, and Kimi-K2's on a GPU.
 
-Peers that are PyTorch's get the rows of a sequence side by side: they are spared the pages.
+PyTorch's peers get the rows of a sequence contiguously, without pages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make(shape):
 
 
 def torch_sdpa(q, rows, latent):
-    """All heads share the keys, so that the heads of a token are so many queries of one head."""
+    """All heads share the keys: the heads of a token become queries of one head."""
     s_q, heads, length = q.shape[1], q.shape[2], rows.shape[1]
     border = torch.arange(length - s_q + 1, length + 1, device=q.device).repeat_interleave(heads)
     keys = rows.unsqueeze(1)
@@ -152,7 +152,7 @@ def bodies(batch: int, length: int, s_q: int, heads: int, cache: str) -> dict[st
     if s_q == 1 and heads == KIMI_K2.heads:
         found["split 512"] = functools.partial(ours, split=512)  # batch-invariant
     if cache == "656":
-        return found  # nobody else serves these rows without indices
+        return found  # no peer serves these rows without indices
     if importlib.util.find_spec("flash_mla"):
         found["FlashMLA"] = flash_mla_body()
     if importlib.util.find_spec("flashinfer"):
@@ -165,7 +165,7 @@ def bodies(batch: int, length: int, s_q: int, heads: int, cache: str) -> dict[st
 
 
 def formula(q: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one token, as one would write it."""
+    """Attention of one token, in plain PyTorch operations."""
     logits = (q.squeeze(1) @ rows.mT).float() * KIMI_K2.softmax_scale
     return logits.softmax(-1).to(q.dtype) @ rows[..., :LATENT], logits.logsumexp(-1)
 

@@ -49,7 +49,7 @@ def torch_route(logits, bias, top_k):
 
 
 def torch_permute(x, indices):
-    """Rows by expert, and where they came from."""
+    """Rows sorted by expert, and their order."""
     order = indices.flatten().argsort(stable=True)
     return x[order // indices.shape[1]], order
 
@@ -233,7 +233,7 @@ def combine_case(tokens):
 
 
 class Rank(NamedTuple):
-    """The experts of one rank of eight that share Kimi-K2's out; its tokens take `top_k` of them."""
+    """The experts of one of eight ranks that share Kimi-K2's; each token takes `top_k` of them."""
 
     experts: int = KIMI_K2.experts // 8
     top_k: int = KIMI_K2.top_k
@@ -241,7 +241,7 @@ class Rank(NamedTuple):
     intermediate: int = KIMI_K2.expert_intermediate
 
     def hit(self, tokens: int) -> int:
-        """Experts that uniform routing gives work, on average."""
+        """The expected number of experts with rows under uniform routing."""
         return round(self.experts * (1 - (1 - self.top_k / self.experts) ** tokens))
 
 
@@ -264,7 +264,7 @@ def expert_weights(rank: Rank, kind: str, device: torch.device) -> tuple:
 
 
 def grouped_mm(rows, weights, ends):
-    """PyTorch's: CUTLASS on Hopper."""
+    """PyTorch's grouped GEMM: CUTLASS on Hopper."""
     function = getattr(F, "grouped_mm", None) or torch._grouped_mm
     return function(rows, weights.mT, offs=ends)
 
@@ -336,7 +336,7 @@ def _bytes(weights: int, kind: str) -> int:
 
 
 def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
-    """What the layer's time is made of: the same steps, one by one."""
+    """The steps of the layer, one by one."""
     slots, hidden, wide = tokens * rank.top_k, rank.hidden, rank.intermediate
     fp8 = kind == "fp8"
     activation = 1 + 4 / 128 if fp8 else 2  # bytes
@@ -374,7 +374,7 @@ def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
         return grouped_gemm(inner, weights, **groups)
 
     def of(function, *names):
-        """A body that is given the whole set of inputs."""
+        """A body that takes the whole set of inputs."""
 
         def run(*args):
             return function(*(args[INPUTS.index(name)] for name in names))

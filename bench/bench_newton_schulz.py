@@ -28,7 +28,7 @@ OURS = {
 
 
 def plain(x):
-    """Five quintic steps as everybody writes them: batched, standard iteration, in x's dtype."""
+    """Five quintic steps of the standard iteration, batched, in x's dtype."""
     a, b, c = QUINTIC
     x = x / x.norm(dim=(-2, -1), keepdim=True)
     for _ in range(5):
@@ -82,7 +82,7 @@ def gpu_cases() -> list[Case]:
 
 
 def flops(m: int, n: int, steps: int = 5) -> int:
-    """Of one matrix, with the algorithm "auto" takes: of symmetric results one triangle, one restart."""
+    """FLOPs of one matrix with the algorithm of "auto": one triangle of symmetric results, one restart."""
     short, long = sorted((m, n))
     square, rectangle = short**3, 2 * short**2 * long  # a triangle of products of squares; X times a square
     if not on_gram_matrix("auto", m, n):

@@ -88,7 +88,7 @@ def gpu_cases() -> list[Case]:
         return MuonClip(named, 1e-3, qk_clip=None, splits=splits, rules={"gate": "muon"})
 
     def torch_muon(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Each matrix by itself, but projections whole."""
+        """Muon of each matrix, without cutting projections into parts."""
         ps = []
         for _, p in named:
             for i in range(len(p) if p.ndim == 3 else 1):
@@ -113,7 +113,7 @@ def gpu_cases() -> list[Case]:
 
 
 def step(make: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]) -> Callable[..., None]:
-    """A step on a set of parameters and gradients, by an optimizer that is made for the set once."""
+    """A step on a set of parameters and gradients; the optimizer is made once per set."""
     optimizers: dict[int, torch.optim.Optimizer] = {}
 
     def body(*tensors: Tensor) -> None:

@@ -174,7 +174,7 @@ def gpu_cases() -> list[Case]:
 
 
 def reference_1x128(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a user would write, for torch.compile to fuse."""
+    """The plain PyTorch operations, for torch.compile to fuse."""
     blocks = x.float().unflatten(-1, (-1, 128))
     scales = (blocks.abs().amax(-1) / 448).clamp(min=1e-10)
     return (blocks / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).flatten(-2), scales

@@ -1,8 +1,8 @@
-"""Trains the tiny Kimi-K2 with and without FP8 products, from the same weights on the same text, and draws both curves.
+"""Trains the tiny Kimi-K2 with and without FP8 products, from the same weights on the same text, and plots both curves.
 
     python bench/fp8_training.py [--steps 200] [--seeds 0 1 2] [--results FILE] [--picture FILE]
 
-Appends one JSON line per run. With --draw nothing is trained: the picture is made of the lines that are there.
+Appends one JSON line per run. With --draw nothing is trained: the plot is made from the recorded lines.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> str:
-    """The figures that a README quotes."""
+    """The figures quoted in docs/training.md."""
     pairs = {line["seed"]: {} for line in lines}
     for line in lines:
         pairs[line["seed"]][line["fp8"]] = line

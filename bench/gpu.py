@@ -1,8 +1,8 @@
-"""Measures on a GPU the shapes that the benchmarks name in `gpu_cases()`, beside the peers found, and the launch path.
+"""Measures on a GPU the shapes of the benchmarks' `gpu_cases()`, of ours and the peers found, and the launch path.
 
     python bench/gpu.py [OP ...] [--results bench/results/gpu.jsonl]
 
-Appends one JSON line per figure, prints a table, and last draws the pictures for which there are lines (pictures.py).
+Appends one JSON line per figure, prints a table, and draws the plots for which there are results (pictures.py).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> int:
     with open(options.results, "a") as file:
         for line in itertools.chain(measure_host(calls, device), measure(cases, ceilings, device)):
             file.write(json.dumps(dataclasses.asdict(line)) + "\n")
-            file.flush()  # a run that is cut off keeps what it measured
+            file.flush()  # an interrupted run keeps its results
             (host if line.who == "host" else lines).append(line)
     if host:
         print("launch path: " + ", ".join(f"{line.op} {line.us:.1f} us" for line in host))

@@ -112,7 +112,7 @@ def best_rate(lines: list[dict[str, Any]], optimizer: str) -> float:
 
 
 def run(experiment: str, variant: Variant, seed: int) -> dict[str, Any]:
-    """Trains once; the line to record."""
+    """Trains once and returns the line to record."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         training = Run(variant, seed, Path(out) / "run")
@@ -145,7 +145,7 @@ def run(experiment: str, variant: Variant, seed: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit, "-dirty" if anything but results and pictures, which runs themselves change, differs from it."""
+    """The commit, with "-dirty" if files other than results and plots, which runs change, differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
@@ -162,7 +162,7 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def draw(lines: list[dict[str, Any]], out: Path) -> list[Path]:
-    """The pictures for which there are lines."""
+    """Draws the plots for which there are results."""
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
     if any(line["experiment"] == "equal" for line in lines):
@@ -216,7 +216,7 @@ def _draw_clip(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _band(axes, runs: list[dict[str, Any]], what: str, color, label: str) -> None:
-    """The mean over seeds, and the range in which they lie."""
+    """The mean and the range over seeds."""
     if not runs:
         return
     steps, curves = runs[0]["at_steps"], list(zip(*(run[what] for run in runs)))

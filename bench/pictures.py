@@ -1,4 +1,4 @@
-"""Pictures of what was measured on a GPU.
+"""Plots of measurements on a GPU.
 
 python bench/pictures.py [--results bench/results/gpu.jsonl] [--out docs]
 """
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 def draw(results: Path, out: Path) -> list[Path]:
-    """Draws the pictures for which `results` holds lines; returns their paths."""
+    """Draws the plots for which `results` has lines; returns their paths."""
     lines = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
     out.mkdir(parents=True, exist_ok=True)
     points, layers = _points(lines), _layers(lines)
@@ -64,8 +64,8 @@ def draw(results: Path, out: Path) -> list[Path]:
 def plot_mla_decode(path: Path, points: Sequence[Point]) -> None:
     """Bandwidth over batch and length, a panel for each kind of cache and number of query tokens.
 
-    The dashed line is the roof: the bytes in the time that the machine's own copy, or its own matrix product where
-    that is slower, would take.
+    The dashed line is the roofline: the bytes over the time that the machine's measured copy or matrix product, the
+    slower of both, takes.
     """
     caches = [cache for cache in CACHES if any(p.cache == cache for p in points)]
     queries = sorted({p.s_q for p in points})
@@ -102,7 +102,7 @@ def _panel(axes, points: Sequence[Point], s_q: int, cache: str) -> None:
 
     roof = {(p.batch, p.length): _roof(p.line) / 1e3 for p in points}
     whos = sorted({p.line["who"] for p in points}, key=lambda who: (who != OURS, who))
-    for batch in batches:  # lines do not run from one batch to the next
+    for batch in batches:  # no line between batches
         first = batch == batches[0]
         group = [key for key in places if key[0] == batch]
         axes.plot(
@@ -123,10 +123,10 @@ Layers = dict[str, dict[str, dict[int, dict[str, Any]]]]  # name -> who -> rows 
 
 
 def plot_fp8_gemm(path: Path, layers: Layers) -> None:
-    """The share of the FP8 product's floor over rows, a panel for each layer; others are held against the same floor.
+    """The share of the FP8 product's lower bound over rows, a panel per layer; peers have the same bound.
 
-    That is the time for its bytes or its FLOPs, whichever is longer, at the rates of the machine's own large copy and
-    large FP8 product.
+    The bound is the longer of the times for bytes and FLOPs, at the measured rates of a large copy and a large FP8
+    product.
     """
     columns = 2
     figure, panels = new_figure(-(-len(layers) // columns), columns)
@@ -157,7 +157,7 @@ def plot_fp8_gemm(path: Path, layers: Layers) -> None:
 
 
 def _layers(lines: Sequence[dict[str, Any]]) -> Layers:
-    """The latest lines of fp8_gemm, of the device that was measured last, for the layers that we were measured on."""
+    """The latest lines of fp8_gemm on the device measured last, for layers with a line of ours."""
     lines = [line for line in lines if line["op"] == "fp8_gemm"]
     layers: Layers = {}
     for line in lines:
@@ -178,9 +178,9 @@ STAGE_COLORS = {
 
 
 def plot_moe_layer(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Where the time of a layer of experts goes, over tokens, for bfloat16 and FP8 experts: shares of the steps' sum.
+    """The share of each step in the time of a layer of experts, over tokens, for bfloat16 and FP8 experts.
 
-    Above each bar stand the microseconds of the steps together; in each part, its share of the roof.
+    Each bar is labelled with the sum of its steps in microseconds, each part with its share of the roofline.
     """
     figure, (panels,) = new_figure(1, 2)
     for axes, kind in zip(panels, ("bf16", "fp8")):
@@ -218,19 +218,19 @@ def plot_moe_layer(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _stages(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Our latest line of each step of a layer, of the device that was measured last."""
+    """Our latest line of each step of a layer, on the device measured last."""
     lines = [line for line in lines if line["op"] == "moe_stage" and line["who"] == OURS]
     latest = {line["shape"]: line for line in lines if line["device"] == lines[-1]["device"]}
     return list(latest.values())
 
 
 def _roof(line: dict[str, Any]) -> float:
-    """GB/s at the floor of the case."""
+    """GB/s at the lower bound of the case."""
     return line["gb_per_s"] / line["roofline"]
 
 
 def _points(lines: Sequence[dict[str, Any]]) -> list[Point]:
-    """The latest line of each shape and body, of the device that was measured last."""
+    """The latest line of each shape and body, on the device measured last."""
     lines = [line for line in lines if line["op"] == "mla_decode"]
     latest = {(line["shape"], line["who"]): line for line in lines if line["device"] == lines[-1]["device"]}
     points = []

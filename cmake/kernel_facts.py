@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Gathers what ptxas said of each kernel (nvcc_log.py keeps it) into one JSON file.
+"""Collects the messages of ptxas about each kernel, kept by nvcc_log.py, into one JSON file.
 
 kernel_facts.py RESULT OBJECT...: a list of {kernel, arch, registers, shared_bytes, stack_bytes, spill_bytes}.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def facts(log: str) -> list[dict]:
-    """Of one log: a kernel is announced by its name and architecture; the lines after it are its own."""
+    """The facts of one log: a line with a kernel's name and architecture precedes its facts."""
     found = []
     for line in log.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Runs nvcc: keeps what the device compiler says beside the object, and stops where it gave up a fast path.
+"""Runs nvcc, keeps the messages of ptxas beside the object, and fails if it gave up a fast path.
 
-ptxas tells of an ignored setmaxnreg (C7508) and of serialised wgmma (C7510 to C7519) in info lines only, which no
+ptxas reports an ignored setmaxnreg (C7508) and serialised wgmma (C7510 to C7519) as information only, which no
 compiler flag turns into errors.
 """
 

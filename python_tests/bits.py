@@ -212,6 +212,10 @@ def fp8(recorder: Recorder) -> None:
 
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     shapes = [(1, 200, 384), (16, 256, 512), (40, 136, 1280), (70, 384, 640), (130, 264, 640), (200, 130, 200)]
+    # For which the plan on sm_90a takes: K in 8 and 4 parts, A or B shared by two CTAs, 128x192, 256x128, 64x256,
+    # ping-pong.
+    plans = [(1, 64, 1280), (16, 128, 2048), (130, 136, 2048), (130, 384, 1280)]
+    plans += [(512, 136, 128), (1024, 64, 128), (1, 1024, 128), (130, 1024, 128)]
     for mode in (PLAIN, *SCHEDULES):
         for m, n, k in shapes:
             with recorder.case(f"fp8_gemm {m} {n} {k}", mode) as at:
@@ -228,6 +232,10 @@ def fp8(recorder: Recorder) -> None:
                 recorder.put(f"{at} fine", k2.fp8_gemm(*a, *fine, out_dtype=f32, accumulate=out))
                 shard = b[0][n // 3 :], b[1][n // 3 // 128 :]
                 recorder.put(f"{at} shard", k2.fp8_gemm(*a, *shard, b_row_offset=n // 3 % 128))
+        for m, n, k in plans if mode[0] == "sm_90a" else ():
+            with recorder.case(f"fp8_gemm plan {m} {n} {k}", mode) as at:
+                a, b = k2.quantize_1x128(torch.randn(m, k)), k2.quantize_128x128(torch.randn(n, k))
+                recorder.put(at, k2.fp8_gemm(*a, *b))
         for m in (3, 100):
             with recorder.case(f"fp8_gemm_swiglu {m}", mode) as at:
                 a, b = k2.quantize_1x128(torch.randn(m, 384)), k2.quantize_128x128(torch.randn(512, 384))

@@ -1,4 +1,4 @@
-"""What holds for every test: its own seed, one thread, poisoned memory, and with K2K_SANITIZE sanitized kernels."""
+"""Fixtures of every test: a seed of its own, one thread, poisoned memory, and with K2K_SANITIZE sanitized kernels."""
 
 import os
 import sys

@@ -1,7 +1,6 @@
 #pragma once
 
-// Clusters: neighbouring CTAs that are resident together and can access each other's shared memory.
-// sm_90.
+// Clusters: neighbouring CTAs, resident together, that access each other's shared memory. sm_90.
 
 #include "arch/mbarrier.cuh"
 
@@ -52,8 +51,7 @@ K2K_DEVICE void cluster_wait(K2K_WHERE_ONLY) {
     K2K_PTX("barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 
-// Arrives and waits. A kernel calls it before the end of a CTA whose shared memory other CTAs still
-// access.
+// Arrives and waits. Needed before the end of a CTA whose shared memory other CTAs still access.
 // PTX: #parallel-synchronization-and-communication-instructions-barrier-cluster
 K2K_DEVICE void cluster_sync(K2K_WHERE_ONLY) {
     cluster_arrive(K2K_PASS_WHERE_ONLY);

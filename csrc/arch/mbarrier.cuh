@@ -81,8 +81,7 @@ K2K_DEVICE void mbarrier_expect_tx(Mbarrier& barrier, uint32_t bytes K2K_WHERE) 
         "r"(bytes) : "memory");
 }
 
-// Arrives once when all earlier cp.async of this thread have completed; part of the barrier's
-// count.
+// Arrives once, as one of the barrier's count, when this thread's earlier cp.async are complete.
 // PTX: #data-movement-and-conversion-instructions-cp-async-mbarrier-arrive
 K2K_DEVICE void cp_async_arrive(Mbarrier& barrier K2K_WHERE) {
     K2K_EMULATE(cp_async_arrive(&barrier, where));

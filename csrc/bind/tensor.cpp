@@ -7,9 +7,14 @@ namespace k2k::bind {
 const DLPackExchangeAPI& exchange_api() {
     static const DLPackExchangeAPI* const api = [] {
         const py::object tensor = py::module_::import("torch").attr("Tensor");
-        const py::capsule capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-        const auto* found = capsule.get_pointer<DLPackExchangeAPI>();
-        if (found->version.major != 1) throw std::runtime_error("DLPack 1 is needed");
+        const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+        const auto* found =
+            capsule.is_none() ? nullptr : py::capsule(capsule).get_pointer<DLPackExchangeAPI>();
+        if (found == nullptr || found->version.major != 1) {
+            throw std::runtime_error(
+                "k2kernels: kernels read tensors through version 1 of DLPack's C exchange "
+                "interface, which this torch does not have; install torch >= 2.10");
+        }
         return found;
     }();
     return *api;

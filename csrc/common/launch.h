@@ -1,7 +1,6 @@
 #pragma once
 
-// Launches kernels: on a stream of a GPU, or in the emulator. Nothing else starts a grid. Errors
-// throw.
+// Launches kernels, on a stream of a GPU or in the emulator; the only file that does. Throws Error.
 
 #include <algorithm>
 #include <map>
@@ -96,9 +95,8 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&
 
 #endif
 
-// Kernel name -> the most bytes of dynamic shared memory of its launches. It holds every kernel of
-// this module that launch<kernel, bytes>() below is instantiated with, also before its first
-// launch.
+// Kernel name -> the most bytes of dynamic shared memory of its launches. It holds every kernel for
+// which launch<kernel, bytes>() below is instantiated in this module, launched or not.
 inline std::map<std::string_view, std::size_t>& shared_memory() {
     static std::map<std::string_view, std::size_t> bytes;
     return bytes;
@@ -120,8 +118,7 @@ struct Listed {
     }();
 };
 
-// Launches kKernel with shape.smem_bytes of dynamic shared memory, at most kShared; 0 means
-// kShared:
+// Launches kKernel with shape.smem_bytes (0: kShared) of at most kShared bytes of shared memory:
 //
 //     launch<kernel<T>, sizeof(Storage)>(shape, p);
 template <auto kKernel, std::size_t kShared = 0, class... Arguments>

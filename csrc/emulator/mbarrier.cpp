@@ -140,8 +140,7 @@ void mbarrier_arrive(void* barrier, uint32_t count, uint32_t bytes, Where where)
     preempt("mbarrier_arrive", where);
 }
 
-// For both scopes: the emulator does not distinguish release to the cluster from release to the
-// CTA.
+// For both scopes: the emulator does not distinguish releases to the cluster and to the CTA.
 void mbarrier_arrive_remote(
     void* barrier, uint32_t rank, uint32_t count, const char* name, Where where) {
     race::Quiet quiet;

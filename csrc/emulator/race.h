@@ -2,9 +2,8 @@
 
 // ThreadSanitizer as a happens-before detector for the emulated program (-DK2K_TSAN): each CUDA
 // thread is a TSan fiber, and only what orders memory on a GPU orders it here. The emulator itself
-// is compiled without -fsanitize=thread and reports the accesses of the instructions it executes to
-// TSan. Without
-// K2K_TSAN everything here is empty.
+// is compiled without -fsanitize=thread and reports to TSan what its instructions access.
+// Without K2K_TSAN everything here is empty.
 
 #include <cstddef>
 

@@ -51,16 +51,20 @@ using PortableTile16 = PortableTile<16, 128, 16, 16, 4, 2>;
 
 // ---- kernel for sm_90a: two consumer warpgroups of 64 rows per wave, one below the other or side
 // by side. The stages use what the panels of D and the scales leave of 227 KB.
+struct LargeTile {  // a variant hides what it changes
+    static constexpr int kThreads = 384;
+    static constexpr int kPipelines = 1;  // 2: ping-pong
+    static constexpr bool kFine = false;  // 1x128 scales of B, not 128x128
+    static constexpr bool kSwiglu = false;
+};
+
 template <int kRows_, int kColumns_, int kStages_, int kPanels_, bool kFine_>
-struct HopperTile {
+struct HopperTile : LargeTile {
     static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_;
     static constexpr int kPanels = kPanels_;  // of a warpgroup: 64 rows x 64 columns of D
-    static constexpr bool kFine = kFine_;     // 1x128 scales of B, not 128x128
-    static constexpr int kThreads = 384;
-    static constexpr int kPipelines = 1;                 // 2: ping-pong
-    static constexpr int kAcross = kRows < 128 ? 2 : 1;  // warpgroups side by side
-    static constexpr int kWaves = kRows * kAcross / 128;
-    static constexpr bool kSwiglu = false;
+    static constexpr bool kFine = kFine_;
+    static constexpr int kAcross = kRows < 128 ? 2 : 1;   // warpgroups side by side
+    static constexpr int kWaves = kRows * kAcross / 128;  // of 64 rows, for each warpgroup
     // Scales of B per block of K; a tile begins at a multiple of 128 or 64 columns.
     static constexpr int kColumnScales = kFine                  ? kColumns
                                          : kColumns % 128 == 64 ? 2
@@ -80,16 +84,13 @@ using HopperTileFine = HopperTile<128, 128, 5, 2, true>;
 // Ping-pong: each warpgroup has a tile, stages and two waves of its own, so that one's prologue and
 // epilogue overlap the other's main loop. For short K, where these take much of the time.
 template <int kRows_, int kColumns_, int kStages_, int kPanels_>
-struct PingPongTile {
+struct PingPongTile : LargeTile {
     static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_;
     static constexpr int kPanels = kPanels_;
-    static constexpr bool kFine = false;
-    static constexpr int kThreads = 384;
     static constexpr int kPipelines = 2;
     static constexpr int kAcross = 1;
     static constexpr int kWaves = kRows / 64;
     static constexpr int kColumnScales = kColumns / 128;
-    static constexpr bool kSwiglu = false;
     static_assert(kRows == 128 && kColumns == 128);
 };
 using HopperTilePingPong = PingPongTile<128, 128, 3, 1>;
@@ -97,11 +98,8 @@ using HopperTilePingPong = PingPongTile<128, 128, 3, 1>;
 // SwiGLU: 128 columns of gate in one warpgroup and the same of up in the other, all rows in two
 // waves, which give 128 columns of codes.
 template <int kStages_>
-struct SwigluTile {
+struct SwigluTile : LargeTile {
     static constexpr int kRows = 128, kColumns = 256, kStages = kStages_;
-    static constexpr bool kFine = false;
-    static constexpr int kThreads = 384;
-    static constexpr int kPipelines = 1;
     static constexpr int kAcross = 2;
     static constexpr int kWaves = 2;
     static constexpr int kColumnScales = 2;

@@ -1,7 +1,7 @@
 #pragma once
 
-// Which kernel serves a call, with which tiles, and how the keys are shared out. Pure functions of
-// numbers that the host knows: nothing here looks at a sequence's length.
+// The choice of kernel and tiles, and the plan of a call: pure functions of what the host knows,
+// which excludes the lengths of sequences.
 
 #include "common/chip.h"
 #include "common/math.h"
@@ -9,42 +9,42 @@
 
 namespace k2k {
 
-// The row of the cache: latent, which is key and value, then rope, which is key alone.
+// A row of the cache: latent, which is key and value, then rope, which is key alone.
 constexpr int kLatent = 512, kRope = 64, kKeyDim = kLatent + kRope;
 
 // 656-byte rows: 512 codes, four scales, the rope part in bfloat16.
 constexpr int kQuantizedRow = 656, kScalesAt = 512, kRopeAt = 528;
 
-// Keys are shared out in blocks of 64: what Hopper's kernel multiplies at once, two rounds of the
-// portable one, and the page of most servers.
+// Keys are split at multiples of a block of 64: a step of Hopper's kernel, two rounds of the
+// portable one, and the page size of most servers.
 constexpr int kBlockKeys = 64;
 
 // What a piece of a tile costs besides its keys, in blocks of keys: reading q, writing the result,
-// and the merge of what was split. FlashMLA charges 5 (csrc/smxx/decode/get_decoding_sched_meta).
+// and joining the parts. FlashMLA charges 5 (csrc/smxx/decode/get_decoding_sched_meta).
 constexpr int kTileOverhead = 5;
 
-// How many partial results are written, and read again to be joined, in the time of a block of
-// keys: 64 rows are 128 KiB, 84 clocks for an L2 of 3,100 bytes a clock there and back; a block
-// takes about 3,000. An estimate.
+// The number of partial results that can be written, and read again to be joined, in the time of a
+// block of keys: 64 rows are 128 KiB, 84 clocks for an L2 of 3,100 bytes a clock there and back; a
+// block takes about 3,000. An estimate.
 constexpr int kPartialsPerBlock = 36;
 
-// The length, in blocks of keys, of the full pieces that turns are cut into (schedule.cuh). There
-// are `turns` of them, which have `blocks` together, the longest `longest`. At most an equal share,
-// as with FlashMLA; less while there are more teams than pieces.
+// The length, in blocks of keys, of the full pieces that turns are cut into (schedule.cuh), for
+// `turns` turns of `blocks` blocks in all, the longest of `longest`. At most an equal share, as in
+// FlashMLA; less if there are more teams than pieces.
 K2K_HOST_DEVICE constexpr int piece_blocks(int turns, int blocks, int longest, int teams) {
     const int even = (blocks + kTileOverhead * turns + teams - 1) / teams;
     int piece = even > 0 ? even : 1;
     if (turns == 0 || turns > teams) return piece;
-    // As many teams for each turn.
+    // Equally many teams for each turn.
     const int teams_a_turn = teams / turns;
     const int by_longest = (longest + teams_a_turn - 1) / teams_a_turn;
     if (by_longest < piece) piece = by_longest;
-    // A team for the rest of each turn, the others for full pieces.
+    // One team for the rest of each turn, the others for full pieces.
     if (turns < teams) {
         const int by_all = (blocks + teams - turns - 1) / (teams - turns);
         if (by_all < piece) piece = by_all;
     }
-    // No pieces so short that joining takes longer than they save.
+    // Pieces are not so short that joining takes longer than they save.
     while (piece < even && int64_t(kPartialsPerBlock) * piece * (piece + 1) < blocks) ++piece;
     return piece;
 }
@@ -59,7 +59,7 @@ constexpr bool needs_combine(const MlaDecodeParams& p) {
 constexpr int kCombineGroups = 4, kCombineThreads = kCombineGroups * kLatent / 4;
 constexpr int kMergeThreads = 256, kMergeBlocks = 4;  // on one SM
 
-// Rows that were not split only cost a look; with many of them a block takes eight.
+// A row that was not split costs one load; with many rows a CTA takes eight.
 constexpr int combine_rows_per_block(int64_t rows) { return rows < 4096 ? 1 : 8; }
 
 // ---- the portable kernel: eight warps, a round of 32 keys
@@ -78,8 +78,8 @@ static_assert(portable_shared_memory(false, 2) == 90240 && portable_shared_memor
               "sm_86, 89 and 120 have 101,376");
 static_assert(portable_shared_memory(false, 4) == 163968, "sm_80 has 166,912");
 
-// Two stages keep one round in flight, 36 KB or 20 KB, beside the one that is worked on; with four
-// the ring never runs dry while a tile is begun or ended. 99 KB (sm_86, 89, 120) hold two.
+// Two stages keep one round in flight, 36 KB or 20 KB, while the other is multiplied; with four,
+// copies stay in flight while a tile begins or ends. 99 KB (sm_86, 89, 120) hold two.
 constexpr int portable_stages(bool quantized, int shared_memory) {
     return portable_shared_memory(quantized, 4) <= shared_memory ? 4 : 2;
 }
@@ -100,8 +100,7 @@ constexpr int kHopperBoxes = kKeyDim / kHopperColumns;
 constexpr int kHopperTaskSlots = 4;  // tasks that are known ahead
 constexpr int kHopperMinBoxRows = 16;
 
-// Keys that one copy of TMA brings: consecutive slots of one page, as many as divide page and
-// block.
+// Keys of one TMA copy: consecutive slots of one page, as many as divide page and block.
 constexpr int hopper_box_rows(int64_t page_size) {
     int rows = kBlockKeys;
     while (page_size % rows != 0) rows /= 2;
@@ -109,7 +108,7 @@ constexpr int hopper_box_rows(int64_t page_size) {
 }
 static_assert(hopper_box_rows(64) == 64 && hopper_box_rows(128) == 64 && hopper_box_rows(16) == 16);
 
-// What the host knows of a call.
+// What the host knows about a call.
 struct MlaDecodeShape {
     int64_t batch, tokens, heads;
     int64_t queries_per_sequence;  // 0: ragged

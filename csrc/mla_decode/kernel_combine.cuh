@@ -23,6 +23,7 @@
 #include "mla_decode/config.h"
 #include "mla_decode/rows.cuh"
 #include "mla_decode/schedule.cuh"
+#include "tile/reduce.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -66,19 +67,15 @@ K2K_DEVICE void combine_rows(const MlaDecodeParams& p, int rows_per_block) {
             largest = max_number(largest, stats.y);
             is_nan = is_nan || stats.y != stats.y;
         }
-        K2K_UNROLL
-        for (int mask = 16; mask > 0; mask /= 2) {
-            maximum = max_number(maximum, arch::shuffle_xor(maximum, mask));
-            largest = max_number(largest, arch::shuffle_xor(largest, mask));
-        }
+        maximum = tile::max_over_lanes(maximum);
+        largest = tile::max_over_lanes(largest);
         is_nan = arch::any(is_nan);
         // The sum of weights, by the maximum just found.
         K2K_NO_UNROLL
         for (int part = lane; part < split.parts; part += 32) {
             total += part_weight(p.partial_stats[part_row(p.plan, split, part)].x, maximum);
         }
-        K2K_UNROLL
-        for (int mask = 16; mask > 0; mask /= 2) total += arch::shuffle_xor(total, mask);
+        total = tile::sum_over_lanes(total);
         const float lse = total == 0 ? -INFINITY : maximum + log2f(total);
         const float normalizer = total == 0 ? 0 : 1 / total;
 

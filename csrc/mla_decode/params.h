@@ -1,6 +1,6 @@
 #pragma once
 
-// What the kernels of this folder are told. Sizes and strides are in elements of the tensor.
+// Kernel parameters. Sizes and strides are in elements of the tensor.
 
 #include "common/dtypes.h"
 
@@ -10,17 +10,17 @@ enum class MlaDecodeKernel : int32_t { kSm80, kSm90 };  // kernel_sm80.cuh, kern
 
 // How the work of a call is laid out; config.h makes it, Python allocates by it.
 struct MlaDecodePlan {
-    int tile_rows;     // rows of q (query tokens x heads) that a block works on: 16, 32 or 64
+    int tile_rows;     // rows of q (query tokens x heads) of a CTA's tile: 16, 32 or 64
     int stages;        // of the ring of keys
     int teams;         // each takes its share of all keys of the batch ...
-    int team_size;     // ... by as many blocks, which divide the tiles of a sequence
+    int team_size;     // ... by as many CTAs, which divide the tiles of a sequence
     int split_blocks;  // keys are cut at multiples of so many blocks; 0: where shares end
     int64_t partials;  // tiles that the workspace holds
     MlaDecodeKernel kernel;
 };
 
-// Where the results of one row lie if its keys were split: in how many parts, and which row of the
-// workspace is the first part.
+// Where the partial results of one row are if its keys were split: the number of parts, and which
+// row of the workspace is the first.
 struct SplitRow {
     int32_t parts;  // 1: the row is finished
     int32_t first;
@@ -63,10 +63,10 @@ struct MlaTask {
     int border;  // all rows see the keys before it; later rows may see more
     int split, num_splits;
     int partial;  // tile of the workspace; -1 if the tile is not split
-    bool last;    // there are no more tasks: the other fields have no meaning
+    bool last;    // there are no more tasks: the other fields are undefined
 };
 
-// Results over two sets of keys, joined: merge_attention_states.
+// merge_attention_states: joins results over two disjoint sets of keys.
 struct MergeParams {
     const void *out_a, *out_b;   // [rows, columns], contiguous
     const float *lse_a, *lse_b;  // [rows], natural

@@ -6,13 +6,13 @@
 // The rows of a sequence (query tokens x heads) are cut into tiles.
 //
 //   team    neighbouring CTAs that read the same keys at the same time, each for its own tile;
-//           with one tile per sequence, one CTA (FlashMLA: an "sm part")
+//           with one tile per sequence, one CTA (FlashMLA: the CTAs of one "sm part")
 //   turn    team_size tiles of one sequence, one for each CTA of a team, over all of its keys: n
 //           blocks of 64, at least one (a work tile)
 //   piece   a range of a turn's keys that one team works through (a split)
-//   share   what one team works on
+//   share   the work of one team (FlashMLA: its row of tile_scheduler_metadata)
 //
-//   auto    Shares are equal. A turn of n blocks is cut into full pieces of piece_blocks() and a
+//   auto    A turn of n blocks is cut into full pieces of piece_blocks() and a
 //           rest of 1 to piece_blocks(). The first teams take one full piece each, the others the
 //           rests: the same number of whole rests each if that makes no team late, else equal
 //           lengths of the line of all rests, on which each is kTileOverhead longer than its keys;
@@ -29,7 +29,7 @@
 
 #include "arch/warp.cuh"
 #include "mla_decode/config.h"
-#include "tile/scan.cuh"
+#include "tile/reduce.cuh"
 
 namespace k2k {
 
@@ -64,7 +64,7 @@ class MlaTasks {
         int turns;  // of the team, over its tiles
     };
 
-    // A sequence, and what lies before it.
+    // A sequence, and what is before it.
     struct Found : Sequence {
         int line;              // rests (auto) or splits (fixed)
         uint32_t full_pieces;  // number_and_turns()

@@ -67,10 +67,7 @@ struct Sequences {
 template <int kThreads, class T>
 K2K_DEVICE T block_sum(T (&of_warp)[kThreads / 32], T value) {
     // Over the warp by butterfly, then over the warps in order.
-    K2K_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) {
-        value += arch::shuffle_xor(value, mask);
-    }
+    value = tile::sum_over_lanes(value);
     if (arch::lane_id() == 0) of_warp[arch::warp_id()] = value;
     arch::sync_block();
     T sum = 0;
@@ -166,10 +163,7 @@ struct TokenShares {
                     if (Scores::good(logit)) largest = max_number(largest, fminf(logit, FLT_MAX));
                 }
             }
-            K2K_UNROLL
-            for (int mask = 16; mask > 0; mask /= 2) {
-                largest = max_number(largest, arch::shuffle_xor(largest, mask));
-            }
+            largest = tile::max_over_lanes(largest);
         }
         // Sum scores, and scores weighted by (hits - mean).
         float total = 0;
@@ -185,8 +179,8 @@ struct TokenShares {
             }
         }
         // Normalise over the warp.
-        inverse = 1.0f / (warp_sum(total) + 1e-20f);
-        excess = warp_sum(excess) * inverse;
+        inverse = 1.0f / (tile::sum_over_lanes(total) + 1e-20f);
+        excess = tile::sum_over_lanes(excess) * inverse;
         lost = 1e-20f * inverse;
     }
 };

@@ -26,6 +26,7 @@
 #include "moe/config.h"
 #include "moe/params.h"
 #include "moe/plan.cuh"
+#include "tile/reduce.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -184,10 +185,7 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
                         float dot = 0;
                         K2K_UNROLL
                         for (int j = 0; j < 16; ++j) dot = fmaf(grad[j], values[j], dot);
-                        K2K_UNROLL
-                        for (int mask = 16; mask > 0; mask /= 2) {
-                            dot += arch::shuffle_xor(dot, mask);
-                        }
+                        dot = tile::sum_over_lanes(dot);
                         if (lane == k + i) d_weight += dot;
                     }
                     if (!here) continue;

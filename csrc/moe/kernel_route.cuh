@@ -35,6 +35,7 @@
 #include "arch/warp.cuh"
 #include "moe/config.h"
 #include "moe/params.h"
+#include "tile/reduce.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -46,15 +47,6 @@ K2K_DEVICE uint32_t order_of(float value) {
 }
 K2K_DEVICE float number_at(uint32_t order) {
     return soft::bits_float(order >> 31 ? order & 0x7fffffff : ~order);
-}
-
-// The sum over the warp, with equal bits in each lane.
-K2K_DEVICE float warp_sum(float value) {
-    K2K_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) {
-        value += arch::shuffle_xor(value, mask);
-    }
-    return value;
 }
 
 // A row of logits, or the bias.
@@ -112,15 +104,12 @@ struct Scores {
         for (float logit : logits) {
             if (good(logit)) largest = max_number(largest, fminf(logit, FLT_MAX));
         }
-        K2K_UNROLL
-        for (int mask = 16; mask > 0; mask /= 2) {
-            largest = max_number(largest, arch::shuffle_xor(largest, mask));
-        }
+        largest = tile::max_over_lanes(largest);
         // Sum of exponentials.
         sum = 0;
         K2K_UNROLL
         for (float logit : logits) sum += exponential(logit);
-        sum = warp_sum(sum);
+        sum = tile::sum_over_lanes(sum);
     }
 
     K2K_DEVICE float of(float logit) const {
@@ -248,7 +237,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
         // Lane k: weight of the k-th expert, its result, and one more in the histogram.
         const bool mine = lane < p.top_k;
         float weight = mine ? scores.of(logits.at(chosen)) : 0.0f;
-        if (p.normalize) weight /= warp_sum(weight) + 1e-20f;
+        if (p.normalize) weight /= tile::sum_over_lanes(weight) + 1e-20f;
         if (mine) {
             p.indices[token * p.top_k + lane] = chosen;
             p.weights[token * p.top_k + lane] = weight * p.scale;
@@ -333,14 +322,14 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
         float weight = mine ? scores.of(logit) : 0.0f;
         float grad = mine ? p.grad[pair] * p.scale : 0.0f;
         if (p.normalize) {
-            weight /= warp_sum(weight) + 1e-20f;
-            grad -= warp_sum(grad * weight);
+            weight /= tile::sum_over_lanes(weight) + 1e-20f;
+            grad -= tile::sum_over_lanes(grad * weight);
         }
         // Gradient of the logarithm of the score: no division by a score that may be 0.
         float d_logit = grad * weight;
         float sum = 0;
         if (p.softmax) {
-            sum = warp_sum(d_logit);
+            sum = tile::sum_over_lanes(d_logit);
         } else if (Scores::good(logit)) {
             d_logit *= 1.0f / (1.0f + expf(logit));  // sigmoid(-z)
         }

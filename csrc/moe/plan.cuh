@@ -13,7 +13,7 @@
 #include "arch/warp.cuh"
 #include "moe/config.h"
 #include "moe/params.h"
-#include "tile/scan.cuh"
+#include "tile/reduce.cuh"
 
 namespace k2k {
 

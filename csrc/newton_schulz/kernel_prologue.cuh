@@ -27,6 +27,7 @@
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
 #include "newton_schulz/tensors.cuh"
+#include "tile/reduce.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -46,10 +47,7 @@ struct NsSums {
 // The sum over the CTA, the same bits in all of its threads.
 K2K_DEVICE double sum_over_block(NsSums& sums, double value) {
     // A butterfly, then the warps' sums in order.
-    K2K_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) {
-        value += arch::shuffle_xor(value, mask);
-    }
+    value = tile::sum_over_lanes(value);
     if (arch::lane_id() == 0) sums.of_warp[arch::warp_id()] = value;
     arch::sync_block();
     double sum = 0;

@@ -1,13 +1,13 @@
 #pragma once
 
-// What the kernels of this folder are told. Letters as in README.md: X [m, n], short side s.
+// Kernel parameters. Letters as in README.md: X [m, n], short side s.
 
 #include "common/dtypes.h"
 
 namespace k2k {
 
-// The matrices of the iteration, each once for every matrix of a tensor. X and Q change places
-// with their successors, since other blocks still read them while these are written.
+// The matrices of the iteration, one each for every matrix of a tensor. X and Q are double
+// buffered: other CTAs still read them while their successors are written.
 enum class NsBuffer : int8_t {
     kX0,       // [m, n]
     kX1,       // [m, n]
@@ -22,7 +22,7 @@ enum class NsBuffer : int8_t {
 
 // A tensor of the list. Strides are in elements.
 struct NsTensor {
-    const void* x;  // [batch, m, n], neighbouring columns side by side; in an update, the gradient
+    const void* x;  // [batch, m, n], stride 1 along n; in an update, the gradient
     void* result;   // [batch, m, n], contiguous; in an update, none
     char* workspace;
     int64_t x_batch_stride, x_row_stride;
@@ -34,7 +34,7 @@ struct NsTensor {
     bool gram;  // which iteration
 };
 
-// [batch, m, n], neighbouring columns side by side.
+// [batch, m, n], stride 1 along n.
 struct NsView {
     void* data;
     int64_t batch_stride, row_stride;
@@ -52,16 +52,16 @@ struct NsUpdate {
     float scale;
 };
 
-// The same for all tensors. What a captured graph shall see change is behind pointers.
+// The same for all tensors. What may change between replays of a captured graph is behind pointers.
 struct NsRule {
-    const uint8_t* skip;      // not 0: nothing happens at all; null: never
+    const uint8_t* skip;      // not 0: the step changes nothing; null: never
     const float* lr_tensor;   // a factor of lr, or null
     const float* grad_scale;  // which the gradients are divided by, or null
     double lr, weight_decay, momentum;
     bool nesterov;
 };
 
-// What every kernel looks at.
+// What every kernel reads.
 struct NsTables {
     const NsTensor* tensors;
     const NsUpdate* updates;  // null: results are stored as they are
@@ -83,7 +83,7 @@ struct NsOp {
     int64_t tiles;       // of all of them
 };
 
-// One launch. Standard and Gram iteration go side by side, the latter with two products at a time.
+// One launch: a stage of the standard iteration, and of the Gram one with up to two products.
 struct NsStage {
     NsTables tables;
     NsOp ops[3];
@@ -112,7 +112,7 @@ struct NsPrologue {
     double* square_sums;  // of each chunk
 };
 
-// Kernel parameters hold 4 KB: the tables travel in pieces.
+// Kernel parameters have at most 4 KB: tables are passed in pieces.
 constexpr int kNsTablePiece = 32;
 template <class Row>
 struct NsTablePiece {

@@ -32,6 +32,7 @@
 #include "quant/config.h"
 #include "quant/params.h"
 #include "tile/e4m3_block.cuh"
+#include "tile/reduce.cuh"
 #include "tile/sixteen.cuh"
 
 namespace k2k {
@@ -84,16 +85,6 @@ K2K_DEVICE void get(float (&values)[16], const SharedSixteens<T>& place) {
     tile::widen(values, sixteen);
 }
 
-// The sum over `kLanes` adjacent lanes (a power of two), with equal bits in each of them.
-template <int kLanes>
-K2K_DEVICE float sum_over_lanes(float value) {
-    K2K_UNROLL
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-        value += arch::shuffle_xor(value, mask);
-    }
-    return value;
-}
-
 template <class T, int kSixteens>
 __global__ void __launch_bounds__(kNormThreads, norm_blocks(kSixteens * 16 * sizeof(T)))
     rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
@@ -144,12 +135,12 @@ __global__ void __launch_bounds__(kNormThreads, norm_blocks(kSixteens * 16 * siz
             K2K_UNROLL
             for (float value : values) sum = fmaf(value, value, sum);
         }
-        sum = sum_over_lanes<32>(sum);
+        sum = tile::sum_over_lanes<32>(sum);
         if (lane == 0) smem.square_sums[round % 2][arch::warp_id()] = sum;
         arch::sync_block();
         // Every lane adds all warps of the row: equal bits in all threads.
         const int other = lane % kNormWarps;
-        sum = sum_over_lanes<kNormWarps>(
+        sum = tile::sum_over_lanes<kNormWarps>(
             other < warps ? smem.square_sums[round % 2][first_warp + other] : 0.0f);
         const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.columns) + p.eps);
 

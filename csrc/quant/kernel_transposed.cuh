@@ -22,6 +22,7 @@
 //           element.
 
 #include "quant/kernel_rows.cuh"
+#include "tile/swizzle.cuh"
 
 namespace k2k {
 
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
             K2K_UNROLL
             for (int j = 0; j < kVector; ++j) {
                 const tile::Divisor divisor = smem.divisors[j * 8 + vector];
-                const int chunk = quad / 4 ^ vector;
+                const int chunk = tile::swizzled(vector, quad / 4);
                 uint4& place = smem.codes[vector * kVector + j][chunk];
                 reinterpret_cast<uint32_t*>(&place)[quad % 4] = tile::encode4(
                     columns[j][0], columns[j][1], columns[j][2], columns[j][3], divisor);
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
             for (int i = 0; i < kColumns / (kTransposeThreads / 8); ++i) {
                 const int c = quad + i * (kTransposeThreads / 8);
                 const int chunk = vector;
-                const uint4 words = smem.codes[c][chunk ^ (c / kVector % 8)];
+                const uint4 words = smem.codes[c][tile::swizzled(c / kVector, chunk)];
                 if (first_column + c >= p.columns) continue;
                 uint8_t* codes_row = codes + (first_column + c) * p.rows;
                 tile::store_sixteen(codes_row, first_row + chunk * 16, p.rows,

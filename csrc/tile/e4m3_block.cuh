@@ -13,8 +13,8 @@
 #include <cfloat>
 
 #include "arch/convert.cuh"
-#include "arch/warp.cuh"
 #include "common/math.h"
+#include "tile/reduce.cuh"
 
 namespace k2k::tile {
 
@@ -36,16 +36,6 @@ K2K_DEVICE float thread_finite_amax(const float (&values)[kCount]) {
         if (fabsf(values[i]) <= FLT_MAX) amax = max_number(amax, fabsf(values[i]));
     }
     return amax;
-}
-
-// The maximum over `kLanes` neighbouring lanes (a power of two), in each of them.
-template <int kLanes>
-K2K_DEVICE float max_over_lanes(float value K2K_WHERE) {
-    K2K_UNROLL
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-        value = max_number(value, arch::shuffle_xor(value, mask K2K_PASS_WHERE));
-    }
-    return value;
 }
 
 // The amax of a block that lies in `kLanes` neighbouring lanes. All lanes of the warp call it.

@@ -11,7 +11,7 @@
 #include "arch/warp.cuh"
 #include "common/math.h"
 #include "tile/groups.h"
-#include "tile/scan.cuh"
+#include "tile/reduce.cuh"
 
 namespace k2k::tile {
 
@@ -62,7 +62,7 @@ class GroupTiles {
         tile.k_end = along_k ? start + size : static_cast<int>(sizes_.k);
 
         // Place the tile in its band of the group.
-        const int row_tiles = ceil_div(tile.rows, tile_rows_);
+        const int row_tiles = ceil_div<uint32_t, uint32_t>(tile.rows, tile_rows_);
         const int column_tiles = static_cast<int>(ceil_div(sizes_.columns, tile_columns_));
         const int end = arch::shuffle(end_, lane K2K_PASS_WHERE);
         const int in_group = index - (end - row_tiles * column_tiles);
@@ -95,8 +95,8 @@ class GroupTiles {
             size_ = end > start_ ? static_cast<int>(end) - start_ : 0;
             rows = groups.axis == Groups::Axis::kK ? static_cast<int>(sizes_.rows) : size_;
         }
-        const auto tiles =
-            static_cast<int>(ceil_div(rows, tile_rows_) * ceil_div(sizes_.columns, tile_columns_));
+        const auto tiles = static_cast<int>(ceil_div<uint32_t, uint32_t>(rows, tile_rows_) *
+                                            ceil_div(sizes_.columns, tile_columns_));
         end_ = tiles_before + inclusive_sum(tiles K2K_PASS_WHERE);
     }
 

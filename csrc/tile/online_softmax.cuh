@@ -21,9 +21,9 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Masks row h from key `border` on; `key` is that of scores[0][2 h].
 //
-//     key     0 1 2 3 4 5 6 7 8       causal: the border of a row is one key behind the border of
-//     row 0   . . . . . x x x x       the row of the next query
-//     row 1   . . . . . . x x x
+//     key       0 1 2 3 4 5 6 7 8     causal: each query sees one key more than the one before it
+//     query 0   . . . . . x x x x     border 5
+//     query 1   . . . . . . x x x     border 6
 template <int kTiles>
 K2K_DEVICE void mask_row(float (&scores)[kTiles][4], int h, int key, int border) {
     K2K_UNROLL

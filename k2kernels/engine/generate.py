@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from k2kernels.engine.draft import draft
 from k2kernels.engine.sampling import sample
-from k2kernels.engine.session import Session
+from k2kernels.engine.session import Session, draft
 from k2kernels.model.trunk import Trunk
 from k2kernels.ops._check import Arguments
 

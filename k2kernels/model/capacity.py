@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,7 +73,7 @@ def capacity(config: K2Config) -> Capacity:
     """The memory that a model of `config` takes. Needs no weights."""
     total, active = config.parameter_counts()
     weights = {"bf16": 0, "fp8": 0}
-    for count, shape, kind in _tensors(config):
+    for count, shape, kind in config.tensors():
         size = count * math.prod(shape)
         weights["bf16"] += size * (4 if kind == "float32" else 2)
         if kind == "quantised":
@@ -92,37 +91,6 @@ def capacity(config: K2Config) -> Capacity:
                 free = math.floor(gpus * gb * 10**9 * USABLE) - size
                 fits.append(Fit(gpus, gb, kind, free // cache_bf16, None if cache_fp8 is None else free // cache_fp8))
     return Capacity(total, active, weights["bf16"], weights["fp8"], cache_bf16, cache_fp8, expanded, fits)
-
-
-def _tensors(config: K2Config) -> Iterator[tuple[int, tuple[int, ...], str]]:
-    """Every tensor of a checkpoint: how many like it, shape, and "plain", "quantised" (in FP8 files) or "float32"."""
-    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-    moe = sum(config.is_moe_layer(layer) for layer in range(layers))
-    yield 1 if config.tie_word_embeddings else 2, (config.vocab_size, hidden), "plain"
-    yield 1 + 2 * layers, (hidden,), "plain"
-
-    if config.q_lora_rank is None:
-        yield layers, (heads * config.qk_head_dim, hidden), "quantised"
-    else:
-        yield layers, (config.q_lora_rank, hidden), "quantised"
-        yield layers, (config.q_lora_rank,), "plain"
-        yield layers, (heads * config.qk_head_dim, config.q_lora_rank), "quantised"
-    yield layers, (config.latent_dim, hidden), "quantised"
-    yield layers, (config.kv_lora_rank,), "plain"
-    yield layers, (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank), "quantised"
-    yield layers, (hidden, heads * config.v_head_dim), "quantised"
-
-    shared = config.moe_intermediate_size * config.n_shared_experts
-    mlps = [
-        (layers - moe, config.intermediate_size),
-        (moe * config.n_routed_experts, config.moe_intermediate_size),
-        (moe if shared else 0, shared),
-    ]
-    for count, width in mlps:
-        yield 2 * count, (width, hidden), "quantised"
-        yield count, (hidden, width), "quantised"
-    yield moe, (config.n_routed_experts, hidden), "plain"
-    yield moe, (config.n_routed_experts,), "float32"
 
 
 def _gb(size: int) -> str:

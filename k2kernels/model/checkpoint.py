@@ -193,26 +193,18 @@ def _check_keep_fp8(config: K2Config, path: str | Path) -> None:
             f"{path}: keep_fp8 must go with a block-FP8 checkpoint, got one without quantization_config; load it "
             "without keep_fp8, or convert it with `k2kernels convert SRC DST --to fp8`"
         )
-    if config.weight_block_size != FP8_BLOCK:
-        raise UnsupportedError(
-            f"{path}: keep_fp8 needs weight_block_size {list(FP8_BLOCK)}, got {list(config.weight_block_size)}; "
-            "load without keep_fp8"
-        )
-    scale_fmt = config.quantization_config.get("scale_fmt")
-    if scale_fmt not in (None, "ue8m0"):
-        raise UnsupportedError(
-            f"{path}: keep_fp8 needs quantization_config.scale_fmt 'ue8m0' or none, got {scale_fmt!r}; "
-            "load without keep_fp8"
-        )
-    widths = {"moe_intermediate_size": config.moe_intermediate_size}
-    if config.first_k_dense_replace:
-        widths["intermediate_size"] = config.intermediate_size
-    for field, width in widths.items():
-        if width % FP8_BLOCK[0]:
-            raise UnsupportedError(
-                f"{path}: keep_fp8 needs {field} to be a multiple of {FP8_BLOCK[0]} (the scales of gate and up are "
-                f"fused), got {width}; load without keep_fp8"
-            )
+
+    def require(good: bool, wanted: str, got: Any) -> None:
+        if not good:
+            raise UnsupportedError(f"{path}: keep_fp8 needs {wanted}, got {got}; load without keep_fp8")
+
+    block, scale_fmt = list(config.weight_block_size), config.quantization_config.get("scale_fmt")
+    require(block == list(FP8_BLOCK), f"weight_block_size {list(FP8_BLOCK)}", block)
+    require(scale_fmt in (None, "ue8m0"), "quantization_config.scale_fmt 'ue8m0' or none", repr(scale_fmt))
+    for name in ("moe_intermediate_size", *(["intermediate_size"] if config.first_k_dense_replace else [])):
+        width = getattr(config, name)
+        wanted = f"{name} to be a multiple of {FP8_BLOCK[0]} (the scales of gate and up are fused)"
+        require(width % FP8_BLOCK[0] == 0, wanted, width)
 
 
 # ---- what the model needs ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from k2kernels.model.presets import PRESETS
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 WRAPPER_TYPES = ("kimi_k25",)
 
+_MAY_BE_ZERO = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "aux_loss_alpha"}
+_MAY_BE_ZERO |= {"initializer_range"}
 # Fields that are the same in every published model of the family. Other values are refused.
 _FIXED = {"hidden_act": "silu", "topk_method": "noaux_tc", "attention_dropout": 0, "attention_bias": False}
 
@@ -217,43 +219,52 @@ class K2Config:
         The router's per-expert bias counts as a parameter: it is trained, although not by gradient.
         """
         moe_layers = sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
-        dense_layers = self.num_hidden_layers - moe_layers
-        expert = 3 * self.hidden_size * self.moe_intermediate_size
-        router = self.n_routed_experts * (self.hidden_size + 1)
-        total = (
-            self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-            + self.hidden_size
-            + self.num_hidden_layers * (self._attention_parameters() + 2 * self.hidden_size)
-            + dense_layers * 3 * self.hidden_size * self.intermediate_size
-            + moe_layers * (router + (self.n_routed_experts + self.n_shared_experts) * expert)
-        )
-        return total, total - moe_layers * (self.n_routed_experts - self.num_experts_per_tok) * expert
+        total = sum(count * math.prod(shape) for count, shape, _ in self.tensors())
+        unused = moe_layers * (self.n_routed_experts - self.num_experts_per_tok)
+        return total, total - unused * 3 * self.hidden_size * self.moe_intermediate_size
 
-    def _attention_parameters(self) -> int:
-        heads, rank = self.num_attention_heads, self.q_lora_rank
-        query_in = self.hidden_size if rank is None else rank
-        return (
-            (0 if rank is None else self.hidden_size * rank + rank)
-            + query_in * heads * self.qk_head_dim
-            + self.hidden_size * self.latent_dim
-            + self.kv_lora_rank
-            + self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
-            + heads * self.v_head_dim * self.hidden_size
-        )
+    def tensors(self) -> Iterator[tuple[int, tuple[int, ...], str]]:
+        """Every tensor of a checkpoint without MTP layers: the number of such tensors, their shape, and "plain",
+        "quantised" (in FP8 files) or "float32"."""
+        hidden, heads, layers = self.hidden_size, self.num_attention_heads, self.num_hidden_layers
+        moe = sum(self.is_moe_layer(layer) for layer in range(layers))
+        yield 1 if self.tie_word_embeddings else 2, (self.vocab_size, hidden), "plain"
+        yield 1 + 2 * layers, (hidden,), "plain"
+
+        if self.q_lora_rank is None:
+            yield layers, (heads * self.qk_head_dim, hidden), "quantised"
+        else:
+            yield layers, (self.q_lora_rank, hidden), "quantised"
+            yield layers, (self.q_lora_rank,), "plain"
+            yield layers, (heads * self.qk_head_dim, self.q_lora_rank), "quantised"
+        yield layers, (self.latent_dim, hidden), "quantised"
+        yield layers, (self.kv_lora_rank,), "plain"
+        yield layers, (heads * (self.qk_nope_head_dim + self.v_head_dim), self.kv_lora_rank), "quantised"
+        yield layers, (hidden, heads * self.v_head_dim), "quantised"
+
+        shared = self.moe_intermediate_size * self.n_shared_experts
+        mlps = [
+            (layers - moe, self.intermediate_size),
+            (moe * self.n_routed_experts, self.moe_intermediate_size),
+            (moe if shared else 0, shared),
+        ]
+        for count, width in mlps:
+            yield 2 * count, (width, hidden), "quantised"
+            yield count, (hidden, width), "quantised"
+        yield moe, (self.n_routed_experts, hidden), "plain"
+        yield moe, (self.n_routed_experts,), "float32"
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
     def _validate(self) -> None:
-        for name in (*_POSITIVE, *(() if self.q_lora_rank is None else ("q_lora_rank",))):
-            check.integer(name, getattr(self, name), 1)
-        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
-            check.integer(name, getattr(self, name), 0)
-        for name in ("norm_topk_prob", "seq_aux", "rope_interleave", "tie_word_embeddings", "attention_bias"):
-            check.require(isinstance(getattr(self, name), bool), name, "true or false", repr(getattr(self, name)))
-        for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta"):
-            check_number(name, getattr(self, name), positive=True)
-        for name in ("aux_loss_alpha", "initializer_range"):
-            check_number(name, getattr(self, name))
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "int" or (name == "q_lora_rank" and value is not None):
+                check.integer(name, value, 0 if name in _MAY_BE_ZERO else 1)
+            elif field.type == "bool":
+                check.require(isinstance(value, bool), name, "true or false", repr(value))
+            elif field.type == "float":
+                check_number(name, value, positive=name not in _MAY_BE_ZERO)
         if self.attention_bias:
             raise UnsupportedError("K2Config: attention_bias must be False, got True")
         check.choice("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
@@ -323,23 +334,3 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _id_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
-
-
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-)

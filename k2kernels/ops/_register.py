@@ -111,25 +111,30 @@ def declare(
     schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
     schema = _DEFAULT.sub("", schema)  # which the dispatcher would leave out of the arguments
     names = list(inspect.signature(reference).parameters)
-    made = 0 if outputs is None else schema.rpartition(" -> ")[2].count("Tensor")
-    make = _naming(outputs, names)
-    fill = _naming(launch, names, made)
-    results_of = (lambda *args: None) if outputs is None else (lambda *args: outputs(*make(args)))
+    arguments, _, results = schema.rpartition(" -> ")
+    made = 0 if outputs is None else results.count("Tensor")
+    make, fill = _naming(outputs, names), _naming(launch, names, made)
+
+    def empty(*args: Any) -> Any:
+        return None if made == 0 else outputs(*make(args))
 
     def kernel(*args: Any, **more: Any) -> Any:
-        results = None if outputs is None else outputs(*make(args))
-        each = results if type(results) is tuple else (results,)[:made]  # `_each`, without a call
-        launch(*each, *fill(args), **more)
+        if made == 0:
+            return launch(*fill(args), **more)
+        results = outputs(*make(args))
+        if made == 1:
+            launch(results, *fill(args), **more)
+        else:
+            launch(*results, *fill(args), **more)
         return results
 
-    bodies = reference, results_of, launch and kernel
+    bodies = reference, empty, launch and kernel
     checks = unserved, validate
     op = _define(reference.__name__, schema, names, *bodies, *checks, setup_context, backward, bool(mutates))
     op.kernel = kernel
     if out is None:
         return op
 
-    arguments, _, results = schema.rpartition(" -> ")
     others = ", ".join(results.strip("()").split(", ")[1:])
     may_be_out = [names.index(name) for name in out]
 
@@ -172,13 +177,16 @@ def _naming(
     """Which of an op's arguments, called `names`, `function` takes behind the `given` first ones."""
     if function is None:
         return lambda args: ()
+    # tuple and itemgetter, not lambdas: a call of a Python function costs as much as all else here.
     taken = list(inspect.signature(function).parameters.values())[given:]
     places = [names.index(p.name) for p in taken if p.name in names]
     if unknown := [p.name for p in taken if p.name not in names and p.default is p.empty]:
         raise TypeError(f"{function.__qualname__} takes {unknown}, which are not among {names}")
-    if places == list(range(start := next(iter(places), 0), start + len(places))):
-        return operator.itemgetter(slice(start, start + len(places)))
-    return operator.itemgetter(*places)
+    if places == list(range(len(names))):
+        return tuple
+    if len(places) == 1:
+        return operator.itemgetter(slice(places[0], places[0] + 1))
+    return operator.itemgetter(*places) if places else lambda args: ()
 
 
 def _apart(body: Callable, may_be_out: Sequence[int]) -> Callable:

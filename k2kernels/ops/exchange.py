@@ -82,14 +82,15 @@ class Rank(PlainRank):
     ):
         # In host memory, which is read without waiting for the device.
         error = torch.zeros(constants.EXCHANGE_ERROR_WORDS, dtype=torch.int32)
-        super().__init__(layout, rank, buffers, error.pin_memory() if buffer.is_cuda else error, constants)
+        error = error.pin_memory() if buffer.is_cuda else error
+        state = torch.zeros(constants.EXCHANGE_STATE_WORDS, dtype=torch.int32, device=buffer.device)
+        super().__init__(layout, rank, buffers, state, error, constants)
         self.buffer, self.peers, self.blocks = buffer, peers, blocks
-        self.state = torch.zeros(constants.EXCHANGE_STATE_WORDS, dtype=torch.int32, device=buffer.device)
         self.timeout = 10**10  # nanoseconds
 
     def reset(self, live: int) -> None:
         """As new, with these ranks; no kernel of any rank may be in flight."""
-        for tensor in (*self.layout.cleared(self.buffer), self.state, self.error):
+        for tensor in self.layout.cleared(self.buffer):
             tensor.zero_()
         self.restart(live)
 
@@ -111,7 +112,7 @@ class Rank(PlainRank):
 
     def scatter(self, parts: list[Tensor], indices: Tensor, call: Call) -> None:
         """Sends each token's row of the one or two matrices `parts` [T, ...] to the ranks of its experts."""
-        self.widths = self._begin("scatter", parts, call)
+        self.widths = self._begin(parts, call)
         pitch = sum(map(to_16, self.widths))
         if self.by_kernels():
             self._sent = parts, indices  # alive until the next send
@@ -141,7 +142,7 @@ class Rank(PlainRank):
 
     def gather(self, rows: Tensor, experts: Tensor, slot_of: Tensor, row_counts: Tensor, call: Call) -> None:
         """Returns the row of each pair's slot to its token."""
-        (self.returned_width,) = self._begin("gather", [rows], call)
+        (self.returned_width,) = self._begin([rows], call)
         pitch = to_16(self.returned_width)
         if self.by_kernels():
             self._sent = rows, experts, slot_of, row_counts
@@ -178,13 +179,12 @@ class Rank(PlainRank):
         start += self.buffer.storage_offset()  # the buffer may be part of a larger allocation
         return self.buffer.as_strided((2, rows, pitch), (half, pitch, 1), start)
 
-    def _begin(self, kind: str, parts: list[Tensor], call: Call) -> list[int]:
-        """Counts the exchange; returns the bytes of a row of each of `parts`."""
+    def _begin(self, parts: list[Tensor], call: Call) -> list[int]:
+        """The bytes of a row of each of `parts`."""
         for x in parts:
             if x.numel() and x.stride(-1) != 1 and x.shape[1] > 1:  # without rows any strides do: expand() leaves 0
                 raise ValueError(f"exchange: rows must have columns that are neighbours, got strides {x.stride()}")
         self.call = call.code()
-        self.epochs[kind] = (self.epochs[kind] + 1) % 2**32
         return [part.shape[1] * part.itemsize for part in parts]
 
     def by_kernels(self) -> bool:

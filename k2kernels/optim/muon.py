@@ -80,15 +80,8 @@ class Muon(RuleOptimizer):
         skip_non_finite: bool = False,
         capturable: bool | None = None,
     ):
-        defaults = dict(
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            rms_scale=rms_scale,
-            schedule=schedule,
-            steps=steps,
-        )
+        matrix = dict(momentum=momentum, nesterov=nesterov, rms_scale=rms_scale, schedule=schedule, steps=steps)
+        defaults = dict(lr=lr, weight_decay=weight_decay, **matrix)
         rule = MuonRule(type(self).__name__, momentum_dtype, iterate_dtype, max_elements)
         loop = dict(master_weights=master_weights, skip_non_finite=skip_non_finite, capturable=capturable)
         super().__init__(params, defaults, {"muon": rule}, {"muon": defaults}, **loop)

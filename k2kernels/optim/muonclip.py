@@ -113,17 +113,8 @@ class MuonClip(RuleOptimizer):
         self._cuts = row_splits(self._table, splits, known=latent, heads=heads)
         cuts = {parameters[name]: rows for name, rows in self._cuts.items()}
 
-        muon = dict(
-            method="muon",
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            rms_scale=rms_scale,
-            schedule=schedule,
-            steps=steps,
-            step=0,
-        )
+        matrix = dict(momentum=momentum, nesterov=nesterov, rms_scale=rms_scale, schedule=schedule, steps=steps)
+        muon = dict(method="muon", lr=lr, weight_decay=weight_decay, **matrix, step=0)
         rest = dict(method="adamw", lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
         if not isinstance(adamw, (Mapping, type(None))):
             raise TypeError(f"MuonClip: adamw must be a dict or None, got {adamw!r}")

@@ -242,30 +242,22 @@ class AdamWRule:
         grad_scale, skip = step.on(device)
         if grad_scale is not None:
             grads = torch._foreach_div(grads, grad_scale)
-        states = ([m.state[key] for m in members] for key in ("exp_avg", "exp_avg_sq", "step"))
-        options = step.rate(group, device), *group["betas"], group["eps"], group["weight_decay"]
+        state = tuple([m.state[key] for m in members] for key in ("exp_avg", "exp_avg_sq", "step"))
         if step.captures:
-            _adamw_captured(weights, grads, *states, *options, skip)
+            _adamw_captured(weights, grads, state, group, step.rate(group, device), skip)
         else:
-            _adamw(weights, grads, *states, *options)
+            _adamw(weights, grads, state, group, step.rate(group, device))
         for member, w in zip(members, weights):
             if w is not member.parameter:
                 member.parameter.copy_(w)
 
 
 def _adamw(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    counts: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    weights: list[Tensor], grads: list[Tensor], state: tuple[list[Tensor], ...], group: dict[str, Any], lr: float
 ) -> None:
     """The update; corrections of the bias are computed on the host."""
+    first, second, counts = state
+    (beta1, beta2), eps, weight_decay = group["betas"], group["eps"], group["weight_decay"]
     torch._foreach_add_(counts, 1)
     steps = [float(count) for count in counts]
     torch._foreach_mul_(weights, 1 - lr * weight_decay)
@@ -281,17 +273,14 @@ def _adamw(
 def _adamw_captured(
     weights: list[Tensor],
     grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    counts: list[Tensor],
+    state: tuple[list[Tensor], ...],
+    group: dict[str, Any],
     lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
     skip: Tensor | None,
 ) -> None:
     """The same update in tensors of the device alone. Where the step is skipped, every factor becomes neutral."""
+    first, second, counts = state
+    (beta1, beta2), eps, weight_decay = group["betas"], group["eps"], group["weight_decay"]
     kept = counts[0].new_ones(()) if skip is None else (skip == 0).to(counts[0].dtype)
     if skip is not None:
         grads = [torch.where(skip == 0, g, 0) for g in grads]

@@ -8,38 +8,36 @@ from torch import Tensor
 from k2kernels._backend import UnsupportedError
 from k2kernels.ops._check import FLOATS, INDICES, Arguments
 from k2kernels.ops.quant import QUANTIZABLE
-from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle
+from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes
 from k2kernels.parallel.ranks import Ranks
 
 
-def check_sizes(
-    args: Arguments, num_experts: int, hidden: int, top_k: int, max_tokens: int, row_dtype: torch.dtype
-) -> None:
-    """Checks the sizes that `ExpertParallel` and `VirtualRanks` are made with."""
-    args.integer("num_experts", num_experts, 1)
-    args.integer("hidden", hidden, 1)
-    args.integer("top_k", top_k, 1)
-    args.require(top_k <= num_experts, "top_k", f"at most num_experts={num_experts}", top_k)
-    args.integer("max_tokens", max_tokens, 0)
-    args.choice("row_dtype", row_dtype, FLOATS)
+def check_sizes(args: Arguments, sizes: Sizes, world_size: int) -> None:
+    """Checks the sizes that `ExpertParallel` and `VirtualRanks` are created with."""
+    for name in ("num_experts", "hidden", "top_k"):
+        args.integer(name, getattr(sizes, name), 1)
+    experts = sizes.num_experts
+    args.require(sizes.top_k <= experts, "top_k", f"at most num_experts={experts}", sizes.top_k)
+    args.integer("max_tokens", sizes.max_tokens, 0)
+    args.choice("row_dtype", sizes.row_dtype, FLOATS)
+    args.require(experts >= world_size, "num_experts", f"at least the {world_size} ranks", experts)
 
 
-def check_dispatch(
-    ranks: Ranks, x: list, indices: list, weights: list, max_tokens: int, options: DispatchOptions
-) -> None:
+def check_dispatch(ranks: Ranks, x: list, indices: list, weights: list, options: DispatchOptions) -> None:
     """Raises TypeError, ValueError or UnsupportedError for arguments of `dispatch`, before any rank sends."""
     check_options("ExpertParallel.dispatch", options)
     check_lists(ranks, "dispatch", x=x, indices=indices, weights=weights)
+    max_tokens = ranks.sizes.max_tokens
     for one_x, one_indices, one_weights in zip(x, indices, weights):
         if one_x is None:
             continue
         args = Arguments("ExpertParallel.dispatch")
-        args.tensor("x", one_x, ("T", ranks.hidden), QUANTIZABLE if options.quantize else FLOATS)
-        args.tensor("indices", one_indices, ("T", ranks.layout.top_k), INDICES)
-        args.tensor("weights", one_weights, ("T", ranks.layout.top_k), FLOATS)
+        args.tensor("x", one_x, ("T", ranks.sizes.hidden), QUANTIZABLE if options.quantize else FLOATS)
+        args.tensor("indices", one_indices, ("T", ranks.sizes.top_k), INDICES)
+        args.tensor("weights", one_weights, ("T", ranks.sizes.top_k), FLOATS)
         args.require(len(one_x) <= max_tokens, "x", lambda: f"at most max_tokens={max_tokens} rows", len(one_x))
         if not options.quantize:
-            check_rows(ranks, "dispatch", "x", [one_x.dtype])
+            check_rows(ranks, "dispatch", "x", one_x.dtype)
 
 
 def check_options(op: str, options: DispatchOptions) -> None:
@@ -74,13 +72,13 @@ def check_combine(
     for y, handle, *added in zip(ys, handles, shared, residual, strict=True):
         if y is None:
             continue
-        check_rows_of(y, handle, *added, ranks.hidden, ranks.layout.top_k)
+        check_rows_of(y, handle, *added, ranks.sizes.hidden, ranks.sizes.top_k)
         tensors += [y, handle.weights]
-        check_rows(ranks, "combine", "y", [y.dtype])
+        check_rows(ranks, "combine", "y", y.dtype)
     if out_dtype is not None:
         Arguments("ExpertParallel.combine").choice("out_dtype", out_dtype, FLOATS)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        check_rows(ranks, "combine", "out_dtype", [tensors[0].dtype if out_dtype is None else out_dtype])
+        check_rows(ranks, "combine", "out_dtype", tensors[0].dtype if out_dtype is None else out_dtype)
 
 
 def check_rows_of(
@@ -103,11 +101,10 @@ def check_rows_of(
     return y, shared, residual
 
 
-def check_rows(ranks: Ranks, where: str, name: str, dtypes: list[torch.dtype]) -> None:
+def check_rows(ranks: Ranks, where: str, name: str, dtype: torch.dtype) -> None:
     """Raises UnsupportedError for rows that are too wide for the buffers."""
-    for dtype in dtypes:
-        if dtype == torch.float64 or dtype.itemsize > ranks.row_dtype.itemsize:
-            raise UnsupportedError(
-                f"ExpertParallel.{where}: {name} is {dtype}, and the buffers are for rows of {ranks.row_dtype}; "
-                "make them with row_dtype="
-            )
+    widest = ranks.sizes.row_dtype
+    if dtype == torch.float64 or dtype.itemsize > widest.itemsize:
+        raise UnsupportedError(
+            f"ExpertParallel.{where}: {name} is {dtype}, and the buffers are for rows of {widest}; set row_dtype="
+        )

@@ -73,6 +73,16 @@ class Transport(Protocol):
         """The route with another `home`, in which dropped pairs have no row."""
 
 
+class Sizes(NamedTuple):
+    """The sizes that `ExpertParallel` is created with: they determine its buffers."""
+
+    num_experts: int  # over all ranks
+    hidden: int
+    top_k: int
+    max_tokens: int
+    row_dtype: torch.dtype
+
+
 class DispatchOptions(NamedTuple):
     """Options of `ExpertParallel.dispatch`; all but `capacity` must agree over the ranks."""
 

@@ -15,7 +15,7 @@ from k2kernels.ops.moe import Dispatched, DispatchHandle, moe_combine, moe_dispa
 from k2kernels.ops.quant import QUANTIZABLE
 from k2kernels.parallel import exchange
 from k2kernels.parallel.checks import check_combine, check_dispatch, check_options, check_rows_of, check_sizes
-from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle
+from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes
 from k2kernels.parallel.ranks import Ranks
 from k2kernels.parallel.split import Split
 from k2kernels.parallel.virtual import VirtualRanks
@@ -55,7 +55,7 @@ class ExpertParallel:
     order.
 
     Raises:
-        UnsupportedError: for a transport that is not served.
+        UnsupportedError: the transport is not available here.
         ValueError: on every rank, when ranks differ in the arguments.
         PeerTimeout: a rank did not respond in time.
 
@@ -83,42 +83,30 @@ class ExpertParallel:
     ):
         args = Arguments("ExpertParallel")
         args.choice("transport", transport, TRANSPORTS)
-        check_sizes(args, num_experts, hidden, top_k, max_tokens, row_dtype)
         self.group = group
         self.rank, self.world_size = (0, 1) if group is None else (group.rank(), group.size())
-        self.num_experts = num_experts
-        self.hidden = hidden
-        self.top_k = top_k
-        self.max_tokens = max_tokens
-        args.require(
-            num_experts >= self.world_size, "num_experts", f"at least the {self.world_size} ranks", num_experts
-        )
+        self._sizes = sizes = Sizes(num_experts, hidden, top_k, max_tokens, row_dtype)
+        check_sizes(args, sizes, self.world_size)
+        self.num_experts, self.hidden, self.top_k, self.max_tokens, _ = sizes
         if ranks_per_node is not None:
-            args.integer("ranks_per_node", ranks_per_node, 0)
-            args.require(
-                ranks_per_node == 0 or self.world_size % ranks_per_node == 0,
-                "ranks_per_node",
-                f"a divisor of the {self.world_size} ranks",
-                ranks_per_node,
-            )
+            fits = args.integer("ranks_per_node", ranks_per_node, 0) == 0 or self.world_size % ranks_per_node == 0
+            args.require(fits, "ranks_per_node", f"a divisor of the {self.world_size} ranks", ranks_per_node)
         self._split = Split(num_experts, self.world_size, self.rank)
         self.first_expert, self.num_local_experts = self._split.first_expert, self._split.num_local_experts
         self._torch: exchange.Transport | None = None  # of "torch"
         self._ranks: Ranks | None = None  # of "symmetric" and "virtual"
-        self._row_dtype = row_dtype
         self.overflow: Tensor | None = None
         self.transport = self._choose(transport)
         if self.transport in ALONE:
             return
         from k2kernels.parallel.peers import Peers, timeouts
 
-        sizes = dict(num_experts=num_experts, hidden=hidden, top_k=top_k, max_tokens=max_tokens)
-        config = dict(**sizes, transport=transport, row_dtype=str(row_dtype), ranks_per_node=ranks_per_node)
+        config = sizes._asdict() | dict(row_dtype=str(row_dtype), transport=transport, ranks_per_node=ranks_per_node)
         self._peers = Peers(group, config, *timeouts(init_timeout, step_timeout))
         if self.transport == "symmetric":
             from k2kernels.parallel.symmetric import open_ranks
 
-            opened = open_ranks(self._peers, row_dtype=row_dtype, **sizes)
+            opened = open_ranks(self._peers, sizes)
             if isinstance(opened, Ranks):
                 self._ranks = opened
                 return
@@ -239,7 +227,7 @@ class ExpertParallel:
         if self.transport == "virtual":
             self._ranks = self._alone(x)
         if self._ranks is not None:
-            check_dispatch(self._ranks, [x], [indices], [weights], self.max_tokens, options)
+            check_dispatch(self._ranks, [x], [indices], [weights], options)
             return self._ranks.dispatch([x], [indices], [weights], options)[0]
         check_options("ExpertParallel.dispatch", options)
         args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if options.quantize else FLOATS)
@@ -249,17 +237,10 @@ class ExpertParallel:
     def _alone(self, x: Tensor) -> Ranks:
         """The rank of "virtual", with a buffer on the device of the rows that is wide enough for them."""
         if (ranks := self._ranks) is not None and ranks.members[0].buffer.device == x.device:
-            if x.element_size() <= ranks.row_dtype.itemsize:
+            if x.element_size() <= ranks.sizes.row_dtype.itemsize:
                 return ranks
-        return VirtualRanks(
-            1,
-            num_experts=self.num_experts,
-            hidden=self.hidden,
-            top_k=self.top_k,
-            max_tokens=self.max_tokens,
-            row_dtype=max(self._row_dtype, x.dtype, key=lambda dtype: dtype.itemsize),
-            device=x.device,
-        ).group
+        widest = max(self._sizes.row_dtype, x.dtype, key=lambda dtype: dtype.itemsize)
+        return VirtualRanks(1, **self._sizes._replace(row_dtype=widest)._asdict(), device=x.device).group
 
     def combine(
         self,

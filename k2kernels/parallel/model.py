@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,10 +19,7 @@ def expert_parallel(
     *,
     max_tokens: int,
     capacity: int | None = None,
-    transport: str = "auto",
-    ranks_per_node: int | None = None,
-    init_timeout: float | None = None,
-    step_timeout: float | None = None,
+    **options: Any,
 ) -> ExpertParallel:
     """Distributes the routed experts of a `K2Model` (or of any module with `Moe` layers) over the ranks of `group`.
 
@@ -34,13 +31,14 @@ def expert_parallel(
 
     Args:
         model: changed in place.
-        group, transport, ranks_per_node, init_timeout, step_timeout: as in `ExpertParallel`.
+        group: as in `ExpertParallel`.
         max_tokens: the most tokens of a rank in one call: batch times length.
         capacity: slots for the rows that arrive here in one call, a multiple of 128 where the model is trained in FP8
             (`use_fp8`). None: as many as arrive, or, with "symmetric", as could arrive: the number of ranks times
             max_tokens times top-k at most. Every buffer between dispatch and combine has that many rows. Routing sends
             max_tokens times top-k on average; pairs beyond the capacity are dropped and counted in
             `ExpertParallel.overflow`.
+        options: transport, ranks_per_node, init_timeout and step_timeout of `ExpertParallel`.
 
     Returns:
         The ExpertParallel that all layers share.
@@ -60,10 +58,7 @@ def expert_parallel(
         hidden=config.hidden_size,
         top_k=config.num_experts_per_tok,
         max_tokens=max_tokens,
-        transport=transport,
-        ranks_per_node=ranks_per_node,
-        init_timeout=init_timeout,
-        step_timeout=step_timeout,
+        **options,
     )
     first = experts.first_expert
     here = slice(first, first + experts.num_local_experts)

@@ -29,7 +29,7 @@ from k2kernels.ops.exchange import Call, Rank
 from k2kernels.ops.moe import Dispatched
 from k2kernels.ops.moe.dispatch import combine_rows, combine_rows_backward, dispatch_rows, permute_rows
 from k2kernels.ops.quant import quantize_1x128
-from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle
+from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes
 from k2kernels.parallel.split import Split
 from k2kernels.reference.exchange import Layout, to_16
 from k2kernels.reference.quant import store_scales
@@ -52,13 +52,11 @@ class Ranks:
     Args:
         layout: the layout of every rank's buffer.
         members: the ranks of this process.
-        hidden: H.
-        row_dtype: the widest dtype of rows.
+        sizes: what the layout was made for.
     """
 
-    def __init__(self, layout: Layout, members: list[Rank], hidden: int, row_dtype: torch.dtype):
-        self.layout, self.members = layout, members
-        self.hidden, self.row_dtype = hidden, row_dtype
+    def __init__(self, layout: Layout, members: list[Rank], sizes: Sizes):
+        self.layout, self.members, self.sizes = layout, members, sizes
         self.splits = [Split(layout.experts, layout.world, member.rank) for member in members]
         self.masked: frozenset[int] = frozenset()
         self.withheld: frozenset[int] = frozenset()  # ranks whose programs are not run, as if they had died
@@ -102,7 +100,7 @@ class Ranks:
             if fault.fault == constants.EXCHANGE_BAD_INDEX:
                 raise ValueError(
                     f"ExpertParallel.dispatch: indices must be from -1 (none) to E-1, got {fault.number} for token "
-                    f"{fault.who} of rank {rank}; it was taken for -1"
+                    f"{fault.who} of rank {rank}; it was treated as -1"
                 )
             if fault.fault == constants.EXCHANGE_OTHER_CALL:
                 other = "the others" if fault.who == rank else f"rank {fault.who}"
@@ -184,13 +182,11 @@ class _BufferDispatch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple:
         if ctx.quantize:
             raise RuntimeError("ExpertParallel.dispatch: with quantize=True there is no gradient of x; detach x")
+        members, phase = ctx.ranks.members, "dispatch backward"
         programs = [
-            _returned_sums(
-                ctx.ranks.members[i], "dispatch backward", grad.contiguous(), route, slot_of, None, None, None,
-                grad.dtype,
-            )
-            for i, grad, (route, slot_of) in zip(ctx.here, grads, ctx.plans)
-        ]  # fmt: skip
+            _returned_sums(members[i], phase, grad.contiguous(), *plan, None, None, None, grad.dtype)
+            for i, grad, plan in zip(ctx.here, grads, ctx.plans)
+        ]
         d_xs = ctx.ranks.run(ctx.here, programs)
         return None, None, None, None, *d_xs
 
@@ -201,14 +197,11 @@ class _BufferCombine(torch.autograd.Function):
         ctx: Any, ranks: Ranks, handles: list[ExchangeHandle], here: list[int], out_dtype: torch.dtype, *tensors: Any
     ) -> tuple:
         ys, weights, shared, residual = (tensors[i::4] for i in range(4))
-        programs = [
-            _returned_sums(
-                ranks.members[i], "combine", ys[n].contiguous(), handle.route, handle.slot_of,
-                weights[n].float().contiguous(),
-                *[None if t is None else t.contiguous() for t in (shared[n], residual[n])], out_dtype,
-            )
-            for n, (i, handle) in enumerate(zip(here, handles))
-        ]  # fmt: skip
+        programs = []
+        for n, (i, handle) in enumerate(zip(here, handles)):
+            terms = (None if t is None else t.contiguous() for t in (weights[n].float(), shared[n], residual[n]))
+            plan = handle.route, handle.slot_of
+            programs.append(_returned_sums(ranks.members[i], "combine", ys[n].contiguous(), *plan, *terms, out_dtype))
         out = ranks.run(here, programs)
         ctx.ranks, ctx.here = ranks, here
         ctx.routes = [handle.route for handle in handles]
@@ -223,17 +216,14 @@ class _BufferCombine(torch.autograd.Function):
         ranks, here, n = ctx.ranks, ctx.here, len(ctx.here)
         saved = ctx.saved_tensors  # once: a checkpoint unpacks them once
         ys, weights = saved[:n], saved[n:]
-        arrived = ranks.run(
-            here,
-            [
-                _sent_gradients(ranks.members[i], grad.contiguous(), w.float().contiguous(), route)
-                for i, grad, w, route in zip(here, grads, weights, ctx.routes)
-            ],
-        )
+        programs = [
+            _sent_gradients(ranks.members[i], grad.contiguous(), w.float().contiguous(), route)
+            for i, grad, w, route in zip(here, grads, weights, ctx.routes)
+        ]
+        arrived = ranks.run(here, programs)
         d_ys, programs = [], []
-        for i, (rows, factors, experts), y, (slot_of, token_of_slot), route in zip(
-            here, arrived, ys, ctx.plans, ctx.routes
-        ):
+        for i, sent, y, (slot_of, token_of_slot), route in zip(here, arrived, ys, ctx.plans, ctx.routes):
+            rows, factors, experts = sent
             # Rows of a rank that did not send are stale: with weights of NaN their gradients become NaN too.
             factors = factors.copy().masked_fill_(experts < 0, math.nan)
             d_y, d_factors = combine_rows_backward(rows, y, slot_of, token_of_slot, factors)
@@ -335,8 +325,9 @@ def _end(program: Generator) -> Any:
     raise AssertionError("a program yields twice")
 
 
-def layout_of(world: int, num_experts: int, hidden: int, top_k: int, max_tokens: int, row_dtype: torch.dtype) -> Layout:
-    """The layout of buffers for rows of `row_dtype`, with scales or weights beside them."""
+def layout_of(world: int, sizes: Sizes) -> Layout:
+    """The layout of buffers for rows of `sizes.row_dtype`, with scales or weights beside them."""
+    num_experts, hidden, top_k, max_tokens, row_dtype = sizes
     extra = 4 * max(top_k, -(-hidden // 128))
     row_bytes = to_16(hidden * row_dtype.itemsize)
     return Layout(world, num_experts, top_k, max_tokens, row_bytes, extra, constants.EXCHANGE_FLAG_BYTES)

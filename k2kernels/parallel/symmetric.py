@@ -14,6 +14,7 @@ from k2kernels._backend import PeerTimeout
 from k2kernels.ops import _launch
 from k2kernels.ops._constants import constants
 from k2kernels.ops.exchange import Call, Rank
+from k2kernels.parallel.exchange import Sizes
 from k2kernels.parallel.peers import Peers
 from k2kernels.parallel.ranks import BLOCKS, Ranks, layout_of
 
@@ -53,32 +54,23 @@ def why_not_here(world_size: int, max_tokens: int) -> str:
     return ""
 
 
-def open_ranks(
-    peers: Peers,
-    *,
-    num_experts: int,
-    hidden: int,
-    top_k: int,
-    max_tokens: int,
-    row_dtype: torch.dtype,
-    blocks: int = BLOCKS,
-) -> Ranks | str:
+def open_ranks(peers: Peers, sizes: Sizes, blocks: int = BLOCKS) -> Ranks | str:
     """This process's rank with its buffer, after a trial; or the reason why there is none. All ranks agree on which.
 
     A rank that cannot take part reports so through the group's store: the others then do not wait in the rendezvous.
     """
     world = peers.world_size
-    if reason := peers.first_reason("symmetric", why_not_here(world, max_tokens)):
+    if reason := peers.first_reason("symmetric", why_not_here(world, sizes.max_tokens)):
         return reason
     hosts = set(peers.hosts())
     if len(hosts) > 1:
         return f"{len(hosts)} hosts; the ranks must be of one NVLink domain"
-    layout = layout_of(world, num_experts, hidden, top_k, max_tokens, row_dtype)
+    layout = layout_of(world, sizes)
     reason, ranks = "", None
     try:
         buffer, addresses, handle = rendezvous(peers.group, layout.bytes)
         table = torch.tensor(addresses, dtype=torch.int64, device=buffer.device)
-        ranks = Ranks(layout, [Rank(layout, peers.rank, buffer, table, None, blocks)], hidden, row_dtype)
+        ranks = Ranks(layout, [Rank(layout, peers.rank, buffer, table, None, blocks)], sizes)
         ranks.keep = handle
     except (RuntimeError, ImportError) as error:
         reason = f"the rendezvous failed: {str(error).splitlines()[0]}"
@@ -103,7 +95,7 @@ def why_not_working(ranks: Ranks, peers: Peers) -> str:
     layout, device = ranks.layout, ranks.members[0].buffer.device
     for first in range(0, layout.world, max(layout.most_tokens, 1)):
         there = range(first, min(first + layout.most_tokens, layout.world))  # one token each
-        x = torch.full((len(there), ranks.hidden), peers.rank + 1, dtype=ranks.row_dtype, device=device)
+        x = torch.full((len(there), ranks.sizes.hidden), peers.rank + 1, dtype=ranks.sizes.row_dtype, device=device)
         indices = torch.full((len(there), layout.top_k), -1, dtype=torch.int32, device=device)
         for token, rank in enumerate(there):
             indices[token, 0] = split.bounds(rank)[0]

@@ -12,7 +12,7 @@ from k2kernels.ops._constants import constants
 from k2kernels.ops.exchange import Rank
 from k2kernels.ops.moe import Dispatched
 from k2kernels.parallel.checks import check_combine, check_dispatch, check_sizes
-from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle
+from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes
 from k2kernels.parallel.ranks import BLOCKS, Ranks, layout_of
 
 
@@ -48,16 +48,16 @@ class VirtualRanks:
     ):
         args = Arguments("VirtualRanks")
         args.integer("world_size", world_size, 1, constants.EXCHANGE_MOST_RANKS)
-        check_sizes(args, num_experts, hidden, top_k, max_tokens, row_dtype)
+        sizes = Sizes(num_experts, hidden, top_k, max_tokens, row_dtype)
+        check_sizes(args, sizes, world_size)
         args.integer("max_tokens", max_tokens, 0, constants.EXCHANGE_MOST_TOKENS)
         args.integer("blocks", blocks, 1)
-        args.require(num_experts >= world_size, "num_experts", f"at least the {world_size} ranks", num_experts)
-        self.world_size, self.top_k, self.max_tokens, self.hidden = world_size, top_k, max_tokens, hidden
-        layout = layout_of(world_size, num_experts, hidden, top_k, max_tokens, row_dtype)
+        self.world_size = world_size
+        layout = layout_of(world_size, sizes)
         buffers = [self._allocate(layout.bytes, device) for _ in range(world_size)]
         peers = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=device)
         members = [Rank(layout, rank, buffers[rank], peers, buffers, blocks) for rank in range(world_size)]
-        self.group = Ranks(layout, members, hidden, row_dtype)
+        self.group = Ranks(layout, members, sizes)
         self.group.timeout = int(step_timeout * 1e9)
         self.splits = self.group.splits
 
@@ -78,7 +78,7 @@ class VirtualRanks:
     ) -> list[Dispatched]:
         """Each rank's `ExpertParallel.dispatch`, with its options; lists have one entry for each rank."""
         chosen = DispatchOptions(**options)
-        check_dispatch(self.group, x, indices, weights, self.max_tokens, chosen)
+        check_dispatch(self.group, x, indices, weights, chosen)
         return self.group.dispatch(x, indices, weights, chosen)
 
     def combine(

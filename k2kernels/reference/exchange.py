@@ -73,29 +73,34 @@ class PlainRank:
     Args:
         rank: which one.
         buffers: uint8 [layout.bytes] of each rank; None where they are of other processes, which no step here reaches.
+        state: int32, k2k::ExchangeState, which begins with the epochs: how often this rank has sent, by kind.
         error: int32, the record of the first fault.
         numbers: those of csrc/exchange, by name: k2kernels.ops._constants.constants.
 
     Attributes:
         live: a bit for each rank that takes part.
         call: the code of the current call, which must be equal on all ranks.
-        epochs: how many exchanges of each kind this rank has begun, modulo 2**32.
     """
 
-    def __init__(self, layout: Layout, rank: int, buffers: list[Tensor] | None, error: Tensor, numbers: Any):
+    def __init__(
+        self, layout: Layout, rank: int, buffers: list[Tensor] | None, state: Tensor, error: Tensor, numbers: Any
+    ):
         self.layout, self.rank, self.buffers = layout, rank, buffers
-        self.error, self._numbers = error, numbers
+        self.state, self.error, self._numbers = state, error, numbers
         self.call = 0
         self.restart((1 << layout.world) - 1)
 
     def restart(self, live: int) -> None:
         """As new, with these ranks."""
+        self.state.zero_()
+        self.error.zero_()
         self.live = live
-        self.epochs, self._failed = dict.fromkeys(KINDS, 0), False
+        self._failed = False  # in plain PyTorch: this rank sends and waits no more
 
     def plain_scatter(self, parts: list[Tensor], indices: Tensor, pitch: int) -> None:
         """Sends each token's row of the matrices `parts` to the ranks of its experts."""
         layout, tokens = self.layout, indices.shape[0]
+        self.state[KINDS.index("scatter")] += 1
         flags, numbers_at, rows_at = self._in_half("scatter")
         owner, number = self._experts_of(indices)
         bad = (indices < -1) | (indices >= layout.experts)
@@ -122,7 +127,7 @@ class PlainRank:
         numbers = self._view(self.rank, numbers_at, shape, torch.int32)
         experts.fill_(-1)
         arrived.zero_()
-        arrived[-1] = self.epochs["scatter"] % 2
+        arrived[-1] = self._epoch("scatter") % 2
         for source in self._lives():
             if (rows := self._rows_announced(flags, "scatter", source)) > 0:
                 experts.view(shape)[source, :rows] = numbers[source, :rows]
@@ -131,6 +136,7 @@ class PlainRank:
     def plain_gather(self, rows: Tensor, experts: Tensor, slot_of: Tensor, pitch: int) -> None:
         """Returns the row of each pair's slot to its token."""
         layout = self.layout
+        self.state[KINDS.index("gather")] += 1
         flags, numbers_at, rows_at = self._in_half("gather")
         shape = layout.world, layout.most_tokens * layout.top_k
         here, slots = experts.view(shape) >= 0, slot_of.view(shape)
@@ -150,7 +156,7 @@ class PlainRank:
         """Fills slot_of [T, K], the returned row of each pair, or -1; the weights, NaN for pairs whose rank sent no
         flag; and the half."""
         flags, numbers_at, _ = self._in_half("gather")
-        half.fill_(self.epochs["gather"] % 2)
+        half.fill_(self._epoch("gather") % 2)
         owner, _ = self._experts_of(indices)
         numbers = self._view(self.rank, numbers_at, (self.layout.most_tokens * self.layout.top_k,), torch.int32)
         numbers = numbers[: indices.numel()].view(indices.shape)
@@ -167,10 +173,14 @@ class PlainRank:
         size = dtype.itemsize * math.prod(shape)
         return self.buffers[there][start : start + size].view(dtype).view(shape)
 
+    def _epoch(self, kind: str) -> int:
+        """How often this rank has sent, modulo 2^32."""
+        return int(self.state[KINDS.index(kind)]) % 2**32
+
     def _in_half(self, kind: str) -> tuple[int, int, int]:
         """flags, numbers, rows of the current epoch."""
         _, flags, numbers, rows, half, _ = self.layout.place(kind, 0)
-        half *= self.epochs[kind] % 2
+        half *= self._epoch(kind) % 2
         return flags + half, numbers + half, rows + half
 
     def _lives(self) -> list[int]:
@@ -204,7 +214,7 @@ class PlainRank:
         word = self.call << self._numbers.EXCHANGE_FLAG_ROWS_BITS | rows
         for there in self._lives():
             flag = self._view(there, flags + self.rank * self.layout.flag_bytes, (2,), torch.int32)
-            flag.copy_(torch.tensor([word, self.epochs[kind]]).int())
+            flag.copy_(torch.tensor([word, self._epoch(kind)]).int())
 
     def _rows_announced(self, flags: int, kind: str, source: int) -> int:
         """The number in the flag of `source`; -1 if there is no flag of this epoch, or one of another call."""
@@ -212,7 +222,7 @@ class PlainRank:
         flag = self._view(self.rank, flags + source * self.layout.flag_bytes, (2,), torch.int32)
         abort = self._view(self.rank, 0, (2,), torch.int32)
         word, epoch = (number % 2**32 for number in flag.tolist())
-        if epoch == (now := self.epochs[kind]):
+        if epoch == (now := self._epoch(kind)):
             call, rows = divmod(word, 1 << names.EXCHANGE_FLAG_ROWS_BITS)
             if call == self.call:
                 return rows

@@ -1,4 +1,4 @@
-"""Timing on a GPU: cold caches, CUDA graphs, medians, and the share of what the machine itself reaches."""
+"""Timing on a GPU: cold caches, CUDA graphs, medians, and the share of the machine's measured peak rates."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OURS = "k2kernels"
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one op, and who computes it.
+    """One shape of one op, with the functions to be timed.
 
     Attributes:
         op: the op's name; shape: the shape's name, as in `k2kernels.testing.inputs`.
-        bytes: that a call must move through memory, each input read once and each output written once.
-        flops: that it must do on tensor cores, in `dtype` ("bf16" or "fp8"); 0 for ops that only move data.
+        bytes: memory traffic of a call with each input read once and each output written once.
+        flops: on tensor cores, in `dtype` ("bf16" or "fp8"); 0 for ops that only move data.
         make: one set of random inputs on the device.
         bodies: name -> function of such a set; `OURS` is this library, the others are peers.
     """
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches: bytes per second of a large copy, FLOP per second of a large matrix product."""
+    """Measured peak rates: bytes per second of a large copy, FLOP per second of a large matrix product."""
 
     copy: float
     matmul: dict[str, float] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Line:
-    """One measured figure, as it stands in bench/results."""
+    """One measured figure, a line of bench/results."""
 
     op: str
     shape: str
@@ -106,7 +106,7 @@ def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, rep
 
 
 def measure_host(calls: dict[str, Callable[[], Any]], device: torch.device) -> Iterable[Line]:
-    """What the host takes for each of `calls` (op -> call), from the public function to the started kernel."""
+    """Host time of each of `calls` (op -> call), from the public function to the launch."""
     where = _where(device)
     for op, call in calls.items():
         us = host_us(call)
@@ -114,7 +114,7 @@ def measure_host(calls: dict[str, Callable[[], Any]], device: torch.device) -> I
 
 
 def host_us(call: Callable[[], Any], repeats: int = 20, calls: int = 100) -> float:
-    """Median microseconds until a call returns. The GPU is idle before each series, and is not waited for within it."""
+    """Median microseconds until a call returns. The GPU is synchronised before each series, not within it."""
     times = []
     for repeat in range(repeats + 3):
         torch.cuda.synchronize()
@@ -128,7 +128,7 @@ def host_us(call: Callable[[], Any], repeats: int = 20, calls: int = 100) -> flo
 
 
 def input_sets(case: Case, device: torch.device) -> list[Inputs]:
-    """As many sets of inputs as exceed the L2 cache `CACHE_MULTIPLE` times: a set is cold when its turn comes again."""
+    """Sets of inputs that exceed the L2 cache `CACHE_MULTIPLE` times together, so that each set is cold when reused."""
     first = case.make(device)
     size = sum(t.numel() * t.element_size() for t in first if isinstance(t, torch.Tensor))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -149,7 +149,7 @@ def time_us(body: Callable[..., Any], sets: list[Inputs], repeats: int = 20) -> 
             for inputs in sets:
                 body(*inputs)
         run, replayed = graph.replay, True
-    except RuntimeError:  # the body asks the GPU for a number, which a graph cannot
+    except RuntimeError:  # the body reads a number from the GPU, which a graph cannot
 
         def run() -> None:
             for inputs in sets:
@@ -187,7 +187,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The lines for people: one per body, in order."""
+    """The lines as a table, one row per body, in order."""
     rows = [f"{'op':<18}{'shape':<26}{'who':<16}{'us':>10}{'GB/s':>8}{'TFLOP/s':>9}{'roofline':>10}"]
     for line in lines:
         launched = "" if line.graph else "  (launch cost included)"

@@ -1,7 +1,7 @@
-"""Comparison against an exact result, with a budget derived from what PyTorch itself loses in that precision.
+"""Comparison against an exact result, with a budget derived from PyTorch's own error in that precision.
 
 One global similarity number hides local damage (a 128x128 tile of noise in a 4096x7168 result passes
-`cos_diff < 1e-3`), so `check_close` looks at every element, `worst_tile` at every tile, and both name the place.
+`cos_diff < 1e-3`), so `check_close` checks every element, `worst_tile` every tile, and both report the position.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from k2kernels.reference.quant import quantize_1x128
 
 
 def cos_diff(got: Tensor, want: Tensor) -> float:
-    """1 - 2<x,y> / (|x|^2 + |y|^2) in float64: 0 when equal; it sees scale errors, unlike the cosine."""
+    """1 - 2<x,y> / (|x|^2 + |y|^2) in float64: 0 when equal; it is sensitive to scale, unlike the cosine."""
     x, y = got.double().flatten(), want.double().flatten()
     denominator = (x * x + y * y).sum()
     return 0.0 if denominator == 0 else float(1 - 2 * (x * y).sum() / denominator)
@@ -49,7 +49,7 @@ def check_close(
             `same_precision`, the plain PyTorch result in `got`'s dtype, makes, plus the rounding of one result.
         max_cos_diff: bound of `cos_diff`, if any.
 
-    NaN and infinities must stand at the same places, with the same sign.
+    NaN and infinities must be at the same positions, with the same sign.
     """
     assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, want {list(want.shape)}"
     if got.numel() == 0:
@@ -86,7 +86,7 @@ def check_rms_norm_quantize(
 ) -> None:
     """Asserts that every row is, bit for bit, the quantised norm for one float32 close to 1 / sqrt(mean(x**2) + eps).
 
-    That number is all that an order of summation may change. With u = 2**-24, the largest relative error of one
+    The order of summation may change that number only. With u = 2**-24, the largest relative error of one
     rounding: a chain of n additions of squares errs by n u at most, the mean and eps by 2 u; the root halves that, root
     and division add 2 u. A kernel's chains have 40 additions, those of PyTorch's cascade, whose squares are rounded as
     well, some 46: 26.5 u. Neighbouring floats are at least u apart, and the exact number is half of that from one.
@@ -106,7 +106,7 @@ def check_rms_norm_quantize(
 
 
 def check_op(op: Any, args: tuple, *, differentiable: bool = False, compiled: Callable | None = None) -> None:
-    """What every registered op must pass: torch.library.opcheck, and a full-graph compile equal to eager.
+    """Checks a registered op by torch.library.opcheck, and a full-graph compile against eager.
 
     Args:
         op: what `k2kernels.ops._register.register` returned.

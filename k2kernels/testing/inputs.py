@@ -1,4 +1,4 @@
-"""Inputs of tests and benchmarks: the sizes of the models, and caches in which all that must not be read is poison."""
+"""Inputs of tests and benchmarks: model sizes, and caches with poison in everything that must not be read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelSizes(NamedTuple):
 
     @property
     def softmax_scale(self) -> float:
-        """Without the factor that YaRN adds."""
+        """The softmax scale without YaRN's factor."""
         return (self.nope + self.rope) ** -0.5
 
 
@@ -41,7 +41,7 @@ KIMI_K2 = ModelSizes(
 )
 DEEPSEEK_V3 = KIMI_K2._replace(heads=128, experts=256)
 
-BAD_PAGES = (2147480000, -1, -2147483648)  # in entries of the block table that must not be looked at
+BAD_PAGES = (2147480000, -1, -2147483648)  # in entries of the block table that must not be read
 
 
 class PagedCache(NamedTuple):
@@ -87,7 +87,7 @@ def exact_rms_rows(rows: int, columns: int) -> Tensor:
 
 
 def guarded_memory(size: int, claimed: int) -> Tensor:
-    """`size` bytes of the emulator's memory as uint8 [claimed]; a kernel that touches what lies around them faults."""
+    """`size` bytes of the emulator's memory as uint8 [claimed]; a kernel that accesses memory around them faults."""
     from k2kernels import _emu
 
     address = _emu.allocate(size)
@@ -97,7 +97,7 @@ def guarded_memory(size: int, claimed: int) -> Tensor:
 
 
 def guarded(x: Tensor) -> Tensor:
-    """A contiguous copy of x, at whose ends an emulated kernel faults."""
+    """A contiguous copy of x between guard zones, whose access by an emulated kernel faults."""
     size = x.numel() * x.element_size()
     if size == 0:
         return x.clone()

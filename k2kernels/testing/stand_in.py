@@ -1,4 +1,4 @@
-"""The way of a call to its kernel, without kernels: what remains is what the host does."""
+"""Calls without their kernels, to run and time the host's work alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2kernels.ops._register import OPS
 
 
 class _Nothing:
-    """An extension module whose functions do nothing, and say that they started one kernel; plans are made."""
+    """An extension module whose functions do nothing and return 1 as the number of kernels; plans are computed."""
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         if function.endswith("_plan"):
@@ -30,9 +30,9 @@ class _Nothing:
 
 @contextlib.contextmanager
 def no_kernels() -> Iterator[None]:
-    """Inside, CPU tensors go the way of CUDA tensors, from the public function to a module that does nothing.
+    """In this context CPU tensors take the path of CUDA tensors, from the public function to the stand-in.
 
-    Results hold whatever was in memory. Ops without a kernel run their reference.
+    Results are uninitialised. Ops without a kernel run their reference.
     """
     nothing, choose = _Nothing(), _backend.choose
     with contextlib.ExitStack() as patched:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d8dee4"
 BLUE, ORANGE = "#0b62c4", "#c2410c"
+LABEL = dict(textcoords="offset points", fontsize=9)
 
 
 def new_figure(rows: int = 1, columns: int = 1):
@@ -63,15 +64,7 @@ def plot_loss(
     axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="training (running mean)")
     if valid:
         axes.plot(*zip(*valid), color=ORANGE, marker="o", markersize=4, linewidth=1.6, label="held-out text")
-        axes.annotate(
-            f"{valid[-1][1]:.2f}",
-            valid[-1],
-            xytext=(6, 6),
-            textcoords="offset points",
-            color=ORANGE,
-            fontweight="bold",
-            fontsize=9,
-        )
+        axes.annotate(f"{valid[-1][1]:.2f}", valid[-1], xytext=(6, 6), color=ORANGE, fontweight="bold", **LABEL)
     axes.axhline(xz, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2, label=f"xz -9e: {xz:.2f}")
     low = min([xz, *train, *(v for _, v in valid)])
     axes.set_ylim(max(0, low - 0.25), min(8, max(smooth[: max(1, len(smooth) // 50)]) + 0.2))
@@ -99,29 +92,14 @@ def plot_max_logits(
         ends.append((values[-1], f"layer {layer}", color))
     if threshold is not None:
         axes.axhline(threshold, color=ORANGE, linestyle=(0, (4, 3)), linewidth=1.3)
-        axes.annotate(
-            f"QK-clip threshold {threshold:g}",
-            (0.01, threshold),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            color=ORANGE,
-            fontsize=9,
-            bbox=dict(facecolor="white", edgecolor="none", alpha=0.85, pad=1),
-        )
+        place = dict(xycoords=("axes fraction", "data"), xytext=(0, 4), color=ORANGE)
+        box = dict(facecolor="white", edgecolor="none", alpha=0.85, pad=1)
+        axes.annotate(f"QK-clip threshold {threshold:g}", (0.01, threshold), bbox=box, **place, **LABEL)
     top = max([threshold or 0, *(v for values in layers.values() for v in values if math.isfinite(v))])
     axes.set_ylim(0, 1.12 * top)
     last = -math.inf  # labels at the lines' ends, pushed apart so that they stay readable
     for value, label, color in sorted(ends, key=lambda end: end[0]):
         last = max(value, last + 0.045 * 1.12 * top)
-        axes.annotate(
-            label,
-            (steps[-1], last),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=9,
-            annotation_clip=False,
-        )
+        place = dict(xytext=(6, 0), va="center", annotation_clip=False)
+        axes.annotate(label, (steps[-1], last), color=color, **place, **LABEL)
     save(figure, path)

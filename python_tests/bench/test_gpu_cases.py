@@ -1,4 +1,4 @@
-"""What the benchmarks will measure on a GPU, as far as a CPU can tell; and pictures of made-up lines."""
+"""The GPU cases of the benchmarks, as far as a CPU can check them, and plots of made-up results."""
 
 import importlib.util
 import json
@@ -240,7 +240,7 @@ def test_moe_bodies_agree(kind):
 
 
 def test_optimizer_steps_go_the_same_way(monkeypatch):
-    """On a sixteenth of the layer's sides: every body updates the parameters in place, and again in its next call."""
+    """On a sixteenth of the layer's sides: every body updates the parameters in place, in each call."""
     monkeypatch.syspath_prepend(str(BENCH))
     optim = load("bench_optim")
     small = {}

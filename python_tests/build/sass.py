@@ -1,7 +1,7 @@
-"""A reader of SASS, the machine code as cuobjdump prints it: instructions, loops, and what is read before it is ready.
+"""A reader of SASS, the output of cuobjdump: instructions, loops, and registers read before they are ready.
 
-It knows as much of the language as the checks of test_machine_code.py need: where branches lead, which registers an
-instruction names, which of them it writes.
+It parses what the checks of test_machine_code.py need: branch targets, the registers of an instruction, and those
+it writes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def dump(file: str | Path) -> dict[tuple[str, str], str]:
 
 
 def split(text: str) -> dict[tuple[str, str], str]:
-    """The listings in what cuobjdump printed."""
+    """Splits the output of cuobjdump into listings."""
     listings = {}
     for part in re.split(r"\n\s+code for (?=sm_)", text)[1:]:
         arch = part.split(None, 1)[0]
@@ -56,7 +56,7 @@ _LINE = re.compile(
 
 
 def counts(listings: dict[tuple[str, str], str]) -> dict[tuple[str, str], Counter[str]]:
-    """How often each opcode stands in each kernel."""
+    """The number of occurrences of each opcode in each kernel."""
     return {kernel: Counter(found[2] for found in _LINE.findall(text)) for kernel, text in listings.items()}
 
 
@@ -262,7 +262,7 @@ def _components(part: set[int], after: list[list[int]]) -> Iterator[set[int]]:
 
 
 def fences(code: Code) -> list[Instruction]:
-    """Fences beyond the block, and invalidations of L1."""
+    """Fences beyond the CTA, and invalidations of L1."""
     return [one for one in code.instructions if is_fence(one)]
 
 
@@ -272,12 +272,12 @@ def is_fence(one: Instruction) -> bool:
 
 
 def fences_in_gmma_loops(code: Code) -> list[Instruction]:
-    """Of these, what is executed for each step of a loop around GMMAs."""
+    """Those of them that a loop around GMMAs executes in each iteration."""
     return [code[i] for loop in code.gmma_loops for i in sorted(loop) if is_fence(code[i])]
 
 
 def touched_early(code: Code) -> list[tuple[Instruction, Instruction]]:
-    """(GMMA, instruction): what names the accumulators of a GMMA in flight, or writes its A in registers.
+    """(GMMA, instruction): instructions that access the accumulators of a GMMA in flight, or write its A in registers.
 
     On every way from the GMMA to the WARPGROUP.DEPBAR that covers it: one that leaves n groups in flight does where
     at least n groups were committed after the GMMA's. Other GMMAs may name them.

@@ -1,4 +1,4 @@
-"""A number that C++ and Python both need is typed in C++ and read in Python."""
+"""Constants shared by C++ and Python are defined in C++ and read in Python."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The extension module and what `info` and `doctor` say of this machine."""
+"""The extension module, and the output of `info` and `doctor` on this machine."""
 
 import re
 import subprocess

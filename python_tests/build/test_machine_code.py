@@ -1,8 +1,8 @@
-"""What the emulator cannot see of a kernel and what costs time, or a wrong result, on a GPU: from its machine code.
+"""Checks of the machine code: errors and slow paths on a GPU that the emulator cannot detect.
 
-Loops around tensor-core instructions hold no fence beyond the block and invalidate no L1; accumulators are not touched
-before the wait for them; code is small enough for the instruction caches; loads are in flight together where a kernel
-lives from that. Each check is also run on a listing that holds the fault. test_sass.py counts what must be there.
+Loops around tensor-core instructions hold no fence beyond the CTA and invalidate no L1; accumulators are not accessed
+before the wait for them; code is small enough for the instruction caches; memory-bound kernels have enough loads in
+flight. Each check is also run on a listing with the fault. test_sass.py counts the instructions that must be there.
 """
 
 from collections import Counter

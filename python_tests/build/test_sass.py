@@ -1,4 +1,4 @@
-"""The machine code is what the kernels' plans say: registers, no spills, 16-byte accesses, the meant instructions."""
+"""The machine code against the kernels' plans: registers, no spills, 16-byte accesses, intended instructions."""
 
 from collections import Counter
 
@@ -345,7 +345,7 @@ def test_kernel_meets_its_plan(kernel, opcodes):
 @needs_kernels
 @pytest.mark.skipif("sm_90a" not in ARCHS, reason="not built for sm_90a")
 def test_copies_of_mla_decode_start_without_a_loop_over_lanes(opcodes):
-    """As they do where the compiler cannot prove that one lane alone is there: it elects them one after the other."""
+    """The compiler emits such a loop where it cannot prove that a single lane is active."""
     kernels = [k for k in KERNELS if "mla_decode_sm90_kernel" in k["kernel"]]
     assert len(kernels) == 4 and all(count(opcodes["sm_90a", k["symbol"]], "BRA.U.ANY") == 0 for k in kernels)
 
@@ -353,6 +353,6 @@ def test_copies_of_mla_decode_start_without_a_loop_over_lanes(opcodes):
 @needs_kernels
 @pytest.mark.parametrize("arch", ARCHS)
 def test_combine_rounds_products_before_it_adds_them(arch, opcodes):
-    """As the definition does: else a GPU's bits would be others than the reference's."""
+    """As the definition does: otherwise the bits on a GPU would differ from the reference's."""
     kernels = [k for k in KERNELS if "moe_combine_kernel" in k["kernel"] and k["arch"] == arch]
     assert len(kernels) == 3 and all(count(opcodes[arch, k["symbol"]], "FFMA") == 0 for k in kernels)

@@ -1,4 +1,4 @@
-"""The commands as a user types them: what they print, and how they fail."""
+"""The commands: output and error messages."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The conformance kernels of csrc/conformance: inputs, and what must come out by the PTX manual.
+"""The conformance kernels of csrc/conformance: inputs, and the outputs that the PTX manual prescribes.
 
 Formulas here are written from the manual, not from the emulator: numpy on whole fragments, tiles and tensors. All
 inputs and outputs are 32-bit words; products have small integers, so sums are exact on any tensor core.
@@ -20,7 +20,7 @@ UNTOUCHED = 0xA5A5A5A5
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel's input, the output before it, and after it; or, where bits may differ, what is true of them."""
+    """A kernel's input, and the output before and after it; where bits may differ, a predicate instead."""
 
     input: np.ndarray
     before: np.ndarray
@@ -315,12 +315,12 @@ def geometry(rank, swizzle):
 
 
 def swizzled(address, swizzle):
-    """Where a byte lies: bits 4 to 6 of its address change with bits 7 to 9, as many as the mode has."""
+    """The swizzled address of a byte: bits 4 to 6, as many as the mode has, are XORed with bits 7 to 9."""
     return address ^ (address >> 7 & (swizzle // 16 - 1 if swizzle else 0)) << 4
 
 
 def as_tile(values, swizzle):
-    """A box's elements as they lie in shared memory."""
+    """A box's elements as laid out in shared memory."""
     plain = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     tile = np.empty_like(plain)
     tile[swizzled(np.arange(plain.size), swizzle)] = plain
@@ -424,7 +424,7 @@ def dependent(rng):
 
 
 def k_major_bytes(rows, swizzle):
-    """Rows of 64 bytes as they lie: rows as wide as the swizzle, tile after tile; without, columns of 16 bytes."""
+    """Rows of 64 bytes as laid out: rows as wide as the swizzle, tile after tile; unswizzled, columns of 16 bytes."""
     count = len(rows)
     r, c = np.mgrid[:count, :64]
     if swizzle == 0:

@@ -1,4 +1,4 @@
-"""Compiles the test kernels and the emulator with the host compiler into one library; knows ctypes."""
+"""Compiles the test kernels and the emulator with the host compiler into one library, called through ctypes."""
 
 import ctypes
 import hashlib
@@ -90,7 +90,7 @@ def library(ucontext=False):
 
 
 def load_module(name, objects):
-    """What binds the name, as a Python module."""
+    """Loads a library as a Python module."""
     spec = importlib.util.spec_from_file_location(name, link(name, objects))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

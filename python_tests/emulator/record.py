@@ -1,4 +1,4 @@
-"""Records on the current GPU what the conformance kernels do: recorded/<gpu>.npz, kept in the repository.
+"""Records the outputs of the conformance kernels on the current GPU: recorded/<gpu>.npz, kept in the repository.
 
     python python_tests/emulator/record.py
 

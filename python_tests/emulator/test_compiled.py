@@ -1,4 +1,4 @@
-"""The same kernels through nvcc: no spills, and the instructions that are meant."""
+"""The test kernels compiled by nvcc: no spills, and the intended instructions."""
 
 import re
 import shutil

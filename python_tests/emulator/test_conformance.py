@@ -1,4 +1,4 @@
-"""Every wrapper of csrc/arch does what the PTX manual says: in the emulator, as recorded on GPUs, on the GPU at hand.
+"""Every wrapper of csrc/arch against the PTX manual: in the emulator, as recorded on GPUs, and on this machine's GPU.
 
 conformance_cases.py has the formulas, record.py makes the recordings.
 """

@@ -352,5 +352,5 @@ def test_tensor_maps_of_the_emulator(name):
 
 
 def test_a_size_of_two_to_the_32_is_kept():
-    """The most that the driver takes; 32 bits would make 0 of it."""
+    """The largest size that the driver takes; truncated to 32 bits it would be 0."""
     assert tensor_map(E4M3, [1 << 32, 16], [1 << 32], [128, 16], 128).sizes[0] == 1 << 32

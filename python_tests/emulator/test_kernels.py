@@ -189,7 +189,7 @@ def test_fp8_as_hopper_sums_it():
 
 
 def test_a_tensor_map_is_that_of_its_arguments():
-    """Maps are kept by their arguments, in few places: those of other arguments must not be taken for them."""
+    """The cache of maps is indexed by few bits of a hash: maps of other arguments must not be returned."""
     for count in (8, 4000):
         wrong = np.zeros(2, np.uint32)
         run("tensor_maps", wrong, count)

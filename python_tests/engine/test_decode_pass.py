@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import k2kernels
 from k2kernels.engine import replay
-from k2kernels.engine.draft import draft
 from k2kernels.engine.replay import Replay
-from k2kernels.engine.session import Session
+from k2kernels.engine.session import Session, draft
 from k2kernels.model import attention
 from k2kernels.model.moe import Experts, Moe
 from k2kernels.ops import grouped_gemm

@@ -1,4 +1,4 @@
-"""What `make gpu` will ask of a GPU, looked at without one."""
+"""The cases of `make gpu`, checked without a GPU."""
 
 import pytest
 import torch

@@ -93,7 +93,7 @@ def test_a_step_is_that_of_plain_pytorch():
 
 
 def test_an_optimizer_step_in_a_graph():
-    """Replays go the way of steps that are not captured: the rate from a tensor, an overflow without trace."""
+    """Replays equal steps that are not captured: the rate comes from a tensor, and an overflow changes nothing."""
     runs = []
     for captured in (False, True):
         torch.manual_seed(3)

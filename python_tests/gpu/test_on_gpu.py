@@ -1,7 +1,6 @@
 """The kernels on a GPU, at sizes of Kimi-K2: against the reference bit for bit, on other streams, in CUDA graphs.
 
-What the emulator has shown at small sizes is asked of the hardware here, of every instance of every kernel. Run by
-`make gpu`.
+Every instance of every kernel, at larger sizes than in the emulator. Run by `make gpu`.
 """
 
 import pytest
@@ -326,7 +325,7 @@ def assert_same(got, want):
 
 @each
 def test_on_another_stream(op):
-    """A kernel on any other stream than the current one would run before its inputs are there."""
+    """A kernel on any other stream than the current one would run before its inputs are ready."""
     function, arguments = EACH[op]
     there = to("cuda", arguments())
     want = function(*there)
@@ -383,7 +382,7 @@ def test_the_device_of_the_tensors_counts_not_the_current_one(op):
 
 
 def test_fp8_operands_that_repeat_or_interleave():
-    """Tensor maps of matrices that are one and the same, and of such as lie inside one another's rows.
+    """Tensor maps of operands that share all of their memory, and of operands interleaved in each other's rows.
 
     The driver's manual does not say whether a stride may be less than the ones of inner dimensions.
     """

@@ -1,4 +1,4 @@
-"""What the kernels' sources say: which PTX instructions that order memory a function issues, through which wrappers.
+"""Reads the kernels' sources: the PTX instructions with memory ordering that a function issues, through its wrappers.
 
 `ordering(file, function)` reads the calls of `csrc/arch` wrappers in a function's body and replaces each by the
 instructions in the wrapper's own body, in the spelling of `litmus.py`: a changed fence, scope or wrapper shows; a
@@ -159,7 +159,7 @@ def ordering(file, function, only=".*", snippets=()):
 
 
 def crossing_calls(file, functions):
-    """Instructions of a file that reach beyond the block and stand outside of these functions."""
+    """Instructions of a file with a scope beyond the CTA, outside of these functions."""
     text = text_of(file)
     inside = [span for function in functions for span in bodies(text, function)]
     for place, instruction, name in issued(text):

@@ -1,13 +1,13 @@
 """Litmus tests as text: programs for `ptx_model`, and the ways in which one instruction of them can be weakened.
 
-    data = 0                        what stands in memory before (0 where nothing is said)
+    data = 0                        initial memory (0 by default)
 
     thread sender @ 0.0.0           on GPU 0, in cluster 0 of it, in CTA 0 of that; `0.1` is CTA 0 of cluster 1
         st.weak data, 1
         st.release.gpu flag, 1
     thread receiver @ 0.1
         r0 = ld.acquire.gpu flag
-        assume r0 == 1              other executions are not looked at: the thread waits, or takes a branch
+        assume r0 == 1              other executions are ignored: the thread waits, or takes a branch
         r1 = ld.weak data           # a comment
 
 Instructions are those of PTX, as far as the model has them:

@@ -1,4 +1,4 @@
-"""The protocols of csrc by which threads of different blocks, clusters or GPUs hand data to one another.
+"""The protocols of csrc by which threads of different CTAs, clusters or GPUs pass data to each other.
 
 Each is a litmus test in the PTX that its wrappers issue, with a thread for each role. `unsafe` must be impossible as
 written. Every instruction is then weakened, step by step: what stays safe must be listed under `spare` with its reason,
@@ -365,7 +365,7 @@ PARTS_READ = Protocol(
 
 
 def barriers_made(arrive, spare, one_of):
-    """The barriers of a block exist when another block arrives at them. Both forms of arriving serve."""
+    """The barriers of a CTA are initialised before another CTA arrives at them, with both forms of arrival."""
     return Protocol(
         name=f"clusters: mbarriers are made before others arrive at them ({arrive} arrival)",
         program=f"""

@@ -2,7 +2,7 @@
 
 A program is a list of events without loops (`litmus.py` makes them from text). `executions` enumerates what each read
 may read from, the orders of `fence.sc` and the coherence orders, and keeps what the axioms allow. Section numbers are
-those of the PTX ISA 9.0, chapter 8 "Memory Consistency Model". README.md says what is not modelled.
+those of the PTX ISA 9.0, chapter 8 "Memory Consistency Model". README.md lists what is not modelled.
 
 Relations are lists of bit masks: bit j of relation[i] says that event i precedes event j.
 """
@@ -319,7 +319,7 @@ class Values:
         return self.known[write]
 
     def peek(self, read):
-        """The value, or None if it hangs on reads that have no source yet, or on itself."""
+        """The value, or None if it depends on reads without a source yet, or on itself."""
         try:
             return self(read)
         except KeyError:

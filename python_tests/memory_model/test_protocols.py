@@ -1,4 +1,4 @@
-"""Every protocol is safe as written, needs what it has, and is what the kernels do."""
+"""Every protocol is safe as written, has no unlisted redundancy, and agrees with the kernels."""
 
 import itertools
 import re
@@ -62,7 +62,7 @@ def expected(order):
 
 
 def differs(of):
-    """None, or what stands in the function instead."""
+    """None, or the function's text at the first difference."""
     snippets = [line.strip()[2:] for line in of.order.splitlines() if line.strip().startswith(":")]
     lines, patterns = source.ordering(of.file, of.function, of.only, dict.fromkeys(snippets)), list(expected(of.order))
     same = len(lines) == len(patterns) and all(map(re.fullmatch, patterns, lines))
@@ -80,7 +80,7 @@ def test_source_is_as_modelled(of):
 
 @each_protocol
 def test_the_order_a_program_needs_stands_in_its_sources(protocol):
-    """No more than what the kernels have: grids are ordered by streams, all else by instructions of the sources."""
+    """Programs assume only the order of the kernels: grids by streams, all else by instructions of the sources."""
     patterns = [p for s in protocol.sources for p in expected(s.order) if p[0] != ":"]
     device = protocol.program.split("thread host")[0]
     for line in instructions(device):

@@ -93,7 +93,7 @@ def test_ragged_queries(q_lens, seed):
 
 # Long enough that a stage of the ring is filled many times, and pages are looked up more than once; short ones behind
 # it, so that tasks are known ahead; and such as have no keys, with which Left and Right are done at once, whatever
-# Loader is doing.
+# the producer warp is doing.
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     "seq_lens, page_size",

@@ -17,7 +17,6 @@ from k2kernels.ops.moe.dispatch import combine_rows_backward, dispatch_rows
 from k2kernels.parallel import ExpertParallel, ranks
 from k2kernels.parallel.exchange import DispatchOptions
 from k2kernels.parallel.ranks import BufferRoute, _dispatch
-from k2kernels.reference.exchange import KINDS
 
 in_some_modes = pytest.mark.parametrize("mode", ["plain", ("sm_80", 2)], ids=str)
 
@@ -29,13 +28,24 @@ def test_epochs_go_on_after_the_last_number(first, mode):
     virtual = make(2)
     for member in virtual.group.members:
         member.state[:2] = torch.tensor(first).int()
-        member.epochs = dict.fromkeys(KINDS, first)
     for seed in range(2):
         batch, starts = make_batch("uniform", 2, seed=seed)
         with running(mode):
             want_sent, want = one_rank(batch, alignment=4)
             sent, got = through(virtual, split_up(batch, starts), alignment=4)
         check(virtual, batch, starts, sent, got, want_sent, want)
+
+
+def test_plain_and_emulated_calls_share_one_count_of_epochs():
+    virtual = make(2)
+    for seed, mode in enumerate(["plain", ("sm_80", 1), "plain", "plain", ("sm_90a", 1)]):
+        batch, starts = make_batch("uniform", 2, seed=seed)
+        with running(mode):
+            want_sent, want = one_rank(batch, alignment=4)
+            sent, got = through(virtual, split_up(batch, starts), alignment=4)
+        check(virtual, batch, starts, sent, got, want_sent, want)
+        epochs = [2 * (seed + 1), 3 * (seed + 1)]  # scatters and gathers, forward and backward
+        assert all(member.state[:2].tolist() == epochs for member in virtual.group.members)
 
 
 class Recording(TorchDispatchMode):

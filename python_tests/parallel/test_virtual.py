@@ -300,7 +300,7 @@ def test_bad_indices_are_reported_and_reach_no_memory(mode):
         virtual = make(3)
         parts = split_up(*make_batch("uniform", 3))
         parts[2].indices[1, 0] = bad
-        with running(mode), pytest.raises(ValueError, match=rf"got {bad} for token 1 of rank 2; it was taken for -1"):
+        with running(mode), pytest.raises(ValueError, match=rf"got {bad} for token 1 of rank 2; it was treated as -1"):
             virtual.dispatch(*([p[i] for p in parts] for i in range(3)))
 
 
