@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.ops.fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_swiglu
-from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_mlp, moe_route
+from k2kernels.ops.grouped_gemm import grouped_gemm
+from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_route
 from k2kernels.ops.quant import quantize_128x128, swiglu
 from k2kernels.testing.bench import Case
 from k2kernels.testing.inputs import KIMI_K2
@@ -363,13 +365,13 @@ def stage_cases(tokens: int, kind: str, rank: Rank = RANK) -> list[Case]:
         groups = dict(offsets=d.offsets, counts=d.counts)
         if fp8:
             return grouped_fp8_gemm_swiglu(d.data, d.scales, *weights, scale_layout="column", **groups)
-        return torch.ops.k2kernels.grouped_gemm(d.data, weights, *groups.values())
+        return grouped_gemm(d.data, weights, **groups)
 
     def second(inner, scales, weights, d):
         groups = dict(offsets=d.offsets, counts=d.counts)
         if fp8:
             return grouped_fp8_gemm(inner, scales, *weights, out_dtype=torch.bfloat16, **groups)
-        return torch.ops.k2kernels.grouped_gemm(inner, weights, *groups.values())
+        return grouped_gemm(inner, weights, **groups)
 
     def of(function, *names):
         """A body that takes the whole set of inputs."""

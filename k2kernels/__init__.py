@@ -6,6 +6,7 @@ from types import ModuleType
 from k2kernels._backend import PeerTimeout, UnsupportedError, backend, emulated, launch_count
 from k2kernels._info import info
 from k2kernels.functional.fp8_linear import fp8_linear, grouped_fp8_linear
+from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.ops.fp8_gemm import (
     fp8_gemm,
     fp8_gemm_swiglu,
@@ -21,7 +22,6 @@ from k2kernels.ops.moe import (
     Routing,
     moe_combine,
     moe_dispatch,
-    moe_mlp,
     moe_route,
     moe_sequence_loss,
     moe_update_bias,

@@ -35,8 +35,9 @@ void bind_mla_cache(py::module_& m);
 void bind_mla_decode(py::module_& m);
 void bind_fp8_gemm(py::module_& m);
 void bind_newton_schulz(py::module_& m);
+void bind_grouped_gemm(py::module_& m);
 void bind_moe(py::module_& m);
-void bind_moe_exchange(py::module_& m);
+void bind_exchange(py::module_& m);
 void bind_conformance(py::module_& m);
 
 }  // namespace k2k::bind

@@ -1,24 +1,11 @@
-// What each of the two modules with kernels compiles for itself: where launches go, and which ops
-// there are.
+// What each of the two modules with kernels compiles for itself: which ops there are, and what their
+// kernels take.
 #include "bind/run.h"
-#include "common/device.h"
-#include "common/dtypes.h"
+#include "common/launch.h"
 
 namespace k2k::bind {
 
-long run_on(int device, void (*launch)(void*), void* context) {
-    const DeviceGuard guard(device);
-    const long before = num_launches;
-    launch(context);
-    return num_launches - before;
-}
-
 void bind_kernels(py::module_& m) {
-    constant(m, "TYPE_F32", Type::kF32);
-    constant(m, "TYPE_BF16", Type::kBf16);
-    constant(m, "TYPE_FP16", Type::kFp16);
-    constant(m, "TYPE_E4M3", Type::kE4m3);
-    constant(m, "TYPE_U8", Type::kU8);
     m.def(
         "shared_memory",
         [] {
@@ -34,8 +21,9 @@ void bind_kernels(py::module_& m) {
     bind_mla_decode(m);
     bind_fp8_gemm(m);
     bind_newton_schulz(m);
+    bind_grouped_gemm(m);
     bind_moe(m);
-    bind_moe_exchange(m);
+    bind_exchange(m);
     bind_conformance(m);
 }
 

@@ -6,8 +6,6 @@ namespace k2k::bind {
 
 namespace {
 
-int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }
-
 // Keys that a row of the block table can name.
 int64_t capacity_of(const Tensor& kv_cache, const Tensor& block_table) {
     return std::min<int64_t>(block_table.size(1) * kv_cache.size(1), INT32_MAX);

@@ -38,16 +38,6 @@ long run(const Tensor& tensor, void (*launch)(const Params&, void*), const Param
     return run(tensor, [&](void* stream) { launch(params, stream); });
 }
 
-// Of functions that still take numbers.
-long run_on(int device, void (*launch)(void*), void* context);
-template <class Launch>
-long run(int device, Launch&& launch) {
-    using Call = std::remove_reference_t<Launch>;
-    const py::gil_scoped_release release;
-    return run_on(
-        device, [](void* context) { (*static_cast<Call*>(context))(); }, std::addressof(launch));
-}
-
 }  // namespace k2k::bind
 
 namespace pybind11::detail {

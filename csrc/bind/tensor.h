@@ -35,6 +35,7 @@ class Tensor {
     int64_t numel() const;
     bool is_contiguous() const;  // strides of axes of size 1 do not matter
     Type type() const;           // kF32 for None
+    int64_t itemsize() const { return t_.dtype.bits / 8; }
     bool is_int64() const { return t_.dtype.code == kDLInt && t_.dtype.bits == 64; }
     DLDevice device() const { return t_.device; }
 
@@ -45,6 +46,9 @@ class Tensor {
     DLTensor t_ = {};
     bool none_ = true;
 };
+
+// A size for a field of 32 bits.
+inline int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }
 
 }  // namespace k2k::bind
 

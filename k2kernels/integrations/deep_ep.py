@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k2kernels.ops import moe
-from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._check import FLOATS, INDICES, Arguments
+from k2kernels.ops.moe import Dispatched, DispatchHandle, moe_combine
 from k2kernels.ops.quant import quantize_1x128
 from k2kernels.parallel.checks import check_options
 from k2kernels.parallel.exchange import DispatchOptions, codes_to_slots, to_slots
@@ -37,7 +37,7 @@ class DeepEPHandle(NamedTuple):
     """Where dispatch put the rows."""
 
     tokens: int  # of this rank
-    local: moe.Handle  # of the rows that arrived here
+    local: DispatchHandle  # of the rows that arrived here
     sent: Any  # the handle of DeepEP
 
 
@@ -61,11 +61,11 @@ class DeepEP:
         indices: Tensor,
         weights: Tensor,
         **options: Any,
-    ) -> moe.Dispatched:
+    ) -> Dispatched:
         """As `ExpertParallel.dispatch`, with its options; weights are sent too, and differentiable as x is."""
         args = Arguments("DeepEP.dispatch")
         x = args.tensor("x", x, ("T", "H"), torch.bfloat16)
-        indices = args.tensor("indices", indices, ("T", "K"), moe.INDICES)
+        indices = args.tensor("indices", indices, ("T", "K"), INDICES)
         weights = args.tensor("weights", weights, ("T", "K"), FLOATS)
         chosen = DispatchOptions(**options)
         check_options("DeepEP.dispatch", chosen)
@@ -75,8 +75,8 @@ class DeepEP:
             data, scales, plan = codes_to_slots(rows, scales, *place)
         else:
             data, plan = to_slots(rows, *place)
-        local = moe.Handle(*plan[:4], arrived_weights, plan[4])
-        return moe.Dispatched(data, scales, local.offsets, local.counts, DeepEPHandle(len(x), local, sent))
+        local = DispatchHandle(*plan[:4], arrived_weights, plan[4])
+        return Dispatched(data, scales, local.offsets, local.counts, DeepEPHandle(len(x), local, sent))
 
     @torch.compiler.disable
     def combine(
@@ -96,7 +96,7 @@ class DeepEP:
         shared = args.optional("shared", shared, (handle.tokens, "H"), FLOATS)
         residual = args.optional("residual", residual, (handle.tokens, "H"), FLOATS)
         out_dtype = args.choice("out_dtype", y.dtype if out_dtype is None else out_dtype, FLOATS)
-        out = _DeepEPCombine.apply(moe.moe_combine(y, handle.local, out_dtype=torch.bfloat16), self.buffer, handle.sent)
+        out = _DeepEPCombine.apply(moe_combine(y, handle.local, out_dtype=torch.bfloat16), self.buffer, handle.sent)
         terms = [term.float() for term in (shared, residual) if term is not None]
         return sum(terms, out.float()).to(out_dtype)
 

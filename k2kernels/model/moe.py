@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.model.config import K2Config
 from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
-from k2kernels.ops.moe import moe_mlp, moe_route, moe_sequence_loss, moe_update_bias
+from k2kernels.ops.moe import moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
 from k2kernels.reference._numeric import wide
 

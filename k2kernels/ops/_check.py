@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int32, torch.int64)
 LARGEST = 2**63 - 1  # an op takes ints of 64 bits
 
 
@@ -104,7 +105,8 @@ class Arguments:
         if type(value) is not float and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
         low, wanted = (0, "positive and finite") if positive else (-math.inf, "finite")
-        self.require(low < value < math.inf, name, wanted, value)
+        if not low < value < math.inf:
+            self.require(False, name, wanted, value)
         return float(value)
 
     def integer(self, name: str, value: Any, low: int, high: int | None = None, *, remedy: str = "") -> int:

@@ -1,7 +1,7 @@
 """From an op's Python body into the extension modules: `_C` on a GPU, `_emu` in the emulator.
 
-Both hold the same functions: numbers in (addresses, sizes, strides), then a device and a stream; they return how many
-kernels they started.
+Both hold the same functions: they take tensors, options and plans, launch on the current stream of the first tensor's
+device, and return how many kernels they started.
 """
 
 from __future__ import annotations
@@ -19,22 +19,7 @@ import torch
 from torch import Tensor
 
 from k2kernels import _backend
-from k2kernels.ops._constants import constants
 
-
-class _Types(dict):
-    """The numbers of k2k::Type, by dtype; filled when a kernel is launched."""
-
-    def __missing__(self, dtype: torch.dtype) -> int:
-        self[torch.float32], self[torch.bfloat16] = constants.TYPE_F32, constants.TYPE_BF16
-        self[torch.float16], self[torch.float8_e4m3fn] = constants.TYPE_FP16, constants.TYPE_E4M3
-        self[torch.uint8] = constants.TYPE_U8
-        if dtype not in self:
-            raise KeyError(dtype)
-        return self[dtype]
-
-
-TYPES = _Types()
 _emulated_stream: contextvars.ContextVar[int] = contextvars.ContextVar("k2kernels_emulated_stream", default=0)
 
 
@@ -88,18 +73,6 @@ def launch(function: str, *args: Any, op: str | None = None) -> None:
     _backend.count_launch(op or function, getattr(module, function)(*args))
 
 
-def launch_numbers(op: str, function: str, device: torch.device, *args: Any) -> None:
-    """Calls `function` of the module that the mode asks for, on `device` and PyTorch's current stream there."""
-    mode = _backend.mode()
-    if mode.backend == "emulated":
-        module, index, stream = _module("_emu"), -1, _emulated_stream.get()
-        module.configure(int(mode.arch.removeprefix("sm_").removesuffix("a")), mode.seed)
-    else:
-        module, index = _module("_C"), device.index
-        stream = torch._C._cuda_getCurrentRawStream(index)
-    _backend.count_launch(op, getattr(module, function)(*args, index, stream))
-
-
 @contextlib.contextmanager
 def emulated_together() -> Iterator[None]:
     """Launches made in the `with` block, in the emulator, run at once at its end, each on `emulated_stream`."""
@@ -123,11 +96,6 @@ def emulated_stream(number: int) -> Iterator[None]:
         _emulated_stream.reset(token)
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor's elements begin; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def matrices(x: Tensor) -> Tensor:
     """x [..., M, K] as [M, K] or [B, M, K], whose columns are neighbours.
 
@@ -136,20 +104,6 @@ def matrices(x: Tensor) -> Tensor:
     if x.stride()[-1] != 1:
         x = x.contiguous()
     return x if x.ndim <= 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-
-
-def matrices_numbers(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int]]:
-    """x [..., M, K] as B matrices: x, (B, M, K) and the strides of B and M; columns are neighbours.
-
-    It is copied only if it must be: if columns lie apart, or the leading axes are not one.
-    """
-    if x.stride()[-1] != 1:
-        x = x.contiguous()
-    if x.ndim == 2:
-        return x, (1, *x.shape), (0, x.stride()[0])
-    if x.ndim > 3:
-        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    return x, tuple(x.shape), x.stride()[:2]
 
 
 def why_not_emulated() -> str | None:

@@ -38,12 +38,17 @@ class Op:
     Attributes:
         plain, autograd: the overloads without and with a backward.
         out: the op that writes its first result into a tensor, given last, and returns the others; where there is one.
+        kernel: makes the results and launches the kernel, past the dispatcher; keywords are passed to `launch`.
     """
 
     out: Op
+    kernel: Callable
 
-    def __init__(self, name: str, *, has_kernel: bool, mutates: bool, validate: Callable | None):
+    def __init__(
+        self, name: str, *, has_kernel: bool, mutates: bool, validate: Callable | None, why_not: Callable[..., Any]
+    ):
         self.name = name
+        self._why_not = why_not
         self.has_kernel = has_kernel
         self.validate = validate
         self.plain = getattr(torch.ops.k2kernels, name).default
@@ -60,6 +65,11 @@ class Op:
                     if tensor.requires_grad:
                         return self.autograd(*args)
         return self.plain(*args)
+
+    def serves(self, *args: Any) -> bool:
+        """Whether the kernel serves a call with these arguments, the first of which is a tensor."""
+        device = args[0].device.type
+        return _backend.choose(self.name, device, self._why_not, device, args) != "reference"
 
 
 def declare(
@@ -109,19 +119,20 @@ def declare(
     def empty(*args: Any) -> Any:
         return None if made == 0 else outputs(*make(args))
 
-    def kernel(*args: Any) -> Any:
+    def kernel(*args: Any, **more: Any) -> Any:
         if made == 0:
-            return launch(*fill(args))
+            return launch(*fill(args), **more)
         results = outputs(*make(args))
         if made == 1:
-            launch(results, *fill(args))
+            launch(results, *fill(args), **more)
         else:
-            launch(*results, *fill(args))
+            launch(*results, *fill(args), **more)
         return results
 
     bodies = reference, empty, launch and kernel
     checks = unserved, validate
     op = _define(reference.__name__, schema, names, *bodies, *checks, setup_context, backward, bool(mutates))
+    op.kernel = kernel
     if out is None:
         return op
 
@@ -238,7 +249,7 @@ def _define(
     declared = [name] if mutates else [name, f"{name}_autograd"]
     for overload in declared:
         _LIBRARY.define(f"{overload}{schema}", tags=_TAGS)
-    op = OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates, validate=validate)
+    op = OPS[name] = Op(name, has_kernel=kernel is not None, mutates=mutates, validate=validate, why_not=why_not)
     aliases = [argument.alias_info for argument in op.plain._schema.arguments]
     written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
@@ -269,51 +280,6 @@ def _define(
             lib=_LIBRARY,
         )
     return op
-
-
-def register(
-    schema: str,
-    *,
-    reference: Callable,
-    fake: Callable,
-    kernel: Callable | None = None,
-    unserved: Callable | None = None,
-    validate: Callable | None = None,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
-    mutates: bool = False,
-) -> Op:
-    """Registers one op under `torch.ops.k2kernels` and returns what the public function calls.
-
-    Args:
-        schema: "name(Tensor x, int n) -> Tensor", as torch.library.define takes it.
-        reference: the plain PyTorch body; same arguments. Its results must not alias its arguments.
-        fake: shapes and dtypes of the results, without data.
-        kernel: launches the compiled kernel; same arguments. One body serves CUDA and the emulator, because the two
-            extension modules hold the same functions: see `_launch.launch`.
-        unserved: says why the kernel does not take these arguments ("float64 ..."), or None where it does; the
-            reference serves them then.
-        validate: looks into the *contents* of CPU tensors (indices in range ...) and raises ValueError. CUDA tensors
-            are never read by the host.
-        setup_context, backward: as torch.library.register_autograd takes them. Without a backward, differentiating
-            the op raises instead of silently leaving `grad` at None.
-        mutates: the schema writes into an argument, for which PyTorch allows no backward.
-    """
-    name, arguments = schema.split("(", 1)
-    rest = (setup_context, backward, mutates)
-    names = [a.split("=")[0].split()[-1] for a in arguments.rpartition(" -> ")[0].rstrip(")").split(",") if a.strip()]
-    unserved, validate = (f and (lambda *args, _f=f: _f(*args)) for f in (unserved, validate))
-    return _define(
-        name, "(" + arguments, names, reference, fake, kernel, _all(unserved, names), _all(validate, names), *rest
-    )
-
-
-def _all(function, names):
-    if function is not None:
-        function.__signature__ = inspect.Signature(
-            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-        )
-    return function
 
 
 def _device_index(args: tuple) -> int:

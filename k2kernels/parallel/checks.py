@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.ops import moe
-from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops._check import FLOATS, INDICES, Arguments
 from k2kernels.ops.quant import QUANTIZABLE
 from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes
 from k2kernels.parallel.ranks import Ranks
@@ -34,7 +33,7 @@ def check_dispatch(ranks: Ranks, x: list, indices: list, weights: list, options:
             continue
         args = Arguments("ExpertParallel.dispatch")
         args.tensor("x", one_x, ("T", ranks.sizes.hidden), QUANTIZABLE if options.quantize else FLOATS)
-        args.tensor("indices", one_indices, ("T", ranks.sizes.top_k), moe.INDICES)
+        args.tensor("indices", one_indices, ("T", ranks.sizes.top_k), INDICES)
         args.tensor("weights", one_weights, ("T", ranks.sizes.top_k), FLOATS)
         args.require(len(one_x) <= max_tokens, "x", lambda: f"at most max_tokens={max_tokens} rows", len(one_x))
         if not options.quantize:

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k2kernels.ops import moe
 from k2kernels.ops._check import FLOATS
+from k2kernels.ops.moe import Dispatched
+from k2kernels.ops.moe.dispatch import combine_rows, combine_rows_backward, dispatch_rows, permute_rows
 from k2kernels.ops.quant import quantize_1x128
 from k2kernels.reference.quant import store_scales
 
 
 class ExchangeHandle(NamedTuple):
-    """Where dispatch put the rows, for combine: the counterpart of `k2kernels.ops.moe.Handle` over ranks.
+    """Where dispatch put the rows, for combine: the counterpart of `k2kernels.ops.moe.DispatchHandle` over ranks.
 
     All but `weights` and `route` describe the rows that arrived here.
     """
@@ -102,12 +103,12 @@ class DispatchOptions(NamedTuple):
 @torch.compiler.disable
 def dispatch(
     transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, num_experts: int, options: DispatchOptions
-) -> moe.Dispatched:
+) -> Dispatched:
     """The rows of all ranks' tokens for the `num_experts` local experts."""
     data, scales, plan, route = _TransportDispatch.apply(x, transport, indices, num_experts, options)
     slot_of, token_of_slot, offsets, counts, overflow = plan
     handle = ExchangeHandle(slot_of, token_of_slot, offsets, counts, weights, overflow, route, transport.degraded)
-    return moe.Dispatched(data, scales, offsets, counts, handle)
+    return Dispatched(data, scales, offsets, counts, handle)
 
 
 @torch.compiler.disable
@@ -154,7 +155,7 @@ class _TransportDispatch(torch.autograd.Function):
         if ctx.quantize:
             raise RuntimeError("ExpertParallel.dispatch: with quantize=True there is no gradient of x; detach x")
         rows = ctx.transport.gather(ctx.route, grad, ctx.slot_of, "dispatch backward")
-        d_x = moe._moe_combine(rows, *ctx.transport.home(ctx.route), None, None, None, grad.dtype)
+        d_x = combine_rows(rows, *ctx.transport.home(ctx.route), None, None, None, grad.dtype)
         return d_x, None, None, None, None
 
 
@@ -174,7 +175,7 @@ class _TransportCombine(torch.autograd.Function):
         ctx.transport, ctx.route = transport, handle.route
         ctx.dtypes = [None if t is None else t.dtype for t in (shared, residual)]
         ctx.save_for_backward(y, handle.slot_of, handle.token_of_slot, weights)
-        return moe._moe_combine(rows, *transport.home(handle.route), weights, shared, residual, out_dtype)
+        return combine_rows(rows, *transport.home(handle.route), weights, shared, residual, out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -182,7 +183,7 @@ class _TransportCombine(torch.autograd.Function):
         y, slot_of, token_of_slot, weights = ctx.saved_tensors
         home_slot_of, _ = ctx.transport.home(ctx.route)
         rows, factors = ctx.transport.scatter(ctx.route, [grad, weights], "combine backward")
-        d_y, d_factors = moe._moe_combine_backward(rows, y, slot_of, token_of_slot, factors)
+        d_y, d_factors = combine_rows_backward(rows, y, slot_of, token_of_slot, factors)
         # The number of a pair is returned like a row; row * K + k is its slot.
         places = torch.arange(slot_of.numel(), dtype=torch.int32, device=y.device).view(slot_of.shape)
         places = torch.where(slot_of >= 0, places, -1)
@@ -204,7 +205,7 @@ def to_slots(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The arrived rows in the slots of their experts, and the plan: slot_of ... overflow."""
     capacity = options.slots(num_experts, pairs)
-    data, *plan = moe._moe_dispatch(rows, experts, num_experts, options.alignment, capacity)
+    data, *plan = dispatch_rows(rows, experts, num_experts, options.alignment, capacity)
     return data, tuple(plan)
 
 
@@ -214,7 +215,7 @@ def codes_to_slots(
     """The same for quantised rows; the scales are in the layout of the options."""
     data, plan = to_slots(_words(codes), experts, pairs, num_experts, options)
     data = data.view(torch.uint8)[:, : codes.shape[1]].contiguous().view(codes.dtype)
-    return data, store_scales(moe._moe_permute(scales, *plan[:2]), options.scale_layout), plan
+    return data, store_scales(permute_rows(scales, *plan[:2]), options.scale_layout), plan
 
 
 def _words(codes: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from k2kernels._backend import UnsupportedError
 from k2kernels.model.moe import recomputing
-from k2kernels.ops import moe
-from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops.moe import Dispatched, moe_combine, moe_dispatch
+from k2kernels.ops._check import FLOATS, INDICES, Arguments
+from k2kernels.ops.moe import Dispatched, DispatchHandle, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE
 from k2kernels.parallel import exchange
 from k2kernels.parallel.checks import check_combine, check_dispatch, check_options, check_rows_of, check_sizes
@@ -232,7 +231,7 @@ class ExpertParallel:
             return self._ranks.dispatch([x], [indices], [weights], options)[0]
         check_options("ExpertParallel.dispatch", options)
         args.tensor("x", x, ("T", self.hidden), QUANTIZABLE if options.quantize else FLOATS)
-        args.tensor("indices", indices, ("T", self.top_k), moe.INDICES)
+        args.tensor("indices", indices, ("T", self.top_k), INDICES)
         return exchange.dispatch(self._torch, x, indices, weights, self.num_local_experts, options)
 
     def _alone(self, x: Tensor) -> Ranks:
@@ -246,7 +245,7 @@ class ExpertParallel:
     def combine(
         self,
         y: Tensor,
-        handle: moe.Handle | ExchangeHandle,
+        handle: DispatchHandle | ExchangeHandle,
         *,
         shared: Tensor | None = None,
         residual: Tensor | None = None,

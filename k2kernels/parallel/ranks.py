@@ -1,6 +1,6 @@
 """Dispatch and combine over ranks that write into one another's buffers: GPUs of an NVLink domain, or one process.
 
-What `exchange` describes holds here too; the steps are those of `k2kernels.ops._exchange`. Shapes do not depend on the
+What `exchange` describes holds here too; the steps are those of `k2kernels.ops.exchange`. Shapes do not depend on the
 data: W * max_tokens rows arrive, the most that could; those that were not sent have no expert. The number of rows sent
 and the half of the buffer that holds them stay in device memory, where kernels read them: the host never waits, and a
 captured graph may contain any number of exchanges.
@@ -23,12 +23,15 @@ from torch.autograd.function import once_differentiable
 
 from k2kernels import _backend
 from k2kernels._backend import PeerTimeout
-from k2kernels.ops import _launch, moe
+from k2kernels.ops import _launch
 from k2kernels.ops._constants import constants
-from k2kernels.ops._exchange import Call, Halves, Layout, Rank, to_16
+from k2kernels.ops.exchange import Call, Rank
+from k2kernels.ops.moe import Dispatched
+from k2kernels.ops.moe.dispatch import combine_rows, combine_rows_backward, dispatch_rows, permute_rows
 from k2kernels.ops.quant import quantize_1x128
 from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes
 from k2kernels.parallel.split import Split
+from k2kernels.reference.exchange import Layout, to_16
 from k2kernels.reference.quant import store_scales
 
 EMULATED_TIMEOUT = 10**8  # in ticks of the emulator's clock, which advances while all threads wait
@@ -70,7 +73,7 @@ class Ranks:
         results = [None] * len(self.members)
         for n, i in enumerate(here):
             handle = handles[n]._replace(weights=weights[i])
-            results[i] = moe.Dispatched(data[n], scales[n], handle.offsets, handle.counts, handle)
+            results[i] = Dispatched(data[n], scales[n], handle.offsets, handle.counts, handle)
         return results
 
     def combine(self, ys: list, handles: list, shared: list, residual: list, out_dtype: torch.dtype) -> list:
@@ -214,7 +217,7 @@ class _BufferCombine(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpoint unpacks them once
         ys, weights = saved[:n], saved[n:]
         programs = [
-            _sent_gradients(ranks.members[i], grad.contiguous(), w.float().contiguous(), route.indices)
+            _sent_gradients(ranks.members[i], grad.contiguous(), w.float().contiguous(), route)
             for i, grad, w, route in zip(here, grads, weights, ctx.routes)
         ]
         arrived = ranks.run(here, programs)
@@ -223,9 +226,7 @@ class _BufferCombine(torch.autograd.Function):
             rows, factors, experts = sent
             # Rows of a rank that did not send are stale: with weights of NaN their gradients become NaN too.
             factors = factors.copy().masked_fill_(experts < 0, math.nan)
-            d_y, d_factors = _gradients(
-                ranks.members[i], rows, y, slot_of, token_of_slot, factors, row_counts=route.row_counts
-            )
+            d_y, d_factors = combine_rows_backward(rows, y, slot_of, token_of_slot, factors)
             d_ys.append(d_y)
             places = torch.arange(slot_of.numel(), dtype=torch.int32, device=y.device).view(slot_of.shape)
             places = torch.where(slot_of >= 0, places, -1)
@@ -250,22 +251,22 @@ def _dispatch(
     experts, row_counts = rank.scatter_wait()
     rows, width = parts[0], parts[0].shape[1]
     if options.quantize:  # bytes as 4-byte words; padding of a row's last word is cut off below
-        arrived = rank.arrived(0, -(-width // 4), torch.float32)
+        arrived = rank.arrived(0, -(-width // 4), torch.float32, row_counts)
     else:
-        arrived = rank.arrived(0, width, rows.dtype)
+        arrived = rank.arrived(0, width, rows.dtype, row_counts)
     capacity = options.slots(num_experts, pairs=len(experts) * min(num_experts, experts.shape[1]))
     place = num_experts, options.alignment, capacity
     # While ranks are emulated together, only kernels without a workspace may run: it would have to outlive the call.
     at_once = experts.numel() <= constants.MOE_PLAN_TILE
     if at_once:
-        data, *plan = _to_slots(rank, arrived, experts, *place, row_counts=row_counts)
+        data, *plan = dispatch_rows(arrived, experts, *place)
     yield
     if not at_once:
-        data, *plan = _to_slots(rank, arrived, experts, *place, row_counts=row_counts)
+        data, *plan = dispatch_rows(arrived, experts, *place)
     scales = None
     if options.quantize:
         data = data.view(torch.uint8)[:, :width].contiguous().view(rows.dtype)
-        scales = _permute(rank, rank.arrived(1, parts[1].shape[1], torch.float32), *plan[:2], row_counts=row_counts)
+        scales = permute_rows(rank.arrived(1, parts[1].shape[1], torch.float32, row_counts), *plan[:2])
         scales = store_scales(scales, options.scale_layout)
     return data, scales, BufferRoute(experts, row_counts, indices), plan
 
@@ -288,18 +289,19 @@ def _returned_sums(
     returned = rank.returned(rows.shape[1], rows.dtype)
     tokens, top_k = route.indices.shape
     token_of = torch.arange(tokens * top_k, dtype=torch.int32, device=rows.device) // max(top_k, 1)
-    out = _sums(rank, returned, home_slot_of, token_of, factors, shared, residual, out_dtype)
+    out = combine_rows(returned, home_slot_of, token_of, factors, shared, residual, out_dtype)
     yield
     return out
 
 
-def _sent_gradients(rank: Rank, rows: Tensor, weights: Tensor, indices: Tensor) -> Generator:
+def _sent_gradients(rank: Rank, rows: Tensor, weights: Tensor, route: BufferRoute) -> Generator:
     """Sends gradients of tokens, and their weights, to the ranks of their experts."""
-    rank.scatter([rows, weights], indices, Call("combine backward", rows.dtype))
+    rank.scatter([rows, weights], route.indices, Call("combine backward", rows.dtype))
     yield
     experts, _ = rank.scatter_wait()  # as in dispatch, or -1 in all rows of a rank that did not send
     yield
-    return rank.arrived(0, rows.shape[1], rows.dtype), rank.arrived(1, weights.shape[1], torch.float32), experts
+    arrived = rank.arrived(0, rows.shape[1], rows.dtype, route.row_counts)
+    return arrived, rank.arrived(1, weights.shape[1], torch.float32), experts
 
 
 def _returned_numbers(rank: Rank, numbers: Tensor, route: BufferRoute, places: Tensor) -> Generator:
@@ -315,27 +317,6 @@ def _returned_numbers(rank: Rank, numbers: Tensor, route: BufferRoute, places: T
     return torch.where(slot_of >= 0, returned[slot_of.clamp(min=0)] * poison, 0)
 
 
-def _in_place(op: Any, kernel: Any, unserved: Any) -> Any:
-    """A function of a rank and an op's arguments, the first of which is `Halves`.
-
-    A kernel, where one serves, reads these rows in the buffer. It is called without the op, whose checks might read
-    data that has not arrived. Otherwise the op gets a copy of the rows.
-    """
-
-    def call(rank: Rank, halves: Halves, *args: Any, row_counts: Tensor | None = None) -> Any:
-        if rank.by_kernels() and unserved(halves.rows[0], *args) is None:
-            return kernel(halves.rows[0], *args, moe.Arrival(halves.half, halves.rows.stride(0), row_counts))
-        return op(halves.copy(), *args)
-
-    return call
-
-
-_to_slots = _in_place(moe._moe_dispatch, moe._dispatch_kernel, moe._dispatch_unserved)
-_permute = _in_place(moe._moe_permute, moe._permute_kernel, moe._permute_unserved)
-_sums = _in_place(moe._moe_combine, moe._combine_kernel, moe._combine_unserved)
-_gradients = _in_place(moe._moe_combine_backward, moe._combine_backward_kernel, moe._combine_backward_unserved)
-
-
 def _end(program: Generator) -> Any:
     try:
         next(program)
@@ -348,4 +329,5 @@ def layout_of(world: int, sizes: Sizes) -> Layout:
     """The layout of buffers for rows of `sizes.row_dtype`, with scales or weights beside them."""
     num_experts, hidden, top_k, max_tokens, row_dtype = sizes
     extra = 4 * max(top_k, -(-hidden // 128))
-    return Layout(world, num_experts, top_k, max_tokens, to_16(hidden * row_dtype.itemsize), extra)
+    row_bytes = to_16(hidden * row_dtype.itemsize)
+    return Layout(world, num_experts, top_k, max_tokens, row_bytes, extra, constants.EXCHANGE_FLAG_BYTES)

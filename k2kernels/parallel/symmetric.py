@@ -13,7 +13,7 @@ from torch import Tensor
 from k2kernels._backend import PeerTimeout
 from k2kernels.ops import _launch
 from k2kernels.ops._constants import constants
-from k2kernels.ops._exchange import Call, Rank
+from k2kernels.ops.exchange import Call, Rank
 from k2kernels.parallel.exchange import Sizes
 from k2kernels.parallel.peers import Peers
 from k2kernels.parallel.ranks import BLOCKS, Ranks, layout_of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from k2kernels.ops._check import Arguments
 from k2kernels.ops._constants import constants
-from k2kernels.ops._exchange import Rank
+from k2kernels.ops.exchange import Rank
 from k2kernels.ops.moe import Dispatched
 from k2kernels.parallel.checks import check_combine, check_dispatch, check_sizes
 from k2kernels.parallel.exchange import DispatchOptions, ExchangeHandle, Sizes

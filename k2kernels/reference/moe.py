@@ -1,4 +1,4 @@
-"""Mixture of experts: the definitions.
+"""Mixture of experts: the definitions of routing, balance, dispatch and combine.
 
 T tokens, E experts, K experts per token, H hidden, I intermediate, S slots (rows of the expert-major buffer).
 Index -1 in `indices`, `slot_of` or `token_of_slot` means "none".
@@ -133,10 +133,12 @@ def moe_plan(
 
 def moe_permute(x: Tensor, slot_of: Tensor, token_of_slot: Tensor) -> Tensor:
     """[S, H]: the token's row in each of its slots, zeros in the others."""
-    return _rows(x, token_of_slot)
+    return _taken(x, token_of_slot)
 
 
-def moe_dispatch(x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int) -> tuple[Tensor, ...]:
+def moe_dispatch(
+    x: Tensor, indices: Tensor, num_experts: int, alignment: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_plan`, and the rows of x in its slots, before it."""
     plan = moe_plan(indices, num_experts, alignment, capacity)
     return moe_permute(x, *plan[:2]), *plan
@@ -150,13 +152,13 @@ def moe_dispatch_quantize(
     capacity: int,
     power_of_two: bool,
     scale_layout: str,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_dispatch` of the codes [T, H] and the scales [T, ceil(H/128)] of x."""
     plan = moe_plan(indices, num_experts, alignment, capacity)
     token_of_slot = plan[1]
     data, scales = quantize_1x128(x, power_of_two)
-    codes = _rows(data.view(torch.uint8), token_of_slot)  # bytes: few operations know float8
-    return codes.view(data.dtype), store_scales(_rows(scales, token_of_slot), scale_layout), *plan
+    codes = _taken(data.view(torch.uint8), token_of_slot)  # bytes: few operations know float8
+    return codes.view(data.dtype), store_scales(_taken(scales, token_of_slot), scale_layout), *plan
 
 
 def moe_combine(
@@ -191,49 +193,12 @@ def moe_combine_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `moe_combine` with respect to y [S, H] and the weights [T, K]."""
     y_wide, slots = wide(y), y.shape[0]
-    grad_rows = _rows(grad.to(y_wide.dtype), token_of_slot)
+    grad_rows = _taken(grad.to(y_wide.dtype), token_of_slot)
     target = torch.where(slot_of < 0, slots, slot_of).flatten().long()
     weight_of_slot = y_wide.new_zeros(slots + 1).scatter(0, target, weights.flatten().to(y_wide.dtype))[:slots]
     d_y = (grad_rows * weight_of_slot[:, None]).to(y.dtype)
     d_weight_of_slot = (grad_rows * y_wide).sum(-1)
-    return d_y, _rows(d_weight_of_slot, slot_of).to(weights.dtype)
-
-
-def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
-    """[S, N]: the rows of group g, from offsets[g] on, times b[g] [N, K] transposed; zeros in pad rows."""
-    return _grouped_mm(a, b.transpose(1, 2), offsets, counts)
-
-
-def grouped_gemm_dgrad(grad: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None) -> Tensor:
-    """Gradient of `grouped_gemm` with respect to a: [S, N] and [G, N, K] give [S, K]."""
-    return _grouped_mm(grad, b, offsets, counts)
-
-
-def grouped_gemm_wgrad(grad: Tensor, a: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-    """Gradient of `grouped_gemm` with respect to b: [S, N] and [S, K] give [G, N, K]."""
-    groups = _groups(offsets, counts)
-    d_b = grad.new_empty((len(groups), grad.shape[1], a.shape[1]))
-    for g, (start, end, _) in enumerate(groups):
-        torch.mm(grad[start:end].t(), a[start:end], out=d_b[g])  # zeros for an empty group
-    return d_b
-
-
-def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-    out = a.new_empty((a.shape[0], b.shape[2]))
-    groups = _groups(offsets, counts)
-    out[groups[-1][2] :].zero_()
-    for g, (start, end, next_start) in enumerate(groups):
-        if end > start:
-            torch.mm(a[start:end], b[g], out=out[start:end])
-        if next_start > end:
-            out[end:next_start].zero_()
-    return out
-
-
-def _groups(offsets: Tensor, counts: Tensor) -> list[tuple[int, int, int]]:
-    """First row, row after the last, and first row of the next group, of each group."""
-    starts, sizes = offsets.tolist(), counts.tolist()
-    return [(start, start + size, after) for start, size, after in zip(starts, sizes, starts[1:])]
+    return d_y, _taken(d_weight_of_slot, slot_of).to(weights.dtype)
 
 
 def histogram(indices: Tensor, bins: int) -> Tensor:
@@ -247,7 +212,7 @@ def _exclusive_sum(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def _taken(x: Tensor, index: Tensor) -> Tensor:
     """x[index], with zeros where the index is -1."""
     rows, index = _with_zero_row(x, index)
     return rows.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])

@@ -50,6 +50,23 @@ class PagedCache(NamedTuple):
     seq_lens: Tensor  # int32 [B]
 
 
+def expert_indices(skew: str, tokens: int, top_k: int, experts: int) -> Tensor:
+    """The experts of each token, int64 [T, K]: "one hot expert", "some dropped" (and some repeated), "all dropped",
+    "first half" of the experts, or "uniform"."""
+    if skew == "one hot expert":  # every token, plus one spread pair
+        indices = torch.full((tokens, top_k), experts - 1)
+        indices[:, :1] = torch.arange(tokens)[:, None] % experts
+    elif skew == "all dropped":
+        indices = torch.full((tokens, top_k), -1)
+    elif skew == "some dropped":
+        indices = torch.randint(-1, experts, (tokens, top_k))
+        indices[::3] = -1
+    else:
+        some = experts // 2 if skew == "first half" else experts
+        indices = torch.rand(tokens, some).argsort(-1)[:, :top_k]
+    return indices
+
+
 @functools.cache
 def _tuples() -> Tensor:
     """Sixteen integers each, with a mean of squares of 4**5; about one in ten thousand random ones has it."""

@@ -9,10 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "k2kernels"
-OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("[!_]*.py"))
-# Rooms of csrc whose Python half may still stand in another op's files: ops/_exchange.py, ops/moe.py.
-CSRC_ONLY = {"exchange", "grouped_gemm"}
 SHARED_CSRC = {"arch", "common", "tile", "bind", "conformance", "emulator"}
+
+
+def parts_of(folder):
+    """The modules and packages in a folder, without private ones."""
+    return {p.stem for p in folder.glob("[!_]*") if p.suffix == ".py" or (p / "__init__.py").is_file()}
+
+
+OPS = sorted(parts_of(PACKAGE / "ops"))
 
 # What a folder (or file) of the package may import of the package; everything may import what stands below it.
 FLOORS = {
@@ -40,15 +45,13 @@ UPWARDS = {
 
 
 def test_there_are_ops():
-    assert {"mla_decode", "fp8_gemm", "quant", "moe", "newton_schulz"} <= set(OPS)
+    assert {"mla_decode", "fp8_gemm", "quant", "grouped_gemm", "moe", "exchange", "newton_schulz"} <= set(OPS)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_six_rooms(op):
     rooms = [
         ROOT / "csrc" / op / "README.md",
-        PACKAGE / "ops" / f"{op}.py",
-        PACKAGE / "reference" / f"{op}.py",
         ROOT / "python_tests" / "ops" / f"test_{op}.py",
         ROOT / "bench" / f"bench_{op}.py",
     ]
@@ -58,12 +61,16 @@ def test_op_has_six_rooms(op):
 
 def test_rooms_belong_to_an_op():
     csrc = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} - SHARED_CSRC
-    assert csrc | CSRC_ONLY == set(OPS) | CSRC_ONLY
-    assert {p.stem for p in (PACKAGE / "reference").glob("[!_]*.py")} == set(OPS)
-    tests = {p.stem.removeprefix("test_") for p in (ROOT / "python_tests" / "ops").glob("test_*.py")}
-    assert tests >= set(OPS)
-    # test_<op>_kernel.py and the like: what is one op's alone, and too much for one file
-    assert all(test in OPS or any(test.startswith(f"{op}_") for op in OPS) for test in tests)
+    assert csrc == parts_of(PACKAGE / "reference") == set(OPS)
+
+
+@pytest.mark.parametrize("folder", ["ops", "functional"])
+def test_tests_belong_to_what_they_test(folder):
+    """test_<part>.py, and test_<part>_kernel.py and the like: what is too much for one file."""
+    parts = parts_of(PACKAGE / folder)
+    tests = {p.stem.removeprefix("test_") for p in (ROOT / "python_tests" / folder).glob("test_*.py")}
+    assert tests >= parts
+    assert all(test in parts or any(test.startswith(f"{part}_") for part in parts) for test in tests)
 
 
 def _imports(path):
@@ -91,6 +98,23 @@ def test_imports_run_downwards(floor):
                 wrong.append(f"{path.relative_to(ROOT)} touches the extension")
             if name.startswith("torch.distributed") and floor in ("model", "optim"):
                 wrong.append(f"{path.relative_to(ROOT)} uses process groups")
+    assert wrong == []
+
+
+def test_private_names_of_ops_are_used_by_ops_alone():
+    """But for `testing`, which replaces parts of the way to a kernel."""
+    wrong = []
+    for path in set(PACKAGE.rglob("*.py")) - {*(PACKAGE / "ops").rglob("*.py"), *(PACKAGE / "testing").rglob("*.py")}:
+        modules = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("k2kernels.ops"):
+                names = [name.name for name in node.names]
+                modules |= {name.asname or name.name for name in node.names}
+                if node.module != "k2kernels.ops":
+                    wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in names if name.startswith("_")]
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in modules:
+                if node.attr.startswith("_"):
+                    wrong.append(f"{path.relative_to(ROOT)} uses {node.value.id}.{node.attr}")
     assert wrong == []
 
 

@@ -17,7 +17,8 @@ from k2kernels.engine.replay import Replay
 from k2kernels.engine.session import Session, draft
 from k2kernels.model import attention
 from k2kernels.model.moe import Experts, Moe
-from k2kernels.ops import moe
+from k2kernels.ops import grouped_gemm
+from k2kernels.ops.moe import moe_combine, moe_dispatch
 from k2kernels.testing.compare import check_close
 
 PROMPT = torch.arange(3 * 20).view(3, 20) * 11 % 256
@@ -54,7 +55,7 @@ class Recorder:
         with Log() as log:
             run()
         return any(
-            function.name() == GROUPED_GEMM and moe._gemm_unserved(*args) is not None
+            function.name() == GROUPED_GEMM and grouped_gemm._unserved(*args[:2]) is not None
             for function, args, *_ in log.calls
         )
 
@@ -217,10 +218,10 @@ class Exchange:
     fails = False
 
     def dispatch(self, x, indices, weights, **options):
-        return moe.moe_dispatch(x, indices, weights, num_experts=16, **options)
+        return moe_dispatch(x, indices, weights, num_experts=16, **options)
 
     def combine(self, y, handle, **options):
-        return moe.moe_combine(y, handle, **options)
+        return moe_combine(y, handle, **options)
 
     def check(self):
         if self.fails:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import k2kernels as k
-from k2kernels.ops import moe
+from k2kernels.ops import grouped_gemm
+from k2kernels.ops.moe import DispatchHandle, balance, dispatch, route
 from k2kernels.reference import moe as reference
 from k2kernels.testing.compare import check_close
 from k2kernels.testing.inputs import KIMI_K2
@@ -67,10 +68,9 @@ def test_dispatch(tokens, skew, dtype):
 def test_padding_is_not_written(tokens):
     indices, _ = routing(tokens)
     capacity = 128 * (tokens * TOP_K // 128 + EXPERTS)
-    plan = [t.cuda() for t in moe._plan_fake(indices, EXPERTS, capacity)]
-    data = torch.full((capacity, HIDDEN), 7, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(tokens, HIDDEN).bfloat16().cuda()
-    moe._launch_dispatch("moe_dispatch", x, indices.cuda(), EXPERTS, 128, capacity, data, None, False, plan)
+    x, indices = torch.randn(tokens, HIDDEN).bfloat16().cuda(), indices.cuda()
+    data, *plan = dispatch._dispatch_outputs(x, indices, EXPERTS, capacity)
+    dispatch._launch_dispatch(data.fill_(7), *plan, x, indices, 128)
     assert (data[plan[1] < 0] == 7).all() and (plan[1] < 0).sum() == capacity - tokens * TOP_K
 
 
@@ -81,20 +81,21 @@ def test_combine_and_its_gradient(tokens, dtype):
     y = torch.randn(len(handle.token_of_slot), HIDDEN).to(dtype)
     y[handle.token_of_slot < 0] = float("nan")
     shared, residual = torch.randn(tokens, HIDDEN).bfloat16(), torch.randn(tokens, HIDDEN)
-    gpu_handle = moe.Handle(*map(on_gpu, handle))
+    gpu_handle = DispatchHandle(*map(on_gpu, handle))
     for options in (dict(), dict(shared=shared), dict(shared=shared, residual=residual, out_dtype=torch.float32)):
         got = launched("moe_combine", k.moe_combine, y, gpu_handle, **options)
         same(got, k.moe_combine(y, handle, **options))
 
     args = shared, y, *handle[:2], handle.weights
-    d_y, d_weights = launched("moe_combine_backward", moe._moe_combine_backward, *args)
-    same(d_y, moe._moe_combine_backward(shared, y.nan_to_num(), *args[2:])[0])
+    d_y, d_weights = launched("moe_combine_backward", dispatch._moe_combine_backward, *args)
+    same(d_y, dispatch._moe_combine_backward(shared, y.nan_to_num(), *args[2:])[0])
     pairs = y.double()[handle.slot_of.long()] * shared.double()[:, None]
     none = handle.slot_of < 0
     # Each of H products and sums is off by half a unit of the sum of magnitudes at most, mostly far less.
     budget = (pairs.abs().sum(-1) * 2**-24 * HIDDEN**0.5).masked_fill(none, 1e-30)
     check_close(d_weights.cpu(), pairs.sum(-1).masked_fill(none, 0), budget=budget)
-    same(launched("moe_permute", moe._moe_permute, shared, *handle[:2]), moe._moe_permute(shared, *handle[:2]))
+    rows = shared, *handle[:2]
+    same(launched("moe_permute", dispatch._moe_permute, *rows), dispatch._moe_permute(*rows))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -118,7 +119,7 @@ def test_route_and_its_gradient(tokens, experts, top_k, groups, score, dtype):
     check_close(got.weights.cpu(), weights, budget=weights * 2e-6)
 
     grad, rest = torch.randn(tokens, top_k), (index.int(), score, True, 2.827)
-    d_logits = launched("moe_route_backward", moe._moe_route_backward, grad, logits, *rest)
+    d_logits = launched("moe_route_backward", route._moe_route_backward, grad, logits, *rest)
     want = reference.moe_route_backward(grad.double(), logits.double(), *rest)
     check_close(d_logits.cpu(), want, same_precision=reference.moe_route_backward(grad, logits, *rest))
 
@@ -188,14 +189,15 @@ def test_products_of_experts(counts, kind, dtype):
     weight = (len(counts), n, width) if kind == "forward" else (len(counts), width, n)
     b = rows(width) if kind == "wgrad" else torch.randn(weight, device="cuda").to(dtype)
     op, body = {
-        "forward": ("grouped_gemm", moe._grouped_gemm),
-        "dgrad": ("grouped_gemm_dgrad", moe._grouped_gemm_dgrad),
-        "wgrad": ("grouped_gemm_wgrad", moe._grouped_gemm_wgrad),
+        "forward": ("grouped_gemm", grouped_gemm._grouped_gemm),
+        "dgrad": ("grouped_gemm_dgrad", grouped_gemm._grouped_gemm_dgrad),
+        "wgrad": ("grouped_gemm_wgrad", grouped_gemm._grouped_gemm_wgrad),
     }[kind]
     places = offsets, torch.tensor(counts, dtype=torch.int32)
+    rest = () if kind == "wgrad" else (None,)
     written = slice(None) if kind == "wgrad" else real.cuda()
-    got = launched(op, body, a, b, *places)[written]
-    same(got, launched(op, body, a, b, *places)[written])
+    got = launched(op, body, a, b, *places, *rest)[written]
+    same(got, launched(op, body, a, b, *places, *rest)[written])
     check_close(got, products(kind, a.double(), b.double(), *places), same_precision=products(kind, a, b, *places))
 
 
@@ -206,11 +208,13 @@ def test_sequence_loss_and_its_gradient(ends, score):
     ends = None if ends is None else torch.tensor(ends)
     rest = 0.1, score
     want = reference.moe_sequence_loss(logits.double(), indices, ends, *rest)
-    losses = [launched("moe_sequence_loss", moe._moe_sequence_loss, logits, indices, ends, *rest) for _ in range(3)]
+    losses = [launched("moe_sequence_loss", balance._moe_sequence_loss, logits, indices, ends, *rest) for _ in range(3)]
     assert len(set(map(float, losses))) == 1
     check_close(losses[0].cpu(), want, budget=float(want) * 4e-6)
     grad = torch.tensor(1.0)
-    got = launched("moe_sequence_loss_backward", moe._moe_sequence_loss_backward, grad, logits, indices, ends, *rest)
+    got = launched(
+        "moe_sequence_loss_backward", balance._moe_sequence_loss_backward, grad, logits, indices, ends, *rest
+    )
     want = reference.moe_sequence_loss_backward(grad.double(), logits.double(), indices, ends, *rest)
     plain = reference.moe_sequence_loss_backward(grad, logits, indices, ends, *rest)
     check_close(got.cpu(), want, same_precision=plain)
@@ -228,12 +232,12 @@ def experts(dtype):
     intermediate = KIMI_K2.expert_intermediate
     gate_up = torch.randn(16, 2 * intermediate, HIDDEN, device="cuda") * HIDDEN**-0.5
     down = torch.randn(16, HIDDEN, intermediate, device="cuda") * intermediate**-0.5
-    if dtype == moe.E4M3:
+    if dtype == torch.float8_e4m3fn:
         return k.quantize_128x128(gate_up), k.quantize_128x128(down)
     return gate_up.to(dtype), down.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, moe.E4M3], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 def test_whole_layer_in_a_graph_without_waiting(tokens, dtype):
     """The host never waits for the device; a graph serves any routing of so many tokens."""

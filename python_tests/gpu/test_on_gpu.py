@@ -295,8 +295,8 @@ for op, function, names in (
         ("rows", "slot_of", "token_of_slot", "weights", "x"),
     ),
     ("moe_combine_backward", OPS.moe_combine_backward, ("x", "rows", "slot_of", "token_of_slot", "weights")),
-    ("grouped_gemm", OPS.grouped_gemm, ("narrow", "experts", "offsets", "counts")),
-    ("grouped_gemm_dgrad", OPS.grouped_gemm_dgrad, ("grad", "experts", "offsets", "counts")),
+    ("grouped_gemm", lambda *args: OPS.grouped_gemm(*args, None), ("narrow", "experts", "offsets", "counts")),
+    ("grouped_gemm_dgrad", lambda *args: OPS.grouped_gemm_dgrad(*args, None), ("grad", "experts", "offsets", "counts")),
     ("grouped_gemm_wgrad", OPS.grouped_gemm_wgrad, ("grad", "narrow", "offsets", "counts")),
     (
         "moe_sequence_loss",

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.integrations.deep_ep import DeepEP
-from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_mlp
+from k2kernels.ops.moe import moe_combine, moe_dispatch
 
 RANKS, EXPERTS, TOP_K, HIDDEN = 3, 12, 4, 128
 TOKENS = [5, 9, 3]

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import k2kernels
+from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.model.moe import Moe
-from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_mlp, moe_route
+from k2kernels.ops.moe import moe_combine, moe_dispatch, moe_route
 from k2kernels.ops.quant import quantize_128x128
 from k2kernels.parallel import ExpertParallel, expert_parallel
 

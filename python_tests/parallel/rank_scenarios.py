@@ -34,7 +34,7 @@ from rank_checks import (
 from torch.nn.parallel import DistributedDataParallel
 
 from k2kernels import PeerTimeout
-from k2kernels.ops._exchange import Rank
+from k2kernels.ops.exchange import Rank
 from k2kernels.optim import MuonClip, QKClip
 from k2kernels.parallel import ExpertParallel, symmetric
 

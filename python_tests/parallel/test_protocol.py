@@ -9,12 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 import k2kernels
 from k2kernels import PeerTimeout, _emu
-from k2kernels.ops import _launch, moe
+from k2kernels.ops import _launch, grouped_gemm
 from k2kernels.ops._constants import constants
-from k2kernels.ops._exchange import Call
+from k2kernels.ops.exchange import Call
+from k2kernels.ops.moe import dispatch
+from k2kernels.ops.moe.dispatch import combine_rows_backward, dispatch_rows
 from k2kernels.parallel import ExpertParallel, ranks
 from k2kernels.parallel.exchange import DispatchOptions
-from k2kernels.parallel.ranks import _dispatch
+from k2kernels.parallel.ranks import BufferRoute, _dispatch
 
 in_some_modes = pytest.mark.parametrize("mode", ["plain", ("sm_80", 2)], ids=str)
 
@@ -60,12 +62,12 @@ class Recording(TorchDispatchMode):
         return result
 
     def __enter__(self):
-        def noted(*args):
-            self.calls.append((_launch._emulated_stream.get(), args))
-            launch(*args)
+        def noted(*args, **op):
+            self.calls.append((_launch._emulated_stream.get(), args, op))
+            launch(*args, **op)
 
         launch, self.patch = _launch.launch, pytest.MonkeyPatch()
-        for module in (_launch, moe):
+        for module in (_launch, dispatch):
             self.patch.setattr(module, "launch", noted)
         return super().__enter__()
 
@@ -75,9 +77,9 @@ class Recording(TorchDispatchMode):
 
     def replay(self):
         with _launch.emulated_together():
-            for stream, args in self.calls:
+            for stream, args, op in self.calls:
                 with _launch.emulated_stream(stream):
-                    _launch.launch(*args)
+                    _launch.launch(*args, **op)
 
 
 @pytest.mark.parametrize("mode", MODES[1:3], ids=str)
@@ -143,7 +145,8 @@ def test_a_gradient_that_did_not_come_has_no_expert(mode):
         virtual.combine([s.data for s in sent], [s.handle for s in sent])
         member, p = virtual.group.members[0], parts[0]
         member.timeout = 10**8  # nanoseconds
-        program = ranks._sent_gradients(member, p.x.contiguous(), p.weights.contiguous(), p.indices.int())
+        route = BufferRoute(None, None, p.indices.int())
+        program = ranks._sent_gradients(member, p.x.contiguous(), p.weights.contiguous(), route)
         next(program), next(program)
         *_, experts = ranks._end(program)
     assert member.fault() is not None
@@ -161,7 +164,7 @@ def send(member, p, value):
 
 
 @in_all_modes
-def test_a_late_rank_keeps_its_rows_and_is_told(mode):
+def test_a_late_rank_keeps_its_rows_and_is_named(mode):
     """Rank 0 gives rank 1 up in epoch 1 and goes on, as a graph does. Rank 1 then finds what epoch 1 brought, as it
     was, and learns of it in epoch 2."""
     virtual = make(2)
@@ -171,18 +174,18 @@ def test_a_late_rank_keeps_its_rows_and_is_told(mode):
             member.timeout = 10**8
         for value in (1, 2, 3):  # epochs 1 and 3 share a half
             send(members[0], parts[0], value)
-            _, told = members[0].scatter_wait()
-            assert told.tolist() == ([len(parts[0].x), 0] if value == 1 else [0, 0])
+            _, row_counts = members[0].scatter_wait()
+            assert row_counts.tolist() == ([len(parts[0].x), 0] if value == 1 else [0, 0])
         send(members[1], parts[1], 9)
-        experts, told = members[1].scatter_wait()
-        assert told.tolist() == [len(p.x) for p in parts] and members[1].fault() is None
+        experts, row_counts = members[1].scatter_wait()
+        assert row_counts.tolist() == [len(p.x) for p in parts] and members[1].fault() is None
         here = (experts.view(2, -1, TOP_K) >= 0).any(-1)
         assert here[0].any()
         rows = members[1].arrived(0, 40, F32).copy().view(2, -1, 40)
         assert (rows[0][here[0]] == 1).all()
         send(members[1], parts[1], 9)
-        _, told = members[1].scatter_wait()
-    assert told.tolist()[0] == 0
+        _, row_counts = members[1].scatter_wait()
+    assert row_counts.tolist()[0] == 0
     assert members[0].fault() == (SILENT, "dispatch", 1, 1)
     assert members[1].fault() == (ABORTED, "dispatch", 1, 2)
 
@@ -228,31 +231,6 @@ def test_ranks_without_tokens_have_gradients(tokens, mode):
         torch.testing.assert_close(one.grad, w.detach().sum(1, keepdim=True).expand(one.shape))
 
 
-class WrittenMeanwhile:
-    """An error record that the device writes, the fault last, after the host has begun to read."""
-
-    def __init__(self, final):
-        self.final, self.there = final, False
-
-    def __getitem__(self, index):
-        self.there = True
-        return self.final[index]
-
-    def tolist(self):
-        fault = constants.EXCHANGE_ERROR_FAULT
-        return self.final if self.there else [self.final[i] if i == fault else 0 for i in range(len(self.final))]
-
-
-def test_an_error_record_is_read_from_its_end():
-    member = make(1).group.members[0]
-    record = [0] * constants.EXCHANGE_ERROR_WORDS
-    record[constants.EXCHANGE_ERROR_CALL] = Call("combine", F32).code()
-    record[constants.EXCHANGE_ERROR_WHO], record[constants.EXCHANGE_ERROR_NUMBER] = 5, 77
-    record[constants.EXCHANGE_ERROR_FAULT] = SILENT
-    member.error = WrittenMeanwhile(record)
-    assert member.fault() == (SILENT, "combine", 5, 77)
-
-
 class Stream:
     def __init__(self, recorded=False):
         self.recorded, self.waited = recorded, []
@@ -287,21 +265,19 @@ def test_rows_that_did_not_come_are_not_loaded(max_tokens):
         for member, p in zip(members, parts):
             send(member, p, 1)
         for member, split in zip(members, virtual.splits):
-            (experts, told), loaded = counted(member.scatter_wait)
-            assert told.tolist() == [len(p.x) for p in parts]
-            halves = member.arrived(0, 48, F32)
+            (experts, row_counts), loaded = counted(member.scatter_wait)
+            assert row_counts.tolist() == [len(p.x) for p in parts]
+            arrived = member.arrived(0, 48, F32, row_counts)
             sizes = split.num_local_experts, 1, 4 * experts.numel()
             (_, slot_of, token_of_slot, *_), loaded = counted(
-                lambda m=member, h=halves, e=experts, s=sizes, t=told: ranks._to_slots(m, h, e, *s, row_counts=t)
+                lambda arrived=arrived, e=experts, s=sizes: dispatch_rows(arrived, e, *s)
             )
             rows, pairs = int((experts >= 0).any(1).sum()), int((experts >= 0).sum())
             assert loaded == rows * 192
             y = torch.randn(len(token_of_slot), 48)
             weights = torch.rand(experts.shape)
             _, loaded = counted(
-                lambda m=member, h=halves, a=(y, slot_of, token_of_slot, weights), t=told: ranks._gradients(
-                    m, h, *a, row_counts=t
-                )
+                lambda arrived=arrived, a=(y, slot_of, token_of_slot, weights): combine_rows_backward(arrived, *a)
             )
             assert loaded == (rows + pairs) * 192
 
@@ -309,7 +285,7 @@ def test_rows_that_did_not_come_are_not_loaded(max_tokens):
 def test_the_tile_of_the_products_follows_the_tokens(monkeypatch):
     """Not the rows there is room for."""
     expected = []
-    monkeypatch.setattr(moe, "_launch_gemm", lambda *args: expected.append(args[-1]))
+    monkeypatch.setattr(grouped_gemm, "launch", lambda *args: expected.append(args[-2]))
     ep = ExpertParallel(None, num_experts=4, hidden=16, top_k=2, max_tokens=64, transport="virtual")
     x, routing = torch.randn(3, 16).to(BF16), (torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2))
     weights = torch.randn(4, 64, 16).to(BF16), torch.randn(4, 16, 32).to(BF16)

@@ -25,7 +25,7 @@ from rank_checks import (
 import k2kernels
 from k2kernels import PeerTimeout, UnsupportedError, _emu
 from k2kernels.ops._constants import constants
-from k2kernels.ops._exchange import Call
+from k2kernels.ops.exchange import Call
 from k2kernels.ops.moe import moe_combine, moe_dispatch
 from k2kernels.parallel import VirtualRanks
 from k2kernels.testing.inputs import guarded
@@ -267,8 +267,8 @@ def test_the_first_to_give_up_tells_the_others(mode):
             member.timeout = timeout
             member.scatter([p.x], p.indices.contiguous(), Call("dispatch", p.x.dtype))
         for member in members[:2]:
-            experts, told = member.scatter_wait()
-            assert (experts.view(3, -1)[2] == -1).all() and told[2] == 0
+            experts, row_counts = member.scatter_wait()
+            assert (experts.view(3, -1)[2] == -1).all() and row_counts[2] == 0
     assert members[0].fault() == (SILENT, "dispatch", 2, 1)
     assert members[1].fault() == (ABORTED, "dispatch", 2, 1)
 
@@ -283,9 +283,9 @@ def test_what_did_not_come_back_is_nan(mode):
         for member, p in zip(members, parts):
             member.timeout = 10**8
             member.scatter([p.x], p.indices.contiguous(), Call("dispatch", F32))
-        (experts, told), _ = [member.scatter_wait() for member in members]
+        (experts, row_counts), _ = [member.scatter_wait() for member in members]
         slots = torch.arange(experts.numel(), dtype=torch.int32).view(experts.shape)
-        members[0].gather(torch.randn(slots.numel(), 40), experts, slots, told, Call("combine", F32))
+        members[0].gather(torch.randn(slots.numel(), 40), experts, slots, row_counts, Call("combine", F32))
         indices, weights = parts[0].indices.contiguous(), parts[0].weights.contiguous()
         slot_of, poisoned = members[0].gather_wait(indices, weights)
     elsewhere = indices >= virtual.splits[1].first_expert

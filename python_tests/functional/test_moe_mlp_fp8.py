@@ -7,7 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import k2kernels
-from k2kernels.ops.moe import moe_mlp, moe_route
+from k2kernels.functional.moe_mlp import moe_mlp
+from k2kernels.ops.moe import moe_route
 from k2kernels.ops.quant import quantize_128x128
 
 TOKENS, EXPERTS, HIDDEN, INTERMEDIATE = 40, 5, 136, 72

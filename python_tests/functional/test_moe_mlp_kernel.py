@@ -7,7 +7,8 @@ import torch
 
 import k2kernels
 from k2kernels import _backend
-from k2kernels.ops.moe import expert_alignment, moe_mlp, moe_route
+from k2kernels.functional.moe_mlp import expert_alignment, moe_mlp
+from k2kernels.ops.moe import moe_route
 from k2kernels.testing.compare import check_close
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -104,4 +105,4 @@ def test_alignment():
         for alignment in (expert_alignment(False), 4, 16):
             assert torch.equal(layer(dict(alignment=alignment))(x, logits, gate_up, down, shared), want)
     assert expert_alignment(fp8=False) == 1
-    assert expert_alignment(fp8=True) == 128  # as grouped_fp8_wgrad wants it
+    assert expert_alignment(fp8=True) == 128  # as grouped_fp8_wgrad takes it

@@ -7,8 +7,7 @@ import torch
 
 import k2kernels
 from k2kernels import _emu
-from k2kernels.ops import moe
-from k2kernels.ops._constants import constants
+from k2kernels.ops import grouped_gemm
 from k2kernels.testing.compare import check_close, check_op
 from k2kernels.testing.inputs import guarded
 
@@ -63,11 +62,10 @@ def multiply(kind, groups, a, b, schedule):
     else:
         shape = groups.rows, b.shape[1] if kind == FORWARD else b.shape[2]
     d = guarded(torch.full((math.prod(shape) * 2,), CANARY, dtype=torch.uint8)).view(a.dtype).view(shape)
-    depth = a.shape[0] if kind == WGRAD else a.shape[1]
-    before = k2kernels.launch_count("test")
+    before = k2kernels.launch_count(kind)
     with k2kernels.emulated(schedule[0], seed=schedule[1]):
-        moe._launch_gemm("test", kind, a, b, guarded(groups.offsets), guarded(groups.counts), d, depth)
-    assert k2kernels.launch_count("test") == before + (d.numel() > 0)
+        grouped_gemm._launching(kind)(d, a, b, guarded(groups.offsets), guarded(groups.counts))
+    assert k2kernels.launch_count(kind) == before + (d.numel() > 0)
     return d
 
 
@@ -100,7 +98,7 @@ CASES = {
 }
 
 
-FORWARD, DGRAD, WGRAD = constants.MOE_GEMM_FORWARD, constants.MOE_GEMM_DGRAD, constants.MOE_GEMM_WGRAD
+FORWARD, DGRAD, WGRAD = "grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"
 of_each_kind = pytest.mark.parametrize("kind", [FORWARD, DGRAD, WGRAD], ids=["forward", "dgrad", "wgrad"])
 
 
@@ -139,9 +137,9 @@ def test_rows_that_lie_apart_or_off_16_bytes(counts, kind):
 def test_rows_on_16_bytes_are_not_copied():
     x = torch.zeros(5, 7, 64, dtype=BF16)
     for served in (x, x[..., :37], x[1:, 2:, 8:], x.expand(5, 7, 64), x[:1, :1]):
-        assert moe._rows_on_16_bytes(served) is served
+        assert grouped_gemm._rows_on_16_bytes(served) is served
     for apart in (x[..., 1:], x.mT, x[..., ::2], torch.zeros(4, 12, dtype=BF16)):
-        assert moe._rows_on_16_bytes(apart) is not apart
+        assert grouped_gemm._rows_on_16_bytes(apart) is not apart
 
 
 @of_each_kind
@@ -196,9 +194,13 @@ def test_decoding_reads_weights_once():
 
 def test_what_no_kernel_serves():
     offsets, counts = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    groups = dict(offsets=offsets, counts=counts)
     for dtype in (F32, torch.float64):
-        with k2kernels.emulated(), pytest.raises(k2kernels.UnsupportedError, match="multiply bfloat16 and float16"):
-            moe._grouped_gemm(torch.zeros(2, 8, dtype=dtype), torch.zeros(1, 8, 8, dtype=dtype), offsets, counts)
+        with (
+            k2kernels.emulated(),
+            pytest.raises(k2kernels.UnsupportedError, match="a must be bfloat16 or float16 for"),
+        ):
+            grouped_gemm.grouped_gemm(torch.zeros(2, 8, dtype=dtype), torch.zeros(1, 8, 8, dtype=dtype), **groups)
 
 
 def test_registered():
@@ -207,6 +209,25 @@ def test_registered():
     grad, a = groups.random(16, BF16), groups.random(24, BF16)
     places, weight = (groups.offsets, groups.counts), torch.randn(3, 16, 24).bfloat16()
     with k2kernels.emulated():
-        check_op(moe._grouped_gemm, (a, weight, *places), differentiable=True)
-        check_op(moe._grouped_gemm_dgrad, (grad, weight, *places))
-        check_op(moe._grouped_gemm_wgrad, (grad, a, *places))
+        check_op(grouped_gemm._grouped_gemm, (a, weight, *places, None), differentiable=True)
+        check_op(grouped_gemm._grouped_gemm_dgrad, (grad, weight, *places, 3))
+        check_op(grouped_gemm._grouped_gemm_wgrad, (grad, a, *places))
+
+
+def test_grouped_gemm_neither_reads_nor_spreads_pad_rows():
+    offsets, counts = torch.tensor([0, 4, 4, 12], dtype=torch.int32), torch.tensor([3, 0, 5], dtype=torch.int32)
+    real = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8])
+    a, grad = torch.full((14, 6), math.nan), torch.full((14, 5), math.nan)
+    a[real], grad[real] = torch.randn(8, 6), torch.randn(8, 5)
+    b = torch.randn(3, 5, 6)
+    rows = [slice(0, 3), slice(4, 4), slice(4, 9)]
+    pad = [r for r in range(14) if r not in real]
+
+    out = grouped_gemm._grouped_gemm(a, b, offsets, counts, None)
+    d_a = grouped_gemm._grouped_gemm_dgrad(grad, b, offsets, counts, None)
+    d_b = grouped_gemm._grouped_gemm_wgrad(grad, a, offsets, counts)
+    for g, r in enumerate(rows):
+        torch.testing.assert_close(out[r], a[r] @ b[g].T)
+        torch.testing.assert_close(d_a[r], grad[r] @ b[g])
+        torch.testing.assert_close(d_b[g], grad[r].T @ a[r])
+    assert (out[pad] == 0).all() and (d_a[pad] == 0).all() and (d_b[1] == 0).all()
