@@ -308,7 +308,7 @@ def test_pages_that_do_not_exist_give_nan_and_no_fault(heads, quantize, arch, se
 def run_unchecked(monkeypatch, arch, seed, q, cache, **arguments):
     request = (q, *cache, SCALE, None, True, 512, 0, True)
     with k2kernels.emulated(arch, seed=seed):
-        return module._kernel(*request)
+        return module._mla_decode.kernel(*request)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -367,12 +367,12 @@ def test_offsets_out_of_order_stay_inside_q(split, arch, heads, monkeypatch):
     leave_stale(monkeypatch, struct.pack("f", 1.0))
     offsets = torch.tensor([-9, 2, 0, 5, 1, 5], dtype=torch.int32)
     with k2kernels.emulated(arch):
-        got = module._kernel(q, *cache, SCALE, offsets, True, 512, split, True)
+        got = module._mla_decode.kernel(q, *cache, SCALE, offsets, True, 512, split, True)
     check(mla_output([x[:5] for x in got]), want)
     assert (got[0][5:] == 0).all() and (got[1][5:] == -math.inf).all() and (got[2][5:] == -math.inf).all()
     for wild in ([0, 7, 0, 7, 0, 7], [2**31 - 1, 3, -5, 4, 9, 6]):
         with k2kernels.emulated(arch):
-            module._kernel(q, *cache, SCALE, torch.tensor(wild, dtype=torch.int32), True, 512, split, True)
+            module._mla_decode.kernel(q, *cache, SCALE, torch.tensor(wild, dtype=torch.int32), True, 512, split, True)
 
 
 def leave_stale(monkeypatch, four_bytes):
