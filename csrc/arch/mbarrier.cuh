@@ -53,8 +53,7 @@ K2K_DEVICE void mbarrier_arrive_remote(Mbarrier& barrier, uint32_t rank K2K_WHER
 // through cluster_pointer after mbarrier_wait_cluster. ptxas emits a GPU-wide fence for it
 // (MEMBAR.ALL.GPU), an L2 round trip: not for inner loops. sm_90.
 // PTX: #parallel-synchronization-and-communication-instructions-mbarrier-arrive
-K2K_DEVICE void mbarrier_arrive_cluster(Mbarrier& barrier,
-                                        uint32_t rank,
+K2K_DEVICE void mbarrier_arrive_cluster(Mbarrier& barrier, uint32_t rank,
                                         uint32_t count = 1 K2K_WHERE) {
     K2K_EMULATE(mbarrier_arrive_remote(&barrier, rank, count, "mbarrier_arrive_cluster", where));
     K2K_PTX(

@@ -23,11 +23,8 @@ void require(bool condition, const char* rule, uint64_t got) {
                                 std::to_string(got));
 }
 
-void check(Type type,
-           const void* base,
-           std::initializer_list<uint64_t> sizes,
-           std::initializer_list<uint64_t> stride_bytes,
-           std::initializer_list<uint32_t> box,
+void check(Type type, const void* base, std::initializer_list<uint64_t> sizes,
+           std::initializer_list<uint64_t> stride_bytes, std::initializer_list<uint32_t> box,
            Swizzle swizzle) {
     require(sizes.size() >= 1 && sizes.size() <= 5, "1 to 5 dimensions", sizes.size());
     require(stride_bytes.size() + 1 == sizes.size(), "a stride per outer dimension",
@@ -72,21 +69,15 @@ struct Arguments {
 };
 static_assert(sizeof(Arguments) == 8 + 9 * 8 + 5 * 4 + 2 * 2 + 8, "no padding");
 
-TensorMap encode(Type type,
-                 const void* base,
-                 std::initializer_list<uint64_t> sizes,
-                 std::initializer_list<uint64_t> stride_bytes,
-                 std::initializer_list<uint32_t> box,
+TensorMap encode(Type type, const void* base, std::initializer_list<uint64_t> sizes,
+                 std::initializer_list<uint64_t> stride_bytes, std::initializer_list<uint32_t> box,
                  Swizzle swizzle);
 
 }  // namespace
 
-TensorMap make_tensor_map(Type type,
-                          const void* base,
-                          std::initializer_list<uint64_t> sizes,
+TensorMap make_tensor_map(Type type, const void* base, std::initializer_list<uint64_t> sizes,
                           std::initializer_list<uint64_t> stride_bytes,
-                          std::initializer_list<uint32_t> box,
-                          Swizzle swizzle) {
+                          std::initializer_list<uint32_t> box, Swizzle swizzle) {
     check(type, base, sizes, stride_bytes, box, swizzle);
     Arguments arguments;
     arguments.base = reinterpret_cast<uintptr_t>(base);
@@ -117,11 +108,8 @@ namespace {
 
 #ifdef K2K_EMULATED
 
-TensorMap encode(Type type,
-                 const void* base,
-                 std::initializer_list<uint64_t> sizes,
-                 std::initializer_list<uint64_t> stride_bytes,
-                 std::initializer_list<uint32_t> box,
+TensorMap encode(Type type, const void* base, std::initializer_list<uint64_t> sizes,
+                 std::initializer_list<uint64_t> stride_bytes, std::initializer_list<uint32_t> box,
                  Swizzle swizzle) {
     emulator::TensorMapFields fields = {};
     fields.mark = emulator::TensorMapFields::kMark;
@@ -193,11 +181,8 @@ CUtensorMapSwizzle swizzle_mode(Swizzle swizzle) {
     }
 }
 
-TensorMap encode(Type type,
-                 const void* base,
-                 std::initializer_list<uint64_t> sizes,
-                 std::initializer_list<uint64_t> stride_bytes,
-                 std::initializer_list<uint32_t> box,
+TensorMap encode(Type type, const void* base, std::initializer_list<uint64_t> sizes,
+                 std::initializer_list<uint64_t> stride_bytes, std::initializer_list<uint32_t> box,
                  Swizzle swizzle) {
     cuuint64_t map_sizes[5], map_strides[5] = {};
     cuuint32_t map_box[5];

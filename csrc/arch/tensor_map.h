@@ -24,11 +24,8 @@ enum class Swizzle : uint16_t { kNone = 0, k32 = 32, k64 = 64, k128 = 128 };
 // TMA's rules do not hold: base and strides multiples of 16, no stride 0, box up to 256, inner box
 // a multiple of 16 bytes and no wider than the swizzle. The driver's function is looked up through
 // the runtime; libcuda is not linked. Each host thread caches the maps it made last.
-TensorMap make_tensor_map(Type type,
-                          const void* base,
-                          std::initializer_list<uint64_t> sizes,
+TensorMap make_tensor_map(Type type, const void* base, std::initializer_list<uint64_t> sizes,
                           std::initializer_list<uint64_t> stride_bytes,
-                          std::initializer_list<uint32_t> box,
-                          Swizzle swizzle);
+                          std::initializer_list<uint32_t> box, Swizzle swizzle);
 
 }  // namespace k2k::arch

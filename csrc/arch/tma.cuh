@@ -126,23 +126,10 @@ enum class CacheHint : uint64_t {
 #endif
 #define K2K_COMMA ,
 K2K_TMA(1, int c0, "{%1}", "{%4}", "{%5}", "{%2}", K2K_COORDINATE(c0))
-K2K_TMA(2,
-        int c0 K2K_COMMA int c1,
-        "{%1, %2}",
-        "{%4, %5}",
-        "{%5, %6}",
-        "{%2, %3}",
-        K2K_COORDINATE(c0),
-        K2K_COORDINATE(c1))
-K2K_TMA(3,
-        int c0 K2K_COMMA int c1 K2K_COMMA int c2,
-        "{%1, %2, %3}",
-        "{%4, %5, %6}",
-        "{%5, %6, %7}",
-        "{%2, %3, %4}",
-        K2K_COORDINATE(c0),
-        K2K_COORDINATE(c1),
-        K2K_COORDINATE(c2))
+K2K_TMA(2, int c0 K2K_COMMA int c1, "{%1, %2}", "{%4, %5}", "{%5, %6}", "{%2, %3}",
+        K2K_COORDINATE(c0), K2K_COORDINATE(c1))
+K2K_TMA(3, int c0 K2K_COMMA int c1 K2K_COMMA int c2, "{%1, %2, %3}", "{%4, %5, %6}", "{%5, %6, %7}",
+        "{%2, %3, %4}", K2K_COORDINATE(c0), K2K_COORDINATE(c1), K2K_COORDINATE(c2))
 #undef K2K_COMMA
 #undef K2K_COORDINATE
 #undef K2K_TMA
@@ -158,10 +145,7 @@ K2K_DEVICE void bulk_prefetch(const void* source, uint32_t bytes K2K_WHERE) {
 
 // Global to shared memory; completes `bytes` at `barrier`.
 // PTX: #data-movement-and-conversion-instructions-cp-async-bulk
-K2K_DEVICE void bulk_load(void* target,
-                          const void* source,
-                          uint32_t bytes,
-                          Mbarrier& barrier,
+K2K_DEVICE void bulk_load(void* target, const void* source, uint32_t bytes, Mbarrier& barrier,
                           [[maybe_unused]] CacheHint hint = CacheHint::kNone K2K_WHERE) {
 #ifdef K2K_EMULATED
     emulator::bulk_load(target, source, bytes, &barrier, 0, where);
@@ -183,11 +167,8 @@ K2K_DEVICE void bulk_load(void* target,
 
 // The same into every CTA of the cluster whose bit is in cta_mask.
 // PTX: #data-movement-and-conversion-instructions-cp-async-bulk
-K2K_DEVICE void bulk_load_multicast(void* target,
-                                    const void* source,
-                                    uint32_t bytes,
-                                    Mbarrier& barrier,
-                                    uint16_t cta_mask,
+K2K_DEVICE void bulk_load_multicast(void* target, const void* source, uint32_t bytes,
+                                    Mbarrier& barrier, uint16_t cta_mask,
                                     [[maybe_unused]] CacheHint hint = CacheHint::kNone K2K_WHERE) {
 #ifdef K2K_EMULATED
     emulator::bulk_load(target, source, bytes, &barrier, cta_mask, where);
@@ -210,8 +191,8 @@ K2K_DEVICE void bulk_load_multicast(void* target,
 // Own shared memory to that of CTA `rank` of the cluster, where `target` and `barrier` name the
 // same places as here; completes at the barrier there.
 // PTX: #data-movement-and-conversion-instructions-cp-async-bulk
-K2K_DEVICE void bulk_copy_to_cluster(
-    void* target, const void* source, uint32_t bytes, Mbarrier& barrier, uint32_t rank K2K_WHERE) {
+K2K_DEVICE void bulk_copy_to_cluster(void* target, const void* source, uint32_t bytes,
+                                     Mbarrier& barrier, uint32_t rank K2K_WHERE) {
     K2K_EMULATE(bulk_copy_to_cluster(target, source, bytes, &barrier, rank, where));
     K2K_PTX(
         "{ .reg .b32 target, barrier; mapa.shared::cluster.u32 target, %0, %4;"

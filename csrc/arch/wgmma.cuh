@@ -29,9 +29,7 @@ enum class Major { kK, kMN };
 // tile starts at a multiple of 8 x the swizzle's width; a step along K inside it adds
 // descriptor_step(bytes).
 // PTX: #asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor
-K2K_DEVICE uint64_t matrix_descriptor(const void* tile,
-                                      Swizzle swizzle,
-                                      uint32_t leading_bytes,
+K2K_DEVICE uint64_t matrix_descriptor(const void* tile, Swizzle swizzle, uint32_t leading_bytes,
                                       uint32_t stride_bytes K2K_WHERE) {
     const uint64_t address = smem_address(tile K2K_PASS_WHERE);
     const uint64_t mode = swizzle == Swizzle::k128  ? 1
@@ -184,9 +182,7 @@ K2K_HOST_DEVICE constexpr void check_wgmma() {
 // D = A B, or D += A B where `accumulate`; both tiles in shared memory.
 // PTX: #asynchronous-warpgroup-level-matrix-instructions-wgmma-mma
 template <class T, int N, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
-K2K_DEVICE void wgmma_ss(float (&d)[N / 2],
-                         uint64_t a_tile,
-                         uint64_t b_tile,
+K2K_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a_tile, uint64_t b_tile,
                          bool accumulate K2K_WHERE) {
     check_wgmma<T, N, kMajorA, kMajorB>();
 #ifdef K2K_EMULATED
@@ -200,9 +196,7 @@ K2K_DEVICE void wgmma_ss(float (&d)[N / 2],
 // The same with A in registers, which may not be written before wgmma_wait.
 // PTX: #asynchronous-warpgroup-level-matrix-instructions-wgmma-mma
 template <class T, int N, Major kMajorB = Major::kK>
-K2K_DEVICE void wgmma_rs(float (&d)[N / 2],
-                         const uint32_t (&a)[4],
-                         uint64_t b_tile,
+K2K_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_tile,
                          bool accumulate K2K_WHERE) {
     check_wgmma<T, N, Major::kK, kMajorB>();
 #ifdef K2K_EMULATED

@@ -13,10 +13,7 @@ using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>; 
 // world, rank, live, call, experts, top_k, most_tokens, timeout
 using Numbers = std::tuple<int, int, uint64_t, uint32_t, int, int, int64_t, uint64_t>;
 
-Exchange exchange(const Tensor& peers,
-                  const Tensor& state,
-                  const Tensor& error,
-                  const Place& place,
+Exchange exchange(const Tensor& peers, const Tensor& state, const Tensor& error, const Place& place,
                   const Numbers& numbers) {
     Exchange x;
     x.peers = peers.data<uint8_t* const>();
@@ -34,15 +31,9 @@ ByteRows byte_rows(const Tensor& rows) {
     return {rows.data<const uint8_t>(), rows.stride(0) * bytes, rows.size(1) * bytes};
 }
 
-long scatter(const Tensor& peers,
-             const Tensor& state,
-             const Tensor& error,
-             const Place& place,
-             const Numbers& numbers,
-             const Tensor& rows,
-             const Tensor& beside,
-             const Tensor& indices,
-             unsigned ctas) {
+long scatter(const Tensor& peers, const Tensor& state, const Tensor& error, const Place& place,
+             const Numbers& numbers, const Tensor& rows, const Tensor& beside,
+             const Tensor& indices, unsigned ctas) {
     ScatterParams p;
     p.exchange = exchange(peers, state, error, place, numbers);
     p.parts[0] = byte_rows(rows);
@@ -54,44 +45,25 @@ long scatter(const Tensor& peers,
     return run(state, [&](void* stream) { launch_scatter(p, ctas, stream); });
 }
 
-long scatter_wait(const Tensor& peers,
-                  const Tensor& state,
-                  const Tensor& error,
-                  const Place& place,
-                  const Numbers& numbers,
-                  const Tensor& experts,
-                  const Tensor& arrived) {
+long scatter_wait(const Tensor& peers, const Tensor& state, const Tensor& error, const Place& place,
+                  const Numbers& numbers, const Tensor& experts, const Tensor& arrived) {
     const ScatterWaitParams p{exchange(peers, state, error, place, numbers),
                               experts.data<int32_t>(), arrived.data<int32_t>()};
     return run(state, launch_scatter_wait, p);
 }
 
-long gather(const Tensor& peers,
-            const Tensor& state,
-            const Tensor& error,
-            const Place& place,
-            const Numbers& numbers,
-            const Tensor& rows,
-            const Tensor& experts,
-            const Tensor& slot_of,
-            const Tensor& row_counts,
-            unsigned ctas) {
+long gather(const Tensor& peers, const Tensor& state, const Tensor& error, const Place& place,
+            const Numbers& numbers, const Tensor& rows, const Tensor& experts,
+            const Tensor& slot_of, const Tensor& row_counts, unsigned ctas) {
     const GatherParams p{exchange(peers, state, error, place, numbers), byte_rows(rows),
                          experts.data<const int32_t>(), slot_of.data<const int32_t>(),
                          row_counts.data<const int32_t>()};
     return run(state, [&](void* stream) { launch_gather(p, ctas, stream); });
 }
 
-long gather_wait(const Tensor& peers,
-                 const Tensor& state,
-                 const Tensor& error,
-                 const Place& place,
-                 const Numbers& numbers,
-                 const Tensor& indices,
-                 const Tensor& weights,
-                 const Tensor& slot_of,
-                 const Tensor& poison_weights,
-                 const Tensor& half) {
+long gather_wait(const Tensor& peers, const Tensor& state, const Tensor& error, const Place& place,
+                 const Numbers& numbers, const Tensor& indices, const Tensor& weights,
+                 const Tensor& slot_of, const Tensor& poison_weights, const Tensor& half) {
     GatherWaitParams p;
     p.exchange = exchange(peers, state, error, place, numbers);
     p.indices = indices.data<const void>();

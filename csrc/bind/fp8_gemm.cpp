@@ -67,12 +67,8 @@ Addend addend(const Tensor& x) {
 
 // The operands and groups of a call: without offsets and with matrices of B the groups are matrices
 // of A; with both, rows of A; with offsets alone, parts of K.
-Fp8GemmParams params(const Tensor& a,
-                     const Tensor& a_scales,
-                     const Tensor& b,
-                     const Tensor& b_scales,
-                     const Tensor& offsets,
-                     const Tensor& counts,
+Fp8GemmParams params(const Tensor& a, const Tensor& a_scales, const Tensor& b,
+                     const Tensor& b_scales, const Tensor& offsets, const Tensor& counts,
                      int b_row_offset) {
     Fp8GemmParams p = {};
     p.a = operand(a, a_scales);
@@ -92,9 +88,7 @@ Fp8GemmParams params(const Tensor& a,
     return p;
 }
 
-GemmSizes sizes_of(const Fp8GemmParams& p,
-                   std::optional<int64_t> expected_rows,
-                   bool whole_k,
+GemmSizes sizes_of(const Fp8GemmParams& p, std::optional<int64_t> expected_rows, bool whole_k,
                    bool swiglu) {
     const bool by_rows = p.groups.axis == GemmGroups::Axis::kRows;
     const bool along_k = p.groups.axis == GemmGroups::Axis::kK;
@@ -107,23 +101,11 @@ GemmSizes sizes_of(const Fp8GemmParams& p,
     return {filled, expected_rows.value_or(rows), p.b.rows, k, fine, whole_k || along_k, swiglu};
 }
 
-long fp8_gemm(const Tensor& a,
-              const Tensor& a_scales,
-              const Tensor& b,
-              const Tensor& b_scales,
-              const Tensor& offsets,
-              const Tensor& counts,
-              std::optional<int64_t> expected_rows,
-              const Tensor& bias,
-              const Tensor& accumulate,
-              const Tensor& row_weights,
-              int b_row_offset,
-              bool batch_invariant,
-              const Tensor& d,
-              const Tensor& d_scales,
-              bool power_of_two,
-              const std::optional<GemmPlan>& forced,
-              const Chip& chip) {
+long fp8_gemm(const Tensor& a, const Tensor& a_scales, const Tensor& b, const Tensor& b_scales,
+              const Tensor& offsets, const Tensor& counts, std::optional<int64_t> expected_rows,
+              const Tensor& bias, const Tensor& accumulate, const Tensor& row_weights,
+              int b_row_offset, bool batch_invariant, const Tensor& d, const Tensor& d_scales,
+              bool power_of_two, const std::optional<GemmPlan>& forced, const Chip& chip) {
     Fp8GemmParams p = params(a, a_scales, b, b_scales, offsets, counts, b_row_offset);
     p.d = d.data<void>();
     p.d_type = d.type();
@@ -141,25 +123,15 @@ long fp8_gemm(const Tensor& a,
     return run(a, [&](void* stream) { launch_fp8_gemm(p, plan, chip, stream); });
 }
 
-GemmPlan swiglu_plan(const Tensor& a,
-                     const Tensor& a_scales,
-                     const Tensor& b,
-                     const Tensor& b_scales,
-                     const Tensor& offsets,
-                     const Tensor& counts,
-                     std::optional<int64_t> expected_rows,
-                     const Chip& chip) {
+GemmPlan swiglu_plan(const Tensor& a, const Tensor& a_scales, const Tensor& b,
+                     const Tensor& b_scales, const Tensor& offsets, const Tensor& counts,
+                     std::optional<int64_t> expected_rows, const Chip& chip) {
     const Fp8GemmParams p = params(a, a_scales, b, b_scales, offsets, counts, /*b_row_offset=*/0);
     return plan_gemm(sizes_of(p, expected_rows, /*whole_k=*/false, /*swiglu=*/true), chip);
 }
 
-std::vector<std::pair<GemmPlan, double>> costs(const Chip& chip,
-                                               int64_t groups,
-                                               int64_t rows,
-                                               int64_t columns,
-                                               int64_t k,
-                                               bool fine,
-                                               bool whole_k,
+std::vector<std::pair<GemmPlan, double>> costs(const Chip& chip, int64_t groups, int64_t rows,
+                                               int64_t columns, int64_t k, bool fine, bool whole_k,
                                                bool swiglu) {
     const GemmSizes sizes{groups, rows, columns, k, fine, whole_k, swiglu};
     std::vector<std::pair<GemmPlan, double>> all;

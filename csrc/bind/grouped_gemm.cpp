@@ -6,13 +6,8 @@ namespace k2k::bind {
 namespace {
 
 template <GroupedGemm kKind>
-long grouped_gemm(const Chip& chip,
-                  const Tensor& a,
-                  const Tensor& b,
-                  const Tensor& offsets,
-                  const Tensor& counts,
-                  int64_t expected,
-                  const Tensor& d) {
+long grouped_gemm(const Chip& chip, const Tensor& a, const Tensor& b, const Tensor& offsets,
+                  const Tensor& counts, int64_t expected, const Tensor& d) {
     constexpr bool kWgrad = kKind == GroupedGemm::kWgrad;
     GroupedGemmParams p;
     p.kind = kKind;

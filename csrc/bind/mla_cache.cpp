@@ -6,11 +6,8 @@ namespace k2k::bind {
 
 namespace {
 
-MlaCacheParams params(const Tensor& rows,
-                      const Tensor& kv_cache,
-                      const Tensor& block_table,
-                      const Tensor& positions,
-                      bool power_of_two) {
+MlaCacheParams params(const Tensor& rows, const Tensor& kv_cache, const Tensor& block_table,
+                      const Tensor& positions, bool power_of_two) {
     MlaCacheParams p;
     p.rows = rows.data<void>();
     p.rows_type = rows.type();

@@ -24,12 +24,8 @@ std::pair<int64_t, int64_t> row_strides(const Tensor& x) {
     return {x.stride(0), x.stride(1)};
 }
 
-MlaDecodePlan plan(const Chip& chip,
-                   const Tensor& q,
-                   const Tensor& kv_cache,
-                   const Tensor& block_table,
-                   const Tensor& cu_seqlens_q,
-                   int64_t split_keys) {
+MlaDecodePlan plan(const Chip& chip, const Tensor& q, const Tensor& kv_cache,
+                   const Tensor& block_table, const Tensor& cu_seqlens_q, int64_t split_keys) {
     const bool quantized = kv_cache.type() == Type::kU8;
     // What TMA can copy: strides of less than 2**40 bytes, multiples of 16 (which Python checks).
     const auto copied = [](int64_t stride) { return stride > 0 && stride < int64_t(1) << 39; };
@@ -46,17 +42,9 @@ int64_t workspace_floats(const MlaDecodePlan& plan, const Tensor& q) {
     return parts * (kLatent + 2) + 2 * tokens_of(q) * q.size(-2);
 }
 
-long decode(const Tensor& q,
-            const Tensor& kv_cache,
-            const Tensor& block_table,
-            const Tensor& seq_lens,
-            const Tensor& cu_seqlens_q,
-            float softmax_scale,
-            bool causal,
-            const Tensor& out,
-            const Tensor& lse,
-            const Tensor& max_logits,
-            const Tensor& workspace,
+long decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+            const Tensor& seq_lens, const Tensor& cu_seqlens_q, float softmax_scale, bool causal,
+            const Tensor& out, const Tensor& lse, const Tensor& max_logits, const Tensor& workspace,
             const MlaDecodePlan& plan) {
     MlaDecodeParams p;
     p.q = q.data<const void>();
@@ -92,13 +80,8 @@ long decode(const Tensor& q,
 }
 
 // What each CTA would do, for tests: the schedule depends on nothing else.
-long schedule(const Tensor& seq_lens,
-              const Tensor& cu_seqlens_q,
-              int64_t tokens,
-              int64_t heads,
-              int64_t queries_per_sequence,
-              int64_t capacity,
-              const MlaDecodePlan& plan,
+long schedule(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t tokens, int64_t heads,
+              int64_t queries_per_sequence, int64_t capacity, const MlaDecodePlan& plan,
               const Tensor& tasks) {
     MlaDecodeParams p = {};
     p.seq_lens = seq_lens.data<const int32_t>();
@@ -114,12 +97,8 @@ long schedule(const Tensor& seq_lens,
     });
 }
 
-long merge(const Tensor& out_a,
-           const Tensor& lse_a,
-           const Tensor& out_b,
-           const Tensor& lse_b,
-           const Tensor& out,
-           const Tensor& lse) {
+long merge(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
+           const Tensor& out, const Tensor& lse) {
     const MergeParams p{out_a.data<const void>(),
                         out_b.data<const void>(),
                         lse_a.data<const float>(),

@@ -31,15 +31,8 @@ void set_logits(Params& p, const Tensor& logits) {
     p.experts = narrow(logits.size(1));
 }
 
-long moe_route(const Tensor& logits,
-               const Tensor& bias,
-               int n_group,
-               int topk_group,
-               bool softmax,
-               bool normalize,
-               float scale,
-               const Tensor& weights,
-               const Tensor& indices,
+long moe_route(const Tensor& logits, const Tensor& bias, int n_group, int topk_group, bool softmax,
+               bool normalize, float scale, const Tensor& weights, const Tensor& indices,
                const Tensor& counts) {
     MoeRouteParams p;
     set_logits(p, logits);
@@ -56,13 +49,8 @@ long moe_route(const Tensor& logits,
     return run(logits, launch_moe_route, p);
 }
 
-long moe_route_backward(const Tensor& grad,
-                        const Tensor& logits,
-                        const Tensor& indices,
-                        bool softmax,
-                        bool normalize,
-                        float scale,
-                        const Tensor& d_logits) {
+long moe_route_backward(const Tensor& grad, const Tensor& logits, const Tensor& indices,
+                        bool softmax, bool normalize, float scale, const Tensor& d_logits) {
     MoeRouteBackwardParams p;
     set_logits(p, logits);
     p.grad = grad.data<const float>();
@@ -75,21 +63,11 @@ long moe_route_backward(const Tensor& grad,
     return run(logits, launch_moe_route_backward, p);
 }
 
-long moe_dispatch(const Tensor& x,
-                  const Tensor& half,
-                  const Tensor& row_counts,
-                  const Tensor& indices,
-                  uint32_t alignment,
-                  bool power_of_two,
-                  const Tensor& data,
-                  const Tensor& scales,
-                  const Tensor& slot_of,
-                  const Tensor& token_of_slot,
-                  const Tensor& offsets,
-                  const Tensor& counts,
-                  const Tensor& overflow,
-                  const Tensor& ranks,
-                  const Tensor& before_tile) {
+long moe_dispatch(const Tensor& x, const Tensor& half, const Tensor& row_counts,
+                  const Tensor& indices, uint32_t alignment, bool power_of_two, const Tensor& data,
+                  const Tensor& scales, const Tensor& slot_of, const Tensor& token_of_slot,
+                  const Tensor& offsets, const Tensor& counts, const Tensor& overflow,
+                  const Tensor& ranks, const Tensor& before_tile) {
     MoeDispatchParams p;
     p.x = x.data<const void>();
     p.type = x.type();
@@ -120,13 +98,8 @@ long moe_dispatch(const Tensor& x,
     return run(x, launch_moe_dispatch, p);
 }
 
-long moe_combine(const Tensor& y,
-                 const Tensor& half,
-                 const Tensor& slot_of,
-                 const Tensor& weights,
-                 const Tensor& shared,
-                 const Tensor& residual,
-                 const Tensor& out) {
+long moe_combine(const Tensor& y, const Tensor& half, const Tensor& slot_of, const Tensor& weights,
+                 const Tensor& shared, const Tensor& residual, const Tensor& out) {
     MoeCombineParams p;
     p.y = y.data<const void>();
     p.type = y.type();
@@ -145,15 +118,9 @@ long moe_combine(const Tensor& y,
     return run(y, launch_moe_combine, p);
 }
 
-long moe_combine_backward(const Tensor& grad,
-                          const Tensor& half,
-                          const Tensor& row_counts,
-                          const Tensor& y,
-                          const Tensor& slot_of,
-                          const Tensor& token_of_slot,
-                          const Tensor& weights,
-                          const Tensor& d_y,
-                          const Tensor& d_weights) {
+long moe_combine_backward(const Tensor& grad, const Tensor& half, const Tensor& row_counts,
+                          const Tensor& y, const Tensor& slot_of, const Tensor& token_of_slot,
+                          const Tensor& weights, const Tensor& d_y, const Tensor& d_weights) {
     MoeCombineBackwardParams p;
     p.grad = float_rows(grad);
     p.grad_half = half_of(grad, half);
@@ -173,16 +140,9 @@ long moe_combine_backward(const Tensor& grad,
     return run(grad, launch_moe_combine_backward, p);
 }
 
-long moe_sequence_loss(const Tensor& logits,
-                       const Tensor& indices,
-                       const Tensor& cu_seqlens,
-                       float alpha,
-                       bool softmax,
-                       const Tensor& hits,
-                       const Tensor& sums,
-                       const Tensor& loss,
-                       const Tensor& grad,
-                       const Tensor& d_logits) {
+long moe_sequence_loss(const Tensor& logits, const Tensor& indices, const Tensor& cu_seqlens,
+                       float alpha, bool softmax, const Tensor& hits, const Tensor& sums,
+                       const Tensor& loss, const Tensor& grad, const Tensor& d_logits) {
     MoeLossParams p;
     set_logits(p, logits);
     p.indices = indices.data<const void>();
@@ -201,8 +161,8 @@ long moe_sequence_loss(const Tensor& logits,
     return run(logits, launch_moe_sequence_loss, p);
 }
 
-long moe_update_bias(
-    const Tensor& bias, const Tensor& counts, float rate, bool quantile, const Tensor& result) {
+long moe_update_bias(const Tensor& bias, const Tensor& counts, float rate, bool quantile,
+                     const Tensor& result) {
     const MoeBiasParams p{bias.data<const float>(),
                           counts.data<const void>(),
                           counts.is_int64(),

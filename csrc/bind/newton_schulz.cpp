@@ -101,8 +101,7 @@ std::vector<NsCall> calls(std::vector<Part> parts, const NsRule& rule, const Opt
     return calls;
 }
 
-std::vector<NsCall> newton_schulz_plan(const Tensors& xs,
-                                       const Tensors& results,
+std::vector<NsCall> newton_schulz_plan(const Tensors& xs, const Tensors& results,
                                        const Options& options) {
     std::vector<Part> parts;
     for (std::size_t i = 0; i < xs.size(); ++i) {
@@ -113,20 +112,12 @@ std::vector<NsCall> newton_schulz_plan(const Tensors& xs,
     return calls(std::move(parts), {}, options);
 }
 
-std::vector<NsCall> muon_update_plan(const Tensors& grads,
-                                     const Tensors& weights,
-                                     const Tensors& momenta,
-                                     const Tensors& copies,
-                                     const Tensors& row_scales,
-                                     const Tensor& lr_tensor,
-                                     const Tensor& grad_scale,
-                                     const Tensor& skip,
-                                     double lr,
-                                     double weight_decay,
-                                     double momentum,
-                                     bool nesterov,
-                                     double rms_scale,
-                                     const Options& options) {
+std::vector<NsCall> muon_update_plan(const Tensors& grads, const Tensors& weights,
+                                     const Tensors& momenta, const Tensors& copies,
+                                     const Tensors& row_scales, const Tensor& lr_tensor,
+                                     const Tensor& grad_scale, const Tensor& skip, double lr,
+                                     double weight_decay, double momentum, bool nesterov,
+                                     double rms_scale, const Options& options) {
     std::vector<Part> parts;
     for (std::size_t i = 0; i < grads.size(); ++i) {
         if (grads[i].numel() == 0) continue;

@@ -20,14 +20,8 @@ void set_sizes(Params& p, const Tensor& x, const Tensor& scales) {
 
 using LaunchQuantize = void (*)(const QuantizeParams&, void*);
 
-long quantize(LaunchQuantize launch,
-              const Tensor& x,
-              const Tensor& weights,
-              const Tensor& offsets,
-              const Tensor& counts,
-              bool power_of_two,
-              const Tensor& codes,
-              const Tensor& scales) {
+long quantize(LaunchQuantize launch, const Tensor& x, const Tensor& weights, const Tensor& offsets,
+              const Tensor& counts, bool power_of_two, const Tensor& codes, const Tensor& scales) {
     QuantizeParams p;
     set_sizes(p, x, scales);
     p.x = x.data<const void>();
@@ -44,41 +38,26 @@ long quantize(LaunchQuantize launch,
     return run(x, launch, p);
 }
 
-long quantize_1x128(const Tensor& x,
-                    const Tensor& offsets,
-                    const Tensor& counts,
-                    bool power_of_two,
-                    bool transpose,
-                    const Tensor& codes,
-                    const Tensor& scales) {
+long quantize_1x128(const Tensor& x, const Tensor& offsets, const Tensor& counts, bool power_of_two,
+                    bool transpose, const Tensor& codes, const Tensor& scales) {
     return quantize(transpose ? launch_quantize_1x128_transposed : launch_quantize_1x128, x, {},
                     offsets, counts, power_of_two, codes, scales);
 }
 
-long quantize_128x128(const Tensor& w,
-                      bool power_of_two,
-                      const Tensor& codes,
+long quantize_128x128(const Tensor& w, bool power_of_two, const Tensor& codes,
                       const Tensor& scales) {
     return quantize(launch_quantize_128x128, w, {}, {}, {}, power_of_two, codes, scales);
 }
 
-long swiglu_quantize(const Tensor& gate_up,
-                     const Tensor& weights,
-                     const Tensor& offsets,
-                     const Tensor& counts,
-                     bool power_of_two,
-                     const Tensor& codes,
+long swiglu_quantize(const Tensor& gate_up, const Tensor& weights, const Tensor& offsets,
+                     const Tensor& counts, bool power_of_two, const Tensor& codes,
                      const Tensor& scales) {
     return quantize(launch_swiglu_quantize, gate_up, weights, offsets, counts, power_of_two, codes,
                     scales);
 }
 
-long rms_norm_quantize(const Tensor& x,
-                       const Tensor& weight,
-                       float eps,
-                       bool power_of_two,
-                       const Tensor& codes,
-                       const Tensor& scales) {
+long rms_norm_quantize(const Tensor& x, const Tensor& weight, float eps, bool power_of_two,
+                       const Tensor& codes, const Tensor& scales) {
     RmsNormQuantizeParams p;
     set_sizes(p, x, scales);
     p.x = x.data<const void>();
@@ -93,9 +72,7 @@ long rms_norm_quantize(const Tensor& x,
     return run(x, launch_rms_norm_quantize, p);
 }
 
-long dequantize(const Tensor& codes,
-                const Tensor& scales,
-                int64_t block_rows,
+long dequantize(const Tensor& codes, const Tensor& scales, int64_t block_rows,
                 const Tensor& values) {
     DequantizeParams p;
     set_sizes(p, codes, scales);

@@ -120,19 +120,15 @@ K2K_DEVICE void prefetch_box(const TensorMap& map, const int (&c)[3]) {
     if constexpr (kRank == 3) arch::tma_prefetch_3d(map, c[0], c[1], c[2]);
 }
 template <int kRank>
-K2K_DEVICE void load_box(
-    void* target, const TensorMap& map, Mbarrier& full, const int (&c)[3], CacheHint hint) {
+K2K_DEVICE void load_box(void* target, const TensorMap& map, Mbarrier& full, const int (&c)[3],
+                         CacheHint hint) {
     if constexpr (kRank == 1) arch::tma_load_1d(target, map, full, c[0], hint);
     if constexpr (kRank == 2) arch::tma_load_2d(target, map, full, c[0], c[1], hint);
     if constexpr (kRank == 3) arch::tma_load_3d(target, map, full, c[0], c[1], c[2], hint);
 }
 template <int kRank>
-K2K_DEVICE void load_box_multicast(void* target,
-                                   const TensorMap& map,
-                                   Mbarrier& full,
-                                   uint16_t mask,
-                                   const int (&c)[3],
-                                   CacheHint hint) {
+K2K_DEVICE void load_box_multicast(void* target, const TensorMap& map, Mbarrier& full,
+                                   uint16_t mask, const int (&c)[3], CacheHint hint) {
     if constexpr (kRank == 1) arch::tma_load_1d_multicast(target, map, full, mask, c[0], hint);
     if constexpr (kRank == 2) {
         arch::tma_load_2d_multicast(target, map, full, mask, c[0], c[1], hint);
@@ -166,9 +162,9 @@ K2K_DEVICE void show_tiles(const TilesStorage& smem, uint32_t bytes, uint32_t* o
 
 // With every cache hint; the box inside the tensor is prefetched too.
 template <int kRank>
-__global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ TensorMap map,
-                                                       const __grid_constant__ Boxes boxes,
-                                                       uint32_t* output) {
+__global__ void __launch_bounds__(128)
+    tma_load_kernel(const __grid_constant__ TensorMap map, const __grid_constant__ Boxes boxes,
+                    uint32_t* output) {
     TilesStorage& smem = arch::shared_storage<TilesStorage>();
     if (threadIdx.x == 0) {
         arch::tma_prefetch(map);
@@ -191,9 +187,9 @@ __global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ T
 // A cluster of two: CTA 0 loads the first box for both CTAs, CTA 1 the second one for both
 // and the third for itself; CTA 0's third tile is the first box again.
 template <int kRank>
-__global__ void __launch_bounds__(128) tma_multicast_kernel(const __grid_constant__ TensorMap map,
-                                                            const __grid_constant__ Boxes boxes,
-                                                            uint32_t* output) {
+__global__ void __launch_bounds__(128)
+    tma_multicast_kernel(const __grid_constant__ TensorMap map, const __grid_constant__ Boxes boxes,
+                         uint32_t* output) {
     TilesStorage& smem = arch::shared_storage<TilesStorage>();
     const uint32_t rank = arch::cluster_rank();
     if (threadIdx.x == 0) {
@@ -215,9 +211,9 @@ __global__ void __launch_bounds__(128) tma_multicast_kernel(const __grid_constan
 
 // One tile, from the input, is stored to all boxes, or added to them.
 template <int kRank, bool kAdd>
-__global__ void __launch_bounds__(128) tma_store_kernel(const __grid_constant__ TensorMap map,
-                                                        const __grid_constant__ Boxes boxes,
-                                                        const uint32_t* input) {
+__global__ void __launch_bounds__(128)
+    tma_store_kernel(const __grid_constant__ TensorMap map, const __grid_constant__ Boxes boxes,
+                     const uint32_t* input) {
     TilesStorage& smem = arch::shared_storage<TilesStorage>();
     auto* words = reinterpret_cast<uint32_t*>(smem.tiles[0]);
     for (uint32_t i = threadIdx.x; i < boxes.bytes / 4; i += blockDim.x) words[i] = input[i];
@@ -372,8 +368,9 @@ struct alignas(1024) WgmmaStorage {
 // Input: the bytes of A and B as in shared memory, then A's fragments [step][register][thread];
 // output: rows d[N / 2] of the product with A in shared memory, then, of a K-major A, in registers.
 template <class T, int N, Major kMajorA, Major kMajorB>
-__global__ void __launch_bounds__(128) wgmma_kernel(
-    const uint32_t* input, uint32_t* output, Swizzle swizzle, OperandLayout a, OperandLayout b) {
+__global__ void __launch_bounds__(128)
+    wgmma_kernel(const uint32_t* input, uint32_t* output, Swizzle swizzle, OperandLayout a,
+                 OperandLayout b) {
     using Storage = WgmmaStorage<N>;
     Storage& smem = arch::shared_storage<Storage>();
     for (uint32_t i = threadIdx.x; i < sizeof(Storage) / 4; i += 128) {

@@ -96,10 +96,7 @@ constexpr OperandLayout operand_layout(Major major, Swizzle swizzle, uint32_t ro
     return {rows * width, 8 * width, 2 * rows * width};
 }
 
-template <class T,
-          int N,
-          Swizzle kSwizzle = Swizzle::k128,
-          Major kMajorA = Major::kK,
+template <class T, int N, Swizzle kSwizzle = Swizzle::k128, Major kMajorA = Major::kK,
           Major kMajorB = Major::kK>
 void start_wgmma(const void* input, void* output, void* stream) {
     launch(shape_of(128, sizeof(WgmmaStorage<N>), stream), wgmma_kernel<T, N, kMajorA, kMajorB>,

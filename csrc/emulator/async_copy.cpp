@@ -100,11 +100,7 @@ void bulk_prefetch(const void* source, uint32_t bytes, Where where) {
     (void)first[0], (void)first[bytes - 1];  // faults on unallocated memory
 }
 
-void bulk_load(void* target,
-               const void* source,
-               uint32_t bytes,
-               void* barrier,
-               uint32_t cta_mask,
+void bulk_load(void* target, const void* source, uint32_t bytes, void* barrier, uint32_t cta_mask,
                Where where) {
     race::Quiet quiet;
     enter("bulk_load", where, 90);
@@ -128,12 +124,8 @@ void bulk_load(void* target,
     preempt("bulk_load", where);
 }
 
-void bulk_copy_to_cluster(void* local_target,
-                          const void* source,
-                          uint32_t bytes,
-                          void* local_barrier,
-                          uint32_t rank,
-                          Where where) {
+void bulk_copy_to_cluster(void* local_target, const void* source, uint32_t bytes,
+                          void* local_barrier, uint32_t rank, Where where) {
     race::Quiet quiet;
     enter("bulk_copy_to_cluster", where, 90);
     if (rank == self()->cluster_rank) {
@@ -162,12 +154,8 @@ void bulk_copy_to_cluster(void* local_target,
 
 // ---- stores by threads that are announced to an mbarrier of another CTA
 
-void store_async(void* local_target,
-                 const void* value,
-                 std::size_t bytes,
-                 void* local_barrier,
-                 uint32_t rank,
-                 Where where) {
+void store_async(void* local_target, const void* value, std::size_t bytes, void* local_barrier,
+                 uint32_t rank, Where where) {
     race::Quiet quiet;
     enter("store_async", where, 90);
     if (cluster_size() == 1) fail(where, "store_async: in a cluster of one block");
@@ -190,9 +178,7 @@ void store_async(void* local_target,
 
 // ---- bulk copies out of shared memory: by thread, in groups
 
-void add_bulk_store(const void* source,
-                    uint32_t bytes,
-                    std::function<void(const uint8_t*)> write,
+void add_bulk_store(const void* source, uint32_t bytes, std::function<void(const uint8_t*)> write,
                     Where where) {
     Block& block = own_range(source, bytes, self()->doing, where);
     require_proxy_fence(block, static_cast<const uint8_t*>(source), bytes, where);

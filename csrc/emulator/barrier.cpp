@@ -6,8 +6,8 @@
 
 namespace k2k::emulator {
 
-static void arrive(
-    NamedBarrier& barrier, unsigned expected, bool waits, const char* name, Where where) {
+static void arrive(NamedBarrier& barrier, unsigned expected, bool waits, const char* name,
+                   Where where) {
     Thread* thread = self();
     race::release(&barrier);
     if (barrier.arrived == 0) {

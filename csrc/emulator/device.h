@@ -69,41 +69,32 @@ void cp_async_commit(Where where);
 void cp_async_wait(int pending_groups, Where where);
 void cp_async_arrive(void* barrier, Where where);
 void bulk_prefetch(const void* source, uint32_t bytes, Where where);
-void bulk_load(void* target,
-               const void* source,
-               uint32_t bytes,
-               void* barrier,
-               uint32_t cta_mask,
+void bulk_load(void* target, const void* source, uint32_t bytes, void* barrier, uint32_t cta_mask,
                Where where);
 void bulk_store(void* target, const void* source, uint32_t bytes, Where where);
 void bulk_reduce_add(Type type, void* target, const void* source, uint32_t bytes, Where where);
-void bulk_copy_to_cluster(
-    void* target, const void* source, uint32_t bytes, void* barrier, uint32_t rank, Where where);
-void store_async(
-    void* target, const void* value, std::size_t bytes, void* barrier, uint32_t rank, Where where);
+void bulk_copy_to_cluster(void* target, const void* source, uint32_t bytes, void* barrier,
+                          uint32_t rank, Where where);
+void store_async(void* target, const void* value, std::size_t bytes, void* barrier, uint32_t rank,
+                 Where where);
 void bulk_commit(Where where);
 void bulk_wait(int pending_groups, bool only_read, Where where);
 
 // tma.cpp
 void tma_prefetch(const void* map, Where where);
 void tma_prefetch_box(int rank, const void* map, const int* coordinates, Where where);
-void tma_load(int rank,
-              void* target,
-              const void* map,
-              void* barrier,
-              const int* coordinates,
-              uint32_t cta_mask,
-              Where where);
+void tma_load(int rank, void* target, const void* map, void* barrier, const int* coordinates,
+              uint32_t cta_mask, Where where);
 void tma_store(int rank, const void* map, const void* source, const int* coordinates, Where where);
-void tma_reduce_add(
-    int rank, const void* map, const void* source, const int* coordinates, Where where);
+void tma_reduce_add(int rank, const void* map, const void* source, const int* coordinates,
+                    Where where);
 
 // mbarrier.cpp
 void mbarrier_init(void* barrier, uint32_t count, Where where);
 void mbarrier_inval(void* barrier, Where where);
 void mbarrier_arrive(void* barrier, uint32_t count, uint32_t expect_bytes, Where where);
-void mbarrier_arrive_remote(
-    void* barrier, uint32_t rank, uint32_t count, const char* name, Where where);
+void mbarrier_arrive_remote(void* barrier, uint32_t rank, uint32_t count, const char* name,
+                            Where where);
 void mbarrier_expect_tx(void* barrier, uint32_t bytes, Where where);
 bool mbarrier_test_wait(void* barrier, uint32_t parity, Where where);
 bool mbarrier_try_wait(void* barrier, uint32_t parity, Where where);
@@ -117,8 +108,8 @@ struct WgmmaShape {
 };
 void wgmma_fence(Where where);
 void wgmma_ss(WgmmaShape shape, float* d, uint64_t a, uint64_t b, bool accumulate, Where where);
-void wgmma_rs(
-    WgmmaShape shape, float* d, const uint32_t* a, uint64_t b, bool accumulate, Where where);
+void wgmma_rs(WgmmaShape shape, float* d, const uint32_t* a, uint64_t b, bool accumulate,
+              Where where);
 void wgmma_commit(Where where);
 void wgmma_wait(int pending_groups, Where where);
 

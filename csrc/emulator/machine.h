@@ -235,8 +235,8 @@ void unmap_shared_memory(SharedMemory& smem);
 void close_shared_memory(SharedMemory& smem);  // any later access faults
 bool shared_memory_overrun(const SharedMemory& smem);
 // The bytes at a shared-space address.
-uint8_t* shared_bytes(
-    uint32_t address, std::size_t bytes, unsigned align, const char* what, Where where);
+uint8_t* shared_bytes(uint32_t address, std::size_t bytes, unsigned align, const char* what,
+                      Where where);
 // The corresponding address in the shared memory of CTA `rank` of the cluster.
 uint8_t* peer(const void* pointer, uint32_t rank, Where where);
 // The CTA whose shared memory holds the pointer; null if none.
@@ -268,9 +268,7 @@ std::string describe_mbarrier(const Thread& thread);
 void check_registers(const Registers& registers);  // at the end of the CTA
 void check_thread_exit(Thread& thread);
 // Bulk stores and reductions of a thread; `write` gets the bytes of shared memory.
-void add_bulk_store(const void* source,
-                    uint32_t bytes,
-                    std::function<void(const uint8_t*)> write,
+void add_bulk_store(const void* source, uint32_t bytes, std::function<void(const uint8_t*)> write,
                     Where where);
 void add_elements(Type type, uint8_t* target, const uint8_t* source, uint32_t bytes, Where where);
 // The CTA around a range of shared memory.

@@ -141,8 +141,8 @@ void mbarrier_arrive(void* barrier, uint32_t count, uint32_t bytes, Where where)
 }
 
 // For both scopes: the emulator does not distinguish releases to the cluster and to the CTA.
-void mbarrier_arrive_remote(
-    void* barrier, uint32_t rank, uint32_t count, const char* name, Where where) {
+void mbarrier_arrive_remote(void* barrier, uint32_t rank, uint32_t count, const char* name,
+                            Where where) {
     race::Quiet quiet;
     enter(name, where, 90);
     void* remote = peer(barrier, rank, where);

@@ -113,8 +113,8 @@ uint32_t smem_address(const void* pointer, Where where) {
     return kFirstAddress + static_cast<uint32_t>(offset);
 }
 
-uint8_t* shared_bytes(
-    uint32_t address, std::size_t bytes, unsigned align, const char* what, Where where) {
+uint8_t* shared_bytes(uint32_t address, std::size_t bytes, unsigned align, const char* what,
+                      Where where) {
     const SharedMemory& smem = self()->block->smem;
     if (address < kFirstAddress || address - kFirstAddress + bytes > smem.bytes) {
         fail(where, "%s: shared address 0x%x (%zu bytes) is outside the block's %zu bytes", what,

@@ -21,7 +21,7 @@ void decode_columns(Type type, const void* bytes, int columns, float* values);
 
 // c[m][n] += a[m][K] b[K][n] in float, one product after the other; `as_hopper`: FP8 with the
 // rounding of H100's wgmma.
-void multiply(
-    Type type, float* c, const float* a, const float* b, int m, int n, bool as_hopper = false);
+void multiply(Type type, float* c, const float* a, const float* b, int m, int n,
+              bool as_hopper = false);
 
 }  // namespace k2k::emulator

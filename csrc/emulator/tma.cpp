@@ -94,13 +94,8 @@ void tma_prefetch_box(int rank, const void* map, const int* coordinates, Where w
     make_box(rank, map, coordinates, where);
 }
 
-void tma_load(int rank,
-              void* target,
-              const void* map,
-              void* barrier,
-              const int* coordinates,
-              uint32_t cta_mask,
-              Where where) {
+void tma_load(int rank, void* target, const void* map, void* barrier, const int* coordinates,
+              uint32_t cta_mask, Where where) {
     race::Quiet quiet;
     enter("tma_load", where, 90);
     const Box box = make_box(rank, map, coordinates, where);
@@ -130,12 +125,8 @@ void tma_load(int rank,
 
 // Writes a tile from shared memory to its box: `write(global, data, bytes)`.
 template <class Write>
-static void store_box(int rank,
-                      const void* map,
-                      const void* source,
-                      const int* coordinates,
-                      Write write,
-                      Where where) {
+static void store_box(int rank, const void* map, const void* source, const int* coordinates,
+                      Write write, Where where) {
     const Box box = make_box(rank, map, coordinates, where);
     check_tile(source, box, where);
     const auto* tile = static_cast<const uint8_t*>(source);
@@ -162,8 +153,8 @@ void tma_store(int rank, const void* map, const void* source, const int* coordin
         where);
 }
 
-void tma_reduce_add(
-    int rank, const void* map, const void* source, const int* coordinates, Where where) {
+void tma_reduce_add(int rank, const void* map, const void* source, const int* coordinates,
+                    Where where) {
     race::Quiet quiet;
     enter("tma_reduce_add", where, 90);
     TensorMapFields fields;

@@ -242,8 +242,8 @@ void ldmatrix(int count, bool transposed, uint32_t* registers, uint32_t address,
         [](Thread**, void** arguments, uint32_t) { move_matrices(arguments, true); }, where);
 }
 
-void stmatrix(
-    int count, bool transposed, const uint32_t* registers, uint32_t address, Where where) {
+void stmatrix(int count, bool transposed, const uint32_t* registers, uint32_t address,
+              Where where) {
     race::Quiet quiet;
     enter("stmatrix", where, 90);
     MatrixMove move{count, transposed, const_cast<uint32_t*>(registers), address, where};

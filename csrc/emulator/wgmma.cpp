@@ -96,8 +96,8 @@ void for_each_chunk(const Descriptor& d, int rows, bool mn_major, Visit visit) {
     }
 }
 
-std::vector<uint8_t> read_operand(
-    uint64_t bits, int rows, bool mn_major, bool check_fence, Where where) {
+std::vector<uint8_t> read_operand(uint64_t bits, int rows, bool mn_major, bool check_fence,
+                                  Where where) {
     const Descriptor d = decode(bits, where);
     Block& block = *self()->block;
     std::vector<uint8_t> bytes(static_cast<std::size_t>(rows) * kRowBytes);
@@ -273,13 +273,8 @@ void execute_wgmma(Thread** lanes, void** arguments, uint32_t) {
     warp.pending.push_back(std::move(pending));
 }
 
-void issue(WgmmaShape shape,
-           float* d,
-           const uint32_t* a_registers,
-           uint64_t a,
-           uint64_t b,
-           bool accumulate,
-           Where where) {
+void issue(WgmmaShape shape, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
+           bool accumulate, Where where) {
     race::Quiet quiet;
     enter("wgmma", where, 90);
     const Thread* thread = self();
@@ -338,8 +333,8 @@ void wgmma_ss(WgmmaShape shape, float* d, uint64_t a, uint64_t b, bool accumulat
     issue(shape, d, nullptr, a, b, accumulate, where);
 }
 
-void wgmma_rs(
-    WgmmaShape shape, float* d, const uint32_t* a, uint64_t b, bool accumulate, Where where) {
+void wgmma_rs(WgmmaShape shape, float* d, const uint32_t* a, uint64_t b, bool accumulate,
+              Where where) {
     issue(shape, d, a, 0, b, accumulate, where);
 }
 

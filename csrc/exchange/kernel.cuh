@@ -159,8 +159,8 @@ K2K_DEVICE void store_piece(uint8_t* row, int64_t column, int64_t bytes, const R
 }
 
 // End of a send: the last CTA to arrive here sets this rank's flag on every rank.
-K2K_DEVICE void finish_sending(
-    const Exchange& x, ExchangeKind kind, uint32_t epoch, bool failed, int64_t rows) {
+K2K_DEVICE void finish_sending(const Exchange& x, ExchangeKind kind, uint32_t epoch, bool failed,
+                               int64_t rows) {
     // Wait for all rows of this CTA.
     arch::sync_block();
     if (arch::warp_id() != 0) return;

@@ -48,12 +48,8 @@ K2K_DEVICE void load_pair(float (&pair)[2], const T* source, bool second) {
 
 // Adds bias or C to the accumulators of rows row and row + 8, from `column` on.
 template <int kValues>
-K2K_DEVICE void add(float (&values)[kValues],
-                    const Addend& addend,
-                    const GemmTile& tile,
-                    int row,
-                    int column,
-                    int64_t columns) {
+K2K_DEVICE void add(float (&values)[kValues], const Addend& addend, const GemmTile& tile, int row,
+                    int column, int64_t columns) {
     const int64_t first =
         tile.group * addend.matrix_stride + (tile.first_row + row) * addend.row_stride + column;
     by_result_type(addend.type, [&](auto* type) {
@@ -81,9 +77,7 @@ K2K_DEVICE float row_weight(const Fp8GemmParams& p, const GemmTile& tile, int ro
 // Multiplies a warp's 16 rows from `row` on by their weights, if any. Each product is rounded by
 // itself (no fused multiply-add with bias or C), so that all kernels give equal bits.
 template <int kValues>
-K2K_DEVICE void weigh(float (&values)[kValues],
-                      const Fp8GemmParams& p,
-                      const GemmTile& tile,
+K2K_DEVICE void weigh(float (&values)[kValues], const Fp8GemmParams& p, const GemmTile& tile,
                       int row) {
     if (p.row_weights == nullptr) return;
     row += arch::lane_id() / 4;
@@ -100,8 +94,8 @@ K2K_DEVICE void weigh(float (&values)[kValues],
 
 // weigh(), then adds bias and C, from `column` on.
 template <int kValues>
-K2K_DEVICE void weigh_and_add(
-    float (&values)[kValues], const Fp8GemmParams& p, const GemmTile& tile, int row, int column) {
+K2K_DEVICE void weigh_and_add(float (&values)[kValues], const Fp8GemmParams& p,
+                              const GemmTile& tile, int row, int column) {
     weigh(values, p, tile, row);
     row += arch::lane_id() / 4;
     column += arch::lane_id() % 4 * 2;
@@ -111,11 +105,8 @@ K2K_DEVICE void weigh_and_add(
 
 // Rounds and stores a warp's 16 rows, as far as they are within the group's D.
 template <int kValues>
-K2K_DEVICE void store_rows(const float (&values)[kValues],
-                           const Fp8GemmParams& p,
-                           const GemmTile& tile,
-                           int row,
-                           int column) {
+K2K_DEVICE void store_rows(const float (&values)[kValues], const Fp8GemmParams& p,
+                           const GemmTile& tile, int row, int column) {
     const int64_t columns = p.b.rows;
     row += arch::lane_id() / 4;
     column += arch::lane_id() % 4 * 2;

@@ -50,14 +50,8 @@ struct alignas(128) PortableStorage {
 // Starts the copies of 128 of K from k on, for the tile's rows from `row` on. Codes and scales
 // beyond `rows` or k_end are not read and become zeros.
 template <int kRows>
-K2K_DEVICE void load_operand(PortableOperand<kRows>& target,
-                             const Fp8Matrix& source,
-                             int matrix,
-                             int64_t first_row,
-                             int row,
-                             int rows,
-                             int k,
-                             int k_end) {
+K2K_DEVICE void load_operand(PortableOperand<kRows>& target, const Fp8Matrix& source, int matrix,
+                             int64_t first_row, int row, int rows, int k, int k_end) {
     // Copy the codes: 8 threads per row of 128 bytes.
     const int chunk = threadIdx.x % 8;
     const uint8_t* codes = source.codes + matrix * source.matrix_stride +
@@ -130,11 +124,7 @@ K2K_DEVICE void decode(uint32_t codes, uint32_t& even, uint32_t& odd) {
 // sum += A B over 32 of K, for a warp's rows and columns; times 2^-16 if the codes are decoded.
 template <class Tile>
 K2K_DEVICE void multiply(float (&sum)[Tile::kWarpRows / 16][Tile::kWarpColumns / 8][4],
-                         const uint8_t* a,
-                         const uint8_t* b,
-                         int row,
-                         int column,
-                         int first_chunk,
+                         const uint8_t* a, const uint8_t* b, int row, int column, int first_chunk,
                          bool native) {
     constexpr int kRowTiles = Tile::kWarpRows / 16, kColumnTiles = Tile::kWarpColumns / 8;
     const int lane = arch::lane_id();

@@ -92,14 +92,8 @@ struct HopperStorage {
 
 // Loads `rows` rows [rows, 128] of an operand from `row` on. Shared: this CTA's half, into both
 // CTAs.
-K2K_DEVICE void load_factor(uint8_t* target,
-                            const arch::TensorMap& map,
-                            arch::Mbarrier& full,
-                            int rows,
-                            bool shared,
-                            int k,
-                            int row,
-                            int matrix) {
+K2K_DEVICE void load_factor(uint8_t* target, const arch::TensorMap& map, arch::Mbarrier& full,
+                            int rows, bool shared, int k, int row, int matrix) {
     if (shared) {
         const int half = rows / 2, first = static_cast<int>(arch::cluster_rank()) * half;
         arch::tma_load_3d_multicast(target + first * kBlockK, map, full, /*cta_mask=*/3, k,
@@ -110,11 +104,8 @@ K2K_DEVICE void load_factor(uint8_t* target,
 }
 
 template <class Tile>
-K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem,
-                             const Fp8GemmParams& p,
-                             const HopperMaps& maps,
-                             Share share,
-                             int pipeline) {
+K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem, const Fp8GemmParams& p,
+                             const HopperMaps& maps, Share share, int pipeline) {
     // share: schedule pairs of adjacent tiles; each CTA of the cluster takes one of the pair.
     const bool shares = share != Share::kNone;
     const int rank = shares ? static_cast<int>(arch::cluster_rank()) : 0;
@@ -235,8 +226,8 @@ K2K_DEVICE void clear_tail(uint8_t* rows, int valid) {
 
 // result += sum * (a_scale * b_scale), with scale b0 of B in the first kBoundary columns, else b1.
 template <int kBoundary, int kValues>
-K2K_DEVICE void promote(
-    float (&result)[kValues], const float (&sum)[kValues], float2 a_scale, float b0, float b1) {
+K2K_DEVICE void promote(float (&result)[kValues], const float (&sum)[kValues], float2 a_scale,
+                        float b0, float b1) {
     const float scales[2][2] = {{a_scale.x * b0, a_scale.y * b0}, {a_scale.x * b1, a_scale.y * b1}};
     K2K_UNROLL
     for (int i = 0; i < kValues; ++i) {
@@ -246,12 +237,8 @@ K2K_DEVICE void promote(
 
 // Epilogue by TMA: 64 rows of two-byte results, in panels of 64 columns (128 bytes).
 template <class Tile, class T, int kValues>
-K2K_DEVICE void store_panels(HopperPipeline<Tile>& smem,
-                             const HopperMaps& maps,
-                             const float (&values)[kValues],
-                             int warpgroup,
-                             int column,
-                             int row,
+K2K_DEVICE void store_panels(HopperPipeline<Tile>& smem, const HopperMaps& maps,
+                             const float (&values)[kValues], int warpgroup, int column, int row,
                              int matrix) {
     static_assert(kValues / 32 % Tile::kPanels == 0, "a panel's last store was kPanels ago");
     const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
@@ -296,8 +283,8 @@ K2K_DEVICE bool is_four(const T* first, int64_t left) {
 }
 
 // Adds bias or C, if any, to four contiguous elements; `row` counts the rows of all groups.
-K2K_DEVICE void add_four(
-    float (&four)[4], const Addend& addend, int group, int64_t row, int column, int64_t left) {
+K2K_DEVICE void add_four(float (&four)[4], const Addend& addend, int group, int64_t row, int column,
+                         int64_t left) {
     if (addend.values == nullptr) return;
     const int64_t at = group * addend.matrix_stride + row * addend.row_stride + column;
     by_result_type(addend.type, [&](auto* type) {
@@ -321,13 +308,9 @@ K2K_DEVICE void add_four(
 // transposes 16 rows x 32 columns at a time through its quarter of the panel, so that its accesses
 // to C and D are coalesced. Loops are not unrolled, to keep the code small.
 template <class Tile, int kValues>
-K2K_DEVICE void store_by_rows(HopperPipeline<Tile>& smem,
-                              const Fp8GemmParams& p,
-                              float (&values)[kValues],
-                              const GemmTile& tile,
-                              int warpgroup,
-                              int row,
-                              int column) {
+K2K_DEVICE void store_by_rows(HopperPipeline<Tile>& smem, const Fp8GemmParams& p,
+                              float (&values)[kValues], const GemmTile& tile, int warpgroup,
+                              int row, int column) {
     const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
     auto* panel =
         reinterpret_cast<float*>(smem.result.panels[Tile::kPipelines == 1 ? warpgroup : 0][0]) +
@@ -383,14 +366,9 @@ K2K_DEVICE void store_by_rows(HopperPipeline<Tile>& smem,
 
 // Epilogue of 64 rows of a warpgroup: row weights, bias, C, stores.
 template <class Tile, int kValues>
-K2K_DEVICE void finish_wave(HopperPipeline<Tile>& smem,
-                            const Fp8GemmParams& p,
-                            const HopperMaps& maps,
-                            float (&values)[kValues],
-                            const GemmTile& tile,
-                            int warpgroup,
-                            int row,
-                            int column) {
+K2K_DEVICE void finish_wave(HopperPipeline<Tile>& smem, const Fp8GemmParams& p,
+                            const HopperMaps& maps, float (&values)[kValues], const GemmTile& tile,
+                            int warpgroup, int row, int column) {
     const int matrix = p.groups.axis == GemmGroups::Axis::kRows ? 0 : tile.group;
     const int d_row = static_cast<int>(tile.first_row) + row;
     weigh(values, p, tile, row + static_cast<int>(threadIdx.x % 128) / 32 * 16);
@@ -406,11 +384,8 @@ K2K_DEVICE void finish_wave(HopperPipeline<Tile>& smem,
 
 // Main loop and epilogue of a consumer warpgroup.
 template <class Tile>
-K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
-                               const Fp8GemmParams& p,
-                               const HopperMaps& maps,
-                               Share share,
-                               int warpgroup) {
+K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage, const Fp8GemmParams& p,
+                               const HopperMaps& maps, Share share, int warpgroup) {
     // This warpgroup's part of the tile: kWaves x 64 rows by kColumns columns.
     constexpr int kColumns = Tile::kColumns / Tile::kAcross;
     constexpr int kValues = kColumns / 2;  // accumulators of a thread for 64 rows
@@ -541,8 +516,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage,
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     fp8_gemm_sm90_kernel(const __grid_constant__ Fp8GemmParams p,
-                         const __grid_constant__ HopperMaps maps,
-                         Share share) {
+                         const __grid_constant__ HopperMaps maps, Share share) {
     using Storage = HopperStorage<Tile>;
     Storage& smem = arch::shared_storage<Storage>();
     // By shuffle, so that the compiler keeps it, and descriptors made of it, in uniform registers.

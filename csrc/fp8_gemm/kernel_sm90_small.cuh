@@ -74,11 +74,8 @@ K2K_DEVICE KPart part_of_k(int64_t k, uint32_t rank, uint32_t split) {
 // ---- warp 4: tile scheduler and producer of A and B
 
 template <class Tile>
-K2K_DEVICE void load_small_factors(SmallStorage<Tile>& smem,
-                                   const Fp8GemmParams& p,
-                                   const HopperMaps& maps,
-                                   KPart part,
-                                   int split) {
+K2K_DEVICE void load_small_factors(SmallStorage<Tile>& smem, const Fp8GemmParams& p,
+                                   const HopperMaps& maps, KPart part, int split) {
     GemmTiles tiles(p, Tile::kTokens, Tile::kColumns, kBand);
     tile::RingPosition<Tile::kStages> stage;
     tile::RingPosition<kTilesAhead> ahead;
@@ -161,8 +158,8 @@ K2K_DEVICE void load_small_scales(SmallStorage<Tile>& smem, const Fp8GemmParams&
 // Epilogue of a warp for one token, a lane having two columns: adds the parts, applies the row
 // weight, bias and C, stores.
 template <class Tile>
-K2K_DEVICE void finish_token(
-    SmallStorage<Tile>& smem, const Fp8GemmParams& p, const GemmTile& tile, int token, int split) {
+K2K_DEVICE void finish_token(SmallStorage<Tile>& smem, const Fp8GemmParams& p, const GemmTile& tile,
+                             int token, int split) {
     const int own = arch::lane_id() * 2, column = tile.column + own;
     const int64_t row = tile.first_row + tile.row + token;
     // Add the parts from the shared memory of every CTA of the cluster, in the order of ranks.
@@ -217,9 +214,7 @@ K2K_DEVICE void finish_token(
 
 // Main loop, exchange of the parts, epilogue.
 template <class Tile>
-K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem,
-                                     const Fp8GemmParams& p,
-                                     KPart part,
+K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem, const Fp8GemmParams& p, KPart part,
                                      int split) {
     constexpr int kValues = Tile::kTokens / 2;  // accumulators of a thread, 64 x kTokens / 128
     const int lane = arch::lane_id(), warp = arch::warp_id();
@@ -292,8 +287,7 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem,
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     fp8_gemm_sm90_small_kernel(const __grid_constant__ Fp8GemmParams p,
-                               const __grid_constant__ HopperMaps maps,
-                               int split) {
+                               const __grid_constant__ HopperMaps maps, int split) {
     using Storage = SmallStorage<Tile>;
     Storage& smem = arch::shared_storage<Storage>();
     const int warp = arch::warp_id();

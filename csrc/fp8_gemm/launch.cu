@@ -28,9 +28,7 @@ void check_sizes(const Fp8GemmParams& p) {
 
 }  // namespace
 
-void launch_fp8_gemm(const Fp8GemmParams& p,
-                     const GemmPlan& asked,
-                     const Chip& chip,
+void launch_fp8_gemm(const Fp8GemmParams& p, const GemmPlan& asked, const Chip& chip,
                      void* stream) {
     if (p.groups.number == 0 || p.a.rows == 0 || p.b.rows == 0) return;
     check_sizes(p);

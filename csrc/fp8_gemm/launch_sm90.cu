@@ -43,9 +43,7 @@ void launch_tile(const Fp8GemmParams& p, Share share, const Chip& chip, void* st
 
 }  // namespace
 
-void launch_fp8_gemm_sm90(const Fp8GemmParams& p,
-                          const GemmPlan& plan,
-                          const Chip& chip,
+void launch_fp8_gemm_sm90(const Fp8GemmParams& p, const GemmPlan& plan, const Chip& chip,
                           void* stream) {
     switch (plan.kernel) {
         case GemmKernel::kHopper128x128:

@@ -24,9 +24,7 @@ void launch_tile(const Fp8GemmParams& p, int split, const Chip& chip, void* stre
 
 }  // namespace
 
-void launch_fp8_gemm_sm90_small(const Fp8GemmParams& p,
-                                const GemmPlan& plan,
-                                const Chip& chip,
+void launch_fp8_gemm_sm90_small(const Fp8GemmParams& p, const GemmPlan& plan, const Chip& chip,
                                 void* stream) {
     switch (plan.kernel) {
         case GemmKernel::kSmall8:

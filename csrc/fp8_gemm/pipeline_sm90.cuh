@@ -55,9 +55,7 @@ K2K_DEVICE void finish_scales() {
 // result += sum * (a_scale * b_scale), with a scale for each of the lane's two rows (a_scale) and
 // one per column (b_scales, from the lane's first column on).
 template <int kValues>
-K2K_DEVICE void promote(float (&result)[kValues],
-                        const float (&sum)[kValues],
-                        float2 a_scale,
+K2K_DEVICE void promote(float (&result)[kValues], const float (&sum)[kValues], float2 a_scale,
                         const float* b_scales) {
     K2K_UNROLL
     for (int j = 0; j < kValues / 4; ++j) {

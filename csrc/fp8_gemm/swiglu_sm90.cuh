@@ -25,8 +25,8 @@ struct SwigluExchange {
 
 // Quantises and stores 128 columns of a row of silu(gate) * up. Lane t of the quad has columns
 // 8 j + 2 t + e in hidden[2 j + e]. All lanes of the warp call it; only `real` rows are stored.
-K2K_DEVICE void store_codes(
-    const float (&hidden)[32], const Fp8GemmParams& p, const GemmTile& tile, int row, bool real) {
+K2K_DEVICE void store_codes(const float (&hidden)[32], const Fp8GemmParams& p, const GemmTile& tile,
+                            int row, bool real) {
     // One scale for the 128 columns: amax over the quad.
     const float amax = tile::block_amax<4>(hidden);
     const float scale = tile::scale_of(amax, p.d_scales.power_of_two);
@@ -58,12 +58,8 @@ K2K_DEVICE void store_codes(
 
 // Finishes a tile: `first` and `last` are the warpgroup's accumulators of rows 0 .. 63 and 64 ..
 // 127, of gate in warpgroup 0, of up in warpgroup 1.
-K2K_DEVICE void finish_swiglu(SwigluExchange& exchange,
-                              const Fp8GemmParams& p,
-                              float (&first)[64],
-                              float (&last)[64],
-                              const GemmTile& tile,
-                              int warpgroup) {
+K2K_DEVICE void finish_swiglu(SwigluExchange& exchange, const Fp8GemmParams& p, float (&first)[64],
+                              float (&last)[64], const GemmTile& tile, int warpgroup) {
     const int thread = threadIdx.x % 128, warp = thread / 32;
     // Swap in warpgroup 1, so that both keep `first` and send `last`.
     K2K_UNROLL

@@ -55,8 +55,8 @@ class GroupedPanel {
 
     // Sets the first chunk of this thread in the matrix at `source`: position `outer` of the tile's
     // axis, where `outer_left` remain, and `depth` of the summed axis.
-    K2K_DEVICE void begin(
-        const T* source, int64_t stride, int64_t outer, int64_t outer_left, int64_t depth) {
+    K2K_DEVICE void begin(const T* source, int64_t stride, int64_t outer, int64_t outer_left,
+                          int64_t depth) {
         static_assert(in_all_banks(),
                       "the eight rows that ldmatrix reads at once must not collide");
         const int row = threadIdx.x / kRowChunks, column = threadIdx.x % kRowChunks * 8;
@@ -128,10 +128,8 @@ struct GroupedGemmPanels {
 
 // sums += A B of a stage, for the warp's kWarpRows x 32: [16 rows][8 columns][fragment].
 template <class T, class Tile, bool kAByColumns, bool kBByColumns>
-K2K_DEVICE void multiply_stage(float (&sums)[Tile::kWarpRows / 16][4][4],
-                               uint32_t stage,
-                               int warp_row,
-                               int warp_column) {
+K2K_DEVICE void multiply_stage(float (&sums)[Tile::kWarpRows / 16][4][4], uint32_t stage,
+                               int warp_row, int warp_column) {
     using Panels = GroupedGemmPanels<T, Tile, kAByColumns, kBByColumns>;
     using A = typename Panels::A;
     using B = typename Panels::B;

@@ -76,12 +76,8 @@ K2K_DEVICE int page_of_round(const MlaDecodeParams& p, const MlaTask& task, int 
 // Starts the copies of that round to `stage`. Keys behind the end become zeros: 0 * NaN would
 // be NaN in the output.
 template <bool kQuantized>
-K2K_DEVICE void copy_round(const MlaDecodeParams& p,
-                           const MlaTask& task,
-                           bool& bad_page,
-                           uint32_t stage,
-                           int key,
-                           int page) {
+K2K_DEVICE void copy_round(const MlaDecodeParams& p, const MlaTask& task, bool& bad_page,
+                           uint32_t stage, int key, int page) {
     // Eight threads copy a key's row, 128 contiguous bytes at a time.
     const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
     key += row;

@@ -110,8 +110,8 @@ struct MlaCtas {
     K2K_DEVICE static uint32_t rank() { return kPair ? arch::cluster_rank() : 0; }
 
     // Starts the copy of a part of a box.
-    K2K_DEVICE static void load(
-        uint4* target, const TensorMap& cache, Mbarrier& landed, int column, int slot, int page) {
+    K2K_DEVICE static void load(uint4* target, const TensorMap& cache, Mbarrier& landed, int column,
+                                int slot, int page) {
         constexpr auto kHint = arch::CacheHint::kEvictFirst;
         if constexpr (kPair) {
             arch::tma_load_3d_multicast(target, cache, landed, 3, column, slot, page, kHint);
@@ -196,9 +196,7 @@ class PagesOfTask {
 };
 
 template <class Ctas>
-K2K_DEVICE void load_tasks(MlaSm90Storage& smem,
-                           const MlaDecodeParams& p,
-                           const TensorMap& q_map,
+K2K_DEVICE void load_tasks(MlaSm90Storage& smem, const MlaDecodeParams& p, const TensorMap& q_map,
                            const TensorMap& cache_map) {
     // Elected, so that the compiler can prove that one lane alone starts the copies.
     const bool leader = arch::elect_one();
@@ -286,13 +284,8 @@ K2K_DEVICE void scale(HalfOutput& out, const float (&factor)[2]) {
 
 // Stores row h of this thread times `by`, from column `first` of the output on.
 template <class T>
-K2K_DEVICE void store_half_row(const MlaDecodeParams& p,
-                               const MlaTask& task,
-                               const HalfOutput& out,
-                               int tile_row,
-                               int h,
-                               int first,
-                               float by) {
+K2K_DEVICE void store_half_row(const MlaDecodeParams& p, const MlaTask& task, const HalfOutput& out,
+                               int tile_row, int h, int first, float by) {
     const bool real = tile_row < task.num_rows;  // its four lanes agree, all 32 need not
     const int lane = arch::lane_id() % 4;
     // split keys: floats to the workspace, for kernel_combine.cuh.

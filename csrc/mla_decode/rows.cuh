@@ -39,23 +39,16 @@ K2K_DEVICE int64_t partial_row(const MlaDecodeParams& p, const MlaTask& task, in
 // Masks the scores of row `tile_row`, row h of this thread, from the row's border or the end of the
 // task's keys on; `key` is that of scores[0][2 h].
 template <int kTiles>
-K2K_DEVICE void mask_row(float (&scores)[kTiles][4],
-                         const MlaDecodeParams& p,
-                         const MlaTask& task,
-                         int tile_row,
-                         int h,
-                         int key) {
+K2K_DEVICE void mask_row(float (&scores)[kTiles][4], const MlaDecodeParams& p, const MlaTask& task,
+                         int tile_row, int h, int key) {
     const int border = mla_row(p, task, tile_row).border;
     tile::mask_row(scores, h, key, border < task.end_key ? border : task.end_key);
 }
 
 // Stores lse and the largest logit of row h of this thread, `tile_row` of the tile: as results, or
 // as those of a part. By one thread of the quad.
-K2K_DEVICE void store_stats(const MlaDecodeParams& p,
-                            const MlaTask& task,
-                            const tile::OnlineSoftmax& softmax,
-                            const MlaRow& place,
-                            int tile_row,
+K2K_DEVICE void store_stats(const MlaDecodeParams& p, const MlaTask& task,
+                            const tile::OnlineSoftmax& softmax, const MlaRow& place, int tile_row,
                             int h) {
     const int64_t row = place.token * p.heads + place.head;
     const float lse2 = softmax.lse2(p.scale * kLog2E, h), largest = softmax.max_logit(p.scale, h);

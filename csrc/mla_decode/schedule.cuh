@@ -306,9 +306,7 @@ class MlaTasks {
     // Writes the task; false if there is none: no keys, or no tile of the turn for this member. If
     // a pair of CTAs has only one tile, both get the task, the second with num_rows 0: it loads its
     // boxes of keys for the first.
-    K2K_DEVICE bool fill(const MlaDecodeParams& p,
-                         MlaTask& task,
-                         const Sequence& of,
+    K2K_DEVICE bool fill(const MlaDecodeParams& p, MlaTask& task, const Sequence& of,
                          const Piece& piece) const {
         if (piece.begin_block >= piece.end_block) return false;
         const int tile = piece.turn * p.plan.team_size + member_;

@@ -32,8 +32,8 @@
 namespace k2k {
 
 // Loads sixteen contiguous elements of a row of any type, as float32.
-K2K_DEVICE void load_floats(
-    float (&values)[16], const FloatRows& rows, int64_t row, int64_t column, int64_t columns) {
+K2K_DEVICE void load_floats(float (&values)[16], const FloatRows& rows, int64_t row, int64_t column,
+                            int64_t columns) {
     const int64_t first = row * rows.row_stride;
     if (rows.type == Type::kBf16) {
         const bf16* from = static_cast<const bf16*>(rows.values) + first;
@@ -49,8 +49,8 @@ K2K_DEVICE void load_floats(
 
 // Rounds sixteen values to T and stores them in row `row` of a contiguous matrix.
 template <class T>
-K2K_DEVICE void store_floats(
-    void* matrix, int64_t row, int64_t column, int64_t columns, const float (&values)[16]) {
+K2K_DEVICE void store_floats(void* matrix, int64_t row, int64_t column, int64_t columns,
+                             const float (&values)[16]) {
     tile::Sixteen<T> sixteen;
     tile::narrow(sixteen, values);
     tile::store_sixteen(static_cast<T*>(matrix) + row * columns, column, columns, sixteen);

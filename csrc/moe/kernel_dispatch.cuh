@@ -129,8 +129,7 @@ K2K_DEVICE void plan_block(MovePlan& smem, const MoeDispatchParams& p) {
 }
 
 // Writes -1 to token_of_slot of padding: after each expert's rows, and after all experts.
-K2K_DEVICE void mark_padding(const MoeDispatchParams& p,
-                             const int32_t* offsets,
+K2K_DEVICE void mark_padding(const MoeDispatchParams& p, const int32_t* offsets,
                              const int32_t* counts) {
     // A warp per expert, then all warps over the slots after the last expert.
     const int64_t warps = int64_t(gridDim.x) * kMoeWarps;

@@ -43,9 +43,7 @@ struct ThreadPairs {
 
 // Ranks pairs first .. first + count - 1 (at most kPlanTile). All threads of the CTA call it;
 // afterwards each may read all totals.
-K2K_DEVICE ThreadPairs rank_tile(TileRanks& smem,
-                                 const MoeDispatchParams& p,
-                                 int64_t first,
+K2K_DEVICE ThreadPairs rank_tile(TileRanks& smem, const MoeDispatchParams& p, int64_t first,
                                  int count) {
     const int warp = arch::warp_id(), lane = arch::lane_id();
     const int rounds = static_cast<int>(ceil_div(count, kMoeThreads));
@@ -114,9 +112,7 @@ struct PlaceExperts {
 // Stores kEach contiguous values, those before `end`. Four go as one vector, without bank
 // conflicts, to shared memory with capacity beyond `end`; else one by one.
 template <int kEach>
-K2K_DEVICE void store_neighbours(int32_t* target,
-                                 int first,
-                                 int end,
+K2K_DEVICE void store_neighbours(int32_t* target, int first, int end,
                                  const int32_t (&values)[kEach]) {
     if constexpr (kEach == 4) {
         reinterpret_cast<uint4*>(target)[first / 4] =
@@ -134,11 +130,8 @@ K2K_DEVICE void store_neighbours(int32_t* target,
 // with capacity for all experts. `overflow`, unless null, receives the number of dropped pairs. All
 // threads of the CTA call it; a barrier must come before `offsets` and `counts` are read.
 template <int kThreads, int kEach>
-K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem,
-                              const MoeDispatchParams& p,
-                              const int32_t (&totals)[kEach],
-                              int32_t* offsets,
-                              int32_t* counts,
+K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem, const MoeDispatchParams& p,
+                              const int32_t (&totals)[kEach], int32_t* offsets, int32_t* counts,
                               int64_t* overflow) {
     constexpr int kWarps = kThreads / 32;
     const int warp = arch::warp_id(), lane = arch::lane_id();

@@ -98,8 +98,8 @@ K2K_HOST_DEVICE constexpr int64_t ns_offset(NsBuffer buffer, int64_t batch, int6
 }
 
 // Small matrices have X_0 alone, which is overwritten.
-constexpr int64_t ns_buffer_bytes(
-    int64_t batch, int64_t m, int64_t n, bool gram, bool small = false) {
+constexpr int64_t ns_buffer_bytes(int64_t batch, int64_t m, int64_t n, bool gram,
+                                  bool small = false) {
     const NsBuffer end = small ? NsBuffer::kX1 : gram ? NsBuffer::kResult : NsBuffer::kProduct;
     return 2 * ns_offset(end, batch, m, n);
 }

@@ -140,11 +140,8 @@ struct NsChunk {
     // 16 elements of the momentum; kFirst: `grad` is averaged into it, and it is stored. Loads are
     // not those of read-only data (ld.global.nc): this kernel writes it.
     template <class M, bool kFirst>
-    K2K_DEVICE void momentum(float (&average)[16],
-                             const float (&grad)[16],
-                             const NsView& view,
-                             int64_t offset,
-                             int column) const {
+    K2K_DEVICE void momentum(float (&average)[16], const float (&grad)[16], const NsView& view,
+                             int64_t offset, int column) const {
         M* row = static_cast<M*>(view.data) + offset;
         tile::Sixteen<M> stored;
         if (tile::in_vectors(row, column, tensor.n)) {

@@ -90,13 +90,8 @@ struct NsPanel {
 // sums += A[first_row ..][:] B[:][first_column ..], of both operands' panels; sums [64, 32] of a
 // warp, in fragments of 16 x 8. `active`: the warp's part is inside of the result.
 template <class T, bool kByColumns>
-K2K_DEVICE void multiply_tile(float (&sums)[4][4][4],
-                              uint32_t ring,
-                              const NsMatrix<T>& a,
-                              const NsMatrix<T>& b,
-                              int first_row,
-                              int first_column,
-                              int depth,
+K2K_DEVICE void multiply_tile(float (&sums)[4][4][4], uint32_t ring, const NsMatrix<T>& a,
+                              const NsMatrix<T>& b, int first_row, int first_column, int depth,
                               bool active) {
     NsPanel<T, kByColumns> panel_a(a, first_row), panel_b(b, first_column);
     constexpr uint32_t kStageBytes = 2 * kNsPanelBytes;

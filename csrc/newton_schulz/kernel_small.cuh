@@ -163,10 +163,8 @@ class NsSmallMatrix {
   public:
     using Square = NsSmallSquare;
 
-    K2K_DEVICE NsSmallMatrix(NsSmallStorage<kBlocks>& storage,
-                             const NsTables& tables,
-                             int tensor_index,
-                             int matrix)
+    K2K_DEVICE NsSmallMatrix(NsSmallStorage<kBlocks>& storage, const NsTables& tables,
+                             int tensor_index, int matrix)
         : storage_(storage), tables_(tables), tensor_index_(tensor_index), matrix_(matrix) {
         const NsTensor& t = tables.tensors[tensor_index];
         short_side_ = kTall ? t.n : t.m;
@@ -209,14 +207,8 @@ class NsSmallMatrix {
     }
 
     // d = alpha a b + beta c; with `shifts`, Q = d + diagonal I.
-    K2K_DEVICE void square(Square a,
-                           Square b,
-                           float alpha,
-                           float beta,
-                           Square c,
-                           Square d,
-                           bool shifts,
-                           float diagonal) {
+    K2K_DEVICE void square(Square a, Square b, float alpha, float beta, Square c, Square d,
+                           bool shifts, float diagonal) {
         // Both operands are in shared memory: no barrier inside the main loop.
         NsSums64x32 sums = {};
         if (square_active_) {
@@ -242,13 +234,8 @@ class NsSmallMatrix {
     }
 
     // The epilogue of a triangle: d = alpha sums + beta c; with `shifts`, Q = d + diagonal I.
-    K2K_DEVICE void store_square(const NsSums64x32& sums,
-                                 float alpha,
-                                 float beta,
-                                 Square c,
-                                 Square d,
-                                 bool shifts,
-                                 float diagonal) {
+    K2K_DEVICE void store_square(const NsSums64x32& sums, float alpha, float beta, Square c,
+                                 Square d, bool shifts, float diagonal) {
         const int block_row = square_row_ / kNsSmallBlock,
                   block_column = square_column_ / kNsSmallBlock;
         // Each warp's blocks, a pair at a time; c, d and Q have the same layout.
@@ -433,10 +420,8 @@ class NsSmallMatrix {
 };
 
 template <class T, int kBlocks, bool kTall>
-K2K_DEVICE void small_iteration(const NsSmall& p,
-                                NsSmallStorage<kBlocks>& storage,
-                                int tensor_index,
-                                int matrix) {
+K2K_DEVICE void small_iteration(const NsSmall& p, NsSmallStorage<kBlocks>& storage,
+                                int tensor_index, int matrix) {
     NsSmallMatrix<T, kBlocks, kTall> iteration(storage, p.tables, tensor_index, matrix);
     const bool standard = !p.tables.tensors[tensor_index].gram;
     bool fresh = true;  // Q has been multiplied into X, or there is none yet

@@ -40,12 +40,8 @@ int64_t total(const std::vector<NsTensor>& tensors, int begin, int end, Count&& 
 }
 
 // Adds the ops of a program's stage for tensors begin .. end - 1, if it has that stage.
-void add_ops(NsStage& stage,
-             const NsProgram& program,
-             std::size_t index,
-             const std::vector<NsTensor>& tensors,
-             int begin,
-             int end) {
+void add_ops(NsStage& stage, const NsProgram& program, std::size_t index,
+             const std::vector<NsTensor>& tensors, int begin, int end) {
     if (begin == end || index >= program.size()) return;
     for (NsOp op : program[index]) {
         op.begin = begin;
@@ -64,8 +60,8 @@ void launch_prologue(const LaunchShape& shape, const NsPrologue& prologue) {
 
 // The iteration of small matrices with a short side of kBlocks blocks of 64.
 template <class T, int kBlocks>
-void launch_small(
-    const NsCall& call, const NsTables& tables, int begin, int64_t matrices, void* stream) {
+void launch_small(const NsCall& call, const NsTables& tables, int begin, int64_t matrices,
+                  void* stream) {
     if (matrices == 0) return;
     NsSmall small = {};
     small.tables = tables;

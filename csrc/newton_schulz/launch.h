@@ -26,9 +26,7 @@ struct NsCall {
 void launch_newton_schulz(const NsCall& call, void* stream);
 
 // Launches a stage with the kernel for sm_90a.
-void launch_newton_schulz_sm90(const NsStage& stage,
-                               Type iterate_type,
-                               unsigned tiles,
+void launch_newton_schulz_sm90(const NsStage& stage, Type iterate_type, unsigned tiles,
                                void* stream);
 
 }  // namespace k2k

@@ -4,9 +4,7 @@
 
 namespace k2k {
 
-void launch_newton_schulz_sm90(const NsStage& stage,
-                               Type iterate_type,
-                               unsigned tiles,
+void launch_newton_schulz_sm90(const NsStage& stage, Type iterate_type, unsigned tiles,
                                void* stream) {
     LaunchShape shape{tiles, kNsHopperThreads};
     shape.stream = stream;

@@ -9,8 +9,8 @@ namespace k2k {
 
 // The tensor of tensors begin .. end - 1 that work unit `index` belongs to: the last one with
 // `first` <= index. A binary search; neighbouring CTAs read the same few cache lines.
-K2K_DEVICE int find_tensor(
-    const NsTensor* tensors, int64_t NsTensor::* first, int begin, int end, int64_t index) {
+K2K_DEVICE int find_tensor(const NsTensor* tensors, int64_t NsTensor::* first, int begin, int end,
+                           int64_t index) {
     while (end - begin > 1) {
         const int middle = (begin + end) / 2;
         if (tensors[middle].*first <= index) {

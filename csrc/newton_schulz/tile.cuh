@@ -98,8 +98,8 @@ K2K_DEVICE void store_mirrored(uint32_t tile, const NsMatrix<T>& to, const NsTil
 
 // The last product: the tile goes to the caller's tensor.
 template <class T>
-K2K_DEVICE void finish_tile(
-    const uint8_t* tile, const NsFinish& finish, int m, int n, const NsTile& place) {
+K2K_DEVICE void finish_tile(const uint8_t* tile, const NsFinish& finish, int m, int n,
+                            const NsTile& place) {
     K2K_NO_UNROLL
     for (int round = 0; round < kNsChunks; ++round) {
         // Any alignment of the caller's rows: `finish` stores whole vectors or elements.

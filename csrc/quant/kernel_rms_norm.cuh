@@ -59,9 +59,7 @@ K2K_DEVICE void put(SharedSixteens<T>& place, const tile::Sixteen<T>& sixteen) {
 
 // Starts the copy of row[column .. column + 15] to this thread's place, zeros beyond `columns`.
 template <class T>
-K2K_DEVICE void start_copy(SharedSixteens<T>& place,
-                           const T* row,
-                           int64_t column,
+K2K_DEVICE void start_copy(SharedSixteens<T>& place, const T* row, int64_t column,
                            int64_t columns) {
     if (tile::in_vectors(row, column, columns)) {
         const auto* source = reinterpret_cast<const uint4*>(row + column);

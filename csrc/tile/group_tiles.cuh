@@ -34,9 +34,7 @@ struct GroupSizes {
 class GroupTiles {
   public:
     // Tiles of tile_rows x tile_columns. All lanes of a warp make and use one.
-    K2K_DEVICE GroupTiles(const GroupSizes& sizes,
-                          int tile_rows,
-                          int tile_columns,
+    K2K_DEVICE GroupTiles(const GroupSizes& sizes, int tile_rows, int tile_columns,
                           int band K2K_WHERE)
         : sizes_(sizes), tile_rows_(tile_rows), tile_columns_(tile_columns), band_(band) {
         look_at_groups(0, 0 K2K_PASS_WHERE);

@@ -115,9 +115,7 @@ K2K_DEVICE Sixteen<T> load_sixteen(const T* row, int64_t column, int64_t columns
 
 // Stores the elements that lie before `columns`, in the same way.
 template <class T>
-K2K_DEVICE void store_sixteen(T* row,
-                              int64_t column,
-                              int64_t columns,
+K2K_DEVICE void store_sixteen(T* row, int64_t column, int64_t columns,
                               const Sixteen<T>& sixteen K2K_WHERE) {
     if (in_vectors(row, column, columns)) {
         auto* target = reinterpret_cast<uint4*>(row + column);

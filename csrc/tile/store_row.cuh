@@ -29,8 +29,8 @@ K2K_DEVICE void transpose_quad(uint32_t (&words)[4] K2K_WHERE) {
 // (none or less: the row is not stored). `aligned`: rows of D begin at multiples of 16 bytes.
 // Floats: the lanes of a quad store 32 contiguous bytes.
 template <int kValues>
-K2K_DEVICE void store_row(
-    float* d, const float (&values)[kValues], int h, int64_t left, bool aligned) {
+K2K_DEVICE void store_row(float* d, const float (&values)[kValues], int h, int64_t left,
+                          bool aligned) {
     K2K_UNROLL
     for (int j = 0; j < kValues / 4; ++j) {
         const float low = values[4 * j + 2 * h], high = values[4 * j + 2 * h + 1];
