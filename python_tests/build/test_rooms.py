@@ -36,11 +36,6 @@ EVERYWHERE = {"k2kernels._backend", "k2kernels._backend.UnsupportedError"}
 # K2Model.generate is the engine's function. The engine imports the modules below K2Model, never K2Model itself.
 UPWARDS = {
     "k2kernels/model/model.py": {"k2kernels.engine.generate", "k2kernels.engine.generate.generate"},
-    # Until moe_mlp is in k2kernels/functional.
-    "k2kernels/ops/moe.py": {
-        "k2kernels.functional.fp8_linear",
-        "k2kernels.functional.fp8_linear.grouped_fp8_linear",
-    },
 }
 
 
