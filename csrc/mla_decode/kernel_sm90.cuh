@@ -41,9 +41,9 @@
 //           landed[2][9]     producer + bytes          Left, box by box
 //           read[2]          8 consumer warps, in a    producer: the stage is free
 //                            pair 16 of both CTAs
-//           handed_over      4 warps of Left           Right: P and the rescale factors are stored;
+//           p_full           4 warps of Left           Right: P and the rescale factors are stored;
 //                                                      at the end of a task, the normalizers
-//           taken_over       4 warps of Right          Left: before it overwrites them
+//           p_empty          4 warps of Right          Left: before it overwrites them
 //           Right needs no wait of its own for the keys: Left has waited for all nine boxes.
 // Tail      in the last block, rows of the stage past the end of the task are stale or other rows
 //           of the page. Their scores are masked and their rows of V cleared, as 0 * NaN is NaN.
@@ -99,7 +99,7 @@ struct MlaSm90Storage {
     Mbarrier task_known[kHopperTaskSlots], task_done[kHopperTaskSlots];
     Mbarrier q_landed, q_read;
     Mbarrier landed[kHopperStages][kHopperBoxes], read[kHopperStages];
-    Mbarrier handed_over, taken_over;
+    Mbarrier p_full, p_empty;
 };
 static_assert(sizeof(MlaSm90Storage) <= 232448 && kKeyDim % kHopperColumns == 0);
 
@@ -151,8 +151,8 @@ K2K_DEVICE void make_barriers(MlaSm90Storage& smem) {
         for (Mbarrier& landed : smem.landed[stage]) arch::mbarrier_init(landed, 1);
         arch::mbarrier_init(smem.read[stage], 8 * Ctas::kCount);
     }
-    arch::mbarrier_init(smem.handed_over, 4);
-    arch::mbarrier_init(smem.taken_over, 4);
+    arch::mbarrier_init(smem.p_full, 4);
+    arch::mbarrier_init(smem.p_empty, 4);
     arch::fence_mbarrier_init();
 }
 
@@ -343,14 +343,14 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
     const uint32_t chunk = tile::swizzled(lane, lane / 16) * 16;
 
     KeysPosition stage;
-    uint32_t q_parity = 0, taken_parity = 1;
+    uint32_t q_parity = 0, empty_parity = 1;
     const auto hand_over = [&] {
         arch::fence_proxy_async();
-        warp_arrive(smem.handed_over);
+        warp_arrive(smem.p_full);
     };
-    const auto wait_taken_over = [&] {
-        arch::mbarrier_wait(smem.taken_over, taken_parity);
-        taken_parity ^= 1;
+    const auto wait_p_empty = [&] {
+        arch::mbarrier_wait(smem.p_empty, empty_parity);
+        empty_parity ^= 1;
     };
     for (TaskPosition at;; at.advance()) {
         arch::mbarrier_wait(smem.task_known[at.slot], at.parity);
@@ -410,7 +410,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
                 }
             }
             // Store P and the factors for Right, once it has read the last block's.
-            wait_taken_over();
+            wait_p_empty();
             K2K_UNROLL
             for (int k = 0; k < kBlockKeys / 16; ++k) {
                 arch::stmatrix(a[k], probabilities + (chunk ^ k * 32));
@@ -442,7 +442,7 @@ K2K_DEVICE void attend_left(MlaSm90Storage& smem, const MlaDecodeParams& p) {
 
         // Epilogue: pass the normalizers to Right, then store statistics and the left half.
         softmax.finish(smem.bad_page[at.slot]);
-        wait_taken_over();
+        wait_p_empty();
         if (pair == 0) {
             smem.factors[row] = softmax.normalizer(0);
             smem.factors[row + 8] = softmax.normalizer(1);
@@ -471,10 +471,10 @@ K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
         arch::matrix_descriptor(&smem.keys[0][kHalfBoxes], swizzle, kBoxBytes, 1024);
 
     KeysPosition stage;
-    uint32_t handed_parity = 0;
+    uint32_t full_parity = 0;
     const auto take_factors = [&](float (&factor)[2]) {
-        arch::mbarrier_wait(smem.handed_over, handed_parity);
-        handed_parity ^= 1;
+        arch::mbarrier_wait(smem.p_full, full_parity);
+        full_parity ^= 1;
         factor[0] = smem.factors[row], factor[1] = smem.factors[row + 8];
     };
     for (TaskPosition at;; at.advance()) {
@@ -506,12 +506,12 @@ K2K_DEVICE void attend_right(MlaSm90Storage& smem, const MlaDecodeParams& p) {
             arch::wgmma_commit();
             arch::wgmma_wait<0>(out);
             // Release P and the factors to Left, the stage to the producer.
-            warp_arrive(smem.taken_over);
+            warp_arrive(smem.p_empty);
             Ctas::release(smem.read[stage.slot]);
         }
         // Epilogue: take the normalizers, store the right half.
         take_factors(factor);
-        warp_arrive(smem.taken_over);
+        warp_arrive(smem.p_empty);
         store_half_row<T>(p, task, out, row, 0, kHalfLatent, factor[0]);
         store_half_row<T>(p, task, out, row + 8, 1, kHalfLatent, factor[1]);
         warp_arrive(smem.task_done[at.slot]);

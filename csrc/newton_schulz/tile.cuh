@@ -34,7 +34,6 @@ K2K_DEVICE uint32_t tile_offset(int row, int chunk) {
 // A tile of a result.
 struct NsTile {
     int row, column;  // first row and column
-    bool mirrored;    // below the diagonal: its transpose is stored, too
     bool diagonal;    // only its lower triangle is used
 };
 
@@ -44,14 +43,14 @@ K2K_DEVICE NsTile find_tile(bool triangular, int m, int n, int index) {
         const int rows = ceil_div(m, kNsTile), columns = ceil_div(n, kNsTile);
         const bool wide = m <= n;
         return {(wide ? index % rows : index / columns) * kNsTile,
-                (wide ? index / rows : index % columns) * kNsTile, false, false};
+                (wide ? index / rows : index % columns) * kNsTile, false};
     }
     // Lower triangle, row by row: row (row + 1) / 2 tiles come before a row.
     int row = static_cast<int>((sqrtf(8.0f * index + 1) - 1) / 2);
     while (triangle(row) > index) --row;  // the root was rounded
     while (triangle(row + 1) <= index) ++row;
     const int column = index - static_cast<int>(triangle(row));
-    return {row * kNsTile, column * kNsTile, row != column, row == column};
+    return {row * kNsTile, column * kNsTile, row == column};
 }
 
 // Stores the tile in rows of `to` [rows, columns], 16 bytes a thread.
