@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2kernels.functional.fp8_linear import grouped_fp8_linear
 from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops.fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_swiglu, grouped_fp8_linear
+from k2kernels.ops.fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_swiglu
 from k2kernels.ops.grouped_gemm import multiply
 from k2kernels.ops.moe import Routing, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE, swiglu
