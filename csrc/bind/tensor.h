@@ -15,8 +15,8 @@ namespace k2k::bind {
 
 const DLPackExchangeAPI& exchange_api();  // tensor.cpp
 
-// What a function may ask of a tensor, or of None in its place. Shapes, dtypes and devices have been
-// checked in Python; an axis counts from the end where it is negative.
+// A view of a tensor, or of None in its place. Shapes, dtypes and devices have been checked in
+// Python; a negative axis counts from the end.
 class Tensor {
   public:
     explicit operator bool() const { return !none_; }  // false for None
@@ -29,7 +29,7 @@ class Tensor {
     int32_t dims() const { return t_.ndim; }
     int64_t size(int axis) const { return t_.shape[axis < 0 ? t_.ndim + axis : axis]; }
     int64_t stride(int axis) const { return t_.strides[axis < 0 ? t_.ndim + axis : axis]; }
-    // The same of an axis that the tensor may lack: one matrix rather than several.
+    // The same, or `other` where the tensor has no such axis: one matrix rather than several.
     int64_t size_or(int axis, int64_t other) const { return has(axis) ? size(axis) : other; }
     int64_t stride_or(int axis, int64_t other) const { return has(axis) ? stride(axis) : other; }
     int64_t numel() const;
@@ -47,7 +47,7 @@ class Tensor {
     bool none_ = true;
 };
 
-// A size for a field of 32 bits.
+// A size as a field of 32 bits holds it.
 inline int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }
 
 }  // namespace k2k::bind
