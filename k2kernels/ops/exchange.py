@@ -160,7 +160,7 @@ class Rank(PlainRank):
         self._gathered = torch.empty(1, dtype=torch.int32, device=indices.device)
         results = slot_of, poisoned, self._gathered
         if self.by_kernels():
-            self._awaited = indices, weights
+            self._awaited = indices, weights  # alive until the next wait: emulated launches may run later
             self._launch("exchange_gather_wait", "gather", 0, indices, weights, *results)
         else:
             self.plain_gather_wait(indices, weights, *results)
