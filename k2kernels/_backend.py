@@ -17,7 +17,7 @@ ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_120")
 
 
 class UnsupportedError(RuntimeError):
-    """No kernel serves this device, this size or this request."""
+    """No kernel serves this device, this size or these options."""
 
 
 class PeerTimeout(RuntimeError):
@@ -37,7 +37,7 @@ class PeerTimeout(RuntimeError):
 
 
 class Mode(NamedTuple):
-    """What the innermost `with` block asked for."""
+    """What the innermost `with` block selects."""
 
     backend: str = "auto"  # auto, reference, cuda or emulated
     arch: str | None = None  # emulated only
@@ -75,9 +75,10 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
     Args:
         arch: of which chip: "sm_80" (A100: the portable kernels), "sm_89" or "sm_120" (the same with 99 KB of shared
             memory and e4m3 products) or "sm_90a" (Hopper's).
-        seed: the adversarial schedule of warps and blocks: 0 is round robin, 1 depth first, any other number random
-            priorities of the warps. Asynchronous copies come as late as the program allows, which finds most bugs;
-            of every eight seeds the seventh (6, 14, ...) has them come at any time, the eighth (7, 15, ...) at once.
+        seed: the adversarial schedule of warps and CTAs: 0 is round robin, 1 depth first, any other number random
+            priorities of the warps. Asynchronous copies complete as late as the program allows, which finds most
+            bugs; of every eight seeds, with the seventh (6, 14, ...) they complete at any time, with the eighth (7, 15,
+            ...) at once.
 
     Raises:
         ValueError: for any other arch, or a seed that is no int.
@@ -101,7 +102,7 @@ def choose(op: str, device: str, why_not: Callable[..., str | None], *args: Any)
         why_not: called with `args` where a kernel could serve; says what keeps it from doing so, if anything.
 
     Raises:
-        UnsupportedError: when the mode asks for a kernel that cannot serve, or for the wrong device.
+        UnsupportedError: when the mode selects a kernel that cannot serve, or another device.
     """
     wanted = _mode.get().backend
     if wanted == "reference" or (wanted == "auto" and device == "cpu"):

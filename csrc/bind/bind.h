@@ -2,7 +2,7 @@
 
 // What the files of csrc/bind share. Both modules, _C for GPUs and _emu for the emulator, are made
 // of the same functions: module.cpp, one file per op, kernels.cpp, and device.cpp or emulator.cpp.
-// Tensors come in as tensor.h reads them; no torch header is included, so that the modules do not
+// Ops take tensors (tensor.h) and launch by run.h. No torch header is included, so that the modules do not
 // depend on torch's ABI. Shapes are checked in Python.
 
 #include <pybind11/pybind11.h>
@@ -13,15 +13,14 @@ namespace k2k::bind {
 
 namespace py = pybind11;
 
-using Address = std::uintptr_t;  // tensor.data_ptr(), or 0 for none
+using Address = std::uintptr_t;  // of memory that is no argument of an op, such as a test's
 
 template <class T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Adds a number to the module's `constants`: Python reads it there and types it nowhere (see
-// k2kernels/ops/_constants.py).
+// Adds a number to the module's `constants`, where k2kernels/ops/_constants.py reads it.
 template <class T>
 void constant(py::module_& m, const char* name, T value) {
     if (!py::hasattr(m, "constants")) m.attr("constants") = py::dict();

@@ -37,8 +37,7 @@ py::dict names() {
 void bind_conformance(py::module_& m) {
     m.def("conformance", &start,
           "Runs a kernel of csrc/conformance from one address to another, on a GPU or, for -1, in "
-          "the "
-          "emulator; returns the number of kernels started.");
+          "the emulator; returns the number of kernels started.");
     m.def("conformance_names", &names, "{name: 80 or 90, the chip it needs}.");
 }
 

@@ -1,4 +1,4 @@
-// What only the module for GPUs has: launches on PyTorch's current stream, questions to the driver.
+// What only the module for GPUs has: launches on PyTorch's current stream, queries of the driver.
 #include "common/device.h"
 
 #include <stdexcept>
@@ -23,15 +23,15 @@ int device_count() {
 std::pair<int, int> compute_capability(int device) {
     int major, minor;
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-               "asking for the compute capability");
+               "reading the compute capability");
     check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-               "asking for the compute capability");
+               "reading the compute capability");
     return {major, minor};
 }
 
 int cudart_version() {
     int version = 0;
-    check_cuda(cudaRuntimeGetVersion(&version), "asking for the runtime's version");
+    check_cuda(cudaRuntimeGetVersion(&version), "reading the runtime's version");
     return version;
 }
 

@@ -19,7 +19,7 @@ void configure(int arch, std::uint64_t seed, std::uintptr_t stream) {
     current_stream = stream;
 }
 
-// Launches made after begin() and before run() run at once, those of a stream in their order.
+// Launches made after begin() and before run() run concurrently, those of a stream in their order.
 class Together {
   public:
     void begin() { together_ = std::make_unique<emulator::Together>(); }
@@ -58,10 +58,9 @@ void bind_runtime(py::module_& m) {
     m.def("configure", &configure, py::arg("arch"), py::arg("seed"), py::arg("stream") = 0,
           "Chip (compute capability x 10), schedule and stream of this thread's launches from now "
           "on.");
-    py::class_<Together>(
-        m, "Together",
-        "Launches made after begin() and before run(), run at once by run(); those "
-        "of the same stream one after the other. forget() drops them.")
+    py::class_<Together>(m, "Together",
+                         "Launches made after begin() and before run(), run concurrently by run(); "
+                         "those of one stream one after the other. forget() drops them.")
         .def(py::init<>())
         .def("begin", &Together::begin)
         .def("run", &Together::run)
@@ -77,7 +76,7 @@ void bind_runtime(py::module_& m) {
         "Address of memory filled with 0xff whose surroundings fault when a kernel touches them.");
     m.def(
         "release", [](Address address) { emulator::release(pointer<void>(address)); },
-        py::arg("address"), "Gives memory of `allocate` back.");
+        py::arg("address"), "Frees memory of `allocate`.");
     bind_kernels(m);
 }
 

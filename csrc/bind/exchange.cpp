@@ -8,7 +8,7 @@ namespace k2k::bind {
 
 namespace {
 
-// Of one rank: k2kernels.ops.exchange.Rank passes this to each step.
+// k2kernels.ops.exchange.Rank passes these to each step.
 using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;  // ExchangePlace
 // world, rank, live, call, experts, top_k, most_tokens, timeout
 using Numbers = std::tuple<int, int, uint64_t, uint32_t, int, int, int64_t, uint64_t>;

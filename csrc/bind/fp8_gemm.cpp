@@ -8,7 +8,7 @@
 
 namespace pybind11::detail {
 
-// k2kernels.ops.fp8_gemm.GemmPlan: kernel, share, split.
+// k2kernels.ops._fp8_plan.GemmPlan: kernel, share, split.
 template <>
 struct type_caster<k2k::GemmPlan> {
     PYBIND11_TYPE_CASTER(k2k::GemmPlan, const_name("GemmPlan"));

@@ -1,5 +1,5 @@
-// What each of the two modules with kernels compiles for itself: which ops there are, and what their
-// kernels take.
+// Compiled once for each of the two modules: binds all ops, and lists the shared memory of their
+// kernels.
 #include "bind/run.h"
 #include "common/launch.h"
 
@@ -15,7 +15,7 @@ void bind_kernels(py::module_& m) {
             }
             return bytes;
         },
-        "Kernel -> bytes of shared memory that its launches ask for.");
+        "Kernel -> bytes of shared memory of a CTA.");
     bind_quant(m);
     bind_mla_cache(m);
     bind_mla_decode(m);

@@ -80,7 +80,7 @@ long decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
     return run(q, launch_mla_decode, p);
 }
 
-// What each CTA would do, for tests: the schedule depends on nothing else.
+// For tests: the tasks of each CTA, which these arguments determine.
 long schedule(const Tensor& seq_lens, const OptionalTensor& cu_seqlens_q, int64_t tokens,
               int64_t heads, int64_t queries_per_sequence, int64_t capacity,
               const MlaDecodePlan& plan, const Tensor& tasks) {

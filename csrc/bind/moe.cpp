@@ -10,12 +10,12 @@ FloatRows float_rows(const Tensor& x) {
     return {x.data<const void>(), x.type(), x ? x.stride(-2) : 0};
 }
 
-// Of rows in the two halves [2, rows, columns] of a buffer; `half` None: of one matrix.
+// For rows in the two halves [2, rows, columns] of a buffer; `half` None: for one matrix.
 Half half_of(const Tensor& rows, const Tensor& half) {
     return {half.data<const int32_t>(), rows.stride_or(-3, 0)};
 }
 
-// Of `tokens` rows that came from as many ranks as there are counts; None: all rows exist.
+// `tokens` rows in as many equal runs, one per rank, as there are counts; None: all rows exist.
 ArrivedRows arrived_rows(const Tensor& counts, int64_t tokens) {
     if (!counts) return {nullptr, 1, tokens};
     const int64_t sources = counts.size(0);

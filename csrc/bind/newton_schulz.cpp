@@ -81,7 +81,7 @@ std::vector<NsCall> calls(std::vector<Part> parts, const NsRule& rule, const Opt
     empty.iterate_type = bfloat16 ? Type::kBf16 : Type::kFp16;
     empty.capability = chip.capability;
 
-    // By kinds, and of a kind first those with the longest sums.
+    // Sorted by kind, within a kind by the longest sums first.
     std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) {
         const auto longest = [](const Part& p) { return std::max(p.tensor.m, p.tensor.n); };
         return a.kind != b.kind ? a.kind < b.kind : longest(a) > longest(b);

@@ -1,7 +1,7 @@
 #pragma once
 
-// How a binding starts kernels. Nothing here depends on the module that it ends up in: the files
-// of bindings are compiled once, and both modules link them.
+// How a binding starts kernels. The bindings do not depend on their module: they are compiled once,
+// and both modules link them.
 
 #include <memory>
 #include <type_traits>

@@ -13,8 +13,8 @@ namespace k2k::bind {
 
 const DLPackExchangeAPI& exchange_api();  // tensor.cpp
 
-// Shapes, dtypes and devices have been checked in Python. An axis counts from the end where it is
-// negative.
+// A view of a tensor. Shapes, dtypes and devices have been checked in
+// Python; a negative axis counts from the end.
 class Tensor {
   public:
     explicit operator bool() const { return !none_; }  // false for None
@@ -27,7 +27,7 @@ class Tensor {
     int32_t dims() const { return t_.ndim; }
     int64_t size(int axis) const { return t_.shape[axis < 0 ? t_.ndim + axis : axis]; }
     int64_t stride(int axis) const { return t_.strides[axis < 0 ? t_.ndim + axis : axis]; }
-    // The same of an axis that the tensor may lack: one matrix rather than several.
+    // The same, or `other` where the tensor has no such axis: one matrix rather than several.
     int64_t size_or(int axis, int64_t other) const { return has(axis) ? size(axis) : other; }
     int64_t stride_or(int axis, int64_t other) const { return has(axis) ? stride(axis) : other; }
     int64_t numel() const;
@@ -46,7 +46,7 @@ class Tensor {
     bool none_ = true;
 };
 
-// A tensor or None, which is a Tensor of no axes, and false.
+// A tensor, or None: a Tensor without axes that converts to false.
 struct OptionalTensor : Tensor {};
 
 // A size for a field of 32 bits.

@@ -126,7 +126,7 @@ void launch(LaunchShape shape, Arguments&&... arguments) {
     static_cast<void>(Listed<kKernel, kShared>::once);
     if (shape.smem_bytes == 0) shape.smem_bytes = kShared;
     if (shape.smem_bytes > kShared) {
-        throw Error("k2kernels: a launch asks for " + std::to_string(shape.smem_bytes) +
+        throw Error("k2kernels: a launch needs " + std::to_string(shape.smem_bytes) +
                     " bytes of shared memory, at most " + std::to_string(kShared) + " are listed");
     }
     launch(shape, kKernel, std::forward<Arguments>(arguments)...);

@@ -60,7 +60,7 @@ void arrive(uint64_t* barrier, uint32_t count, Where where) {
     }
     const Block* block = owner_of(barrier);
     if (block && !block->smem.mbarriers.at(barrier)) {
-        fail(where, "mbarrier arrive: in a phase while nobody has seen the end of the one before");
+        fail(where, "mbarrier arrive: no thread has seen the end of the phase before");
     }
     *barrier -= count;
     finish_phase_if_complete(barrier);

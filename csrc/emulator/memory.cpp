@@ -98,8 +98,8 @@ void* shared_storage(std::size_t bytes, Where where) {
     enter("shared_storage", where);
     SharedMemory& smem = self()->block->smem;
     if (bytes > smem.bytes) {
-        fail(where, "the storage struct has %zu bytes, the launch asked for %zu of shared memory",
-             bytes, smem.bytes);
+        fail(where, "the storage struct has %zu bytes, the launch has %zu of shared memory", bytes,
+             smem.bytes);
     }
     return smem.base;
 }

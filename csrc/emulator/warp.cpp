@@ -318,7 +318,7 @@ void set_max_registers(int count, bool increase, Where where) {
     }
     while (registers.free < more) {
         registers.waiting.push_back(thread);
-        wait("setmaxnreg for registers that nobody gives back", where);
+        wait("setmaxnreg for registers that no warp releases", where);
     }
     registers.free -= more;
     thread->registers = count;

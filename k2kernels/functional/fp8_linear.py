@@ -81,7 +81,7 @@ def grouped_fp8_linear(
     """`fp8_linear` of each group's rows of x with the group's own weight: the experts of a layer, in training.
 
     The rows of group g are offsets[g] .. offsets[g] + counts[g]. The other rows are padding and are not read, neither
-    of x nor of the gradient of y; those of y hold nothing to rely on, and the gradient of x has zeros there.
+    of x nor of the gradient of y; those of y are unspecified, and the gradient of x has zeros there.
 
     dW reduces blocks of 128 rows that share a scale, so that a block must not belong to two groups: where groups do not
     start at multiples of 128, rows are first copied to where they do. That needs no number of the device on the host,
@@ -153,7 +153,7 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                f"{ctx.op}: has a first derivative only, and create_graph=True asks for the graph of a second; use "
+                f"{ctx.op}: has a first derivative only, and create_graph=True would need a second; use "
                 "torch.nn.functional.linear where that is needed"
             )
         weight, x_codes, x_scales, offsets, counts = ctx.saved_tensors

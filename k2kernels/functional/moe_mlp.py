@@ -110,7 +110,7 @@ def moe_mlp(
         dispatched = exchange.dispatch(x, indices, weights, **place)
     data, scales, offsets, counts, handle = dispatched
     groups = dict(offsets=offsets, counts=counts)
-    # As many rows as this rank sends out are expected here; the host does not know how many came.
+    # An estimate: as many rows as this rank sends. How many arrived is known on the device only.
     expected = min(indices.numel(), data.shape[0])
     if codes:
         groups |= dict(expected_m=-(-expected // max(experts, 1)))

@@ -1,1 +1,1 @@
-"""The public ops: one file per op, each with checks, registration, fake and backward, in that order."""
+"""The public ops, a file or a package for each: public functions with their checks, launch bodies, declarations."""

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions. A message says op, argument, wanted, got and, where it helps, the remedy."""
+"""Argument checks of the public functions. A message names op, argument, wanted, got and often the remedy."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Arguments:
         return value
 
     def number(self, name: str, value: Any, *, positive: bool = False) -> float:
-        """`value` as a float, which must be finite and, if asked for, positive."""
+        """`value` as a float, which must be finite and, with `positive`, above 0."""
         if type(value) is not float and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
         low, wanted = (0, "positive and finite") if positive else (-math.inf, "finite")
@@ -120,7 +120,7 @@ class Arguments:
         return value
 
     def no_gradient(self, **tensors: torch.Tensor) -> None:
-        """Raises ValueError where one of `tensors` wants a gradient, for ops that would silently drop it."""
+        """Raises ValueError where one of `tensors` requires a gradient, for ops that have no backward."""
         for name, value in tensors.items():
             if value.requires_grad:
                 self.require(
@@ -132,7 +132,7 @@ class Arguments:
                 )
 
     def writable(self, name: str, value: torch.Tensor) -> None:
-        """Raises ValueError where elements of `value` share memory, which an op that writes into it would mix up."""
+        """Raises ValueError where elements of `value` share memory, for ops that write into it."""
         if value.is_contiguous():
             return
         axes = [(i, value.stride(i), size) for i, size in enumerate(value.shape) if size != 1]
@@ -147,7 +147,7 @@ class Arguments:
             )
 
     def _bind(self, shape: Sequence[int | str], got: torch.Size) -> bool:
-        skip = len(got) - len(shape)  # one less than the sizes that "..." stands for
+        skip = len(got) - len(shape)  # one less than the sizes that "..." covers
         if skip and (skip < -1 or "..." not in shape[:1]):
             return False
         sizes, i = self.sizes, skip

@@ -1,7 +1,7 @@
-"""Numbers that C++ defines and Python needs too: both extension modules export them, so that none is typed twice.
+"""Numbers that C++ defines and Python needs too: both extension modules export them, so that each has one definition.
 
-Only what talks to kernels asks for one, when it runs: importing k2kernels and every body in plain PyTorch work without
-an extension, except `k2kernels.parallel.VirtualRanks`, whose buffers are laid out as the kernels' are.
+They are read when a kernel is about to be launched, not at import: importing k2kernels and every body in plain PyTorch
+work without an extension, except `k2kernels.parallel.VirtualRanks`, whose buffers are laid out as the kernels' are.
 """
 
 from __future__ import annotations

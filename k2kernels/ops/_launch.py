@@ -27,11 +27,11 @@ class Chip(NamedTuple):
     """k2k::Chip: what the choice of a kernel and of its grid depends on."""
 
     capability: int  # compute capability x 10
-    multiprocessors: int
-    shared_memory: int  # bytes that one block may ask for
+    multiprocessors: int  # SMs
+    shared_memory: int  # the most bytes of a CTA
 
 
-# The emulator takes any grid; few multiprocessors leave each block several tasks, as on a GPU that is full.
+# The emulator takes any grid; with few SMs each CTA has several tasks, as on a GPU that is full.
 EMULATED_CHIPS = {
     "sm_80": Chip(80, 6, 166912),
     "sm_89": Chip(89, 6, 101376),
@@ -63,19 +63,19 @@ def module(device: torch.device) -> ModuleType:
 
 def launch(function: str, *args: Any, op: str | None = None) -> None:
     """Calls `function` of the module that the mode selects, which launches on PyTorch's current stream of the device
-    of the first tensor; counts it as a launch of `op`, which has the function's name unless given."""
+    of the first tensor; counts the kernels as those of `op`, by default the function's name."""
     mode = _backend.mode()
     if mode.backend == "emulated":
-        module = _module("_emu")
-        module.configure(int(mode.arch.removeprefix("sm_").removesuffix("a")), mode.seed, _emulated_stream.get())
+        extension = _module("_emu")
+        extension.configure(int(mode.arch.removeprefix("sm_").removesuffix("a")), mode.seed, _emulated_stream.get())
     else:
-        module = _module("_C")
-    _backend.count_launch(op or function, getattr(module, function)(*args))
+        extension = _module("_C")
+    _backend.count_launch(op or function, getattr(extension, function)(*args))
 
 
 @contextlib.contextmanager
 def emulated_together() -> Iterator[None]:
-    """Launches made in the `with` block, in the emulator, run at once at its end, each on `emulated_stream`."""
+    """Emulated launches made in the `with` block run concurrently at its end, each on its `emulated_stream`."""
     together = _module("_emu").Together()
     together.begin()
     try:
@@ -88,7 +88,7 @@ def emulated_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def emulated_stream(number: int) -> Iterator[None]:
-    """Launches made in the `with` block run one after the other, at once with those of other streams."""
+    """Launches made in the `with` block run one after the other, concurrently with those of other streams."""
     token = _emulated_stream.set(number)
     try:
         yield
@@ -97,9 +97,9 @@ def emulated_stream(number: int) -> Iterator[None]:
 
 
 def matrices(x: Tensor) -> Tensor:
-    """x [..., M, K] as [M, K] or [B, M, K], whose columns are neighbours.
+    """x [..., M, K] as [M, K] or [B, M, K] with stride 1 along columns.
 
-    It is copied only if it must be: if columns lie apart, or the leading axes are not one.
+    It is copied only if that stride differs, or if the leading axes cannot be viewed as one.
     """
     if x.stride()[-1] != 1:
         x = x.contiguous()

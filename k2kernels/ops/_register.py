@@ -1,11 +1,11 @@
-"""Registration of ops with PyTorch's dispatcher: the only file that talks to torch.library.
+"""Registration of ops with PyTorch's dispatcher: the only file that uses torch.library.
 
 An op is declared once, by its reference, whose annotations are the schema, by the function that makes its empty
 results, and by the function that launches its kernel into them; `declare` makes the rest of these.
 
 `Library.define/impl` is used rather than the `custom_op` decorator, and each op is registered twice, without and with a
-backward, because that makes a call cheap when no gradient is wanted. Calling the body past the dispatcher would gain
-little: to make sure that no mode, transform, tracer, profiler or odd tensor needs it takes about as long as it does.
+backward, because that makes a call cheap when no gradient is required. Calling the body past the dispatcher would gain
+little: checking that no mode, transform, tracer, profiler or tensor subclass needs the dispatcher takes as long.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPS: dict[str, Op] = {}
 
 
 class Op:
-    """A registered op; calling it picks the overload that has a backward only when a gradient is wanted.
+    """A registered op; calling it picks the overload that has a backward only when a gradient is required.
 
     Arguments are positional, as those of the reference.
 
@@ -93,13 +93,13 @@ def declare(
     Args:
         reference: the plain PyTorch body. Its annotations are the schema (`torch.library.infer_schema`), without
             defaults; its results must not alias its arguments.
-        outputs: makes the results, empty: a tensor, a tuple or a list of them. It is the op's fake too. None: the op
-            has no results.
+        outputs: makes the results, empty: a tensor, a tuple or a list of them. It is the op's fake implementation too.
+            None: the op has no results.
         launch: launches the kernel, which fills them: `launch(*results, ...)`. One body serves CUDA and the emulator,
             because the two extension modules hold the same functions. None: there is no kernel yet.
         unserved: says why the kernel does not take these arguments ("float64 ..."), or None where it does; the
             reference serves them then.
-        validate: looks into the *contents* of CPU tensors (indices in range ...) and raises ValueError. CUDA tensors
+        validate: checks the *contents* of CPU tensors (indices in range ...) and raises ValueError. CUDA tensors
             are never read by the host.
         setup_context, backward: as torch.library.register_autograd takes them. Without a backward, differentiating
             the op raises instead of silently leaving `grad` at None.
@@ -181,7 +181,7 @@ def _naming(
     """Which of an op's arguments, called `names`, `function` takes behind the `given` first ones."""
     if function is None:
         return lambda args: ()
-    # tuple and itemgetter, not lambdas: a call of a Python function costs as much as all else here.
+    # tuple and itemgetter, not lambdas: calling a Python function would take as long as the rest of a call.
     taken = list(inspect.signature(function).parameters.values())[given:]
     taken = [p for p in taken if p.kind is not p.KEYWORD_ONLY]
     absent = [p for p in taken if p.name not in names]
@@ -266,7 +266,7 @@ def _define(
             if chosen == "reference":
                 return reference(*args)
             results = kernel(*args)
-            if written:  # PyTorch saw no write, and autograd must know: it may have saved the tensor for a backward
+            if written:  # PyTorch did not see the write, but autograd may have saved the tensor for a backward
                 for i in written:
                     torch.autograd.graph.increment_version(args[i])
             return results

@@ -46,8 +46,8 @@ class Call(NamedTuple):
 
 
 class ArrivedRows(NamedTuple):
-    """Rows of other ranks in one of the two halves of a buffer. The number of the half is in device memory: a recorded
-    graph that is replayed finds them now in one half, now in the other."""
+    """Rows of other ranks in one of the two halves of a buffer. The half alternates from exchange to exchange; it is in
+    device memory, so that a captured graph may be replayed."""
 
     halves: Tensor  # [2, R, columns]
     half: Tensor  # int32 [1]
@@ -59,7 +59,7 @@ class ArrivedRows(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """k2k::ExchangeError, read."""
+    """The first fault that a kernel or `PlainRank` recorded (k2k::ExchangeError)."""
 
     fault: int
     phase: str
@@ -95,7 +95,7 @@ class Rank(PlainRank):
         self.restart(live)
 
     def fault(self) -> Fault | None:
-        """What went wrong first, if anything has."""
+        """The first fault since the last reset, if any."""
         fault = int(self.error[constants.EXCHANGE_ERROR_FAULT])
         if not fault:
             return None
@@ -108,7 +108,7 @@ class Rank(PlainRank):
             number %= 2**32  # an epoch
         return Fault(fault, Call.phase_of(call), who, number)
 
-    # ---- the steps
+    # ---- steps
 
     def scatter(self, parts: list[Tensor], indices: Tensor, call: Call) -> None:
         """Sends each token's row of the one or two matrices `parts` [T, ...] to the ranks of its experts."""
@@ -160,7 +160,7 @@ class Rank(PlainRank):
         self._gathered = torch.empty(1, dtype=torch.int32, device=indices.device)
         results = slot_of, poisoned, self._gathered
         if self.by_kernels():
-            self._awaited = indices, weights
+            self._awaited = indices, weights  # alive until the next wait: emulated launches may run later
             self._launch("exchange_gather_wait", "gather", 0, indices, weights, *results)
         else:
             self.plain_gather_wait(indices, weights, *results)
@@ -172,7 +172,7 @@ class Rank(PlainRank):
         rows = self._halves("gather", pairs, to_16(self.returned_width))
         return ArrivedRows(rows[..., : columns * dtype.itemsize].view(dtype), self._gathered)
 
-    # ---- how
+    # ---- launches
 
     def _halves(self, kind: str, rows: int, pitch: int) -> Tensor:
         _, _, _, start, half, _ = self.layout.place(kind, pitch)
@@ -183,7 +183,7 @@ class Rank(PlainRank):
         """The bytes of a row of each of `parts`."""
         for x in parts:
             if x.numel() and x.stride(-1) != 1 and x.shape[1] > 1:  # without rows any strides do: expand() leaves 0
-                raise ValueError(f"exchange: rows must have columns that are neighbours, got strides {x.stride()}")
+                raise ValueError(f"exchange: rows must have stride 1 along columns, got strides {x.stride()}")
         self.call = call.code()
         return [part.shape[1] * part.itemsize for part in parts]
 

@@ -114,8 +114,8 @@ def grouped_fp8_gemm(
     offsets[g] .. offsets[g] + counts[g]. Masked (`masked_m`): each group has a matrix of its own, A [G, maxM, K], of
     which the first masked_m[g] rows count.
 
-    All other rows are padding: neither read nor written. In a fresh result they hold nothing to rely on (zeros from the
-    reference); in `out` they keep what was there.
+    All other rows are padding: neither read nor written. In a new result they are unspecified (zeros by the reference);
+    in `out` they keep their values.
 
     Args:
         a: [cap, K], or [G, maxM, K] when masked; float8_e4m3fn.
@@ -210,7 +210,7 @@ def grouped_fp8_gemm_swiglu(
 ) -> tuple[Tensor, Tensor]:
     """`fp8_gemm_swiglu` of each group's rows with the group's own B, in the layouts of `grouped_fp8_gemm`.
 
-    All rows of no group are padding: neither read nor written; what they hold is nothing to rely on.
+    Rows that belong to no group are padding: not read, and unspecified in the result.
 
     Args:
         a, a_scales, b_scales, offsets, counts, masked_m, expected_m: as for `grouped_fp8_gemm`.

@@ -21,7 +21,7 @@ class MlaOutput(NamedTuple):
 
     out: Tensor  # in the dtype of the queries
     lse: Tensor  # natural logarithm of the sum of exponentials, float32; -inf where a row sees no key
-    max_logits: Tensor | None  # largest scaled, masked logit, float32; None unless asked for
+    max_logits: Tensor | None  # largest scaled, masked logit, float32; None without return_max_logits
 
 
 def mla_decode(
@@ -47,16 +47,17 @@ def mla_decode(
             (512 latent and 64 rope).
         kv_cache: [pages, page_size, D] in q's dtype, or uint8 [pages, page_size, 656] for D = 576 (see `mla_append`);
             any page size, any strides.
-        block_table: int32 [B, max_pages], the pages of each sequence. Entries beyond a sequence's length are not looked
-            at, nor are cache rows beyond it.
+        block_table: int32 [B, max_pages], the pages of each sequence. Entries beyond a sequence's length are not read,
+            nor are cache rows beyond it.
         seq_lens: int32 [B], rows in the cache, *including* those of the new tokens that q belongs to.
         softmax_scale: factor of the logits.
         cu_seqlens_q: int32 [B + 1]; sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Queries behind
             the last sequence, as in a batch padded for a CUDA graph, belong to none.
         causal: query i of s_q sees the rows < seq_len - s_q + i + 1; otherwise all rows of its sequence.
         head_dim_v: size of the latent, which is the first part of a row.
-        split: tokens of a sequence that are worked on as a unit and then merged. An int fixes it: the bits of a
-            sequence's result then do not depend on the other sequences of the batch. "auto" chooses by the batch.
+        split: tokens of a sequence that are processed as a unit; the results of units are merged. An int fixes it: the
+            bits of a sequence's result then do not depend on the other sequences of the batch. "auto" chooses by the
+            batch.
         out: where to write the result, like the returned `out`, any strides.
         return_max_logits: also return the largest logit of each row.
 

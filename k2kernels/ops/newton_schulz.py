@@ -15,7 +15,7 @@ from k2kernels.ops._register import declare
 from k2kernels.reference import newton_schulz as reference
 
 # A call with more is cut into several, one after another: each still fills a GPU many times over (20 of Kimi-K2's
-# expert matrices take 2 GiB, and 20 waves of tiles a product on 132 multiprocessors).
+# expert matrices take 2 GiB, and 20 waves of tiles a product on 132 SMs).
 WORKSPACE_BYTES = 4 << 30
 
 

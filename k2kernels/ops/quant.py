@@ -33,19 +33,19 @@ def quantize_1x128(
     - amax is the largest magnitude of the group's finite elements; scale = max(amax / 448, 2**-126), so that a group
       of zeros has zero codes and a finite scale, and no scale is a denormal.
     - code = x / scale by a true float32 division, rounded to nearest with ties to even; no magnitude exceeds 448.
-    - NaN and infinities become the NaN code 0x7F and do not touch the scale of the others.
+    - NaN and infinities become the NaN code 0x7F and do not affect the scale.
 
     Args:
         x: [..., M, K]; bfloat16, float16 or float32; any strides.
         power_of_two: round each scale up to a power of two (the UE8M0 rule) *before* dividing by it. A scale that is
             a power of two already stays.
-        scale_layout: how the scales [..., M, ceil(K/128)] lie in memory. "row": contiguous. "column": the rows of a
+        scale_layout: memory layout of the scales [..., M, ceil(K/128)]. "row": contiguous. "column": the rows of a
             column are contiguous, strides (1, M rounded up to 4), as the GEMM kernels load them.
         transpose: quantise the transpose instead: data [..., K, M], one scale per 128 of *M*; equal bit for bit to
             `quantize_1x128(x.mT)`.
         offsets, counts: where the rows are grouped, as `grouped_fp8_gemm` takes them: [G+1] and [G] int32 for x
             [cap, K], or counts alone for x [G, maxM, K]. The padding rows are not read: with `transpose` they count as
-            zeros and have zero codes, else their codes and scales hold nothing to rely on.
+            zeros and have zero codes, else their codes and scales are unspecified.
 
     Returns:
         data float8_e4m3fn like x (or its transpose), contiguous; scales float32. Not differentiable.
@@ -193,8 +193,8 @@ def swiglu_quantize(
         weights: [..., M] float32, one factor per row (a routing weight), applied in float32.
         power_of_two, scale_layout: as `quantize_1x128` takes them.
         counts, offsets: where the rows are grouped, as `grouped_fp8_gemm` takes them: [G] and [G+1] int32 for gate_up
-            [cap, 2I], or counts alone for gate_up [G, maxM, 2I]. Padding rows are not read; their codes and scales hold
-            nothing to rely on (the reference makes them rows of zeros).
+            [cap, 2I], or counts alone for gate_up [G, maxM, 2I]. Padding rows are not read; their codes and scales are
+            unspecified (those of rows of zeros by the reference).
 
     Returns:
         data float8_e4m3fn [..., M, I] and scales float32 [..., M, ceil(I/128)]. Not differentiable. A kernel's exp may
@@ -331,7 +331,7 @@ _dequantize = declare(
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """x [..., K] as one matrix, whose columns are neighbours."""
+    """x [..., K] as one matrix with stride 1 along columns."""
     x = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 

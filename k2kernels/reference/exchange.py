@@ -25,7 +25,7 @@ class Layout:
     Args:
         world, experts, top_k, most_tokens: W, E, K, and the most tokens of a rank.
         row_bytes: the longest row that is sent.
-        extra_bytes: what may stand beside a row on its way to the experts: scales, or K weights.
+        extra_bytes: what may be sent with a row to the experts: scales, or K weights.
         flag_bytes: the distance of flags.
     """
 
@@ -95,7 +95,7 @@ class PlainRank:
         self.state.zero_()
         self.error.zero_()
         self.live = live
-        self._failed = False  # in plain PyTorch: this rank sends and waits no more
+        self._failed = False  # after a fault, no further sends and waits
 
     def plain_scatter(self, parts: list[Tensor], indices: Tensor, pitch: int) -> None:
         """Sends each token's row of the matrices `parts` to the ranks of its experts."""

@@ -44,7 +44,7 @@ def read_rows(
 ) -> Tensor:
     """Rows [..., D] of the tokens `position` [...] of `sequence` [...], dequantised; zeros where not `wanted` [...].
 
-    Neither the block table nor the cache is looked at where a token is not wanted.
+    Neither the block table nor the cache is read where a token is not wanted.
     """
     rows = unpack(kv_cache[_locate(kv_cache, block_table, sequence[wanted], position[wanted])], dtype)
     result = rows.new_zeros(*wanted.shape, rows.shape[-1])

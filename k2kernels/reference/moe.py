@@ -157,7 +157,7 @@ def moe_dispatch_quantize(
     plan = moe_plan(indices, num_experts, alignment, capacity)
     token_of_slot = plan[1]
     data, scales = quantize_1x128(x, power_of_two)
-    codes = _taken(data.view(torch.uint8), token_of_slot)  # bytes: few operations know float8
+    codes = _taken(data.view(torch.uint8), token_of_slot)  # bytes: few operations support float8
     return codes.view(data.dtype), store_scales(_taken(scales, token_of_slot), scale_layout), *plan
 
 
@@ -227,7 +227,7 @@ def _best(values: Tensor, k: int) -> Tensor:
     """[rows, k]: where the k largest values of each row are, in descending order, equals in that of their index."""
     values, found = values.clone(), []
     for _ in range(k):
-        found.append(values.max(dim=-1, keepdim=True).indices)  # promises the first of equals; topk does not
+        found.append(values.max(dim=-1, keepdim=True).indices)  # returns the first of equals; topk need not
         values.scatter_(1, found[-1], -torch.inf)
     return torch.cat(found, dim=1)
 

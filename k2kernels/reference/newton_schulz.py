@@ -67,7 +67,8 @@ def muon_update(
         W <- row_scales * ((1 - rate weight_decay) W - rate rms_scale sqrt(max(m, n)) NewtonSchulz(U))
 
     rate = lr * lr_tensor. M enters U as it is stored. `copies` (none, or one for each weight) get W too, rounded.
-    `row_scales` are [B, m] each, or none. Whatever the host would have to ask a GPU for stays a tensor.
+    `row_scales` are [B, m] each, or none. Numbers that are on a GPU stay tensors, so that the host does
+    not wait for them.
     """
     buckets: dict[tuple[torch.dtype, torch.dtype, torch.Size], list[int]] = defaultdict(list)
     for i, (w, m) in enumerate(zip(weights, momenta)):

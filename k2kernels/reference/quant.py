@@ -3,13 +3,13 @@
 A block of x becomes codes and one float32 scale, x ~ code * scale, by these rules, which a kernel meets bit for bit:
 
     amax  = largest |x| of the block's finite elements, in float32
-    scale = max(amax / 448, 2**-126), rounded up to a power of two if asked, before anything is divided by it
+    scale = max(amax / 448, 2**-126), rounded up to a power of two (power_of_two) before the division
     code  = e4m3(x / scale): a true float32 division, then rounded to nearest, ties to even
 
 The floor 2**-126 is the smallest normal float32, a power of two: a block of zeros gets a finite scale and zero codes,
-no scale is a denormal (a GPU may flush those to zero), and blocks with amax >= 448 * 2**-126 do not feel it. Nothing
-saturates: no quotient rounds beyond 448. NaN and infinities become the NaN code 0x7F and leave the scale of their block
-alone.
+no scale is a denormal (a GPU may flush those to zero), and blocks with amax >= 448 * 2**-126 are not affected. Nothing
+saturates: no quotient rounds beyond 448. NaN and infinities become the NaN code 0x7F and do not affect the scale of
+their block.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def store_scales(scales: Tensor, scale_layout: str) -> Tensor:
 
 
 def from_e4m3(codes: Tensor) -> Tensor:
-    """`codes.float()`, which PyTorch does one by one on a CPU, by integer operations, several times faster.
+    """`codes.float()` by integer operations, several times faster than PyTorch's conversion on a CPU.
 
     Sign, exponent and mantissa put into a float16 read as the value times 2**-8, denormals included. The NaN code alone
     reads as a number: it gets the exponent of NaN.
@@ -110,7 +110,7 @@ def from_e4m3(codes: Tensor) -> Tensor:
 
 
 def _without_padding(x: Tensor, offsets: Tensor | None, counts: Tensor | None) -> Tensor:
-    """x with zeros in the rows of no group; groups lie in [cap, K] by offsets, or are the matrices of [G, maxM, K]."""
+    """x with zeros in the rows of no group; groups are rows of [cap, K] by offsets, or the matrices of [G, maxM, K]."""
     rows = x.shape[-2]
     if offsets is not None:
         counts = offsets.diff() if counts is None else counts

@@ -109,7 +109,7 @@ def check_op(op: Any, args: tuple, *, differentiable: bool = False, compiled: Ca
     """Checks a registered op by torch.library.opcheck, and a full-graph compile against eager.
 
     Args:
-        op: what `k2kernels.ops._register.register` returned.
+        op: what `k2kernels.ops._register.declare` returned.
         args: its positional arguments. With `differentiable`, those that require a gradient are used for the overload
             with a backward too.
         compiled: a call of the public function without arguments, compiled with fullgraph=True and compared.

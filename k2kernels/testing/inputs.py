@@ -39,7 +39,6 @@ class ModelSizes(NamedTuple):
 KIMI_K2 = ModelSizes(
     hidden=7168, heads=64, nope=128, rope=64, value=128, latent=512, experts=384, top_k=8, expert_intermediate=2048
 )
-DEEPSEEK_V3 = KIMI_K2._replace(heads=128, experts=256)
 
 BAD_PAGES = (2147480000, -1, -2147483648)  # in entries of the block table that must not be read
 

@@ -11,7 +11,7 @@ from k2kernels.ops._constants import constants
 from k2kernels.reference import mla_cache
 
 ROOT = Path(__file__).parents[2]
-OPS = sorted((ROOT / "k2kernels" / "ops").glob("*.py"))
+OPS = sorted((ROOT / "k2kernels" / "ops").rglob("*.py"))
 PYTHON = sorted((ROOT / "k2kernels").rglob("*.py"))
 HEADERS = sorted((ROOT / "csrc").glob("*/*.h"))
 

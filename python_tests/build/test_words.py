@@ -8,19 +8,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("csrc", "bench", "docs", "python_tests")
 TEXTS = [ROOT / "README.md", *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
-# Not yet revised.
-OPS = {
-    "mla_decode",
-    "mla_prefill",
-    "mla_cache",
-    "quant",
-    "newton_schulz",
-    "fp8_gemm",
-    "grouped_gemm",
-    "moe",
-    "exchange",
-}
-REVISED = [path for path in TEXTS if path.parent.name not in OPS]
 SOURCES = [
     path
     for folder in ("arch", "common", "conformance", "emulator")
@@ -70,7 +57,7 @@ def wrong_words(lines):
     return [f"line {number}: {match[0]!r}, better: {right}" for number, match, right in found if match]
 
 
-@pytest.mark.parametrize("path", REVISED, ids=name)
+@pytest.mark.parametrize("path", TEXTS, ids=name)
 def test_lines_of_documents_are_short(path):
     assert [number for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) >= 120] == []
 
@@ -92,7 +79,7 @@ def test_links_lead_to_files_and_headings(path):
     assert broken == []
 
 
-@pytest.mark.parametrize("path", REVISED, ids=name)
+@pytest.mark.parametrize("path", TEXTS, ids=name)
 def test_words_of_documents(path):
     assert wrong_words(prose(path.read_text())) == []
 

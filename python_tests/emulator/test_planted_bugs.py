@@ -44,7 +44,7 @@ BUGS = {
         18: "is not a multiple of 1024",  # misaligned tile
         19: "16384 bytes to come",  # half of the copies are not issued
         20: "1 of 2 arrivals missing",  # one arrival is lost
-        21: "setmaxnreg for registers that nobody gives back",  # the producer keeps its registers
+        21: "setmaxnreg for registers that no warp releases",  # the producer keeps its registers
         22: "not executed by all four warps",  # one warp of the producer gives them back
     },
     "thread_operands": {
@@ -97,7 +97,7 @@ BUGS = {
         60: "to the block itself",
         61: "in a cluster of one block",
         62: "of an mbarrier; mbarrier_inval comes before",
-        63: "nobody has seen the end of the one before",
+        63: "no thread has seen the end of the phase before",
         64: "17 of 16 bytes",
         65: "another one of the same group",
         66: "before all four warps have executed the last one",

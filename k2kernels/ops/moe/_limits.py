@@ -1,4 +1,4 @@
-"""What the kernels of this package take, and how tensors come to them."""
+"""Limits of the kernels of this package, and conversions and checks that its ops share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unserved(dtypes: dict[str, torch.dtype], sizes: dict[str, tuple[int, int]]) 
 
 
 def float32(x: Tensor | None) -> Tensor | None:
-    """Contiguous, in float32: mostly as it is."""
+    """x, contiguous and in float32; not copied where it is already."""
     return x if x is None else (x if x.dtype == torch.float32 else x.float()).contiguous()
 
 

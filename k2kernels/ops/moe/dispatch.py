@@ -58,7 +58,8 @@ def moe_dispatch(
     """Copies each token's row to a slot of each of its experts.
 
     Slots are ordered by expert, then token, then k (a stable counting sort: they depend on `indices` alone), and each
-    expert's slots begin at a multiple of `alignment`. Shapes depend on shapes only, so nothing waits for the device.
+    expert's slots begin at a multiple of `alignment`. Shapes of results depend on shapes only, so the host does not
+    wait for the device.
 
     Args:
         x: [T, H], float32, bfloat16, float16 or float64 (no float64 with `quantize`).
@@ -149,8 +150,8 @@ def moe_combine(
 
 
 def _with_arrived(op: Op, rows: Tensor | ArrivedRows, *args: Any) -> Any:
-    """The op. A kernel reads arrived rows in their buffer, past the dispatcher, whose checks might read data that has
-    not arrived; the reference gets a copy of them."""
+    """Calls the op. A kernel reads arrived rows in their buffer, past the dispatcher, whose checks might read data that
+    has not arrived; the reference gets a copy of them."""
     if isinstance(rows, Tensor):
         return op(rows, *args)
     matrix = rows.halves[0]

@@ -39,8 +39,8 @@ def moe_route(
 
     With s = sigmoid(logits) or softmax(logits), a token takes the top_k experts of largest s + bias; the bias steers
     the choice only, the weights are made of s. With groups, the E experts are n_group equal runs, and only experts of
-    the topk_group best groups can be taken. A group is as good as the sum of its two best s + bias; without a bias, as
-    its best s.
+    the topk_group best groups can be taken. A group's score is the sum of its two largest s + bias;
+    without a bias, its largest s.
 
     Args:
         logits: [T, E], float32, bfloat16, float16 or float64; computed in float32 (float64 for float64).
@@ -51,8 +51,8 @@ def moe_route(
 
     Returns:
         Routing(indices int32 [T, K], weights [T, K] float32 (float64 for float64 logits), counts int64 [E]).
-        indices stand in descending order of s + bias; equals go to the lowest index. Experts whose logit is NaN or -inf
-        have score 0 and are taken only when no other is left, so K distinct experts come out of every row; +inf counts
+        indices are in descending order of s + bias; of equals the lowest index comes first. Experts whose logit is NaN
+        or -inf have score 0 and are taken only when no other is left, so every row has K distinct experts; +inf counts
         as the largest finite number. Differentiable in logits.
 
     Raises:
@@ -77,7 +77,7 @@ def moe_route(
     args.require(
         top_k <= kept, "top_k", lambda: f"at most the {kept} experts of the kept groups", top_k, "raise topk_group"
     )
-    # The op returns the weights first: PyTorch's opcheck adds up the outputs and wants a float to begin with.
+    # The op returns the weights first: PyTorch's opcheck sums the outputs, the first of which must be floating point.
     weights, indices, counts = _moe_route(logits, bias, top_k, n_group, topk_group, score, normalize, scale)
     return Routing(indices, weights, counts)
 
