@@ -17,3 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return K2Model
     raise AttributeError(f"module 'k2kernels.model' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
