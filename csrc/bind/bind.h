@@ -2,7 +2,8 @@
 
 // What the files of csrc/bind share. Both modules, _C for GPUs and _emu for the emulator, are made
 // of the same functions: module.cpp, one file per op, kernels.cpp, and device.cpp or emulator.cpp.
-// Ops take tensors (tensor.h) and launch by run.h; shapes are checked in Python.
+// Ops take tensors (tensor.h) and launch by run.h. No torch header is included, so that the modules
+// do not depend on torch's ABI. Shapes are checked in Python.
 
 #include <pybind11/pybind11.h>
 

@@ -32,7 +32,7 @@ ByteRows byte_rows(const Tensor& rows) {
 }
 
 long scatter(const Tensor& peers, const Tensor& state, const Tensor& error, const Place& place,
-             const Numbers& numbers, const Tensor& rows, const Tensor& beside,
+             const Numbers& numbers, const Tensor& rows, const OptionalTensor& beside,
              const Tensor& indices, unsigned ctas) {
     ScatterParams p;
     p.exchange = exchange(peers, state, error, place, numbers);
@@ -62,7 +62,7 @@ long gather(const Tensor& peers, const Tensor& state, const Tensor& error, const
 }
 
 long gather_wait(const Tensor& peers, const Tensor& state, const Tensor& error, const Place& place,
-                 const Numbers& numbers, const Tensor& indices, const Tensor& weights,
+                 const Numbers& numbers, const Tensor& indices, const OptionalTensor& weights,
                  const Tensor& slot_of, const Tensor& poison_weights, const Tensor& half) {
     GatherWaitParams p;
     p.exchange = exchange(peers, state, error, place, numbers);

@@ -102,9 +102,10 @@ GemmSizes sizes_of(const Fp8GemmParams& p, std::optional<int64_t> expected_rows,
 }
 
 long fp8_gemm(const Tensor& a, const Tensor& a_scales, const Tensor& b, const Tensor& b_scales,
-              const Tensor& offsets, const Tensor& counts, std::optional<int64_t> expected_rows,
-              const Tensor& bias, const Tensor& accumulate, const Tensor& row_weights,
-              int b_row_offset, bool batch_invariant, const Tensor& d, const Tensor& d_scales,
+              const OptionalTensor& offsets, const OptionalTensor& counts,
+              std::optional<int64_t> expected_rows, const OptionalTensor& bias,
+              const OptionalTensor& accumulate, const OptionalTensor& row_weights, int b_row_offset,
+              bool batch_invariant, const Tensor& d, const OptionalTensor& d_scales,
               bool power_of_two, const std::optional<GemmPlan>& forced, const Chip& chip) {
     Fp8GemmParams p = params(a, a_scales, b, b_scales, offsets, counts, b_row_offset);
     p.d = d.data<void>();
@@ -124,8 +125,9 @@ long fp8_gemm(const Tensor& a, const Tensor& a_scales, const Tensor& b, const Te
 }
 
 GemmPlan swiglu_plan(const Tensor& a, const Tensor& a_scales, const Tensor& b,
-                     const Tensor& b_scales, const Tensor& offsets, const Tensor& counts,
-                     std::optional<int64_t> expected_rows, const Chip& chip) {
+                     const Tensor& b_scales, const OptionalTensor& offsets,
+                     const OptionalTensor& counts, std::optional<int64_t> expected_rows,
+                     const Chip& chip) {
     const Fp8GemmParams p = params(a, a_scales, b, b_scales, offsets, counts, /*b_row_offset=*/0);
     return plan_gemm(sizes_of(p, expected_rows, /*whole_k=*/false, /*swiglu=*/true), chip);
 }

@@ -25,7 +25,8 @@ std::pair<int64_t, int64_t> row_strides(const Tensor& x) {
 }
 
 MlaDecodePlan plan(const Chip& chip, const Tensor& q, const Tensor& kv_cache,
-                   const Tensor& block_table, const Tensor& cu_seqlens_q, int64_t split_keys) {
+                   const Tensor& block_table, const OptionalTensor& cu_seqlens_q,
+                   int64_t split_keys) {
     const bool quantized = kv_cache.type() == Type::kU8;
     // What TMA can copy: strides of less than 2**40 bytes, multiples of 16 (which Python checks).
     const auto copied = [](int64_t stride) { return stride > 0 && stride < int64_t(1) << 39; };
@@ -43,9 +44,9 @@ int64_t workspace_floats(const MlaDecodePlan& plan, const Tensor& q) {
 }
 
 long decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
-            const Tensor& seq_lens, const Tensor& cu_seqlens_q, float softmax_scale, bool causal,
-            const Tensor& out, const Tensor& lse, const Tensor& max_logits, const Tensor& workspace,
-            const MlaDecodePlan& plan) {
+            const Tensor& seq_lens, const OptionalTensor& cu_seqlens_q, float softmax_scale,
+            bool causal, const Tensor& out, const Tensor& lse, const Tensor& max_logits,
+            const Tensor& workspace, const MlaDecodePlan& plan) {
     MlaDecodeParams p;
     p.q = q.data<const void>();
     p.type = q.type();
@@ -80,9 +81,9 @@ long decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
 }
 
 // For tests: the tasks of each CTA, which these arguments determine.
-long schedule(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t tokens, int64_t heads,
-              int64_t queries_per_sequence, int64_t capacity, const MlaDecodePlan& plan,
-              const Tensor& tasks) {
+long schedule(const Tensor& seq_lens, const OptionalTensor& cu_seqlens_q, int64_t tokens,
+              int64_t heads, int64_t queries_per_sequence, int64_t capacity,
+              const MlaDecodePlan& plan, const Tensor& tasks) {
     MlaDecodeParams p = {};
     p.seq_lens = seq_lens.data<const int32_t>();
     p.batch = narrow(seq_lens.size(0));

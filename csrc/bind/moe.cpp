@@ -31,9 +31,9 @@ void set_logits(Params& p, const Tensor& logits) {
     p.experts = narrow(logits.size(1));
 }
 
-long moe_route(const Tensor& logits, const Tensor& bias, int n_group, int topk_group, bool softmax,
-               bool normalize, float scale, const Tensor& weights, const Tensor& indices,
-               const Tensor& counts) {
+long moe_route(const Tensor& logits, const OptionalTensor& bias, int n_group, int topk_group,
+               bool softmax, bool normalize, float scale, const Tensor& weights,
+               const Tensor& indices, const Tensor& counts) {
     MoeRouteParams p;
     set_logits(p, logits);
     p.bias = bias.data<const float>();
@@ -63,11 +63,11 @@ long moe_route_backward(const Tensor& grad, const Tensor& logits, const Tensor& 
     return run(logits, launch_moe_route_backward, p);
 }
 
-long moe_dispatch(const Tensor& x, const Tensor& half, const Tensor& row_counts,
+long moe_dispatch(const Tensor& x, const OptionalTensor& half, const OptionalTensor& row_counts,
                   const Tensor& indices, uint32_t alignment, bool power_of_two, const Tensor& data,
-                  const Tensor& scales, const Tensor& slot_of, const Tensor& token_of_slot,
+                  const OptionalTensor& scales, const Tensor& slot_of, const Tensor& token_of_slot,
                   const Tensor& offsets, const Tensor& counts, const Tensor& overflow,
-                  const Tensor& ranks, const Tensor& before_tile) {
+                  const OptionalTensor& ranks, const OptionalTensor& before_tile) {
     MoeDispatchParams p;
     p.x = x.data<const void>();
     p.type = x.type();
@@ -98,8 +98,9 @@ long moe_dispatch(const Tensor& x, const Tensor& half, const Tensor& row_counts,
     return run(x, launch_moe_dispatch, p);
 }
 
-long moe_combine(const Tensor& y, const Tensor& half, const Tensor& slot_of, const Tensor& weights,
-                 const Tensor& shared, const Tensor& residual, const Tensor& out) {
+long moe_combine(const Tensor& y, const OptionalTensor& half, const Tensor& slot_of,
+                 const OptionalTensor& weights, const OptionalTensor& shared,
+                 const OptionalTensor& residual, const Tensor& out) {
     MoeCombineParams p;
     p.y = y.data<const void>();
     p.type = y.type();
@@ -118,9 +119,11 @@ long moe_combine(const Tensor& y, const Tensor& half, const Tensor& slot_of, con
     return run(y, launch_moe_combine, p);
 }
 
-long moe_combine_backward(const Tensor& grad, const Tensor& half, const Tensor& row_counts,
-                          const Tensor& y, const Tensor& slot_of, const Tensor& token_of_slot,
-                          const Tensor& weights, const Tensor& d_y, const Tensor& d_weights) {
+long moe_combine_backward(const Tensor& grad, const OptionalTensor& half,
+                          const OptionalTensor& row_counts, const OptionalTensor& y,
+                          const Tensor& slot_of, const Tensor& token_of_slot,
+                          const OptionalTensor& weights, const Tensor& d_y,
+                          const OptionalTensor& d_weights) {
     MoeCombineBackwardParams p;
     p.grad = float_rows(grad);
     p.grad_half = half_of(grad, half);
@@ -140,9 +143,10 @@ long moe_combine_backward(const Tensor& grad, const Tensor& half, const Tensor& 
     return run(grad, launch_moe_combine_backward, p);
 }
 
-long moe_sequence_loss(const Tensor& logits, const Tensor& indices, const Tensor& cu_seqlens,
-                       float alpha, bool softmax, const Tensor& hits, const Tensor& sums,
-                       const Tensor& loss, const Tensor& grad, const Tensor& d_logits) {
+long moe_sequence_loss(const Tensor& logits, const Tensor& indices,
+                       const OptionalTensor& cu_seqlens, float alpha, bool softmax,
+                       const Tensor& hits, const OptionalTensor& sums, const OptionalTensor& loss,
+                       const OptionalTensor& grad, const OptionalTensor& d_logits) {
     MoeLossParams p;
     set_logits(p, logits);
     p.indices = indices.data<const void>();

@@ -114,9 +114,9 @@ std::vector<NsCall> newton_schulz_plan(const Tensors& xs, const Tensors& results
 
 std::vector<NsCall> muon_update_plan(const Tensors& grads, const Tensors& weights,
                                      const Tensors& momenta, const Tensors& copies,
-                                     const Tensors& row_scales, const Tensor& lr_tensor,
-                                     const Tensor& grad_scale, const Tensor& skip, double lr,
-                                     double weight_decay, double momentum, bool nesterov,
+                                     const Tensors& row_scales, const OptionalTensor& lr_tensor,
+                                     const OptionalTensor& grad_scale, const OptionalTensor& skip,
+                                     double lr, double weight_decay, double momentum, bool nesterov,
                                      double rms_scale, const Options& options) {
     std::vector<Part> parts;
     for (std::size_t i = 0; i < grads.size(); ++i) {

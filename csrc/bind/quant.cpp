@@ -38,8 +38,8 @@ long quantize(LaunchQuantize launch, const Tensor& x, const Tensor& weights, con
     return run(x, launch, p);
 }
 
-long quantize_1x128(const Tensor& x, const Tensor& offsets, const Tensor& counts, bool power_of_two,
-                    bool transpose, const Tensor& codes, const Tensor& scales) {
+long quantize_1x128(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& counts,
+                    bool power_of_two, bool transpose, const Tensor& codes, const Tensor& scales) {
     return quantize(transpose ? launch_quantize_1x128_transposed : launch_quantize_1x128, x, {},
                     offsets, counts, power_of_two, codes, scales);
 }
@@ -49,9 +49,9 @@ long quantize_128x128(const Tensor& w, bool power_of_two, const Tensor& codes,
     return quantize(launch_quantize_128x128, w, {}, {}, {}, power_of_two, codes, scales);
 }
 
-long swiglu_quantize(const Tensor& gate_up, const Tensor& weights, const Tensor& offsets,
-                     const Tensor& counts, bool power_of_two, const Tensor& codes,
-                     const Tensor& scales) {
+long swiglu_quantize(const Tensor& gate_up, const OptionalTensor& weights,
+                     const OptionalTensor& offsets, const OptionalTensor& counts, bool power_of_two,
+                     const Tensor& codes, const Tensor& scales) {
     return quantize(launch_swiglu_quantize, gate_up, weights, offsets, counts, power_of_two, codes,
                     scales);
 }

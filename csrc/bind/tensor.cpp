@@ -20,6 +20,13 @@ const DLPackExchangeAPI& exchange_api() {
     return *api;
 }
 
+bool Tensor::read(py::handle object) {
+    if (object.is_none()) return false;
+    none_ = exchange_api().dltensor_from_py_object_no_sync(object.ptr(), &t_) != 0;
+    if (none_) PyErr_Clear();
+    return !none_;
+}
+
 int64_t Tensor::numel() const {
     int64_t count = 1;
     for (int axis = 0; axis < t_.ndim; ++axis) count *= t_.shape[axis];

@@ -5,8 +5,6 @@
 // that the modules do not depend on torch's ABI; and cheaper than its address, sizes and strides as
 // Python numbers.
 
-#include <initializer_list>
-
 #include "bind/bind.h"
 #include "bind/dlpack.h"
 #include "common/dtypes.h"
@@ -15,7 +13,7 @@ namespace k2k::bind {
 
 const DLPackExchangeAPI& exchange_api();  // tensor.cpp
 
-// A view of a tensor, or of None in its place. Shapes, dtypes and devices have been checked in
+// A view of a tensor. Shapes, dtypes and devices have been checked in
 // Python; a negative axis counts from the end.
 class Tensor {
   public:
@@ -41,29 +39,36 @@ class Tensor {
 
   private:
     friend struct py::detail::type_caster<Tensor>;
+    bool read(py::handle object);  // false for what is no tensor in memory
     bool has(int axis) const { return axis < 0 ? t_.ndim + axis >= 0 : axis < t_.ndim; }
 
     DLTensor t_ = {};
     bool none_ = true;
 };
 
-// A size as a field of 32 bits holds it.
+// A tensor, or None: a Tensor without axes that converts to false.
+struct OptionalTensor : Tensor {};
+
+// A size for a field of 32 bits.
 inline int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }
 
 }  // namespace k2k::bind
 
 namespace pybind11::detail {
 
+// Where load() returns false, pybind11 raises TypeError, and names all arguments.
 template <>
 struct type_caster<k2k::bind::Tensor> {
-    PYBIND11_TYPE_CASTER(k2k::bind::Tensor, const_name("torch.Tensor | None"));
+    PYBIND11_TYPE_CASTER(k2k::bind::Tensor, const_name("torch.Tensor"));
+    bool load(handle object, bool) { return value.read(object); }
+    static bool load(k2k::bind::Tensor& tensor, handle object) { return tensor.read(object); }
+};
+
+template <>
+struct type_caster<k2k::bind::OptionalTensor> {
+    PYBIND11_TYPE_CASTER(k2k::bind::OptionalTensor, const_name("torch.Tensor | None"));
     bool load(handle object, bool) {
-        if (object.is_none()) return true;
-        value.none_ = false;
-        if (k2k::bind::exchange_api().dltensor_from_py_object_no_sync(object.ptr(), &value.t_) == 0)
-            return true;
-        PyErr_Clear();  // pybind11 raises TypeError, and names all arguments
-        return false;
+        return object.is_none() || type_caster<k2k::bind::Tensor>::load(value, object);
     }
 };
 

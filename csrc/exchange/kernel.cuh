@@ -12,17 +12,17 @@
 //
 // Send      Grid-stride over tasks: 2 KiB of a row per warp, loaded once, stored to each of its
 //           ranks. Gather iterates over the rows that scatter announced, not over the capacity.
-//           Each CTA counts itself when done; the last one sets the flag {epoch, call, rows} on
-//           every rank, release at system scope.
-// Wait      A separate kernel, so that work may be put between: a CTA per rank. One thread polls
-//           (acquire at system scope) until the flag carries this epoch, the timeout expires, or a
-//           peer aborts; the CTA then copies the received indices out of the buffer. Rows stay in
-//           it, for the kernels that follow on the stream.
+//           Each CTA increments a counter when done; the last one stores the flag {epoch, call,
+//           rows} on every rank, release at system scope.
+// Wait      A separate kernel, so that other kernels may run between send and wait: a CTA per
+//           source rank. One thread polls (acquire at system scope) until the flag has this epoch,
+//           the timeout expires, or a peer aborts. The CTA then copies the received `numbers` out
+//           of the buffer. Rows stay in it, for the kernels that follow on the stream.
 // Epochs    count up in device memory, modulo 2^32; a flag is compared for equality and never
-//           cleared. Flags and rows are double-buffered by the parity of the epoch: a rank sends
-//           epoch e + 2 after it has seen flag e + 1 of every rank, which each rank sends, on its
-//           stream, after it has consumed epoch e. So a send never waits. The kernels compute the
-//           half, and write it to device memory for those that read the rows: the host needs no
+//           cleared. Flags and rows are double-buffered by the parity of the epoch. A rank sends
+//           epoch e + 2 after it has seen flag e + 1 of every rank. Each rank sends that flag, in
+//           stream order, after it has consumed epoch e. So a send never waits. The kernels compute
+//           the half, and write it to device memory for those that read the rows: the host needs no
 //           epoch, and a CUDA graph may hold any number of exchanges.
 // Faults    A wait ends without a usable flag if the rank is late, if another rank aborted, or if
 //           the flag is of another call (another dtype, say). It then writes the error record and
@@ -158,7 +158,7 @@ K2K_DEVICE void store_piece(uint8_t* row, int64_t column, int64_t bytes, const R
     }
 }
 
-// End of a send: the last CTA to arrive here sets this rank's flag on every rank.
+// End of a send: the last CTA to arrive here stores this rank's flag on every rank.
 K2K_DEVICE void finish_sending(const Exchange& x, ExchangeKind kind, uint32_t epoch, bool failed,
                                int64_t rows) {
     // Wait for all rows of this CTA.
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
                 numbers[row * x.top_k + lane] = place.rank == rank ? place.number : -1;
             }
         }
-        // Of the lanes whose experts are on the same rank, the first one stands for all.
+        // Of the lanes whose experts are on the same rank, select the lowest.
         const uint32_t mates = arch::match_any(static_cast<uint32_t>(place.rank));
         const bool leads = place.rank >= 0 && (mates & ((1u << lane) - 1)) == 0;
         const uint32_t leaders = arch::ballot(leads);
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(kExchangeThreads, kExchangeBlocksResident)
     finish_sending(x, kGather, epoch, failed, 0);
 }
 
-// A CTA per rank: for the pairs of this rank's tokens whose experts are there.
+// A CTA per rank, for the pairs of this rank's tokens whose experts are on that rank.
 __global__ void __launch_bounds__(kExchangeThreads)
     gather_wait_kernel(const __grid_constant__ GatherWaitParams p) {
     auto& smem = arch::shared_storage<Announced>();

@@ -6,15 +6,21 @@
 // for each group, with w, bias and C optional, on every GPU from sm_80 on.
 //
 // Grid      Persistent CTAs of 8 warps, as many as fit; CTA i takes tiles i, i + grid, ... of
-//           schedule.cuh. All warps load and multiply. The multistage cp.async pipeline continues
-//           across tiles: a tile's epilogue overlaps the next one's loads.
-// Stage     128 of K: rows of 128 bytes by cp.async, chunk c of row r at c ^ (r % 8), and a scale
-//           for every row of A and of B, by cp.async of 4 bytes: any strides, any block.
-// Products  From sm_89 on mma of e4m3. Before, codes become fp16 in registers: the low 7 bits as
-//           exponent and mantissa are the value times 2^-8, exactly, denormals included. Four codes
-//           take seven integer instructions; their order along K changes, in A and B alike.
-// NaN       is the one code that this decodes to a number. Each thread looks for it in the chunks
-//           that it copied, and the row's or the column's results become NaN at the end.
+//           schedule.cuh. The multistage cp.async pipeline continues across tiles: a tile's
+//           epilogue overlaps the next one's loads.
+// Warps     All warps load, multiply and store. Each has kWarpRows x kWarpColumns of the tile:
+//           128x128 2 x 4 warps of 64x32, 64x128 2 x 4 of 32x32, 16x128 8 of 16x16.
+// Stage     128 of K: rows of 128 bytes by cp.async, 16-byte chunk c of row r at c ^ (r % 8), and a
+//           scale for every row of A and of B, by cp.async of 4 bytes: any strides, 1x128 or
+//           128x128 blocks.
+// Barriers  One sync_block per stage: all threads' copies of it have landed, and the stage that is
+//           filled next is no longer read. Before sm_89 two per tile for the NaN flags.
+// Products  From sm_89 on mma of e4m3. Before, e4m3 codes become fp16 in registers: the low 7 bits,
+//           moved to fp16's exponent and mantissa, are the value times 2^-8, exactly, denormals
+//           included. Four codes take seven integer instructions; their order along K changes, in A
+//           and B alike.
+// NaN       would be decoded to the number 480. Each thread searches the chunks that it copied, and
+//           results of a row of A or B that has one are overwritten with NaN before the epilogue.
 // Order     float32 sums inside a block of K, then * (a_scale * b_scale) and added, block by block.
 // Shared    stages x (tile_rows + tile_columns) x 132 bytes: 132 KB for 128x128 and 4 stages.
 // Limits    rows of A and B begin at multiples of 16 bytes.
@@ -155,7 +161,7 @@ K2K_DEVICE void multiply(float (&sum)[Tile::kWarpRows / 16][Tile::kWarpColumns /
         }
         return;
     }
-    // Before: decode 16 of K at a time to fp16, the fragments of B once for all rows, and multiply.
+    // Before sm_89: decode 16 of K at a time to fp16, B once for all rows, and multiply.
     K2K_UNROLL
     for (int half = 0; half < 2; ++half) {
         uint32_t b_values[kColumnTiles][2];
@@ -199,7 +205,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     GemmTile(&found)[Tile::kStages] = smem.tiles[warp];
     int next = blockIdx.x, num_found = 0, blocks_to_load = 0, k_to_load = 0;
     const auto load = [&](typename Storage::Stage& stage) {
-        // The last tile found is loaded: find the next one.
+        // After the last block of a tile, find the next tile.
         if (blocks_to_load == 0) {
             GemmTile tile;
             if (tiles.find(next, tile)) {
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
             k_to_load += kBlockK;
             --blocks_to_load;
         }
-        arch::cp_async_commit();  // at the end an empty group, so that waiting counts stay valid
+        arch::cp_async_commit();  // maybe empty, so that cp_async_wait counts stages
     };
     // Prologue: fill all stages but one.
     K2K_NO_UNROLL
@@ -309,7 +315,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
             store_rows(values, p, tile, row, column);
         }
     }
-    // Do not exit with copies in flight, even empty ones.
+    // Do not exit with copies in flight, even those that only write zeros.
     arch::cp_async_wait<0>();
 }
 

@@ -9,7 +9,7 @@
 //           kColumnScales = 1, kFine = kSwiglu = false. Then fp8_gemm_sm90_kernel (roles),
 //           load_factors and load_scales (producers), multiply_tiles (consumers), store_panels
 //           (epilogue). Everything else is a variant, marked at its branch:
-//             kWaves = 2         a warpgroup has 128 rows, 64 at a time: 256x128, ping-pong, SwiGLU
+//             kWaves = 2         a warpgroup has two waves of 64 rows: 256x128, ping-pong, SwiGLU
 //             kAcross = 2        the warpgroups divide the columns, not the rows: 64x256, SwiGLU
 //             kColumnScales = 2  two 128-column scales of B per tile: 128x192, 64x256, SwiGLU
 //             kFine              1x128 scales of B: one for each column; and groups along K
@@ -21,30 +21,31 @@
 //           of the persistent tile scheduler (schedule.cuh). The two CTAs of a cluster have
 //           adjacent tiles of a row (or column); each loads half of the shared A (or B) into both.
 // Roles     warp 0         producer and tile scheduler: TMA copies of A and B, 128 of K per stage
-//           warp 1         producer of scales by cp.async: any strides, none beyond the group
+//           warp 1         producer of scales by cp.async: any strides, zeros beyond the group
 //           warps 2, 3     idle; in ping-pong warps 0 and 1 of the second pipeline
 //           warps 4 to 11  two consumer warpgroups, each with half of the tile: wgmma of one stage
-//                          into `sum`, then result += sum * (a_scale * b_scale). While one
-//                          promotes, the tensor cores serve the other. Then their epilogue.
+//                          into `sum`, then promotion: result += sum * (a_scale * b_scale). One
+//                          promotes while the other's wgmma run. Epilogue at the end of a tile.
 // Ping-pong (for short K) Warps 0, 1 and 4 to 7 take tiles i, i + 2 clusters, ...; warps 2, 3 and 8
 //           to 11 the tiles between. A warpgroup begins a tile when the other is halfway through
 //           its own, so one warpgroup's epilogue and prologue overlap the other's main loop.
 // SwiGLU    Warpgroup 0 computes 128 columns of gate, warpgroup 1 the same columns of up.
 //
 //   barrier      arrivals (of a pipeline)                        bytes      waiters
-//   full[s]      warp 0 once, each lane of warp 1 by its copies  A and B    warps 4 to 11
+//   full[s]      warp 0 once, each lane of warp 1 (cp.async)     A and B    warps 4 to 11
 //   empty[s]     warps 4 to 11 of each CTA of the cluster        -          warps 0 and 1
 //   found[t]     warp 0 once                                     -          warps 1, 4 to 11
 //   used[t]      warps 1, 4 to 11                                -          warp 0
-//   halfway      the pipeline's consumer warps, once per tile    -          the other pipeline's
+//   halfway      ping-pong: consumer warps, once per tile        -          consumers of the other
 //   named        NamedBarrier in pipeline_sm90.cuh
+//   s: stage; t: slot of the tile queue, by which warp 0 hands tiles to the other warps
 //
 // Stage     tile_rows + tile_columns rows of 128 bytes, 128-byte swizzle, and their scales.
-// Result    64 columns of a warpgroup at a time through shared memory by TMA. With bias or C, for
-//           float32, if the group ends inside the 64 rows, or if rows of D do not begin at
-//           multiples of 16 bytes: row by row, 32 columns at a time.
+// Epilogue  store_panels: 64 columns of a warpgroup at a time through shared memory, by TMA. Or
+//           store_by_rows, 32 columns at a time: with bias or C, for float32, if the group ends
+//           inside the 64 rows, or if rows of D do not begin at multiples of 16 bytes.
 // Registers 56 per thread of warps 0 to 3, 224 of the others, of which sum and result take
-//           columns / 2 x (1 + waves): 128 to 192.
+//           columns of a warpgroup / 2 x (1 + waves): 128 to 192.
 // Shared    of 227 KB: stages x (rows + columns) x 132 bytes or less, panels of 8 KB.
 //           128x128 5 x 32 + 4 x 8 KB; 128x192 4 x 40 + 6 x 8; 256x128 4 x 48 + 2 x 8;
 //           64x256 4 x 40 + 4 x 8; ping-pong 2 x (3 x 32 + 8); SwiGLU 4 x 48 + 32 for the exchange.
@@ -67,7 +68,7 @@ struct Panels {
     uint8_t panels[2 / Tile::kPipelines][Tile::kPanels][64 * 128];
 };
 
-// Shared memory of a pipeline: it serves both consumer warpgroups, in ping-pong one.
+// Shared memory of a pipeline, which feeds both consumer warpgroups, in ping-pong one of them.
 template <class Tile>
 struct alignas(1024) HopperPipeline {
     static constexpr int kWarps = 8 / Tile::kPipelines;  // consumers
@@ -90,8 +91,8 @@ struct HopperStorage {
 
 // ---- warp 0 (and 2): tile scheduler and producer of A and B
 
-// Loads `rows` rows [rows, 128] of an operand from `row` on. Shared: this CTA's half, into both
-// CTAs.
+// Starts the copy of `rows` rows of an operand, from `row` on, 128 of K each. Shared: of this CTA's
+// half of the rows, to both CTAs.
 K2K_DEVICE void load_factor(uint8_t* target, const arch::TensorMap& map, arch::Mbarrier& full,
                             int rows, bool shared, int k, int row, int matrix) {
     if (shared) {
@@ -158,7 +159,7 @@ K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem, const Fp8GemmParams& p,
         }
         arch::sync_warp();
     }
-    // share: drain, so that this CTA does not exit before the other's copies and arrivals landed.
+    // share: drain: wait until both CTAs have released all stages, before this CTA exits.
     if (shares && arch::lane_id() == 0) {
         for (int i = 0; i < Tile::kStages; ++i, stage.advance()) {
             arch::mbarrier_wait(smem.empty[stage.slot], stage.parity ^ 1);
@@ -171,13 +172,14 @@ K2K_DEVICE void load_factors(HopperPipeline<Tile>& smem, const Fp8GemmParams& p,
 
 template <class Tile>
 K2K_DEVICE void load_scales(HopperPipeline<Tile>& smem, const Fp8GemmParams& p) {
-    constexpr int kStep = Tile::kFine ? 1 : 128;  // columns for which a scale is loaded
+    constexpr int kStep = Tile::kFine ? 1 : 128;  // columns per scale of B
+    // SwiGLU: lane 0 loads the scale of gate's columns, lane 1 that of up's.
     const int lane_step = Tile::kSwiglu ? static_cast<int>(p.b.rows) / 2 : kStep;
     tile::RingPosition<Tile::kStages> stage;
     tile::RingPosition<kTilesAhead> at;
     const int lane = arch::lane_id();
     for (; has_tile(smem, at); leave_tile(smem, at)) {
-        // Lane i has rows (and columns) i, i + 32, ... of the tile.
+        // Lane i copies the scales of rows (kFine: and columns) i, i + 32, ... of the tile.
         const GemmTile& tile = smem.tiles[at.slot];
         const int k_end = tile.k_end;
         const int a_left = tile.rows - tile.row - lane;  // rows from this lane's first on
@@ -416,9 +418,9 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage, const Fp8GemmParams
         const int boundary = 128 - (tile.column + first_column) % 128;
         const int middle = tile.k_begin + (tile.blocks() - 1) / 2 * kBlockK;
         if constexpr (kPingPong) {
-            // ping-pong: wait until the other warpgroup is halfway through its tile. Tile n of
-            // warpgroup 1 follows half of tile n of warpgroup 0, whose tile n + 1 follows half of
-            // that. Warpgroup 0 has as many tiles as 1, or one more.
+            // ping-pong: wait until the other warpgroup is halfway through the preceding tile.
+            // Order: tile 0 of warpgroup 0, tile 0 of warpgroup 1, tile 1 of warpgroup 0, ...
+            // Warpgroup 0 has as many tiles as warpgroup 1, or one more.
             arch::mbarrier_wait(storage.pipelines[1 - warpgroup].halfway,
                                 turn.parity ^ (warpgroup == 0));
             turn.advance();
@@ -437,8 +439,9 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage, const Fp8GemmParams
                     arch::barrier_sync(kWarpgroupBarrier + warpgroup, 128);
                 }
             }
-            // Releases the stage to the producers (share: of both CTAs). Its codes have been read,
-            // and its scales are in registers or used.
+            // Releases the stage to the producers (share: of both CTAs), after wgmma has read A and
+            // B and the scales are in registers or used. ping-pong: after the middle block also
+            // arrives at `halfway`.
             const auto release = [&] {
                 arch::sync_warp();
                 if (kPingPong && k == middle && lane == 0) arch::mbarrier_arrive(smem.halfway);
@@ -448,7 +451,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage, const Fp8GemmParams
                     arch::mbarrier_arrive_remote(smem.empty[stage.slot], lane);
                 }
             };
-            // Read the stage's scales to registers, but fine ones of B when they are used.
+            // Read the stage's scales to registers; kFine reads those of B when it promotes.
             const float* b_scales = smem.b_scales[stage.slot];
             const float b0 = Tile::kFine ? 0 : b_scales[first_column / 128];
             const float b1 = Tile::kColumnScales == 2 ? b_scales[1] : 0;
@@ -497,7 +500,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage, const Fp8GemmParams
             // SwiGLU: exchange halves with the other warpgroup, quantise, store codes and scales.
             finish_swiglu(smem.result, p, result[0], result[1], tile, warpgroup);
         } else {
-            // A loop that moves registers, because unrolling it would double the code.
+            // Not unrolled, which would double the code: the second wave moves to result[0].
             K2K_NO_UNROLL
             for (int wave = 0; wave < kWaves; ++wave) {
                 finish_wave(smem, p, maps, result[0], tile, warpgroup,
@@ -507,7 +510,7 @@ K2K_DEVICE void multiply_tiles(HopperStorage<Tile>& storage, const Fp8GemmParams
             }
         }
     }
-    // Shared memory must outlive the TMA stores from it.
+    // Wait for the TMA stores that read this CTA's shared memory.
     if (threadIdx.x % 128 == 0) arch::bulk_wait<0>();
 }
 
@@ -545,7 +548,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     arch::sync_block();
     if (shares) arch::cluster_sync_relaxed();
 
-    // Producers give registers away, consumers take them.
+    // Move registers from the producer warps to the consumer warps (setmaxnreg).
     if (warp < 4) {
         arch::registers_decrease<56>();
         const int pipeline = warp / 2;
@@ -559,7 +562,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         multiply_tiles(smem, p, maps, share, warp / 4 - 1);
     }
     arch::sync_warp();
-    // share: the other CTA's copies may still land here.
+    // share: do not exit while the other CTA may access this one's shared memory.
     if (shares) arch::cluster_sync_relaxed();
 }
 

@@ -11,9 +11,9 @@
 //
 // Grid      Persistent clusters of `split` CTAs, as many as fit. Cluster i takes tiles (64 rows of
 //           B x kTokens of A) i, i + clusters, ... of schedule.cuh; each of its CTAs has a part of
-//           K (split-K). 33 tiles of N = 2112 by 4 parts are 132 CTAs.
+//           K (split-K). Example: N = 2112 has 33 tiles, which with split 4 occupy 132 SMs.
 // Roles     warps 0 to 3   consumer warpgroup: wgmma of one stage into `sum`, then
-//                          result += sum * (b_scale * a_scale); epilogue
+//                          result += sum * (b_scale * a_scale); epilogue, a warp per token
 //           warp 4         producer and tile scheduler: TMA copies of A and B
 //           warp 5         producer of scales by cp.async, one for each row of A and of B
 // Split     Each CTA writes its partial result to its shared memory. CTA r adds all parts, in the
@@ -21,13 +21,14 @@
 //           distributed shared memory.
 //
 //   barrier      arrivals                                        bytes      waiters
-//   full[s]      warp 4 once, each lane of warp 5 by its copies  A and B    warps 0 to 3
+//   full[s]      warp 4 once, each lane of warp 5 (cp.async)     A and B    warps 0 to 3
 //   empty[s]     warps 0 to 3                                    -          warps 4, 5
 //   found[t]     warp 4 once                                     -          warps 0 to 3, 5
 //   used[t]      warps 0 to 3, 5                                 -          warp 4
 //   parts_ready  a thread of each CTA, publishing its part       -          warps 0 to 3
 //   parts_read   a thread of each CTA                            -          warps 0 to 3
 //   named        kPartBarrier, warps 0 to 3: the part is written; the parts are read
+//   s: stage; t: slot of the tile queue, by which warp 4 hands tiles to the other warps
 //
 // Order     The blocks of K are added in order inside a part, then the parts: equal from call to
 //           call, but with split > 1 not the order of the other kernels.
@@ -218,7 +219,7 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem, const Fp8GemmPara
                                      int split) {
     constexpr int kValues = Tile::kTokens / 2;  // accumulators of a thread, 64 x kTokens / 128
     const int lane = arch::lane_id(), warp = arch::warp_id();
-    const int weight_row = 16 * warp + lane / 4;  // and the eighth after it: row of the wgmma
+    const int weight_row = 16 * warp + lane / 4;  // rows of B of this lane: this one and + 8
     const int rank = split > 1 ? static_cast<int>(arch::cluster_rank()) : 0;
     tile::RingPosition<Tile::kStages> stage;
     tile::RingPosition<kTilesAhead> at;
@@ -266,13 +267,13 @@ K2K_DEVICE void multiply_small_tiles(SmallStorage<Tile>& smem, const Fp8GemmPara
             arch::mbarrier_arrive_cluster(smem.parts_ready, threadIdx.x);
         }
         arch::mbarrier_wait_cluster(smem.parts_ready, parts.parity);
-        // Finish this CTA's share of the tokens, a warp each.
+        // Epilogue of this CTA's tokens, a warp per token.
         const int tokens = Tile::kTokens / split;
         for (int token = rank * tokens + warp; token < (rank + 1) * tokens; token += 4) {
             finish_token(smem, p, tile, token, split);
         }
         arch::barrier_sync(kPartBarrier, 128);
-        // Tell each CTA that its part has been read.
+        // Arrive at each CTA's parts_read: its part may be overwritten.
         if (static_cast<int>(threadIdx.x) < split) {
             arch::mbarrier_arrive_remote(smem.parts_read, threadIdx.x);
         }
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     if (warp == 4) load_small_factors(smem, p, maps, part, split);
     if (warp == 5) load_small_scales(smem, p, part);
     arch::sync_warp();
-    // Split-K: the others read this CTA's last part before they arrive here.
+    // Split-K: do not exit before the other CTAs have read this one's last part.
     if (split > 1) arch::cluster_sync_relaxed();
 }
 

@@ -22,8 +22,8 @@ constexpr int kTilesAhead = 4;
 
 // Named barriers (bar.sync); 0 is sync_block's.
 enum NamedBarrier : int {
-    kWarpgroupBarrier = 1,  // + warpgroup, 128 threads: its panel of D is free; it is written
-    kSwigluBarrier = 3,     // + warp % 4, 64 threads, a warp of each warpgroup: sums written; read
+    kWarpgroupBarrier = 1,  // + warpgroup, 128 threads: panel of D is free; is written; K cleared
+    kSwigluBarrier = 3,     // + warp % 4, 64 threads, a warp of each warpgroup: half written; read
 };
 
 // Waits for the scheduler's next tile; false if there is none.
@@ -40,8 +40,8 @@ K2K_DEVICE void leave_tile(Storage& smem, tile::RingPosition<kTilesAhead>& at) {
     at.advance();
 }
 
-// Starts the copy of a scale; zero instead if it is not `valid`. `any`: an address that may be
-// named.
+// Starts the copy of a scale; writes zero if it is not `valid`. `any` is a valid address for copies
+// that read nothing.
 K2K_DEVICE void load_scale(float& target, const float* source, bool valid, const float* any) {
     arch::cp_async<4>(arch::smem_address(&target), valid ? source : any, valid);
 }

@@ -4,14 +4,15 @@
 //
 //     codes[m, i], scales[m, i / 128] <- silu(gate[m, i]) * up[m, i] * w[m]
 //
-// Gate and up are float32 accumulators of two warpgroups, 128 rows by 128 columns each. Nothing is
-// rounded in between.
+// Warpgroup 0 has gate, warpgroup 1 up, as float32 accumulators of the same 128 rows and 128
+// columns. Nothing is rounded in between.
 //
-// Exchange  Warpgroup 0 receives up of the first 64 rows and sends gate of the last 64. Both have
-//           the same register layout, so each thread exchanges with one thread, and warp w with
-//           warp w: half of the accumulators at a time, 16 KB each way.
-// Rows      Each row then lies in the four lanes of a quad: two shuffles give amax, and a transpose
-//           in the quad makes each lane store 16 contiguous bytes.
+// Exchange  Warpgroup 0 sends gate of rows 64 to 127 and receives up of rows 0 to 63; warpgroup 1
+//           does the reverse. Both have the same register layout, so each thread exchanges with one
+//           thread, and warp w with warp w: 64 columns at a time, 16 KB each way.
+// Rows      Warpgroup w then has rows 64 w to 64 w + 63 of both, each row in the four lanes of a
+//           quad: two shuffles give amax, and a transpose in the quad makes each lane store 16
+//           contiguous bytes.
 
 #include "fp8_gemm/pipeline_sm90.cuh"
 #include "tile/e4m3_block.cuh"
@@ -42,7 +43,7 @@ K2K_DEVICE void store_codes(const float (&hidden)[32], const Fp8GemmParams& p, c
             const float* four = hidden + first + 4 * i;
             words[i] = tile::encode4(four[0], four[1], four[2], four[3], divisor);
         }
-        // Now columns of groups 2 t and 2 t + 1, one word from each lane of the quad.
+        // Lane t now has columns 16 t to 16 t + 15, a word from each lane: put them in order.
         tile::transpose_quad(words);
         const uint4 sixteen = make_uint4(
             (words[0] & 0xffff) | words[1] << 16, (words[2] & 0xffff) | words[3] << 16,
@@ -56,7 +57,7 @@ K2K_DEVICE void store_codes(const float (&hidden)[32], const Fp8GemmParams& p, c
     }
 }
 
-// Finishes a tile: `first` and `last` are the warpgroup's accumulators of rows 0 .. 63 and 64 ..
+// Epilogue of a tile: `first` and `last` are the warpgroup's accumulators of rows 0 .. 63 and 64 ..
 // 127, of gate in warpgroup 0, of up in warpgroup 1.
 K2K_DEVICE void finish_swiglu(SwigluExchange& exchange, const Fp8GemmParams& p, float (&first)[64],
                               float (&last)[64], const GemmTile& tile, int warpgroup) {
@@ -86,7 +87,7 @@ K2K_DEVICE void finish_swiglu(SwigluExchange& exchange, const Fp8GemmParams& p, 
             to[2] = four.z;
             to[3] = four.w;
         }
-        // Both have read: the buffer may be written again.
+        // Wait until both warps have read, before the buffer is written again.
         arch::barrier_sync(kSwigluBarrier + warp, 64);
     }
 

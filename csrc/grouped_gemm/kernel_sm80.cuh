@@ -8,8 +8,8 @@
 //
 // Grid      Persistent CTAs, as many as fit; CTA i takes tiles i, i + grid, ... of the tile
 //           scheduler tile/group_tiles.cuh, which reads the groups' sizes on the device.
-// Warps     All warps load and multiply. 128 x 128: 2 x 4 warps of 64 x 32; 16 x 128: 4 side by
-//           side.
+// Warps     All warps load, multiply and store. 128 x 128: 2 x 4 warps of 64 x 32; 16 x 128: 4
+//           warps of 16 x 32.
 // Operands  "By rows" if the summed axis is contiguous (A and B of the forward pass, A of dgrad),
 //           "by columns" if the tile's axis is: these are read by ldmatrix.trans.
 // Ring      Stages of kDepth of the summed axis, filled by cp.async. By rows a panel has 64 or 128
@@ -105,7 +105,7 @@ class GroupedPanel {
         return true;
     }
 
-    // Bytes of a chunk of which so many elements exist.
+    // Valid bytes of a chunk of which `elements` elements exist.
     K2K_DEVICE static int bytes(int64_t elements) {
         return elements <= 0 ? 0 : elements < 8 ? static_cast<int>(elements) * 2 : 16;
     }
@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     const auto next = [](uint32_t& stage) {
         stage = stage + sizeof(Stage) == kRingBytes ? 0 : stage + uint32_t(sizeof(Stage));
     };
-    // Fills the next stage of the ring; at a tile's end an empty group keeps the count of groups.
+    // Fills the next stage of the ring; at a tile's end commits an empty cp.async group, so that
+    // cp_async_wait counts stages.
     const auto fill = [&] {
         if (left > 0) {
             a_panel.copy(ring + filled, left, a);
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
                                                               warp_column);
             next(read);
         }
-        // Begin to load the next tile before storing this one.
+        // Start the loads of the next tile before this tile's epilogue.
         more = find();
 
         // Epilogue: round, transpose in quads of lanes, store 16 bytes per lane.

@@ -5,15 +5,16 @@
 //     cache[page, slot, :] <- rows[t, :]      page = block_table[t / tokens_per_sequence, pos / P]
 //     rows[t, :] <- cache[page, slot, :]      slot = pos % P,  pos = positions[t]
 //
-// Warp      One token, 16 contiguous elements per lane and iteration: 512 columns. All warps have
-//           the same role.
-// 656 bytes The latent is exactly one iteration, a block of 128 in eight lanes; the first four
-//           lanes move the 64 elements of the rope part.
+// Grid      CTAs of 4 warps, a warp per token. All warps have the same role; no barriers.
+// Warp      16 contiguous elements per lane and iteration: 512 columns.
+// 656 bytes 512 e4m3 codes of the latent, 4 float32 scales, 64 bfloat16 of the rope part. The
+//           latent is exactly one iteration, a block of 128 in eight lanes; the first four lanes
+//           move the rope part.
 // Traffic   2,304 bytes per token from bfloat16 to bfloat16, 1,808 from bfloat16 to 656 bytes. The
 //           chain position -> page -> row is three dependent loads; other warps hide its latency:
 //           32 warps per SM have 36 KiB in flight.
 // Limits    rows that do not begin at multiples of 16 bytes are moved element by element; 656-byte
-//           rows must begin there.
+//           rows must begin at such multiples.
 
 #include <type_traits>
 

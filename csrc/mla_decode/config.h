@@ -119,7 +119,7 @@ struct MlaDecodeShape {
     bool whole_rows;  // the cache's rows lie so that TMA can copy them
 };
 
-// Hopper's own kernel brings keys by TMA, in boxes that lie in one page: boxes of less than 16 keys
+// The sm_90a kernel copies keys by TMA, in boxes that lie in one page: boxes of less than 16 keys
 // would take more copies than one thread can start in time. Codes must be decoded on the way, and a
 // tile of 16 or 32 rows needs less shared memory traffic in the portable kernel.
 constexpr bool served_by_sm90(const Chip& chip, const MlaDecodeShape& shape, int tile_rows) {
@@ -127,14 +127,14 @@ constexpr bool served_by_sm90(const Chip& chip, const MlaDecodeShape& shape, int
            tile_rows == kHopperRows && hopper_box_rows(shape.page_size) >= kHopperMinBoxRows;
 }
 
-// Whether Hopper's blocks work in pairs, clusters of two, each of which brings half of the keys
-// from L2 for both: with several tiles a sequence, what a multiprocessor gets from L2 would take as
+// Whether the CTAs of the sm_90a kernel form pairs, clusters of two, each of which loads half of
+// the keys from L2 for both: with several tiles a sequence, what an SM gets from L2 would take as
 // long as the products. Only whole teams can be paired.
 constexpr bool in_pairs(const MlaDecodePlan& plan) {
     return plan.kernel == MlaDecodeKernel::kSm90 && plan.team_size % 2 == 0;
 }
 
-// The tiles of a sequence go to the blocks of a team, which then read the same keys at the same
+// The tiles of a sequence go to the CTAs of a team, which then read the same keys at the same
 // time, from L2 all but once.
 constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape) {
     MlaDecodePlan plan = {};
@@ -156,7 +156,7 @@ constexpr MlaDecodePlan make_plan(const Chip& chip, const MlaDecodeShape& shape)
     if (plan.split_blocks == 0) {
         plan.partials = int64_t(2) * plan.teams * plan.team_size;  // see schedule.cuh
     } else {
-        // At most so many rounds of a team over all sequences, each with so many splits.
+        // At most so many turns over all sequences, each with so many splits.
         const int64_t rounds = shape.queries_per_sequence > 0
                                    ? shape.batch * ceil_div(tiles, plan.team_size)
                                    : shape.batch + shape.tokens * shape.heads /

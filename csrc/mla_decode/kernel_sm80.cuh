@@ -5,21 +5,25 @@
 //     S[r, k] = scale * q[r, :576] . row[k, :576]      r: query token x head, k: cached row
 //     out[r, :512] = softmax_k(S[r, :]) row[k, :512],  lse[r], max_logits[r]
 //
-// Grid      persistent, one CTA of 8 warps per SM; each finds its tasks (tile_rows rows of q x a
-//           range of keys of one sequence) by the split-KV tile scheduler of schedule.cuh.
-// Warps     kRowWarps x kDimWarps: a row warp has 16 rows of the tile; its dim warps each sum a
-//           part of the 576 dims of a score, and each own a part of the 512 columns of the output.
-// Round     32 keys, copied by cp.async into a ring of `stages`:
+// Grid      persistent, one CTA of 8 warps per SM. Each CTA gets its tasks (tile_rows rows of q x a
+//           range of keys of one sequence) from the split-KV tile scheduler of schedule.cuh.
+// Warps     no roles: all 8 copy and multiply; warp 0 also runs the scheduler. They form kRowWarps
+//           groups of kDimWarps: 4 x 2, 2 x 4 or 1 x 8. A group ("row warp") has 16 rows of the
+//           tile. Each of its dim warps sums its part of the 576 dims of a score and owns its part
+//           of the 512 columns of the output. Dim warps have the same scores and softmax.
+// q         from global memory to registers, as operand A, once per task.
+// Round     32 keys, copied by cp.async into a ring of 2 or 4 stages:
 //             1. partial scores   mma.sync m16n8k16, q from registers, keys by ldmatrix
 //             2. exchange         dim warps add their partial scores, all in the same order
 //             3. softmax          online, base 2; the output is rescaled only if a maximum grew
-//             4. output           P is already laid out as operand A; the same keys again, by
-//                                 ldmatrix.trans
-// Barriers  task_done, task_known  sync_block twice a task, before and after warp 0 writes it
-//           round_landed   sync_block a round: all threads' copies have landed, and the stage that
-//                          is filled next has been read
-//           scores_ready   named barrier 1 + row warp, between writing and reading the exchange
-//           decoded        sync_block, 656-byte rows only: codes have become bfloat16
+//             4. output           P V: P has operand A's layout; the keys as V, by ldmatrix.trans
+// Barriers  task_done, task_known  sync_block, before and after warp 0 writes the next task
+//           round_landed   sync_block once a round: all threads' copies have landed, and the stage
+//                          that is filled next has been read
+//           scores_ready   named barrier 1 + row warp: its dim warps have written the exchange
+//           decoded        sync_block, 656-byte rows only: the round is stored as bfloat16
+// Epilogue  all warps, from registers: out / sum as T to out, or as floats to the workspace if the
+//           keys are split. Dim warp 0 stores lse and max_logits.
 // Shared    exchange 16 KB; ring 36 KB a stage (two: 90 KB, what sm_86 to sm_120 have). 656-byte
 //           rows: 20.5 KB a stage and 36 KB for one decoded round (93 KB with two).
 // Registers of a thread with 64 rows: output 128, q 72, scores 16: at the limit of 255.
@@ -52,14 +56,14 @@ struct DecodedRound {
 };
 struct NothingDecoded {};
 
-// The ring follows it: [stages, 32, 576], or 656-byte rows.
+// In shared memory the ring follows it: [stages, 32, 576], or [stages, 32] rows of 656 bytes.
 template <bool kQuantized>
 struct alignas(128) MlaSm80Storage {
-    float4 exchange[kPortableThreads / 32][4][32];  // partial scores [warp, 8 keys, lane]
+    float4 exchange[kPortableThreads / 32][4][32];  // partial scores [warp, group of 8 keys, lane]
     std::conditional_t<kQuantized, DecodedRound, NothingDecoded> decoded;
     MlaTasks tasks;  // warp 0's scheduler
     MlaTask task;
-    bool bad_page;  // its block table names a page that does not exist
+    bool bad_page;  // the task's block table names a page outside of the cache
 };
 static_assert(sizeof(MlaSm80Storage<false>) + 2 * kRoundBytes == portable_shared_memory(false, 2));
 static_assert(sizeof(MlaSm80Storage<true>) + 2 * kQuantizedRoundBytes ==
@@ -73,8 +77,8 @@ K2K_DEVICE int page_of_round(const MlaDecodeParams& p, const MlaTask& task, int 
     return p.block_table[task.sequence * p.table_stride + key / p.page_size];
 }
 
-// Starts the copies of that round to `stage`. Keys behind the end become zeros: 0 * NaN would
-// be NaN in the output.
+// Starts this thread's copies of that round to `stage`. Keys past the end are zero-filled: 0 * NaN
+// would be NaN in the output.
 template <bool kQuantized>
 K2K_DEVICE void copy_round(const MlaDecodeParams& p, const MlaTask& task, bool& bad_page,
                            uint32_t stage, int key, int page) {
@@ -99,13 +103,13 @@ K2K_DEVICE void copy_round(const MlaDecodeParams& p, const MlaTask& task, bool& 
     }
 }
 
-// 656-byte rows of a stage as bfloat16 rows. A thread has the chunks of a key that lie eight apart:
-// its i-th 16 codes belong to scale i.
+// Decodes the 656-byte rows of a stage to bfloat16. Eight threads per key: thread t has the chunks
+// t, t + 8, ... of 16 codes; its i-th chunk has scale i.
 K2K_DEVICE void decode_round(DecodedRound& decoded, const char* stage) {
     const int row = threadIdx.x / 8, lane = threadIdx.x % 8;
     const char* from = stage + row * kQuantizedRow;
     uint4* to = decoded.chunks + row * (kKeyBytes / 16);
-    // Not unrolled: the output leaves few registers.
+    // Not unrolled: the accumulators of `out` leave few registers.
     K2K_NO_UNROLL
     for (int i = 0; i < 4; ++i) {
         const float scale = reinterpret_cast<const float*>(from + kScalesAt)[i];
@@ -135,8 +139,8 @@ template <class T, int kRowWarps, bool kQuantized>
 __global__ void __launch_bounds__(kPortableThreads, 1)
     mla_decode_sm80_kernel(const __grid_constant__ MlaDecodeParams p) {
     constexpr int kDimWarps = 8 / kRowWarps;
-    constexpr int kSteps = ceil_div(kKeyDim / 16, kDimWarps);  // of 16 dims, of this warp's scores
-    constexpr int kColumns = kLatent / kDimWarps;              // of the output, this warp's
+    constexpr int kSteps = ceil_div(kKeyDim / 16, kDimWarps);  // k-steps of 16 dims, of this warp
+    constexpr int kColumns = kLatent / kDimWarps;              // of the output, of this warp
     constexpr int kOutTiles = kColumns / 8;
     constexpr int kStageBytes = kQuantized ? kQuantizedRoundBytes : kRoundBytes;
 
@@ -146,19 +150,19 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
     const uint32_t ring_end = ring + p.plan.stages * kStageBytes;
     const int lane = arch::lane_id(), warp = arch::warp_id();
     const int row_warp = warp / kDimWarps, dim_warp = warp % kDimWarps;
-    // Where mma.sync keeps what: a thread's scores and outputs are in rows `row` and `row` + 8, in
-    // columns 2 `pair` and the next of each 8.
+    // Accumulator layout of mma.sync: a thread has rows `row` and `row` + 8 of scores and output,
+    // and of each 8 columns 2 `pair` and 2 `pair` + 1.
     const int row = row_warp * 16 + lane / 4, pair = lane % 4;
 
-    // This lane's addresses for ldmatrix. Keys as B of q K^T: 16 keys x 16 dims, the dims of step s
-    // are chunks 2s and 2s + 1; a warp has the steps dim_warp, dim_warp + kDimWarps, ... Keys as B
-    // of P V, transposed: 16 keys x 16 columns. Both begin at the same place in the first 16 dims.
+    // This lane's ldmatrix offsets. B of q K^T: 16 keys x 16 dims; step s has chunks 2 s and
+    // 2 s + 1, and a warp has the steps dim_warp, dim_warp + kDimWarps, ... B of P V, transposed:
+    // 16 keys x 16 columns. Both are `offset` plus the start of the warp's dims or columns.
     const uint32_t offset = tile::ldmatrix_address<false, false, kKeyBytes>(0, 0, 0);
     const uint32_t score_offset = (offset ^ dim_warp % 4 * 32) + dim_warp / 4 * 128;
     const uint32_t out_offset = offset + dim_warp * (kColumns * 2);
 
-    // Scheduler: warp 0 works out the CTA's share. Its state is kept in shared memory: the main
-    // loop needs the registers.
+    // Scheduler: warp 0 computes the CTA's share. Its state is in shared memory: the main loop
+    // needs the registers.
     const MlaTask& task = storage.task;
     if (warp == 0) {
         const MlaTasks tasks(p, blockIdx.x);
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
     }
     for (;;) {
         // Warp 0 finds the next task.
-        arch::sync_block();  // task_done: the task before and its stages have been read
+        arch::sync_block();  // task_done: the previous task and its stages have been read
         if (warp == 0) {
             MlaTasks tasks = storage.tasks;
             tasks.next(p, storage.task);
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             arch::cp_async_commit();
         }
 
-        // Load q, as operand A in registers; rows that the tile lacks are zeros.
+        // Load q, as operand A in registers; rows past num_rows are zeros.
         uint32_t q[kSteps][4];  // [16, 16] each
         K2K_UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -217,14 +221,14 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
         tile::OnlineSoftmax softmax;
         softmax.reset();
         for (int key = task.first_key; key < task.end_key; key += kRoundKeys) {
-            // Wait for the oldest round; of four stages, two more may still be in flight.
+            // Wait for the oldest round; with four stages, two later ones stay in flight.
             if (stages == 2) {
                 arch::cp_async_wait<0>();
             } else {
                 arch::cp_async_wait<2>();
             }
             arch::sync_block();  // round_landed
-            // Refill the stage that the round before has left.
+            // Refill the stage of the previous round.
             const int ahead = key + (stages - 1) * kRoundKeys;
             if (ahead < task.end_key) {
                 const uint32_t free_stage = (stage == ring ? ring_end : stage) - kStageBytes;
@@ -260,7 +264,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                     }
                 }
             }
-            // 2. Exchange: all dim warps add the parts in the same order, to the same bits.
+            // 2. Exchange: each dim warp adds the parts of all, in the same order: equal bits.
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 storage.exchange[warp][j][lane] =
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
                 scores[j][2] = sum.z, scores[j][3] = sum.w;
             }
 
-            // 3. Mask what a row does not see, then the online softmax: scores become P.
+            // 3. Mask keys that a row does not see, then online softmax: scores become P.
             if (key + kRoundKeys > task.border || key + kRoundKeys > task.end_key) {
                 K2K_UNROLL
                 for (int half = 0; half < 2; ++half) {
@@ -289,7 +293,7 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             }
             float factor[2];
             const bool rescale = softmax.update(scores, factor, p.scale * kLog2E);
-            // Rescale the output only if a maximum of the warp grew.
+            // Rescale the output only if a row maximum of the warp grew.
             if (rescale) {
                 K2K_UNROLL
                 for (int j = 0; j < kOutTiles; ++j) {
@@ -320,8 +324,8 @@ __global__ void __launch_bounds__(kPortableThreads, 1)
             stage = stage + kStageBytes == ring_end ? ring : stage + kStageBytes;
         }
 
-        // Epilogue: one thread per row stores statistics, all store their columns; split keys go to
-        // the workspace as floats, for kernel_combine.cuh.
+        // Epilogue: one thread per row stores statistics, all store their columns: to out, or for
+        // split keys as floats to the workspace (kernel_combine.cuh).
         softmax.finish(storage.bad_page);
         const auto store_row = [&](int half) {
             const int tile_row = row + 8 * half;

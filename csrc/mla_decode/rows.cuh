@@ -1,6 +1,6 @@
 #pragma once
 
-// The rows of a task's tile: where a row is in q and in the results, which keys it sees.
+// The rows of a task's tile: token and head, place in out and workspace, mask, statistics.
 
 #include "mla_decode/schedule.cuh"
 #include "tile/online_softmax.cuh"
@@ -15,7 +15,7 @@ using tile::pack;
 struct MlaRow {
     int64_t token;  // in q
     int head;
-    int border;  // it sees the keys before this one
+    int border;  // sees keys [0, border)
 };
 
 K2K_DEVICE MlaRow mla_row(const MlaDecodeParams& p, const MlaTask& task, int tile_row) {
@@ -31,13 +31,13 @@ K2K_DEVICE T* out_at(const MlaDecodeParams& p, const MlaRow& place, int column) 
            place.head * p.out_head_stride + column;
 }
 
-// Its row of the workspace, if the task is a part of its keys.
+// The row of the workspace for row `tile_row` of a task with partial >= 0.
 K2K_DEVICE int64_t partial_row(const MlaDecodeParams& p, const MlaTask& task, int tile_row) {
     return int64_t(task.partial) * p.plan.tile_rows + tile_row;
 }
 
-// Masks the scores of row `tile_row`, row h of this thread, from the row's border or the end of the
-// task's keys on; `key` is that of scores[0][2 h].
+// Masks this thread's row h (`tile_row` of the tile) from the row's border or the end of the task's
+// keys on. `key`: the key of scores[0][2 h].
 template <int kTiles>
 K2K_DEVICE void mask_row(float (&scores)[kTiles][4], const MlaDecodeParams& p, const MlaTask& task,
                          int tile_row, int h, int key) {
@@ -45,8 +45,9 @@ K2K_DEVICE void mask_row(float (&scores)[kTiles][4], const MlaDecodeParams& p, c
     tile::mask_row(scores, h, key, border < task.end_key ? border : task.end_key);
 }
 
-// Stores lse and the largest logit of row h of this thread, `tile_row` of the tile: as results, or
-// as those of a part. By one thread of the quad.
+// Stores lse and the largest logit of this thread's row h (`tile_row` of the tile): as results, or
+// to the workspace if the task is a part. The first split also stores the row's SplitRow for
+// kernel_combine.cuh. One thread of the quad calls it.
 K2K_DEVICE void store_stats(const MlaDecodeParams& p, const MlaTask& task,
                             const tile::OnlineSoftmax& softmax, const MlaRow& place, int tile_row,
                             int h) {

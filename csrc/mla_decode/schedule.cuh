@@ -1,31 +1,33 @@
 #pragma once
 
 // The split-KV tile scheduler: which CTA works on which rows and keys. It runs inside the kernel,
-// on the lengths as they are then: no plan of the host can be stale, in a CUDA graph or elsewhere.
+// on the current seq_lens: there is no plan of the host that a CUDA graph could replay stale.
 //
 // The rows of a sequence (query tokens x heads) are cut into tiles.
 //
-//   team    neighbouring CTAs that read the same keys at the same time, each for its own tile;
-//           with one tile per sequence, one CTA (FlashMLA: the CTAs of one "sm part")
-//   turn    team_size tiles of one sequence, one for each CTA of a team, over all of its keys: n
-//           blocks of 64, at least one (a work tile)
-//   piece   a range of a turn's keys that one team works through (a split)
-//   share   the work of one team (FlashMLA: its row of tile_scheduler_metadata)
+//   team    team_size neighbouring CTAs that read the same keys at the same time, each for its own
+//           tile; one CTA if a sequence has one tile (FlashMLA: the CTAs of one "sm part")
+//   turn    a team's work tile: team_size tiles of one sequence, one per CTA, with all of its keys,
+//           n >= 1 blocks of 64. A sequence has ceil(tiles / team_size) turns.
+//   piece   a split: the range of a turn's keys that one team works on
+//   share   the pieces of one team (FlashMLA: its row of tile_scheduler_metadata)
 //
-//   auto    A turn of n blocks is cut into full pieces of piece_blocks() and a
-//           rest of 1 to piece_blocks(). The first teams take one full piece each, the others the
-//           rests: the same number of whole rests each if that makes no team late, else equal
-//           lengths of the line of all rests, on which each is kTileOverhead longer than its keys;
-//           only there does the end of a share cut a rest.
+//   auto    (split_blocks = 0) A turn is cut into full pieces of piece_blocks() blocks and a rest
+//           of 1 to piece_blocks() blocks. The first f teams take one full piece each, f being the
+//           number of full pieces. The other teams take the rests, in one of two ways:
+//             whole rests  the same number for each team, if no team then exceeds the bound below
+//             line         else all rests, each after kTileOverhead blocks, form a line that is cut
+//                          into equal shares; only then can a rest be split
 //
 //               line    [ o rest 0 | o rest 1 | o rest 2 | o rest 3 ]    o: kTileOverhead
-//               shares  | team f     | team f + 1  | team f + 2     |    f: number of full pieces
+//               shares  | team f     | team f + 1  | team f + 2     |
 //
-//           No team has more to do than piece_blocks() + kTileOverhead: FlashMLA's bound too.
-//   fixed   A turn has as many splits as its length says, and team t takes the splits t, t + teams,
-//           ... of all turns. Splits, and their order, depend on the sequence's own length alone.
+//           Bound: no team has more than piece_blocks() + kTileOverhead blocks, as in FlashMLA.
+//   fixed   A turn is cut into splits of split_blocks blocks. The splits of all turns are numbered;
+//           team t takes the splits t, t + teams, ... Splits, and their order, depend on the
+//           sequence's own length alone.
 //
-// One warp of a CTA computes it, 32 sequences at a time (a *chunk*), one per lane.
+// One warp of each CTA runs it, 32 sequences at a time (a *chunk*), one per lane.
 
 #include "arch/warp.cuh"
 #include "mla_decode/config.h"
@@ -43,7 +45,7 @@ class MlaTasks {
         if (p.plan.split_blocks == 0) share_out(p);
     }
 
-    // Finds this CTA's next task, which lane 0 writes. All lanes of the warp call it.
+    // Finds this CTA's next task; lane 0 writes it to `task`. All lanes of the warp call it.
     K2K_DEVICE void next(const MlaDecodeParams& p, MlaTask& task) {
         bool done = true;
         Found found;
@@ -61,13 +63,13 @@ class MlaTasks {
     struct Sequence {
         int index, first_token, queries, seq_len;
         int blocks;
-        int turns;  // of the team, over its tiles
+        int turns;
     };
 
-    // A sequence, and what is before it.
+    // A sequence, and the sums over all sequences before it.
     struct Found : Sequence {
-        int line;              // rests (auto) or splits (fixed)
-        uint32_t full_pieces;  // number_and_turns()
+        int line;              // auto: length of the rests; fixed: splits
+        uint32_t full_pieces;  // of number_and_turns()
     };
 
     K2K_DEVICE static int turns_of(const MlaDecodeParams& p, int queries) {
@@ -78,15 +80,15 @@ class MlaTasks {
         return queries <= 0 ? 0 : ceil_div(queries * p.heads, p.plan.tile_rows);
     }
 
-    // Back to the first sequence.
+    // Resets the scan to the first sequence.
     K2K_DEVICE void start(const MlaDecodeParams& p) {
         chunk_ = chunk_line_ = 0;
         chunk_full_pieces_ = 0;
         chunk_token_ = p.cu_seqlens_q == nullptr ? 0 : clamp_to(p.cu_seqlens_q[0], p.tokens);
     }
 
-    // This lane's sequence of the chunk. An offset of queries that is less than one before it
-    // counts as the largest before it, so that no two sequences have a row in common.
+    // This lane's sequence of the chunk. Ragged batch: cu_seqlens_q that decrease are replaced by
+    // their prefix maximum, so that no two sequences share a row.
     K2K_DEVICE Sequence sequence(const MlaDecodeParams& p, int& chunk_token) const {
         const int lane = arch::lane_id(), index = chunk_ + lane;
         const bool exists = index < p.batch;
@@ -96,7 +98,7 @@ class MlaTasks {
             s.first_token = index * s.queries;
             s.turns = exists ? same_turns_ : 0;
         } else {
-            // ragged: a prefix maximum of the offsets over the lanes.
+            // Ragged batch: prefix maximum of the offsets over the lanes.
             int end = exists ? clamp_to(p.cu_seqlens_q[index + 1], p.tokens) : 0;
             end = end > chunk_token ? end : chunk_token;
             K2K_UNROLL
@@ -114,7 +116,7 @@ class MlaTasks {
         return s;
     }
 
-    // Blocks of keys; a turn without keys counts as one block: its results must be written.
+    // Blocks of keys; at least one, as results are written without keys, too.
     K2K_DEVICE static int blocks_of(int seq_len) {
         return seq_len > 0 ? ceil_div(seq_len, kBlockKeys) : 1;
     }
@@ -123,26 +125,26 @@ class MlaTasks {
 
     K2K_DEVICE int rest(const Sequence& s) const { return s.blocks - full_pieces(s) * piece_; }
 
-    // How long a turn's rest is on the line.
+    // Length of a turn's rest on the line, in blocks; with whole rests, 1.
     K2K_DEVICE int rest_length(const Sequence& s) const {
         return whole_rests_ ? 1 : kTileOverhead + rest(s);
     }
 
-    // Full pieces of the sequence's turns, and in the upper 16 bits the turns that have any: one
-    // scan sums both. There are fewer full pieces than teams.
+    // Low 16 bits: full pieces of all turns of the sequence. High 16 bits: its turns, if they have
+    // full pieces. One scan sums both. There are fewer full pieces than teams.
     K2K_DEVICE uint32_t number_and_turns(const Sequence& s) const {
         const int full = full_pieces(s);
         return full > 0 && s.turns > 0 ? s.turns * (full + 65536u) : 0;
     }
 
-    // Fixed splits of a turn.
+    // fixed: splits of a turn.
     K2K_DEVICE static int splits(const MlaDecodeParams& p, const Sequence& s) {
         return ceil_div(s.blocks, p.plan.split_blocks);
     }
 
-    // auto: the shares, from the lengths of all sequences.
+    // auto: computes piece_, full_pieces_, share_ and this team's range of positions.
     K2K_DEVICE void share_out(const MlaDecodeParams& p) {
-        // Sum up turns, their blocks, and the longest, 32 sequences at a time.
+        // Reduce over all sequences: number of turns, their blocks, blocks of the longest.
         int turns = 0, blocks = 0, longest = 1;
         if (p.cu_seqlens_q == nullptr) {
             turns = p.batch * same_turns_;
@@ -167,7 +169,7 @@ class MlaTasks {
         longest = arch::redux_max(longest);
         piece_ = piece_blocks(turns, blocks, longest, p.plan.teams);
 
-        // Count the full pieces, and the longest rest: another pass, if there are any.
+        // Count the full pieces and find the longest rest: a second pass, if there are any.
         int longest_rest = longest;
         if (longest > piece_) {
             longest_rest = 1;
@@ -181,7 +183,7 @@ class MlaTasks {
             longest_rest = arch::redux_max(longest_rest);
             start(p);
         }
-        // Divide the rests among the other teams: whole ones, if none is late, else their line.
+        // Divide the rests among the other teams: whole rests if within the bound, else the line.
         const int teams = p.plan.teams - full_pieces_;
         const int apiece = ceil_div(turns, teams);
         whole_rests_ = apiece * (longest_rest + kTileOverhead) <= piece_ + kTileOverhead;
@@ -189,7 +191,7 @@ class MlaTasks {
             whole_rests_ ? turns : blocks - full_pieces_ * piece_ + kTileOverhead * turns;
         share_ = whole_rests_ ? apiece : ceil_div(line, teams);
         if (share_ == 0) share_ = 1;
-        // This team's share.
+        // Set this team's share.
         if (team_ < full_pieces_) {
             end_ = position_ + 1;
         } else {
@@ -198,13 +200,12 @@ class MlaTasks {
         }
     }
 
-    // Finds the sequence that position_ is in, counted in splits, in full pieces, or on the line of
-    // rests. False behind the last one.
+    // Finds the sequence that contains position_; false if position_ is past the last sequence.
     K2K_DEVICE bool find(const MlaDecodeParams& p, Found& found) {
         const bool fixed = p.plan.split_blocks > 0, by_full = team_ < full_pieces_;
         K2K_NO_UNROLL
         for (; chunk_ < p.batch; chunk_ += 32) {
-            // Where each lane's sequence ends, counted in splits, full pieces or on the line.
+            // Scan: where each lane's sequence ends, in the units of position_.
             int next_token = chunk_token_;
             const Sequence mine = sequence(p, next_token);
             const int line = mine.turns * (fixed ? splits(p, mine) : rest_length(mine));
@@ -214,7 +215,7 @@ class MlaTasks {
                 full = number_and_turns(mine);
                 full_end += tile::inclusive_sum(full);
             }
-            // The first lane whose sequence ends behind position_.
+            // Broadcast the sequence of the first lane that ends after position_.
             const int end = by_full ? static_cast<int>(full_end % 65536) : line_end;
             const uint32_t behind = position_ < end ? arch::lane_id() : 32u;
             const uint32_t lane = arch::redux_min(behind);
@@ -229,7 +230,7 @@ class MlaTasks {
                 found.full_pieces = arch::shuffle(full_end - full, lane);
                 return true;
             }
-            // None: on to the next 32 sequences.
+            // None: advance to the next chunk.
             chunk_token_ = next_token;
             chunk_line_ = arch::shuffle(line_end, 31);
             chunk_full_pieces_ = arch::shuffle(full_end, 31);
@@ -237,18 +238,19 @@ class MlaTasks {
         return false;
     }
 
-    // How the keys of a turn are cut.
+    // auto: how the keys of a turn are cut.
     struct Cuts {
-        int full;                 // full pieces, then the pieces of the rest
-        int keys_from, rest_end;  // the rest on the line, behind its overhead
-        int first_team;           // of the pieces of the rest; the next ones go to the next teams
-        int splits;               // all pieces
-        int partial;              // of the first of them, in tiles of a team
+        int full;                 // full pieces; the pieces of the rest follow them
+        int keys_from, rest_end;  // the rest's keys on the line, without the overhead
+        int first_team;           // team - full_pieces_ of the rest's first piece
+        int splits;               // number of all pieces
+        int partial;              // of the first piece: index in the workspace, / team_size
     };
 
-    // Partial results of a turn follow one another in the workspace. All turns before this one have
-    // at most their full pieces, one more each, and two for each share's end on the line: fewer
-    // than two for each team.
+    // A turn's partial results are consecutive in the workspace. They begin at an upper bound of
+    // the pieces of earlier split turns: their full pieces, one rest for each turn that has full
+    // pieces, and two pieces for each share that ends before on the line. In all less than two per
+    // team.
     K2K_DEVICE Cuts cuts(const Found& found, int turn) const {
         const int full = full_pieces(found), length = rest_length(found);
         const int begin = found.line + turn * length, end = begin + length;
@@ -263,17 +265,16 @@ class MlaTasks {
                 before + turn * (full > 0 ? full + 1 : 0) + 2 * first_team};
     }
 
-    // A team's piece of a turn. Empty if the share ends in the overhead of a rest: the next team
-    // then has all of the rest's keys.
+    // One team's piece of a turn. Empty if the share ends in the overhead before a rest: then all
+    // keys of the rest belong to later shares.
     struct Piece {
         int turn;
         int begin_block, end_block;
         int split, splits;
-        int partial;  // in tiles of a team
+        int partial;  // index in the workspace, / team_size
     };
 
-    // The piece at position_, which advances to the next: a full piece, a piece of a rest, or a
-    // split.
+    // Each of the three returns the piece at position_ and advances position_.
     K2K_DEVICE Piece full_piece(const Found& found) {
         const int full = full_pieces(found);
         const int place = position_ - static_cast<int>(found.full_pieces % 65536);
@@ -289,7 +290,7 @@ class MlaTasks {
         const int from = position_ > of.keys_from ? position_ : of.keys_from;
         const bool ends = of.rest_end <= end_;
         position_ = ends ? of.rest_end : end_;
-        const int line_block = of.full * piece_ - of.keys_from;  // where the line begins
+        const int line_block = of.full * piece_ - of.keys_from;  // + line position = block
         const int end = ends ? found.blocks : line_block + position_;
         const int split = of.full + team_ - full_pieces_ - of.first_team;
         return {turn, line_block + from, end, split, of.splits, of.partial + split};
@@ -303,9 +304,9 @@ class MlaTasks {
         return {turn, begin, begin + p.plan.split_blocks, split, of_turn, partial};
     }
 
-    // Writes the task; false if there is none: no keys, or no tile of the turn for this member. If
-    // a pair of CTAs has only one tile, both get the task, the second with num_rows 0: it loads its
-    // boxes of keys for the first.
+    // Writes the task; false if there is none: an empty piece, or no tile of the turn for this CTA.
+    // If a pair of CTAs has only one tile, both get the task, the second with num_rows 0: it loads
+    // its boxes of keys for both, computes, and stores nothing.
     K2K_DEVICE bool fill(const MlaDecodeParams& p, MlaTask& task, const Sequence& of,
                          const Piece& piece) const {
         if (piece.begin_block >= piece.end_block) return false;
@@ -332,21 +333,22 @@ class MlaTasks {
     }
 
     int team_, member_;
-    int same_turns_;  // of each sequence, if all have as many queries
+    int same_turns_;  // turns of each sequence, if all have queries_per_sequence
 
-    // auto: the length of a full piece, their number, and a share of the rests.
+    // auto: blocks of a full piece, number of full pieces, length of a share of the rests.
     int piece_ = 1, full_pieces_ = 0, share_ = 1;
     bool whole_rests_ = false;  // the unit of the line is a rest, not a block of keys
 
-    // Next: a split, a full piece, or a place on the line of rests; and the end of the share.
+    // Next position, and the end of the share. Unit: a split (fixed), a full piece, or a block or
+    // whole rest on the line.
     int position_, end_ = 0x7fffffff;
 
-    // The chunk's first sequence and its first query; and what is before them, as in Found.
+    // First sequence of the chunk, its first token, and the sums before it, as in Found.
     int chunk_, chunk_token_, chunk_line_;
     uint32_t chunk_full_pieces_;
 };
 
-// The row of the workspace that holds part `part` of a split row; see MlaTask::partial.
+// The row of the workspace with part `part` of a split row; see MlaTask::partial.
 K2K_DEVICE int64_t part_row(const MlaDecodePlan& plan, const SplitRow& row, int part) {
     return row.first + int64_t(part) * plan.team_size * plan.tile_rows;
 }

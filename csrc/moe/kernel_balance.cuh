@@ -10,17 +10,20 @@
 //     bias[e]   += rate sign(sum of counts - E counts[e]), or
 //                  rate (experts busier than e - experts idler) / (E - 1)
 //
-// Hits      are counted with integer atomics: the order does not matter.
-// Warp      of the loss and its gradient: one token (grid-stride), whose experts the lanes read
-//           four at a time: once for softmax's maximum, once for the sums, once more for the
-//           gradient, then from L1.
+// Launches  loss: hits, sequence_loss, loss_total. Gradient: hits, sequence_loss_backward. Bias:
+//           update_bias.
+// Hits      a thread per pair; integer atomics: the order does not matter.
+// Warp      of sequence_loss and its gradient: one token (grid-stride). The lanes read its experts
+//           four at a time, in one pass each for softmax's maximum, for the sums and for the
+//           gradient; passes after the first read from L1.
 // Rounding  Sums use hits - mean, not hits: in the gradient the two sums nearly cancel, and float32
 //           would keep few digits of the difference.
 // Order     of the loss: over a lane's experts, the lanes by butterfly, a warp's tokens, a CTA's
-//           warps, the CTAs by butterfly: it depends on T only.
+//           warps, then the CTAs' sums in loss_total (one CTA): it depends on the number of
+//           tokens only.
 // Sequence  of a token: a binary search among the ends, which skips empty sequences.
-// Barriers  a CTA's warps have written their sums | one thread adds them.
-//           counts written | read by all threads (bias).
+// Barriers  sequence_loss: the warps' sums are written. block_sum: the warps' sums are written |
+//           read. update_bias by quantile: the counts are written.
 // Shared    32 to 8,448 bytes.
 // Limits    the bias: 1,024 experts, one per thread of the only CTA.
 
@@ -286,7 +289,7 @@ __global__ void __launch_bounds__(kScanThreads)
         const int others = p.experts > 1 ? p.experts - 1 : 1;
         step = p.rate * static_cast<float>(busier) / static_cast<float>(others);
     } else {
-        // Sign of (mean - count), times E.
+        // Sign of E (mean - count), in integers.
         const int64_t missing = block_sum<kScanThreads>(smem.of_warp, count) - p.experts * count;
         step = p.rate * static_cast<float>((missing > 0) - (missing < 0));
     }

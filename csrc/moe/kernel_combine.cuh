@@ -10,14 +10,17 @@
 //           then shared, then residual; one rounding. Independent of other tokens and of the grid.
 // Warp      of combine: 512 columns of one token, 16 per lane; lane k has the k-th slot and weight.
 //           4 rows (2 of float32) are in flight at once. Grid-stride over tasks.
-// CTA       of the gradient: one token; of other ranks' tokens, one that arrived. A warp takes
-//           pieces of 512 columns: loads the token's row once and its slots' rows one after the
-//           other. Lane k accumulates d_w[t, k] over the pieces of its warp; one thread adds the
-//           warps: an order that depends on H only. At the end the CTAs zero the padding rows, 32
-//           slots per warp and iteration.
-// Barrier   of the gradient: one per token; the sums are double-buffered.
-// Traffic   combine: T K + T rows (T more for shared and for residual). Gradient: T K + T rows
-//           read, S written. Slots and weights come from L2: 8 bytes per pair and piece.
+// CTA       of the gradient: one token, grid-stride; of tokens received from other ranks, only
+//           those that arrived. A warp takes pieces of 512 columns: loads the token's row once and
+//           its slots' rows two (float32: one) at a time. Lane k of each warp accumulates d_w[t, k]
+//           over the warp's pieces; lane k of warp 0 adds the warps: an order that depends on the
+//           number of columns only. At the end the CTAs zero the padding rows, 32 slots per warp
+//           and iteration.
+// Barrier   of the gradient: one per token: the warps' sums of d_w are written. They are
+//           double-buffered.
+// Traffic   for T tokens, S slots. Combine: T K + T rows (T more for shared and for residual).
+//           Gradient: T K + T rows read, S written. Slots and weights come from L2: 8 bytes per
+//           pair and piece.
 // Shared    gradient: 2 KiB.
 // Limits    top-32. Rows that do not begin at multiples of 16 bytes are read element by element.
 
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
         for (int64_t first = int64_t(warp) * kWarpColumns; first < p.hidden; first += step) {
             const int64_t column = first + lane * 16;
             const bool here = column < p.hidden;
-            // Load the token's gradient once, then its experts' rows.
+            // Load the token's gradient once for all its experts.
             float grad[16] = {};
             if (here && exists) load_floats(grad, all_grads, token, column, p.hidden);
             for (int k = 0; k < p.top_k; k += kRows) {
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(kMoeThreads, 3)
                 }
             }
         }
-        // Add the warps' parts of d_w, in order. The other buffer serves the next token, so one
+        // Add the warps' parts of d_w, in order. The next token uses the other buffer, so one
         // barrier per token is enough.
         if (p.d_weights == nullptr) continue;
         smem.of_warp[round][warp][lane] = d_weight;

@@ -2,7 +2,7 @@
 
 // Dispatch: copies each token's row to a slot of each of its experts, optionally quantised.
 //
-//     slot_of[t, k], offsets[e], counts[e]    see plan.cuh
+//     slot_of[t, k], offsets[e], counts[e]    by plan.cuh
 //     token_of_slot[slot_of[t, k]]            = t; -1 in all other slots
 //     data[slot_of[t, k], :]                  = x[t, :], or codes[t, :] and scales[t, :]
 //
@@ -12,10 +12,10 @@
 //           slots; lane k has the k-th slot. Eight lanes have a block of 128 to quantise. All warps
 //           have the same role; grid-stride over tasks.
 // In flight 32 bytes of bfloat16 per thread: with 48 registers an SM holds five CTAs, 40 KiB; the
-//           stores, 4 (copying: 8) times as many bytes for K = 8, are not waited for.
-// Order     x is loaded first; meanwhile what the slots are computed from comes through L2, like
-//           all but rows: 20 bytes per pair. Rows of other ranks are loaded after their experts,
-//           because only rows with an expert here arrived.
+//           stores (K = 8: 4 times as many bytes, unquantised 8 times) are not waited for.
+// Order     x is loaded first; meanwhile the inputs of the slots arrive, 20 bytes per pair, from
+//           L2. Rows that csrc/exchange received are loaded after their experts, because only
+//           rows with a local expert arrived.
 // Scales    "row": the four scales of a warp are contiguous. "column": scattered 4-byte stores; the
 //           rows of an expert are adjacent in slots but not in time, so L2 has to merge them.
 // Padding   is not written, except -1 in token_of_slot, grid-stride by the warps.
@@ -23,8 +23,8 @@
 //
 // Barriers of a CTA
 //     rank_tile       cells zeroed | counts of warps complete | pairs before each warp known
-//     place_experts   sums of warps | (first CTA) dropped pairs of warps
-//     move            offsets, counts and slots complete
+//     place_experts   sums of warps | (if it writes overflow) dropped pairs of warps
+//     move that plans offsets and counts complete | slots complete
 //
 // Limits    1,024 experts, top-32, 2^31 pairs. Rows that do not begin at multiples of 16 bytes are
 //           moved element by element.
@@ -36,7 +36,7 @@
 
 namespace k2k {
 
-// A CTA per tile of pairs: ranks in the tile, and the tile's pairs of each expert.
+// A CTA per tile of pairs: the pairs' ranks in the tile, and each expert's number of pairs in it.
 __global__ void __launch_bounds__(kMoeThreads)
     moe_count_kernel(const __grid_constant__ MoeDispatchParams p) {
     TileRanks& smem = arch::shared_storage<TileRanks>();
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMoeThreads)
             p.ranks[first + mine.first + 32 * round] = static_cast<uint16_t>(mine.rank[round]);
         }
     }
-    // Write the tile's totals; the scan turns them into pairs before the tile.
+    // Write the tile's totals; the scan turns them into numbers of pairs before the tile.
     int32_t* totals = p.before_tile + int64_t(blockIdx.x) * p.experts;
     for (int e = threadIdx.x; e < p.experts; e += kMoeThreads) totals[e] = smem.totals[e];
 }
@@ -89,7 +89,7 @@ struct MovePlan {
     int32_t slots[kPlanTile];
 };
 
-// The slot of the pair number `rank` of an expert that begins at `start`; -1 beyond the capacity.
+// The slot of an expert's pair number `rank`, for slots from `start` on; -1 beyond the capacity.
 K2K_DEVICE int32_t slot_at(const MoeDispatchParams& p, int32_t start, int64_t rank) {
     return start + rank < p.capacity ? static_cast<int32_t>(start + rank) : -1;
 }
@@ -147,7 +147,7 @@ K2K_DEVICE void mark_padding(const MoeDispatchParams& p, const int32_t* offsets,
     }
 }
 
-// Whether x has this row: of the rows of other ranks only those with an expert here arrived.
+// Whether x has this row: of rows received from other ranks only those with a local expert arrived.
 K2K_DEVICE bool exists(const MoeDispatchParams& p, int64_t token) {
     if (p.arrived.counts == nullptr) return true;
     const int lane = arch::lane_id();

@@ -3,14 +3,15 @@
 // The router: K experts for each token, their weights, and how often each expert was selected.
 //
 //     s = sigmoid(z) or softmax(z)       z: NaN as -inf, +inf as the largest finite number
-//     choice        = s + b; the lowest finite number if z is NaN or -inf, or if choice is NaN
+//     choice        = s + b; the lowest finite number if z or choice is NaN or -inf
 //     group[g]      = sum of the two best choices of a group, without b its best; only experts of
 //                     the kept_groups best groups are selected
 //     indices[t, :] = top K of choice, descending, equals to the lowest index
-//     weights[t, k] = s / (sum over k of s + 1e-20) * scale
+//     weights[t, k] = s / (sum over k of s + 1e-20) * scale; s * scale if not normalised
 //     counts[e]     = number of indices equal to e
 //
-//     d_log[e] = (g_k - sum_j g_j w_j) w_k, g = scale * grad      for e = indices[t, k], else 0
+//     g = scale * grad, w = weights / scale; if not normalised, without the sum over j:
+//     d_log[e] = (g_k - sum_j g_j w_j) w_k                        for e = indices[t, k], else 0
 //     d_z[e]   = d_log[e] sigmoid(-z[e]), or d_log[e] - s[e] sum(d_log)
 //
 // Grid      CTAs of 8 warps, grid-stride over tokens. All warps have the same role.
@@ -23,8 +24,8 @@
 //           registers, and a key does not determine its score.
 // Counts    One histogram per CTA, in shared memory, added to the global one at the end: integers,
 //           so the order does not matter. A grid of one CTA writes them and needs no zeros.
-// Barriers  histogram zeroed | all tokens of the CTA counted.
-// Shared    4 KiB: 1,024 counters.
+// Barriers  histogram zeroed | all tokens of the CTA counted. The gradient has none.
+// Shared    4 KiB: 1,024 counters. The gradient uses none.
 // Limits    1,024 experts, top-32, 32 groups. Rows that do not begin at a multiple of 4 elements
 //           are read one by one.
 
@@ -146,7 +147,7 @@ K2K_DEVICE void keep_best_groups(uint32_t (&keys)[kCount], const MoeRouteParams&
             best = keys[i] > best ? keys[i] : best;
             second = other > second ? other : second;
         }
-        // Score the group: the warp's best choice, with a bias plus the second best.
+        // Score the group: the warp's best choice; if there is a bias, plus the second best.
         const uint32_t first = arch::redux_max(best);
         float quality = number_at(first);
         if (p.bias != nullptr && size > 1) {
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks_resident(kVectors)
             if (lane == k) chosen = static_cast<int>(lowest);
         }
 
-        // Lane k: weight of the k-th expert, its result, and one more in the histogram.
+        // Lane k: compute the k-th weight, store index and weight, count the expert.
         const bool mine = lane < p.top_k;
         float weight = mine ? scores.of(logits.at(chosen)) : 0.0f;
         if (p.normalize) weight /= tile::sum_over_lanes(weight) + 1e-20f;

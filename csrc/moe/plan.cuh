@@ -2,9 +2,10 @@
 
 // Slots: a stable counting sort of the pairs (token, k) by expert, in the order of the pairs.
 //
-//     rank[p]   = number of pairs q < p of the same expert
-//     start[e]  = sum over e' < e of round_up(total[e'], alignment), at most the capacity
-//     slot[p]   = start[expert[p]] + rank[p]                          if that is below the capacity
+//     rank[p]     = number of pairs q < p of the same expert
+//     offsets[e]  = sum over e' < e of round_up(total[e'], alignment), at most the capacity
+//     counts[e]   = min(total[e], capacity - offsets[e]); the other pairs of e are dropped
+//     slot_of[p]  = offsets[expert[p]] + rank[p]; -1 if dropped, or without an expert
 //
 // A slot is a pure function of the indices; there are no atomics. Of a tile of 2,048 pairs each
 // warp ranks 256 contiguous ones, 32 per round: match_any finds the lanes of the same expert, and
@@ -17,6 +18,7 @@
 
 namespace k2k {
 
+// Elements from the given address to the half of the double buffer that holds the rows.
 K2K_DEVICE int64_t offset_of(const Half& x) {
     return x.half != nullptr && *x.half != 0 ? x.stride : 0;
 }
@@ -74,7 +76,7 @@ K2K_DEVICE ThreadPairs rank_tile(TileRanks& smem, const MoeDispatchParams& p, in
         const int lower = count_bits(peers & lower_lanes);
         const int before = expert >= 0 ? counts[expert] : 0;
         mine.rank[round] = before + lower;
-        // All lanes have read the count: its expert's lowest lane advances it.
+        // After all lanes have read the count, the expert's lowest lane advances it.
         arch::sync_warp();
         if (expert >= 0 && lower == 0) {
             counts[expert] = static_cast<uint16_t>(before + count_bits(peers));
@@ -125,10 +127,10 @@ K2K_DEVICE void store_neighbours(int32_t* target, int first, int end,
     }
 }
 
-// Offsets and counts, as the reference defines them, of kThreads * kEach experts from their totals;
-// a thread has kEach contiguous experts. With kEach = 4 both are in shared memory, 16-byte aligned,
-// with capacity for all experts. `overflow`, unless null, receives the number of dropped pairs. All
-// threads of the CTA call it; a barrier must come before `offsets` and `counts` are read.
+// Computes offsets and counts of kThreads * kEach experts from their totals; a thread has kEach
+// contiguous experts. With kEach = 4 both are in shared memory, 16-byte aligned, with capacity for
+// all experts. `overflow`, unless null, receives the number of dropped pairs. All threads of the
+// CTA call it; a barrier must come before `offsets` and `counts` are read.
 template <int kThreads, int kEach>
 K2K_DEVICE void place_experts(PlaceExperts<kThreads>& smem, const MoeDispatchParams& p,
                               const int32_t (&totals)[kEach], int32_t* offsets, int32_t* counts,

@@ -1,27 +1,28 @@
 #pragma once
 
 // X_0 = X / |X|_F, rounded to the iteration's dtype, in a workspace whose rows begin on 16 bytes.
+// Two kernels, one after the other:
 //
-//     sums[chunk]  = sum of x[i, j]^2 over the chunk                        in float64
-//     x0[i, j]     = round(x[i, j] / sqrt(sum over chunks of sums))
+//     norm    sums[chunk] = sum of x[i, j]^2 over the chunk                   in float64
+//     cast    x0[i, j]    = round(x[i, j] / sqrt(sum over chunks of sums))
 //
-// In a step of the optimizer x is computed from the gradient and the momentum, in both kernels:
+// In a step of the optimizer (kUpdates), x is computed from the gradient g and the momentum m:
 //
-//     m <- round(m + (1 - mu) (g - m));  x = m, or g + mu (m - g)       norm kernel
-//                                        x = m, or g + mu (m - g)       cast kernel
+//     norm    m <- round(m + (1 - mu) (g - m));  x = m, or g + mu (m - g) (Nesterov)
+//     cast                                       x = m, or g + mu (m - g)
 //
-// Grid      one CTA of 8 warps per chunk: 64 segments of 512 neighbours of a row, 16 a lane.
-// Float64   squares of floats are exact in it and never leave its range, so that neither a search
-//           for the largest element nor an epsilon is needed. One addition per element, at 64 a
+// Grid      both kernels: one CTA of 8 warps per chunk of a matrix. A chunk is 64 segments; a
+//           segment is 512 consecutive elements of a row, for one warp, 16 per lane.
+// Float64   squares of floats are exact in it, without overflow or underflow, so there is neither a
+//           search for the largest element nor an epsilon. One addition per element, at 64 per
 //           cycle on an H100, takes less time than loading the element.
-// Order     of the sum: a lane's segments, lanes by butterfly, warps, then chunks in the same way.
-//           It depends on the matrix's shape alone.
-// Scaling   by 1/|X| as two factors: its power of two halved, and the rest. Neither overflows for
-//           tiny X nor loses bits for huge ones.
-// NaN       a sum that is not finite makes the factor NaN and with it the whole matrix; a zero
-//           matrix takes the factor 0.
+// Order     of the sum: a lane's segments, lanes by butterfly, warps in order. cast adds the chunks
+//           in the same way. The order depends on the shape of the matrix alone.
+// Scaling   1/|X| as two float factors: 2^h, h half its exponent, and the rest. Neither overflows
+//           for tiny X nor loses bits for huge X.
+// NaN       a sum that is not finite makes the whole matrix NaN; a zero matrix has the factor 0.
 // Traffic   x twice, x0 once; of the optimizer, gradient and momentum twice, momentum and x0 once.
-// Shared    a sum per warp.
+// Shared    one sum per warp.
 // Limits    rows of x that do not begin on 16 bytes are read element by element.
 
 #include "arch/smem.cuh"
@@ -32,7 +33,7 @@
 
 namespace k2k {
 
-// Copies a piece of the table from the kernel parameters to memory, where CTAs find their tensor.
+// Copies part of the table of tensors from the kernel parameters to memory, for find_tensor.
 template <class Row>
 __global__ void __launch_bounds__(kNsTablePiece)
     newton_schulz_table_kernel(const __grid_constant__ NsTablePiece<Row> p) {
@@ -62,16 +63,16 @@ struct NsChunk {
     const NsTables& tables;
     int tensor_index;
     const NsTensor& tensor;
-    int64_t first;  // chunk of the matrix
+    int64_t first;  // first chunk of the matrix
     int matrix;
-    uint32_t index;  // in the matrix
+    uint32_t index;  // of this chunk in the matrix
 
     K2K_DEVICE explicit NsChunk(const NsPrologue& p)
         : tables(p.tables),
           tensor_index(
               find_tensor(p.tables.tensors, &NsTensor::first_chunk, 0, p.num_tensors, blockIdx.x)),
           tensor(p.tables.tensors[tensor_index]) {
-        // 32 bits: a shorter division.
+        // Divide in 32 bits: faster.
         const auto chunks = static_cast<uint32_t>(norm_chunks(tensor.m, tensor.n));
         const auto at = static_cast<uint32_t>(blockIdx.x - tensor.first_chunk);
         matrix = at / chunks;
@@ -79,7 +80,7 @@ struct NsChunk {
         first = blockIdx.x - index;
     }
 
-    // Calls f(row, column) for every 16 elements of this lane.
+    // Calls f(row, column) for each 16 elements of this lane.
     template <class F>
     K2K_DEVICE void for_each_sixteen(F&& f) const {
         const uint32_t per_row = ceil_div(int64_t(tensor.n), kNsSegment);
@@ -95,19 +96,19 @@ struct NsChunk {
         }
     }
 
-    // 16 elements of x. kFirst: in the norm kernel, which updates the momentum.
+    // Loads or computes 16 elements of x. kFirst: norm kernel, updates the momentum.
     template <bool kFirst>
     K2K_DEVICE void load(float (&values)[16], int row, int column) const {
         load_x(values, row, column);
         if constexpr (kUpdates) {
-            // The gradient, unscaled.
+            // Unscale the gradient.
             const NsRule& rule = tables.rule;
             if (rule.grad_scale != nullptr) {
                 const float scale = *rule.grad_scale;
                 K2K_UNROLL
                 for (float& value : values) value /= scale;
             }
-            // The momentum after the step, as it is stored.
+            // Load the updated momentum, as stored.
             const NsView& view = tables.updates[tensor_index].momentum;
             const int64_t offset = matrix * view.batch_stride + row * view.row_stride;
             float average[16];
@@ -116,7 +117,7 @@ struct NsChunk {
             } else {
                 momentum<bf16, kFirst>(average, values, view, offset, column);
             }
-            // Nesterov's g + mu (m - g), or m.
+            // Nesterov: g + mu (m - g); else m.
             const float share = rule.nesterov ? static_cast<float>(1 - rule.momentum) : 0.0f;
             K2K_UNROLL
             for (int i = 0; i < 16; ++i) {
@@ -137,8 +138,8 @@ struct NsChunk {
         }
     }
 
-    // 16 elements of the momentum; kFirst: `grad` is averaged into it, and it is stored. Loads are
-    // not those of read-only data (ld.global.nc): this kernel writes it.
+    // Loads 16 elements of the momentum; kFirst: averages `grad` into them and stores them. Plain
+    // loads, not ld.global.nc: this kernel writes the momentum.
     template <class M, bool kFirst>
     K2K_DEVICE void momentum(float (&average)[16], const float (&grad)[16], const NsView& view,
                              int64_t offset, int column) const {
@@ -153,7 +154,7 @@ struct NsChunk {
             stored = tile::load_elements(row, column, tensor.n);
         }
         tile::widen(average, stored);
-        // norm: average, round, store; and go on with the rounded values, as the cast kernel will.
+        // norm: average, round, store; return the rounded values, as cast will load them.
         if constexpr (kFirst) {
             const auto share = static_cast<float>(1 - tables.rule.momentum);
             K2K_UNROLL
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kNsThreads)
     if (kUpdates && is_skipped(p.tables)) return;
     NsSums& sums = arch::shared_storage<NsSums>();
     const NsChunk<kUpdates> chunk(p);
-    // Sum up the squares of this lane's elements, then over the CTA.
+    // Sum the squares of this lane's elements, then over the CTA.
     double sum = 0;
     chunk.for_each_sixteen([&](int row, int column) {
         float values[16];
@@ -198,14 +199,14 @@ __global__ void __launch_bounds__(kNsThreads)
     NsSums& sums = arch::shared_storage<NsSums>();
     const NsChunk<kUpdates> chunk(p);
     const int64_t chunks = norm_chunks(chunk.tensor.m, chunk.tensor.n);
-    // Every CTA sums up the chunks of its matrix again, in the same order.
+    // Sum over the chunks of the matrix; every CTA of it does so, in the same order.
     double sum = 0;
     for (int64_t i = threadIdx.x; i < chunks; i += kNsThreads) {
         sum += p.square_sums[chunk.first + i];
     }
     sum = sum_over_block(sums, sum);
 
-    // The two factors of 1/|X|.
+    // Split 1/|X| into two factors.
     float first = 0, second = 0;
     if (sum > 0 && sum < INFINITY) {
         const double factor = 1 / sqrt(sum);

@@ -1,34 +1,33 @@
 #pragma once
 
-// The products of the iteration, for every GPU from sm_80 on (Hopper has kernel_sm90.cuh); one
-// launch a stage, for all matrices of a list.
+// The products of the iteration, for every GPU from sm_80 on (Hopper has kernel_sm90.cuh). One
+// launch per stage of the iteration (program.h), for all matrices of a list.
 //
 //     kGram       D[s, s] = X X^T                        X^T X if m > n
 //     kSquare     D[s, s] = alpha A B + beta C           A, B, C symmetric; a second result D + a I
 //     kMultiply   D[m, n] = A X + beta X                 X A if m > n
 //
-// Grid      one CTA of 8 warps per tile of 128 x 128 of a result, of symmetric ones the tiles of
-// the
-//           lower triangle; two CTAs per SM: one's prologue and epilogue overlap the other's main
-//           loop. tile.cuh finds op, tensor, matrix and tile.
-// Warps     2 x 4 of 64 x 32; those whose part is outside of the result, or above the diagonal,
-//           compute nothing.
-// Operands  either both have the summed axis contiguous (by rows), or both the tile's axis (by
-//           columns), which ldmatrix transposes. Symmetric operands are both, so two loops serve
-//           all products without a transposed copy: X X^T, X A by rows, X^T X, A X by columns.
-// Ring      three stages of 32 of the summed axis, by cp.async: two are in flight while the third
-//           is multiplied. A panel's rows are 64 bytes (by rows) or 256 (by columns), with the
-//           swizzle of tile/swizzle.cuh.
-// Barriers  stage_landed   sync_block a stage: all threads' copies have landed, and the stage that
-//                          is filled next has been read
-//           ring_read      the last stage has been read: the epilogue's tile replaces the ring;
-//                          then those of tile.cuh
-// Mirror    the other triangle is a copy: ldmatrix.trans of the tile, with rows chosen such that
-//           a thread gets eight neighbours of a row. So results are symmetric to the bit.
-// Order     of a sum: along the summed axis, 16 by 16, whatever else the launch computes.
+// Grid      one CTA of 8 warps per tile of 128 x 128 of a result (symmetric results: tiles of the
+//           lower triangle); two CTAs per SM: one's prologue and epilogue overlap the other's main
+//           loop. tile.cuh has the tile scheduler and the epilogue.
+// Warps     no roles: all 8 copy and multiply. 2 x 4 of them, 64 x 32 of the tile each; a warp
+//           whose part is outside of the result, or above the diagonal, only copies.
+// Operands  both K-major (by rows; K is the summed axis) or both MN-major (by columns, transposed
+//           by ldmatrix). A symmetric operand is both, so two loops serve all products without a
+//           transposed copy: X X^T, X A and squares by rows; X^T X, A X by columns.
+// Ring      three stages of 32 of K, by cp.async: two are in flight while the third is multiplied.
+//           A panel's rows are 64 bytes (by rows) or 256 (by columns), with the swizzle of
+//           tile/swizzle.cuh.
+// Barriers  stage_landed   sync_block once a stage: all threads' copies have landed, and the stage
+//                          that is filled next has been read
+//           ring_read      sync_block: the last stage has been read, and the epilogue's tile may
+//                          overwrite the ring; then the barriers of tile.cuh
+// Epilogue  all warps, in tile.cuh: accumulators to a tile in shared memory, then whole rows to
+//           memory. The other triangle is the tile by ldmatrix.trans: symmetric to the bit.
+// Order     each sum runs along K in steps of 16, whatever else the launch computes.
 // Shared    48 KB.
 // Registers at most 128: two CTAs per SM.
-// Edges     chunks outside of an operand arrive as zeros, and so do the ends of padded rows.
+// Edges     chunks outside of an operand are zero-filled; the padding of rows in memory is zero.
 
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
@@ -42,13 +41,13 @@ union alignas(1024) NsStorage {
     uint8_t tile[kNsTileBytes];                 // D [128, 128], in rows of 256 bytes
 };
 
-// One operand: 128 rows of it (columns, if kByColumns) along the summed axis, of which each thread
-// copies two chunks a stage.
+// One operand: a panel of 128 rows (columns, if kByColumns) x 32 of K per stage. Each thread copies
+// two of its chunks.
 template <class T, bool kByColumns>
 struct NsPanel {
     const T* source;
-    int64_t other, step;  // from a chunk to the thread's other one, and to the next stage
-    int depth_at[2];      // the chunks' place on the summed axis; kNowhere: outside of the operand
+    int64_t other, step;  // elements from the first chunk to the second, and to the next stage
+    int depth_at[2];      // of the chunks, along K; kNowhere: outside of the operand
     uint32_t target;
 
     K2K_DEVICE NsPanel(const NsMatrix<T>& x, int first) {
@@ -74,8 +73,8 @@ struct NsPanel {
         }
     }
 
-    // Starts the copies of a stage to `panel`; `depth_left` of the summed axis are left. What is
-    // outside of the operand becomes zeros (`any`: an address that may be read).
+    // Starts the copies of a stage to `panel`; `depth_left` of K are left. Chunks outside of the
+    // operand are zero-filled; their source is `any`, a valid address.
     K2K_DEVICE void copy(uint32_t panel, const T* any, int depth_left) {
         K2K_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -87,8 +86,8 @@ struct NsPanel {
     }
 };
 
-// sums += A[first_row ..][:] B[:][first_column ..], of both operands' panels; sums [64, 32] of a
-// warp, in fragments of 16 x 8. `active`: the warp's part is inside of the result.
+// sums += the tile of A B at (first_row, first_column); sums: [64, 32] of a warp, in fragments of
+// 16 x 8. `active`: the warp has a part of the result.
 template <class T, bool kByColumns>
 K2K_DEVICE void multiply_tile(float (&sums)[4][4][4], uint32_t ring, const NsMatrix<T>& a,
                               const NsMatrix<T>& b, int first_row, int first_column, int depth,
@@ -110,8 +109,8 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4], uint32_t ring, const NsMat
         offset_a = tile::ldmatrix_address<true, false, 64>(0, warp_row * 64, 0);
         offset_b = tile::ldmatrix_address<false, false, 64>(0, warp_column * 32, 0);
     }
-    // Steps of 16 along the tile's axis and along the summed one: one of the two goes to other
-    // rows, the other to other chunks of the same rows.
+    // The address 16 `tile_step` further along M or N and 16 `depth_step` along K. One of the two
+    // moves to other rows, the other to other chunks of the same rows (an XOR, by the swizzle).
     const auto at = [](uint32_t base, int tile_step, int depth_step) {
         return kByColumns ? (base ^ tile_step * 32) + depth_step * 4096
                           : (base ^ depth_step * 32) + tile_step * 1024;
@@ -129,7 +128,7 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4], uint32_t ring, const NsMat
     uint32_t stage = ring;
     K2K_NO_UNROLL
     for (int left = depth; left > 0; left -= kNsDepth) {
-        // Wait for the oldest stage, then refill the one that was multiplied last.
+        // Wait for the oldest stage, then refill the one of the previous step.
         arch::cp_async_wait<kNsStages - 2>();
         arch::sync_block();  // stage_landed
         if (left > (kNsStages - 1) * kNsDepth) {
@@ -137,7 +136,7 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4], uint32_t ring, const NsMat
         }
         arch::cp_async_commit();
         filled = filled + kStageBytes == ring_end ? ring : filled + kStageBytes;
-        // Multiply: B's fragments stay in registers, those of A pass.
+        // Multiply: keep B's fragments in registers, load those of A one at a time.
         if (active) {
             K2K_UNROLL
             for (int step = 0; step < kNsDepth / 16; ++step) {
@@ -161,14 +160,14 @@ K2K_DEVICE void multiply_tile(float (&sums)[4][4][4], uint32_t ring, const NsMat
         }
         stage = stage + kStageBytes == ring_end ? ring : stage + kStageBytes;
     }
-    // Zero fills behind the end may still be in flight, to memory that the epilogue reuses.
+    // Wait for zero fills past the end: the epilogue reuses their memory.
     arch::cp_async_wait<0>();
 }
 
 template <class T>
 __global__ void __launch_bounds__(kNsThreads, 2)
     newton_schulz_sm80_kernel(const __grid_constant__ NsStage p) {
-    // Which tile of which product, and whether this warp's part is inside of the result.
+    // Find this CTA's product and tile, and whether this warp has a part of the result.
     if (is_skipped(p.tables)) return;
     NsStorage& storage = arch::shared_storage<NsStorage>();
     const auto work = find_work<T>(p, blockIdx.x);

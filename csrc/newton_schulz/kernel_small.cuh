@@ -1,7 +1,7 @@
 #pragma once
 
-// The whole iteration of a matrix whose short side s is at most 192, in one CTA; to the bit what
-// kernel_sm80.cuh computes by tiles.
+// The whole iteration of a matrix whose short side s is at most 192, in one CTA. The result equals
+// that of kernel_sm80.cuh to the bit.
 //
 //     gram        R = X X^T                                              panel by panel
 //     each step   Z = b R + c R^2
@@ -12,31 +12,36 @@
 //
 // (X^T X and X Q if m > n.)
 //
-// Grid      one CTA per matrix; 4 warps for each 64 of s: kBlocks of them.
-// Warps     64 x 32 each: of the lower triangle of a square, where the sums of R stay in registers
-//           while panels pass; and of a panel's product.
+// Grid      one CTA per matrix, of 4 kBlocks warps; kBlocks = ceil(s / 64).
+// Warps     no roles: all copy and multiply. A warp has 64 x 32 of the lower triangle of a square
+//           (kBlocks 1 and 2: two warps have none) and 64 x 32 of a panel. gram() keeps the sums of
+//           R in registers over all panels.
 // Squares   R, Z and Q are symmetric to the bit, so only the blocks of 64 x 64 on and below the
-//           diagonal are kept; ldmatrix transposes what is read from the other side. They are
-//           updated in place: all sums are complete before the first is written. In blocks on the
-//           diagonal the part above it is then copied from below.
+//           diagonal are kept; a block above it is read by ldmatrix.trans. Updated in place: all
+//           sums are complete before the first is written. In blocks on the diagonal the part above
+//           it is then copied from below.
 //
 //               0 . .      block (i, j) is number i (i + 1) / 2 + j;
 //               1 2 .      warps: two for each, of 32 columns
 //               3 4 5
 //
-// Panels    128 of the long axis by all of the short, as in memory: a double buffer, filled by
-//           cp.async, where R and Z were. A panel's product replaces it and is stored from there.
-// Swizzle   rows of panels and of blocks have that of tile/swizzle.cuh.
-// Barriers  panel_landed   all threads' copies have landed, and the other panel has been read
-//           sums_complete  what the sums replace has been read
-//           result_ready   all have stored it
+// Panels    128 of the long axis x all of the short, in the orientation of X: a double buffer,
+//           filled by cp.async, in the memory of R and Z. multiply() replaces a panel by its
+//           product and stores it from there.
+// Swizzle   of tile/swizzle.cuh, in the rows of panels and blocks.
+// Barriers  all are sync_block:
+//           panel_landed   all threads' copies have landed, and the other panel has been read
+//           sums_complete  operands have been read; the results may overwrite them
+//           result_ready   all threads have written their results to shared memory
 //           mirrored       the blocks on the diagonal are complete
 //           shifted        a I has been added
 //           panels_stored  X is in memory again
-// Order     of a sum: along the summed axis, 16 by 16. Shared    kBlocks of 1, 2, 3: 40, 88, 144
-// KB. Registers 64 accumulators per thread; at most 168 registers, with kBlocks 2 at most 128, so
-// that a
-//           second CTA fits beside CTAs of one or two warpgroups.
+// Epilogue  store_square: of R, Z and Q, in shared memory; copy_out: of X, to the workspace or, the
+//           last product, to the caller (result.cuh).
+// Order     each sum runs along K (the summed axis) in steps of 16.
+// Shared    40, 88 or 144 KB for kBlocks 1, 2 or 3.
+// Registers 64 accumulators per thread. kBlocks 2: at most 128 registers, for two CTAs per SM;
+//           kBlocks 3: at most 168.
 // Traffic   X_0 once for each R, in and out at each restart (each step, if standard), once at the
 //           end; a matrix of 192 x 1536 is 590 KB, which L2 keeps.
 // Limits    one CTA per matrix, however few matrices there are.
@@ -54,7 +59,7 @@ namespace k2k {
 
 template <int kBlocks>
 struct alignas(128) NsSmallStorage {
-    uint8_t q[ns_small_square_bytes(kBlocks)];  // [s, s], what X is multiplied by; Z, if standard
+    uint8_t q[ns_small_square_bytes(kBlocks)];  // Q [s, s]; Z, if standard
     union {
         uint8_t squares[2][ns_small_square_bytes(kBlocks)];  // R, Z [s, s]
         uint8_t panels[2][ns_small_panel_bytes(kBlocks)];    // X [s, 128], or [128, s] if m > n
@@ -66,17 +71,16 @@ enum class NsSmallSquare { kQ, kR, kZ };
 // [64, 32] of a result: a warp's accumulators, in fragments of 16 x 8.
 using NsSums64x32 = float[4][4][4];
 
-// A symmetric matrix in shared memory, as blocks (i, j) of 64 x 64 with i >= j.
+// Byte offset of block (i, j), i >= j, of a square.
 K2K_DEVICE uint32_t block_offset(int i, int j) {
     return (i * (i + 1) / 2 + j) * kNsSmallBlock * kNsSmallBlock * 2;
 }
 
-// An operand: 64 rows (32, if not kLeft) of such a matrix from `first` on, by 16 of the summed
-// axis.
+// An operand in a square: 64 rows (B, not kLeft: 32) from `first` on, x 16 of K from `depth` on.
 template <bool kLeft>
 struct NsSquareRows {
     uint32_t address;
-    bool transposed;  // above the diagonal: read from its other side
+    bool transposed;  // above the diagonal: read block (j, i)
 
     K2K_DEVICE NsSquareRows(uint32_t square, int first, int depth) {
         const int i = first / kNsSmallBlock, j = depth / kNsSmallBlock;
@@ -98,7 +102,7 @@ struct NsSquareRows {
     }
 };
 
-// The same of a panel; `kTransposed`: the rows of the operand are columns of the panel.
+// An operand in a panel; `kTransposed`: its rows are columns of the panel.
 template <bool kLeft, bool kTransposed, int kPitch>
 struct NsPanelRows {
     uint32_t address;
@@ -113,12 +117,12 @@ struct NsPanelRows {
     }
 };
 
-// The main loop: sums += A B over `depth` of the summed axis; a(k) and b(k) are the operands' rows.
+// The main loop: sums += A B over `depth` of K; a(k) and b(k) are the operands at k.
 template <class T, class A, class B>
 K2K_DEVICE void multiply_64x32(NsSums64x32& sums, int depth, A&& a, B&& b) {
     K2K_NO_UNROLL
     for (int k = 0; k < depth; k += 16) {
-        // B's fragments stay in registers, those of A are loaded one at a time.
+        // Keep B's fragments in registers, load those of A one at a time.
         const auto rows_a = a(k);
         const auto rows_b = b(k);
         uint32_t fragment_b[2][4];  // [16, 16] each
@@ -137,8 +141,8 @@ K2K_DEVICE void multiply_64x32(NsSums64x32& sums, int depth, A&& a, B&& b) {
     }
 }
 
-// Calls f(offset, low, high) for each pair of neighbours that this lane has of [64, 32];
-// `offset` is the pair's in a matrix of kPitch bytes a row, where they begin at (row, column).
+// Calls f(offset, low, high) for each pair of this lane's accumulators. `offset`: of the pair, in
+// bytes, in a matrix with rows of kPitch bytes in which the [64, 32] begin at (row, column).
 template <int kPitch, class F>
 K2K_DEVICE void for_each_pair(const NsSums64x32& sums, int row, int column, F&& f) {
     const int lane = arch::lane_id();
@@ -157,7 +161,7 @@ K2K_DEVICE void for_each_pair(const NsSums64x32& sums, int row, int column, F&& 
     }
 }
 
-// One matrix and the CTA that iterates it.
+// The steps of the iteration of one matrix; all threads of the CTA call them.
 template <class T, int kBlocks, bool kTall>
 class NsSmallMatrix {
   public:
@@ -169,7 +173,7 @@ class NsSmallMatrix {
         const NsTensor& t = tables.tensors[tensor_index];
         short_side_ = kTall ? t.n : t.m;
         long_side_ = kTall ? t.m : t.n;
-        // This warp's 64 x 32 of the triangle (block row i has 2 (i + 1) warps) and of a panel.
+        // Find this warp's 64 x 32 of the triangle (2 (i + 1) warps in block row i) and of a panel.
         const int warp = arch::warp_id(), i = warp < 2 ? 0 : warp < 6 ? 1 : 2;
         square_row_ = i * 64;
         square_column_ = (warp - i * (i + 1)) * 32;
@@ -179,9 +183,9 @@ class NsSmallMatrix {
         panel_column_ = warp % kPerRow * 32;
     }
 
-    // R = X X^T
+    // R = X X^T (X^T X, if kTall).
     K2K_DEVICE void gram() {
-        // A panel is both operands; the sums of all panels stay in registers.
+        // Sum over all panels; a panel is both operands.
         NsSums64x32 sums = {};
         for_each_panel([&](int, uint8_t* panel) {
             if (!square_active_) return;
@@ -191,15 +195,15 @@ class NsSmallMatrix {
                 [&](int k) { return NsPanelRows<true, kTall, kPitch>(base, square_row_, k); },
                 [&](int k) { return NsPanelRows<false, kTall, kPitch>(base, square_column_, k); });
         });
-        // R replaces the panels.
+        // Store R, in the memory of the panels.
         arch::sync_block();  // sums_complete
         store_square(sums, 1, 0, Square::kR, Square::kR, false, 0);
     }
 
-    // X <- Q X + beta X; the last one is the result.
+    // X <- Q X + beta X (X Q, if kTall); `last`: to the caller instead of X.
     K2K_DEVICE void multiply(float beta, bool last) {
         for_each_panel([&](int first, uint8_t* panel) {
-            // In place, then back to memory while the next panel's copies are in flight.
+            // Multiply in place, then store, while the next panel's copies are in flight.
             multiply(panel, beta);
             copy_out(panel, first, last);
         });
@@ -209,7 +213,7 @@ class NsSmallMatrix {
     // d = alpha a b + beta c; with `shifts`, Q = d + diagonal I.
     K2K_DEVICE void square(Square a, Square b, float alpha, float beta, Square c, Square d,
                            bool shifts, float diagonal) {
-        // Both operands are in shared memory: no barrier inside the main loop.
+        // Main loop, without barriers: both operands are in shared memory.
         NsSums64x32 sums = {};
         if (square_active_) {
             const uint32_t base_a = arch::smem_address(at(a)), base_b = arch::smem_address(at(b));
@@ -223,7 +227,7 @@ class NsSmallMatrix {
     }
 
   private:
-    // Panels: rows of the short axis, or of the long one.
+    // Panels: [s, 128], kTall [128, s].
     static constexpr int kPitch = 2 * (kTall ? kBlocks * kNsSmallBlock : kNsSmallPanel);
     static constexpr int kRows = kTall ? kNsSmallPanel : kBlocks * kNsSmallBlock;
     static constexpr int kChunksPerRow = kPitch / 16;
@@ -233,12 +237,12 @@ class NsSmallMatrix {
         return square == Square::kQ ? storage_.q : storage_.squares[square == Square::kZ];
     }
 
-    // The epilogue of a triangle: d = alpha sums + beta c; with `shifts`, Q = d + diagonal I.
+    // The epilogue of a square: d = alpha sums + beta c; with `shifts`, Q = d + diagonal I.
     K2K_DEVICE void store_square(const NsSums64x32& sums, float alpha, float beta, Square c,
                                  Square d, bool shifts, float diagonal) {
         const int block_row = square_row_ / kNsSmallBlock,
                   block_column = square_column_ / kNsSmallBlock;
-        // Each warp's blocks, a pair at a time; c, d and Q have the same layout.
+        // Store this warp's 64 x 32, a pair at a time; c, d and Q have the same layout.
         if (square_active_) {
             const uint32_t block = block_offset(block_row, block_column);
             const uint8_t* from = at(c) + block;
@@ -259,13 +263,13 @@ class NsSmallMatrix {
                                        *reinterpret_cast<uint32_t*>(shifted + offset) = pair;
                                });
         }
-        // Complete the blocks on the diagonal: what other blocks lack is never read.
+        // Complete the blocks on the diagonal; nothing reads blocks above it.
         arch::sync_block();  // result_ready
         mirror(at(d));
         if (shifts) mirror(storage_.q);
         arch::sync_block();  // mirrored
         if (!shifts) return;
-        // Add to Q's diagonal: a thread has one row.
+        // Add to Q's diagonal, one row per thread.
         const int row = threadIdx.x;
         if (row < short_side_) {
             auto* element = reinterpret_cast<T*>(
@@ -277,7 +281,7 @@ class NsSmallMatrix {
         arch::sync_block();  // shifted
     }
 
-    // Copies the lower triangle of the blocks on the diagonal to the upper one: a warp for 16 rows.
+    // Copies the lower triangle of the blocks on the diagonal to the upper one, 16 rows per warp.
     K2K_DEVICE static void mirror(uint8_t* square) {
         const int lane = arch::lane_id(), i = arch::warp_id() / 4;
         uint8_t* block = square + block_offset(i, i);
@@ -286,14 +290,14 @@ class NsSmallMatrix {
         for (int task = 0; task < 4; ++task) {
             const int eight = arch::warp_id() % 4 * 2 + task / 2,
                       first = task % 2 * 4;  // rows, columns
-            // Transpose four 8 x 8 from below the diagonal. Of those above it, which other warps
-            // write, the one on the diagonal is read instead and not used.
+            // Load four 8 x 8 from column `eight`, transposed. Those above the diagonal are not
+            // needed, and other warps write them: load the one on the diagonal instead.
             const int source = first + lane / 8 < eight ? eight : first + lane / 8;
             const int from = source * 8 + lane % 8, row = eight * 8 + lane / 4;
             uint32_t words[4];
             arch::ldmatrix<4, true>(words, base + tile::chunk_offset<128>(from, eight));
             arch::sync_warp();
-            // Store what is above the diagonal; of a pair across it, the upper element.
+            // Store the elements above the diagonal, in row `eight`.
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) {
                 const int column = (first + j) * 8 + lane % 4 * 2;
@@ -311,7 +315,7 @@ class NsSmallMatrix {
 
     // panel <- Q panel + beta panel (panel Q, if kTall)
     K2K_DEVICE void multiply(uint8_t* panel, float beta) {
-        // tall: the panel is the left operand, Q the right one.
+        // Main loop; kTall: the panel is the left operand, Q the right one.
         NsSums64x32 sums = {};
         const uint32_t base = arch::smem_address(panel), q = arch::smem_address(storage_.q);
         multiply_64x32<T>(
@@ -330,7 +334,7 @@ class NsSmallMatrix {
                     return NsPanelRows<false, true, kPitch>(base, panel_column_, k);
                 }
             });
-        // Replace the panel, a pair of its elements at a time.
+        // Replace the panel, a pair at a time.
         arch::sync_block();  // sums_complete
         for_each_pair<kPitch>(sums, panel_row_, panel_column_,
                               [&](uint32_t offset, float low, float high) {
@@ -344,7 +348,7 @@ class NsSmallMatrix {
         arch::sync_block();  // result_ready
     }
 
-    // X. Found again each time: registers are better used for accumulators.
+    // X in the workspace. Computed at each use, to save registers for accumulators.
     K2K_DEVICE NsMatrix<T> workspace() const {
         return {tables_.tensors[tensor_index_], matrix_, NsBuffer::kX0};
     }
@@ -356,7 +360,7 @@ class NsSmallMatrix {
         copy_in(0, 0);
         K2K_NO_UNROLL
         for (int first = 0, at = 0; first < long_side_; first += kNsSmallPanel, at ^= 1) {
-            // Wait for this panel, then start the copies of the next to the other buffer.
+            // Wait for this panel, then start the copies of the next.
             arch::cp_async_wait<0>();
             arch::sync_block();  // panel_landed
             if (first + kNsSmallPanel < long_side_) copy_in(first + kNsSmallPanel, at ^ 1);
@@ -378,7 +382,7 @@ class NsSmallMatrix {
         arch::cp_async_commit();
     }
 
-    // Stores the panel: into X, or as the result.
+    // Stores the panel: to X, or `last`: to the caller.
     K2K_DEVICE void copy_out(const uint8_t* panel, int first, bool last) {
         const NsMatrix<T> x = workspace();
         K2K_NO_UNROLL
@@ -387,7 +391,7 @@ class NsSmallMatrix {
             T* target = place(x, chunk, first);
             if (target == nullptr) continue;
             const uint8_t* source = panel + offset_of(chunk);
-            // the last product: to the caller's result or weights.
+            // Last product: to the caller's result or weights.
             if (last) {
                 const NsFinish finish(tables_, tensor_index_, matrix_);
                 float values[8];
@@ -401,7 +405,7 @@ class NsSmallMatrix {
         }
     }
 
-    // Where a chunk is in a panel, and in X (null: outside).
+    // A chunk's byte offset in a panel, and its address in X (null: outside).
     K2K_DEVICE static uint32_t offset_of(int chunk) {
         const int row = chunk / kChunksPerRow;
         return tile::chunk_offset<kPitch>(row, chunk % kChunksPerRow);
@@ -424,18 +428,18 @@ K2K_DEVICE void small_iteration(const NsSmall& p, NsSmallStorage<kBlocks>& stora
                                 int tensor_index, int matrix) {
     NsSmallMatrix<T, kBlocks, kTall> iteration(storage, p.tables, tensor_index, matrix);
     const bool standard = !p.tables.tensors[tensor_index].gram;
-    bool fresh = true;  // Q has been multiplied into X, or there is none yet
+    bool fresh = true;  // (re)start: X <- Q X if i > 0, R from X, no Q yet
     K2K_NO_UNROLL
     for (int i = 0;; ++i) {
-        // At a restart, and at the end, X <- Q X (standard: a X + Z X, every step); then R = X X^T.
+        // At a restart and at the end, X <- Q X (standard: every step, a X + Z X); then R = X X^T.
         if (fresh) {
             if (i > 0) iteration.multiply(standard ? p.steps[i - 1].a : 0, i == p.num_steps);
             if (i == p.num_steps) return;
             iteration.gram();
         }
         const float a = p.steps[i].a;
-        // The products of squares of this step: 0 Z (and Q), 1 Q, 2 and 3 R. After the last step
-        // before X is multiplied (`meets_x`) no R is needed.
+        // The step's products of squares: 0 Z (and Q), 1 Q, 2 and 3 R. `meets_x`: X is multiplied
+        // next, so R is not updated.
         const bool meets_x = standard || i + 1 == p.num_steps || p.steps[i + 1].restart;
         K2K_NO_UNROLL
         for (int product = 0; product < 4; ++product) {
@@ -445,7 +449,7 @@ K2K_DEVICE void small_iteration(const NsSmall& p, NsSmallStorage<kBlocks>& stora
             S left = S::kR, right = S::kZ, addend = S::kR, target = S::kR;
             float alpha = 1, beta = a;
             const bool shifts = product == 0 && fresh && !standard;
-            // One call for all four keeps the code small: it is inlined once.
+            // Set the operands; one call for all four products keeps the code small.
             if (product == 0) {  // Z = b R + c R^2, and Q = Z + a I or (standard) Z
                 right = S::kR;
                 target = standard ? S::kQ : S::kZ;
@@ -466,7 +470,7 @@ K2K_DEVICE void small_iteration(const NsSmall& p, NsSmallStorage<kBlocks>& stora
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(ns_small_threads(kBlocks), kBlocks < 3 ? 2 : 1)
     newton_schulz_small_kernel(const __grid_constant__ NsSmall p) {
-    // Which matrix of which tensor.
+    // Find this CTA's tensor and matrix.
     if (is_skipped(p.tables)) return;
     auto& storage = arch::shared_storage<NsSmallStorage<kBlocks>>();
     const int64_t index = blockIdx.x;
@@ -474,7 +478,7 @@ __global__ void __launch_bounds__(ns_small_threads(kBlocks), kBlocks < 3 ? 2 : 1
         find_tensor(p.tables.tensors, &NsTensor::first_matrix, p.begin, p.end, index);
     const NsTensor& tensor = p.tables.tensors[tensor_index];
     const int matrix = static_cast<int>(index - tensor.first_matrix);
-    // tall: X^T X and X Q.
+    // m > n: X^T X and X Q.
     if (tensor.m > tensor.n) {
         small_iteration<T, kBlocks, true>(p, storage, tensor_index, matrix);
     } else {

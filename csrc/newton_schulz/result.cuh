@@ -1,9 +1,11 @@
 #pragma once
 
-// The end of the last product's epilogue: eight neighbours of o to the caller's result, or, in a
-// step of the optimizer, into the weights and their copy:
+// The end of the last product's epilogue. A thread stores eight consecutive elements of a row of
+// the product o: to the caller's result or, in a step of the optimizer, to the weights w and their
+// copy:
 //
 //     w <- row_scale ((1 - rate weight_decay) w - rate scale o)      in float32, rounded once
+//     rate = lr lr_tensor
 
 #include "arch/ldst.cuh"
 #include "newton_schulz/tensors.cuh"
@@ -12,14 +14,14 @@
 
 namespace k2k {
 
-// Eight neighbours, as they are stored.
+// Eight consecutive elements, as stored.
 template <class T>
 struct alignas(16) NsEight {
     T values[8];
 };
 
-// Neighbours row[0 .. count - 1]; the others become 0. Weights are loaded by plain accesses, as the
-// kernel stores them, too.
+// Loads row[0 .. count - 1]; the others become 0. Plain loads, not ld.global.nc: the kernel also
+// writes the weights.
 template <class Y>
 K2K_DEVICE void load_eight(float (&values)[8], const Y* row, int count) {
     NsEight<Y> eight = {};
@@ -57,7 +59,7 @@ K2K_DEVICE void store_eight(Y* row, const float (&values)[8], int count) {
     }
 }
 
-// Calls f with a null pointer of the type.
+// Calls f with a null pointer to the type: dispatch.
 template <class F>
 K2K_DEVICE void by_type(Type type, F&& f) {
     if (type == Type::kF32) {
@@ -69,7 +71,7 @@ K2K_DEVICE void by_type(Type type, F&& f) {
     }
 }
 
-// Stores rows of one matrix.
+// Stores the result of one matrix, or updates its weights.
 class NsFinish {
   public:
     K2K_DEVICE NsFinish(const NsTables& p, int index, int matrix)
@@ -81,9 +83,9 @@ class NsFinish {
         step_ = static_cast<float>(rate * update_->scale);
     }
 
-    // Stores (row, column .. column + 7), those inside of the matrix.
+    // Stores elements column .. column + 7 of `row`, as far as the matrix has them.
     K2K_DEVICE void operator()(int row, int column, float (&values)[8]) const {
-        // newton_schulz: the result itself.
+        // newton_schulz: store the result.
         const int count = tensor_.n - column < 8 ? tensor_.n - column : 8;
         if (update_ == nullptr) {
             const int64_t offset = (int64_t(matrix_) * tensor_.m + row) * tensor_.n + column;
@@ -93,7 +95,7 @@ class NsFinish {
             });
             return;
         }
-        // muon_update: the weight, in its dtype.
+        // muon_update: update the weights, in their dtype.
         const NsUpdate& u = *update_;
         const float scale =
             u.row_scale != nullptr ? u.row_scale[matrix_ * u.row_scale_stride + row] : 1.0f;
@@ -108,7 +110,7 @@ class NsFinish {
             }
             store_eight(weights, values, count);
         });
-        // Its copy, from the float32 values: not rounded twice.
+        // Store the copy, from the float32 values: rounded once.
         if (u.copy.data == nullptr) return;
         by_type(u.copy.type, [&](auto* type) {
             using C = std::remove_pointer_t<decltype(type)>;

@@ -1,14 +1,12 @@
 #pragma once
 
-// What the two kernels of the products share: the tile scheduler and the epilogue. The accumulators
-// of a tile are in threads 0 to 255 of the CTA.
+// What kernel_sm80.cuh and kernel_sm90.cuh share: the tile scheduler and the epilogue. Threads 0 to
+// 255 of the CTA hold the accumulators of a tile and run the epilogue.
 //
-// Scheduler find_work: one CTA per tile. Op and tensor by prefix sums, the tile inside a triangle
-// by
-//           its root; along the short side tiles follow one another, so that they share a panel of
-//           X in L2.
-// Epilogue  finish_product: alpha A B + beta C is rounded into a tile in shared memory, and stored
-//           from there by whole rows of 16 bytes a thread; of a triangle the transposed tile, too.
+// Scheduler find_work: one CTA per tile. Op and tensor by prefix sums; the row in a triangle by a
+//           square root. Neighbouring CTAs follow the short side: they share a panel of X in L2.
+// Epilogue  finish_product: rounds alpha A B + beta C into a tile in shared memory and stores it by
+//           whole rows, 16 bytes a thread; of a symmetric result the transposed tile, too.
 // Barriers  kTileBarrier, of the 256 threads:
 //           c_landed      C is in the tile
 //           result_ready  every thread has replaced its elements of C by those of the result
@@ -27,16 +25,15 @@ namespace k2k {
 constexpr int kNsChunks = kNsTileBytes / 16 / kNsThreads;
 static_assert(kNsChunks * 16 == kNsTile && kNsThreads == 256);
 
-// Where 16 bytes are in the tile. Free of bank conflicts both for eight rows from a multiple of 8
-// on and for the eight that `store_mirrored` reads at once.
+// Byte offset of a chunk in the tile. Free of bank conflicts for eight rows from a multiple of 8 on
+// and for the eight that store_mirrored reads at once.
 K2K_DEVICE uint32_t tile_offset(int row, int chunk) {
     return row * 256 + (chunk ^ row % 8 ^ row / 8 % 4 * 2) * 16;
 }
 
 // A tile of a result.
 struct NsTile {
-    int row, column;  // its first
-    bool mirrored;    // its transpose is the tile on the other side of the diagonal
+    int row, column;  // first row and column
     bool diagonal;    // only its lower triangle is used
 };
 
@@ -46,14 +43,14 @@ K2K_DEVICE NsTile find_tile(bool triangular, int m, int n, int index) {
         const int rows = ceil_div(m, kNsTile), columns = ceil_div(n, kNsTile);
         const bool wide = m <= n;
         return {(wide ? index % rows : index / columns) * kNsTile,
-                (wide ? index / rows : index % columns) * kNsTile, false, false};
+                (wide ? index / rows : index % columns) * kNsTile, false};
     }
     // Lower triangle, row by row: row (row + 1) / 2 tiles come before a row.
     int row = static_cast<int>((sqrtf(8.0f * index + 1) - 1) / 2);
     while (triangle(row) > index) --row;  // the root was rounded
     while (triangle(row + 1) <= index) ++row;
     const int column = index - static_cast<int>(triangle(row));
-    return {row * kNsTile, column * kNsTile, row != column, row == column};
+    return {row * kNsTile, column * kNsTile, row == column};
 }
 
 // Stores the tile in rows of `to` [rows, columns], 16 bytes a thread.
@@ -72,7 +69,7 @@ K2K_DEVICE void store_tile(const uint8_t* tile, const NsMatrix<T>& to, const NsT
     }
 }
 
-// Stores its transpose on the other side of the diagonal: 16 bytes a thread, of a column.
+// Stores the transposed tile across the diagonal: 16 bytes a thread, 8 rows of a column.
 template <class T>
 K2K_DEVICE void store_mirrored(uint32_t tile, const NsMatrix<T>& to, const NsTile& place) {
     const int lane = arch::lane_id(), matrix = lane / 8, row = lane % 8;
@@ -96,13 +93,13 @@ K2K_DEVICE void store_mirrored(uint32_t tile, const NsMatrix<T>& to, const NsTil
     }
 }
 
-// The last product: the tile goes to the caller's tensor.
+// The last product: stores the tile to the caller's result or weights.
 template <class T>
 K2K_DEVICE void finish_tile(const uint8_t* tile, const NsFinish& finish, int m, int n,
                             const NsTile& place) {
     K2K_NO_UNROLL
     for (int round = 0; round < kNsChunks; ++round) {
-        // Any alignment of the caller's rows: `finish` stores whole vectors or elements.
+        // The caller's rows have any alignment: `finish` stores vectors or elements.
         const int row = round * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
         const int column = place.column + chunk * 8;
         if (place.row + row >= m || column >= n) continue;
@@ -120,9 +117,9 @@ struct NsWork {
     int tensor_index, matrix;
     const NsTensor& tensor;
     bool triangular;
-    bool by_columns;    // in both operands the tile's axis is contiguous (MN-major)
+    bool by_columns;    // both operands are MN-major, else K-major
     int rows, columns;  // of the result
-    int depth;          // the summed axis
+    int depth;          // length of K, the summed axis
     NsTile place;
     NsMatrix<T> a, b;
 };
@@ -130,7 +127,7 @@ struct NsWork {
 // The work of tile `index` of a stage.
 template <class T>
 K2K_DEVICE NsWork<T> find_work(const NsStage& p, int64_t index) {
-    // Which op, tensor and matrix: tiles are numbered in this order.
+    // Find op, tensor and matrix; tiles are numbered in this order.
     int op_index = 0;
     while (index >= p.ops[op_index].tiles) index -= p.ops[op_index++].tiles;
     const NsOp& op = p.ops[op_index];
@@ -170,15 +167,14 @@ K2K_DEVICE void sync_tile(K2K_WHERE_ONLY) {
 
 // The epilogue: rounds alpha A B + beta C into `tile` and stores it. `for_each_pair` calls its
 // argument with (row, chunk of 8 columns, low, high) for each pair of this thread's accumulators,
-// which are in columns 2 (lane % 4) and the next of the chunk. `tile` is free: the main loop's
-// reads of the ring, whose place it has, are over.
+// columns 2 (lane % 4) and the next of the chunk. `tile` overlaps the ring, which has been read.
 template <class T, class ForEachPair>
 K2K_DEVICE void finish_product(const NsWork<T>& work, uint8_t* tile, ForEachPair&& for_each_pair) {
     const NsOp& op = work.op;
     const NsTile& place = work.place;
     const uint32_t tile_address = arch::smem_address(tile);
     const NsMatrix<T> c(work.tensor, work.matrix, op.c);
-    // Copy C into the tile, by whole rows: accumulators' own places would be 4 bytes apart.
+    // Copy C into the tile by whole rows: in accumulator layout, loads would be 4 bytes each.
     if (op.c != NsBuffer::kNone) {
         K2K_UNROLL_BY(4)
         for (int round = 0; round < kNsChunks; ++round) {

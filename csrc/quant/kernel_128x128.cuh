@@ -4,10 +4,12 @@
 //
 //     codes[n, k], scales[n / 128, k / 128] <- w[n, k]
 //
-// Grid      A CTA of 512 threads per 128x128 block, adjacent CTAs along a row of blocks.
-// Thread    Twice 16 contiguous elements of a row, loaded once and kept in registers between the
-//           block's maximum and the codes: 64 bytes of bfloat16 in flight, 32 KiB per CTA; 64
-//           registers allow two CTAs per SM.
+// Grid      A CTA of 512 threads per 128x128 block, adjacent CTAs along a row of blocks;
+//           grid-stride. All warps have the same role.
+// Thread    16 contiguous elements of two rows, 64 rows apart, loaded once and kept in registers
+//           between the block's maximum and the codes: 64 bytes of bfloat16 in flight, 32 KiB per
+//           CTA; 64 registers allow two CTAs per SM.
+// Barriers  the warps' maxima are written | read.
 // Shared    the maxima of 16 warps.
 // Limits    as in kernel_rows.cuh.
 
@@ -28,7 +30,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     const int64_t num_blocks = p.batches * row_blocks * column_blocks;
 
     for (int64_t index = blockIdx.x; index < num_blocks; index += gridDim.x) {
-        // Thread t has row t / 8, and 64 rows below it the same columns.
+        // Thread t has 16 columns of row t / 8, and of the row 64 below it.
         const int64_t column_block = index % column_blocks;
         const int64_t row_block = index / column_blocks % row_blocks;
         const int64_t batch = index / column_blocks / row_blocks;
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         const float scale =
             tile::scale_of(tile::max_over_lanes<kBlockThreads / 32>(of_warp), p.power_of_two);
         const tile::Divisor divisor = tile::divisor_of(scale);
-        // The maxima have been read: the next block may overwrite them.
+        // Wait until the maxima have been read, before the next block overwrites them.
         arch::sync_block();
 
         // Encode from registers and store; one thread stores the scale.

@@ -10,20 +10,23 @@
 //           rows.
 // Warp      512 contiguous columns of one row, 16 per lane, so that eight lanes have a block of
 //           128; of rows of more than 2,048 columns twice 512, the row's warps interleaved.
-// One pass  cp.async brings x to shared memory, where it waits for the sum of its squares. A thread
-//           reads back only what it copied: no barrier, and no registers are used meanwhile. With
-//           64 of them four rows of 7,168 bfloat16 fit on an SM, 56 KiB in flight; bandwidth x
-//           latency of DRAM needs 20 to 36.
+// One pass  cp.async copies x to shared memory, where it stays until the sum of its squares is
+//           known. A thread reads back only what it copied: this needs no barrier, and no registers
+//           hold x meanwhile. With 64 registers per thread four rows of 7,168 bfloat16 fit on an
+//           SM, 56 KiB in flight; bandwidth x latency of DRAM needs 20 to 36.
 // Order     of the sum: a lane's squares in order, the lanes by butterfly, the warps by butterfly.
 //           It depends on K only: a row has equal bits in any batch.
-// Barrier   One per row, for the whole CTA. The sums are double-buffered: a buffer is written again
-//           after the next row's barrier, when all warps have read it.
-// Loops     over a lane's two sixteens are not unrolled: both at once would take more registers.
-// Shared    x and weight, 32 bytes of bfloat16 per thread and sixteen each, as vectors [vector]
+// Barrier   One per iteration of the CTA: its warps' sums are written. They are double-buffered: a
+//           buffer is written again after the next iteration's barrier, when all warps have read
+//           it.
+// Loops     over a lane's two pieces of 16 columns, but for the sum, are not unrolled: both at once
+//           would take more registers.
+// Shared    x and weight, 32 bytes of bfloat16 per thread and piece each, as [16-byte vector]
 //           [thread], so that each phase of a 16-byte access uses every bank once; the sums of 8
 //           warps, twice: 32.1 KiB for 7,168 columns, 16.1 KiB up to 2,048.
-// Weight    Loaded once per CTA while the first row is in flight, through L1, where earlier CTAs
-//           left it, to shared memory: in registers the compiler would keep it as float32.
+// Weight    Loaded once per CTA while the first row is in flight, through L1, which may hold it
+//           from earlier CTAs, to shared memory: in registers the compiler would keep it as
+//           float32.
 // Limits    8,192 columns; rows that do not begin at multiples of 16 bytes are read element by
 //           element.
 
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_blocks(kSixteens * 16 * siz
     int64_t first_row = int64_t(blockIdx.x) * rows_per_block;
     for (int round = 0; first_row < all_rows;
          ++round, first_row += int64_t(gridDim.x) * rows_per_block) {
-        // Beyond the last row a warp works on zeros, because it takes part in the barrier.
+        // Beyond the last row a warp computes on zeros, because it must reach the barrier.
         const int64_t index = first_row + row_in_block;
         const int64_t batch = p.batches == 1 ? 0 : index / p.rows;
         const int64_t row = index - batch * p.rows;
@@ -136,7 +139,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_blocks(kSixteens * 16 * siz
         sum = tile::sum_over_lanes<32>(sum);
         if (lane == 0) smem.square_sums[round % 2][arch::warp_id()] = sum;
         arch::sync_block();
-        // Every lane adds all warps of the row: equal bits in all threads.
+        // Each warp adds the sums of the row's warps, by butterfly: equal bits in all threads.
         const int other = lane % kNormWarps;
         sum = tile::sum_over_lanes<kNormWarps>(
             other < warps ? smem.square_sums[round % 2][first_warp + other] : 0.0f);

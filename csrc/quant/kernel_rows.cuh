@@ -18,7 +18,8 @@
 //           36 KiB. The gradient has 96 bytes per thread in flight.
 // Scales    "row": a warp has four blocks of one row, whose scales are 16 contiguous bytes.
 //           "column": a warp has one block of four rows, whose scales are then contiguous too.
-// Shared    one word per warp, only to find out which rows are padding.
+// Barriers  with groups, two per row tile in RealRows::find; else none.
+// Shared    one word per warp and one per CTA, to find out which rows are padding.
 // Limits    rows that do not begin at multiples of 16 bytes, and the last columns of a row, are
 //           moved element by element.
 

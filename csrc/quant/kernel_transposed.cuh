@@ -13,6 +13,7 @@
 //           2. a thread per column: maximum over the warps, scale
 //           3. codes; their words are written to a transposed tile in shared memory
 //           4. whole rows of 128 codes are stored, 16 bytes per thread
+// Barriers  after stages 1, 2 and 3; with groups, two per row tile in RealRows::find.
 // Shared    8 KiB of codes, a row of 128 per column. Its 16-byte chunk c is at position
 //           c ^ (column / kVector % 8), so that a warp's writes (8 columns, kVector apart, of one
 //           chunk) and its reads (8 chunks of a column) both use every bank once. Maxima and
@@ -136,8 +137,8 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
                 tile::store_sixteen(codes_row, first_row + chunk * 16, p.rows,
                                     tile::sixteen_of(words));
             }
-            // No barrier here: the next tile's maxima were read before the last barrier, and its
-            // divisors and codes are written after its own barriers.
+            // No barrier here: all threads have read the maxima before the last barrier. The next
+            // tile writes divisors and codes after its own first barrier.
         }
     }
 }

@@ -7,9 +7,9 @@
 //     p[k]     = exp2(s[k] scale2 - base(maximum'))
 //     total'   = total factor + sum_k p[k]
 //
-// Scores are laid out as mma.sync and wgmma leave them: a thread has scores[j][2 h] and [2 h + 1]
-// of its row h (0, 1) for keys 8 j + 2 (lane % 4) and the next; the four lanes of a quad share a
-// row. scale2 is the softmax's scale times log2(e).
+// Scores have the accumulator layout of mma.sync and wgmma: of its row h (0, 1), a thread has
+// scores[j][2 h] and [2 h + 1], of keys 8 j + 2 (lane % 4) and the next. The four lanes of a quad
+// share a row. scale2 is the softmax's scale times log2(e).
 
 #include "arch/convert.cuh"
 #include "arch/warp.cuh"

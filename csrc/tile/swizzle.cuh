@@ -13,8 +13,8 @@
 //
 //     Rows of 64 bytes: at place c ^ (r / 2 % 4).
 //
-// So eight rows' same chunk, which ldmatrix reads at once, lies in all 32 banks. Rows are 64 bytes
-// or a multiple of 128 long; the first begins at a multiple of 1,024.
+// So the same chunk of eight rows, which ldmatrix reads at once, covers all 32 banks. Rows are 64
+// bytes or a multiple of 128 long; the first begins at a multiple of 1,024.
 
 #include "arch/fence.cuh"
 #include "arch/warp.cuh"
@@ -34,9 +34,9 @@ K2K_HOST_DEVICE constexpr uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
     return row * kPitch + swizzled<kPitch>(row, chunk) * 16;
 }
 
-// What this lane gives ldmatrix for 16 x 16 two-byte elements, of rows of kPitch bytes from `row`
+// This lane's ldmatrix address for 16 x 16 two-byte elements, in rows of kPitch bytes, from `row`
 // (a multiple of 8) and `chunk` on: a fragment of A (kLeft), or two of B side by side. kTransposed,
-// for ldmatrix.trans: the rows in memory are those of the summed axis.
+// for ldmatrix.trans: the rows in memory run along K, the summed axis.
 template <bool kLeft, bool kTransposed, int kPitch>
 K2K_DEVICE uint32_t ldmatrix_address(uint32_t base, int row, int chunk) {
     const int lane = arch::lane_id(), matrix = lane / 8;
@@ -46,14 +46,14 @@ K2K_DEVICE uint32_t ldmatrix_address(uint32_t base, int row, int chunk) {
     return base + row * kPitch + swizzled<kPitch>(lane % 8, chunk) * 16;
 }
 
-// kRows rows of 64 two-byte elements: what one TMA copy or wgmma operand has.
+// kRows rows of 64 two-byte elements: a TMA box or a wgmma operand.
 template <int kRows>
 struct alignas(1024) SwizzledBox {
     uint4 chunks[kRows * 8];
 };
 
-// Clears the rows of kBoxes neighbouring boxes from `valid` on, before wgmma reads them. By a
-// warpgroup, which meets at named barrier `id` before and after.
+// Clears the rows of kBoxes consecutive boxes from `valid` on, before wgmma reads them. All threads
+// of a warpgroup call it; they sync at named barrier `id` before and after.
 template <int kBoxes, int kRows>
 K2K_DEVICE void clear_rows(SwizzledBox<kRows>* boxes, int valid, uint32_t id K2K_WHERE) {
     const int thread = threadIdx.x % 128;

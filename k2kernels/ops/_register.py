@@ -129,9 +129,10 @@ def declare(
             launch(*results, *fill(args), **more)
         return results
 
-    bodies = reference, empty, launch and kernel
-    checks = unserved, validate
-    op = _define(reference.__name__, schema, names, *bodies, *checks, setup_context, backward, bool(mutates))
+    checks = dict(unserved=unserved, validate=validate)
+    bodies = dict(reference=reference, fake=empty, kernel=launch and kernel)
+    gradients = dict(setup_context=setup_context, backward=backward)
+    op = _define(reference.__name__, schema, names, **bodies, **checks, **gradients, mutates=bool(mutates))
     op.kernel = kernel
     if out is None:
         return op
@@ -157,9 +158,11 @@ def declare(
         *args, destination = args
         return _others(_each(outputs(*make(args), out=destination))[1:])
 
-    bodies = _apart(reference_out, may_be_out), fake_out, launch and _apart(kernel_out, may_be_out)
+    bodies = dict(
+        reference=_apart(reference_out, may_be_out), fake=fake_out, kernel=launch and _apart(kernel_out, may_be_out)
+    )
     schema = f"{arguments[:-1]}, Tensor(a!) out) -> ({others})"
-    op.out = _define(f"{op.name}_out", schema, [*names, "out"], *bodies, *checks, None, None, True)
+    op.out = _define(f"{op.name}_out", schema, [*names, "out"], **bodies, **checks, mutates=True)
     return op
 
 
@@ -229,15 +232,17 @@ def _define(
     name: str,
     schema: str,
     names: Sequence[str],
+    *,
     reference: Callable,
     fake: Callable,
     kernel: Callable | None,
     unserved: Callable | None,
     validate: Callable | None,
-    setup_context: Callable | None,
-    backward: Callable | None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
     mutates: bool,
 ) -> Op:
+    """Registers one name, as a `schema` of arguments called `names`, with all its overloads."""
     unserved_takes, validate_takes = _naming(unserved, names), _naming(validate, names)
 
     def why_not(device: str, args: tuple) -> str | None:

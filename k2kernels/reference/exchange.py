@@ -75,7 +75,7 @@ class PlainRank:
         buffers: uint8 [layout.bytes] of each rank; None where they are of other processes, which no step here reaches.
         state: int32, k2k::ExchangeState, which begins with the epochs: how often this rank has sent, by kind.
         error: int32, the record of the first fault.
-        numbers: those of csrc/exchange, by name: k2kernels.ops._constants.constants.
+        constants: numbers of csrc/exchange: k2kernels.ops._constants.constants.
 
     Attributes:
         live: a bit for each rank that takes part.
@@ -83,10 +83,10 @@ class PlainRank:
     """
 
     def __init__(
-        self, layout: Layout, rank: int, buffers: list[Tensor] | None, state: Tensor, error: Tensor, numbers: Any
+        self, layout: Layout, rank: int, buffers: list[Tensor] | None, state: Tensor, error: Tensor, constants: Any
     ):
         self.layout, self.rank, self.buffers = layout, rank, buffers
-        self.state, self.error, self._numbers = state, error, numbers
+        self.state, self.error, self.constants = state, error, constants
         self.call = 0
         self.restart((1 << layout.world) - 1)
 
@@ -106,7 +106,7 @@ class PlainRank:
         bad = (indices < -1) | (indices >= layout.experts)
         if bad.any():
             token, k = bad.nonzero()[0].tolist()
-            self._record(self._numbers.EXCHANGE_BAD_INDEX, token, int(indices[token, k]))
+            self._record(self.constants.EXCHANGE_BAD_INDEX, token, int(indices[token, k]))
         for there in [] if self._failed else self._lives():
             mine = (layout.world, layout.most_tokens)
             numbers = self._view(there, numbers_at, (*mine, layout.top_k), torch.int32)
@@ -201,39 +201,39 @@ class PlainRank:
         return owner.masked_fill(none, -1), number.masked_fill(none, -1)
 
     def _record(self, fault: int, who: int, number: int) -> None:
-        names = self._numbers
-        if not self.error[names.EXCHANGE_ERROR_FAULT]:
-            self.error[names.EXCHANGE_ERROR_CALL] = self.call
-            self.error[names.EXCHANGE_ERROR_WHO] = who
-            self.error[names.EXCHANGE_ERROR_NUMBER] = torch.tensor(number).int()  # its last 32 bits
-            self.error[names.EXCHANGE_ERROR_FAULT] = fault
+        constants = self.constants
+        if not self.error[constants.EXCHANGE_ERROR_FAULT]:
+            self.error[constants.EXCHANGE_ERROR_CALL] = self.call
+            self.error[constants.EXCHANGE_ERROR_WHO] = who
+            self.error[constants.EXCHANGE_ERROR_NUMBER] = torch.tensor(number).int()  # its last 32 bits
+            self.error[constants.EXCHANGE_ERROR_FAULT] = fault
 
     def _set_flags(self, flags: int, kind: str, rows: int) -> None:
         if self._failed:
             return
-        word = self.call << self._numbers.EXCHANGE_FLAG_ROWS_BITS | rows
+        word = self.call << self.constants.EXCHANGE_FLAG_ROWS_BITS | rows
         for there in self._lives():
             flag = self._view(there, flags + self.rank * self.layout.flag_bytes, (2,), torch.int32)
             flag.copy_(torch.tensor([word, self._epoch(kind)]).int())
 
     def _rows_announced(self, flags: int, kind: str, source: int) -> int:
         """The number in the flag of `source`; -1 if there is no flag of this epoch, or one of another call."""
-        names = self._numbers
+        constants = self.constants
         flag = self._view(self.rank, flags + source * self.layout.flag_bytes, (2,), torch.int32)
         abort = self._view(self.rank, 0, (2,), torch.int32)
         word, epoch = (number % 2**32 for number in flag.tolist())
         if epoch == (now := self._epoch(kind)):
-            call, rows = divmod(word, 1 << names.EXCHANGE_FLAG_ROWS_BITS)
+            call, rows = divmod(word, 1 << constants.EXCHANGE_FLAG_ROWS_BITS)
             if call == self.call:
                 return rows
-            found = names.EXCHANGE_OTHER_CALL, source
+            found = constants.EXCHANGE_OTHER_CALL, source
         elif aborted := int(abort[0]):
             why, who = divmod(aborted, 1 << 16)
-            other = names.EXCHANGE_OTHER_CALL
-            self._record(other if why == other else names.EXCHANGE_PEER_ABORTED, who - 1, now)
+            other = constants.EXCHANGE_OTHER_CALL
+            self._record(other if why == other else constants.EXCHANGE_PEER_ABORTED, who - 1, now)
             found = None
         else:
-            found = names.EXCHANGE_PEER_SILENT, source
+            found = constants.EXCHANGE_PEER_SILENT, source
         if found:
             fault, who = found
             self._record(fault, who, now)

@@ -42,7 +42,7 @@ def test_an_inference_tensor_is_read():
         torch.testing.assert_close(swiglu(x), k2kernels.swiglu(x))
 
 
-@pytest.mark.parametrize("x", ["x", 3, [[1.0, 2.0]], torch.zeros(2, 32, device="meta")], ids=str)
+@pytest.mark.parametrize("x", ["x", 3, None, [[1.0, 2.0]], torch.zeros(2, 32, device="meta")], ids=str)
 def test_what_is_no_tensor_in_memory_is_refused(x):
     with pytest.raises(TypeError, match="incompatible function arguments"):
         _emu.swiglu(x, X)

@@ -537,7 +537,8 @@ def guarded_case():
     weights = torch.where(real, torch.randn(len(real)), math.nan)
     want = torch.zeros(len(real), 264)
     groups = dict(offsets=offsets, counts=ints(*counts))
-    reference.grouped_fp8_gemm_out(a, a_scales, b, b_scales, **groups, expected_m=None, out=want, row_weights=weights)
+    options = dict(expected_m=None, out_dtype=torch.float32, row_weights=weights)
+    reference.grouped_fp8_gemm_out(want, a, a_scales, b, b_scales, **groups, **options)
     column = guarded(a_scales.mT.contiguous()).mT
     args = guarded(a), column, guarded(b), guarded(b_scales)
     groups["row_weights"] = weights
