@@ -1,4 +1,4 @@
-"""How mla_decode divides keys among SMs: the tasks that each CTA computes, in the emulator, without queries or a cache."""
+"""How mla_decode divides keys among SMs: the tasks that each CTA computes, emulated without queries or a cache."""
 
 import itertools
 import random
