@@ -46,11 +46,10 @@ def info() -> dict[str, Any]:
         None), `extension` (build facts, or `error`), `emulator` (`self_check`, or `error`), `nvcc` (path or None),
         `devices` (name, capability, compute_capability, memory in bytes, `code`: which of the compiled it runs), `ops`
         (name -> `cpu`, `cuda` bodies and `why`), `kernels` (what each compiled kernel takes: `kernel`, `arch`,
-        `registers`, `stack_bytes`, `spill_bytes`, `shared_bytes` fixed by the compiler, `dynamic_shared_bytes` asked
-        for by a launch, None where
-        that is not known), `fp8_gemm` (`pinned`: the plan of K2KERNELS_FP8_GEMM, or None, or `error`; `plans` of
-        Kimi-K2's linear layers, for each GPU here, or for one of each architecture compiled for), `conformance` (GPUs
-        whose instructions the emulator is compared with; None away from the source tree).
+        `registers`, `stack_bytes`, `spill_bytes`, `shared_bytes` fixed by the compiler, `dynamic_shared_bytes` of a
+        launch, None where that is not known), `fp8_gemm` (`pinned`: the plan of K2KERNELS_FP8_GEMM, or None, or
+        `error`; `plans` of Kimi-K2's linear layers, for each GPU here, or for one of each architecture compiled for),
+        `conformance` (GPUs whose instructions the emulator is compared with; None away from the source tree).
     """
     from k2kernels import __version__
 

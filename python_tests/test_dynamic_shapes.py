@@ -1,4 +1,4 @@
-"""Every public op compiles into one graph that serves several sizes: nothing in it asks for a number."""
+"""Every public op compiles into one graph that serves several sizes: nothing in it reads a number on the host."""
 
 import pytest
 import torch

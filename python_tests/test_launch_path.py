@@ -33,7 +33,7 @@ def dispatched():
     return data, *handle[:4], handle.overflow
 
 
-# op -> a call, the Python functions that it may enter, and what it may ask of PyTorch besides its results' memory
+# op -> a call, the Python functions that it may enter, and the ops of PyTorch that it may call beside allocations
 CALLS = {
     "quantize_1x128": (lambda: k.quantize_1x128(X), 31, set()),
     "dequantize": (lambda: k.dequantize(DATA, SCALES), 27, {"aten::reshape", "aten::view"}),

@@ -13,8 +13,8 @@ namespace k2k::bind {
 
 const DLPackExchangeAPI& exchange_api();  // tensor.cpp
 
-// A view of a tensor. Shapes, dtypes and devices have been checked in
-// Python; a negative axis counts from the end.
+// A view of a tensor. Shapes, dtypes and devices have been checked in Python; a negative axis counts
+// from the end.
 class Tensor {
   public:
     explicit operator bool() const { return !none_; }  // false for None

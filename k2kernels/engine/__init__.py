@@ -1,1 +1,1 @@
-"""What generates: the paged latent cache, a session of sequences, the replayed decoding pass, sampling, `generate`."""
+"""Generation: the paged latent cache, a session of sequences, the replayed decoding pass, sampling, `generate`."""

@@ -23,9 +23,9 @@ def expert_alignment(fp8: bool) -> int:
 
     1 where weights are unquantised or FP8 codes: the grouped GEMMs take groups from any row on and read and write none
     of the padding, and an expert has as many tiles wherever it begins. At 128 Kimi-K2's 1,024 rows of a decoding step
-    (128 tokens) would lie among 46,000. 128 where the gradient of the weights is an FP8 product: it sums over tokens in
-    blocks of 128 that share a scale, and a block across two experts would have to be copied. It does not depend on
-    whether gradients are wanted, so that a recomputed pass has the bits of the first.
+    (128 tokens) would be spread over 46,000. 128 where the gradient of the weights is an FP8 product: it sums over
+    tokens in blocks of 128 that share a scale, and a block across two experts would have to be copied. It does not
+    depend on whether gradients are required, so that a recomputed pass has the bits of the first.
     """
     return 128 if fp8 else 1
 

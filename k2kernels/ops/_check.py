@@ -41,7 +41,7 @@ class Arguments:
     ) -> torch.Tensor:
         """Returns `value` as a tensor after checking it; anything with `__dlpack__` (CuPy, NumPy ...) is taken too.
 
-        `shape` holds ints (that size), letters (any size, the same wherever the letter stands) and may begin with "..."
+        `shape` holds ints (that size), letters (any size, the same for the same letter) and may begin with "..."
         (any leading sizes).
 
         Raises:
@@ -188,7 +188,7 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor, total: int, *
 def check_groups(
     op: str, offsets: torch.Tensor, counts: torch.Tensor | None, capacity: int, *, alignment: int = 1
 ) -> None:
-    """Raises ValueError unless the groups' rows lie apart, in order and within `capacity`; for `validate` of an op.
+    """Raises ValueError unless the groups' rows are disjoint, in order and within `capacity`; for `validate` of an op.
 
     `offsets` [G+1] must rise within 0 .. capacity; `counts` [G], if any, must fit between them; a group that has rows
     must start at a multiple of `alignment`.
@@ -224,8 +224,8 @@ def check_blocks(
     """Raises ValueError where `codes` [..., N, K] is visibly a shard that begins inside a 128x128 block.
 
     `scales` [..., blocks of rows, blocks of K] belong to blocks that begin at the shard's first column, and
-    `row_offset` rows before its first row. What can be seen is where a view begins in the matrix that it was cut from;
-    a copy of a shard is not distinguishable from a weight. In a graph of torch.compile nothing is looked at.
+    `row_offset` rows before its first row. A view shows where it begins in the matrix that it was cut from; a copy
+    of a shard is not distinguishable from a weight. In a graph of torch.compile nothing is checked.
     """
     if torch.compiler.is_compiling():
         return

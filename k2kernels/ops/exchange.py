@@ -192,7 +192,9 @@ class Rank(PlainRank):
         device = self.buffer.device.type
         chosen = _backend.choose("moe_exchange", device, self._why_not)
         if chosen == "reference" and self.buffers is None:
-            raise _backend.UnsupportedError("moe_exchange: no plain PyTorch reaches another process; needs kernels")
+            raise _backend.UnsupportedError(
+                "moe_exchange: plain PyTorch cannot reach the buffers of other processes; kernels are needed"
+            )
         return chosen != "reference"
 
     def _why_not(self) -> str | None:

@@ -59,7 +59,7 @@ def fp8_gemm(
         out_dtype: bfloat16, float16 or float32.
         bias: [N], bfloat16, float16 or float32.
         accumulate: C [M, N], bfloat16, float16 or float32.
-        b_row_offset: how many rows of the first 128x128 block lie before row 0 of b: for a shard of a weight that
+        b_row_offset: how many rows of the first 128x128 block precede row 0 of b: for a shard of a weight that
             starts inside a block, 0 .. 127. A view of codes and scales that starts elsewhere is refused.
         batch_invariant: whether the bits of a row must not depend on how many rows there are. Few rows are otherwise
             served by summing parts of K apart, in a fixed order: the same from call to call, but not the order above.
@@ -126,7 +126,7 @@ def grouped_fp8_gemm(
         counts: [G] int32, the real rows of each group; None: they fill the space up to the next group.
         masked_m: [G] int32, within 0 .. maxM. Instead of offsets.
         expected_m: approximate rows of a group: a hint for the choice of a kernel, without effect on the result.
-        b_row_offset: how many rows of each matrix's first 128x128 block lie before row 0 of b, 0 .. 127.
+        b_row_offset: how many rows of each matrix's first 128x128 block precede row 0 of b, 0 .. 127.
         batch_invariant: as for `fp8_gemm`.
         row_weights: [cap] or [G, maxM] float32, a factor for each row of D, such as a routing weight.
         out_dtype: bfloat16, float16 or float32.

@@ -57,7 +57,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _rows_on_16_bytes(x: Tensor) -> Tensor:
-    """x, copied only if rows do not begin at multiples of 16 bytes or columns lie apart."""
+    """x, copied only if rows do not begin at multiples of 16 bytes or columns are not adjacent."""
     *rows, column = x.stride()
     if column == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in rows):
         return x

@@ -133,7 +133,7 @@ def dequantize(
         data: [..., N, K] float8_e4m3fn. A part of a larger matrix begins at multiples of `block` there; a view of one
             with 128x128 blocks that does not is refused, a copy is not recognised.
         scales: [..., ceil(N/block[0]), ceil(K/block[1])] float32, any strides.
-        block: (1, 128) or (128, 128). It is never guessed from the sizes, which do not tell it: 192 rows with 2 rows
+        block: (1, 128) or (128, 128). It is not inferred from the sizes, which are ambiguous: 192 rows with 2 rows
             of scales are blocks of 128 and 64 rows, not of 96.
         dtype: of the result: float32, bfloat16, float16, or float64, in which the product is exact.
 

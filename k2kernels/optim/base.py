@@ -248,7 +248,7 @@ class RuleOptimizer(Optimizer):
         """Refuses a saved master weight for a parameter that has none, unless the parameter equals it."""
         if p.dtype in HALVES:
             raise ValueError(
-                f"{self._name}.load_state_dict: master of {name} must not be there with master_weights=False, as the "
+                f"{self._name}.load_state_dict: master of {name} must be absent with master_weights=False, as the "
                 "weights would be rounded; pass master_weights=None, or take the masters out of the state"
             )
         if p.shape != master.shape or not torch.equal(p.detach(), master.to(p.device, p.dtype)):

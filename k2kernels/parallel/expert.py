@@ -131,7 +131,7 @@ class ExpertParallel:
             return "symmetric" if torch.cuda.is_available() and _is_nccl(self.group) else "torch"
         if transport in ALONE and self.world_size > 1:
             raise UnsupportedError(
-                f"ExpertParallel: transport {transport!r} has no way to the experts of a group of {self.world_size} "
+                f"ExpertParallel: transport {transport!r} cannot reach the experts of a group of {self.world_size} "
                 "ranks; use 'torch' (several ranks in one process: k2kernels.parallel.VirtualRanks)"
             )
         if transport not in ALONE and self.group is None:

@@ -1,4 +1,4 @@
-"""A test double of expert parallelism: several ranks in one process."""
+"""Several ranks in one process: a test double of expert parallelism, and the one rank of transport "virtual"."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
     def state(out, lse):
         sees_nothing = (lse == -torch.inf).unsqueeze(-1)
-        total = (~sees_nothing).to(lse.dtype)  # exp(lse) is total * exp(maximum): lse may stand for the maximum
+        total = (~sees_nothing).to(lse.dtype)  # exp(lse) is total * exp(maximum): lse serves as the maximum
         return State(out.masked_fill(sees_nothing, 0), lse.unsqueeze(-1), total)
 
     merged = merge(state(out_a, lse_a), state(out_b, lse_b))

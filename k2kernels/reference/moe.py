@@ -172,7 +172,7 @@ def moe_combine(
 ) -> Tensor:
     """[T, H]: sum over k, in this order, of weight * row, then shared, then residual; rounded once.
 
-    `weights=None` stands for ones; a pair without a slot adds nothing, whatever its weight.
+    `weights=None`: ones; a pair without a slot adds nothing, whatever its weight.
     """
     dtype = wide_dtype(y.dtype)
     if weights is not None:

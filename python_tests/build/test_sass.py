@@ -15,7 +15,7 @@ needs_kernels = pytest.mark.skipif(
     not _C.build_info()["cuda_archs"], reason="built without nvcc: there is no machine code"
 )
 
-# The plan of each kernel: the most registers a thread may take (48: 1,280 threads a multiprocessor; 64: 1,024; 80:
+# The plan of each kernel: the most registers a thread may take (48: 1,280 threads an SM; 64: 1,024; 80:
 # 768); the 16-byte loads and stores of the fast path, of which 16 elements are as many as an element has bytes (SwiGLU
 # loads gate and up, its gradient a third operand); and what else must be there, by architecture.
 PORTABLE = ("sm_80", "sm_90a", "sm_120")
@@ -131,7 +131,7 @@ PLANS["fp8_gemm_sm90_kernel<PingPongTile<128, 128, 3, 1> >"] = (168, 2, 1, {"sm_
 swiglu = {"QGMMA.64x128x32.F32.E4M3.E4M3": 8, "FFMA": 128, "UTMALDG.3D.MULTICAST": 3, "MUFU.EX2": 64, "MUFU.RCP": 64}
 swiglu |= {"STS.128": 16, "LDS.128": 16, "F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C": 32, "USETMAXREG": 2}
 PLANS["fp8_gemm_sm90_kernel<SwigluTile<4> >"] = (168, 0, 4, {"sm_90a": swiglu})
-# Few rows: two blocks of 192 threads a multiprocessor. The least of its products, and both ways to store a pair.
+# Few rows: two CTAs of 192 threads an SM. The least of its products, and both ways to store a pair.
 for tokens, stages in ((8, 10), (16, 10), (32, 8), (64, 5)):
     others = {f"QGMMA.64x{tokens}x32.F32.E4M3.E4M3": 4, "FFMA": tokens // 2, "UTMALDG.3D": 2, "LDGSTS": 3}
     PLANS[f"fp8_gemm_sm90_small_kernel<SmallTile<{tokens}, {stages}> >"] = (168, 0, 0, {"sm_90a": others})
@@ -216,7 +216,7 @@ PLANS["moe_sequence_loss_backward_kernel"] = (64, 1 + 3 * 2 + 2, 1, {})
 PLANS["moe_loss_total_kernel"] = PLANS["moe_update_bias_kernel"] = (32, 0, 0, {})
 
 
-# The shared memory of a block, in bytes; a multiprocessor has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
+# The shared memory of a CTA, in bytes; an SM has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
 # named have none. The norm keeps x and the weight, n times 16 of each of 256 threads, and sums of squares.
 SHARED = {
     **{f"quantize_rows_kernel<{t}, {swiglu}>": 36 for t in BYTES for swiglu in ("false", "true")},

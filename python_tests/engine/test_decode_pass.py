@@ -22,7 +22,7 @@ from k2kernels.ops.moe import moe_combine, moe_dispatch
 from k2kernels.testing.compare import check_close
 
 PROMPT = torch.arange(3 * 20).view(3, 20) * 11 % 256
-GROUPED_GEMM = "k2kernels::grouped_gemm"  # its reference asks for the sizes of the groups, its kernel does not
+GROUPED_GEMM = "k2kernels::grouped_gemm"  # its reference reads the sizes of the groups, its kernel does not
 
 
 class Log(TorchDispatchMode):
@@ -164,7 +164,7 @@ def test_one_pass_serves_other_lengths_and_fewer_rows(width):
 
 @torch.no_grad()
 def test_the_host_reads_nothing_back():
-    """Fake tensors have shapes but no numbers: whoever asks for one fails."""
+    """Fake tensors have shapes but no numbers: reading one fails."""
     with FakeTensorMode():
         model = tiny.model(num_nextn_predict_layers=1)
         session = Session(model, [5, 70, 9], 8, 1, "auto")

@@ -288,7 +288,7 @@ def test_compiles_as_one_graph_forward_and_backward(dynamic):
 
 
 def test_nothing_waits_for_the_device():
-    """Fake tensors have shapes but no numbers: whoever asks for one fails."""
+    """Fake tensors have shapes but no numbers: reading one fails."""
     with FakeTensorMode():
         x = torch.empty(300, 200, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(4, 136, 200, requires_grad=True)

@@ -95,7 +95,7 @@ def test_steps_are_counted_as_launches():
 @in_all_modes
 def test_columns_that_lie_apart_are_refused(mode):
     x, indices = torch.randn(HIDDEN, 4).T, torch.zeros(4, TOP_K, dtype=torch.int32)
-    with running(mode), pytest.raises(ValueError, match=r"rows must have columns that are neighbours, got strides"):
+    with running(mode), pytest.raises(ValueError, match=r"rows must have stride 1 along columns, got strides"):
         make()[0].scatter([x], indices, Call("dispatch", F32))
 
 

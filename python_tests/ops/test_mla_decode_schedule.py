@@ -1,5 +1,4 @@
-"""How mla_decode shares keys out among multiprocessors: the tasks that the blocks find themselves, in the emulator,
-without queries or a cache."""
+"""How mla_decode divides keys among SMs: the tasks that each CTA computes, emulated without queries or a cache."""
 
 import itertools
 import random
@@ -63,8 +62,8 @@ def check(rows, plan, seq_lens):
 
 
 def measure(pieces):
-    """(multiprocessors with work, most blocks of 64 keys on one, most with the overhead of its pieces, split tiles)
-    of pieces (multiprocessor, sequence, blocks)."""
+    """(SMs with work, most blocks of 64 keys on one, most with the overhead of its pieces, split tiles) of pieces
+    (SM, sequence, blocks)."""
     blocks, load, parts = {}, {}, {}
     for where, sequence, count in pieces:
         blocks[where] = blocks.get(where, 0) + count
@@ -80,7 +79,7 @@ def ours(seq_lens, multiprocessors):
 
 
 def flash_mla(seq_lens, multiprocessors):
-    """FlashMLA's division (csrc/smxx/decode/get_decoding_sched_meta): each multiprocessor in turn takes blocks up to an
+    """FlashMLA's division (csrc/smxx/decode/get_decoding_sched_meta): each SM in turn takes blocks up to an
     equal share of them all, of which each piece uses up OVERHEAD more than its blocks."""
     blocks = [max(1, -(-n // 64)) for n in seq_lens]
     share = -(-sum(n + OVERHEAD for n in blocks) // multiprocessors) + OVERHEAD
@@ -128,7 +127,7 @@ def test_no_worse_than_flash_mla_with_mixed_lengths(batch, shortest, longest, mu
 @pytest.mark.parametrize(
     "batch, length, multiprocessors, want",
     [
-        (1, 4096, 132, (64, 1, 6, 64)),  # every multiprocessor that a block of keys can be given to has one
+        (1, 4096, 132, (64, 1, 6, 64)),  # every SM that a block of keys can be given to has one
         (1, 32768, 132, (128, 4, 9, 128)),
         (4, 4096, 132, (88, 3, 8, 88)),
         (8, 4096, 132, (128, 4, 9, 128)),
@@ -144,7 +143,7 @@ def test_shares_of_equal_sequences(batch, length, multiprocessors, want):
 
 
 def best_load(blocks, multiprocessors):
-    """The least that the busiest multiprocessor can have to do, by trying all ways to cut and to place pieces."""
+    """The least that the busiest SM can have to do, by trying all ways to cut and to place pieces."""
 
     def cuts(n, most):
         if n == 0:

@@ -132,7 +132,7 @@ def test_masters_go_to_float32_parameters_that_hold_them():
     train([(half, optimizer), (wide, resumed)], 2, first=3)
     assert all(torch.equal(p, q.bfloat16()) for (_, p), (_, q) in zip(half, wide))
     unkept = MuonClip(fresh(half, torch.bfloat16), 1e-3, qk_clip=None, master_weights=False)
-    with pytest.raises(ValueError, match=r"master of a.weight must not be there .* pass master_weights=None, or take"):
+    with pytest.raises(ValueError, match=r"master of a.weight must be absent .* pass master_weights=None, or take"):
         unkept.load_state_dict(state)
 
 

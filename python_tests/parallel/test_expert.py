@@ -95,7 +95,7 @@ def test_what_is_not_served_says_so():
         ExpertParallel(**SIZES, transport="torch")
     with pytest.raises(UnsupportedError, match=r"'virtual' has no way .* k2kernels.parallel.VirtualRanks"):
         ExpertParallel(SomeRanks(2), **SIZES, transport="virtual")
-    with pytest.raises(UnsupportedError, match=r"'local' has no way to the experts of a group of 2 ranks; use 'torch'"):
+    with pytest.raises(UnsupportedError, match=r"'local' cannot reach the experts of a group of 2 ranks; use 'torch'"):
         ExpertParallel(SomeRanks(2), **SIZES, transport="local")
 
 
