@@ -52,7 +52,9 @@ struct type_caster<k2k::Chip> {
         for (int i = 0; i < 3; ++i) {
             *fields[i] = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(object.ptr(), i)));
         }
-        return PyErr_Occurred() == nullptr;
+        if (PyErr_Occurred() == nullptr) return true;
+        PyErr_Clear();  // pybind11 raises TypeError
+        return false;
     }
 };
 
