@@ -6,8 +6,7 @@ work without an extension, except `k2kernels.parallel.VirtualRanks`, whose buffe
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from k2kernels.ops._launch import any_module
 
 
 class _Constants:
@@ -19,21 +18,11 @@ class _Constants:
     """
 
     def __getattr__(self, name: str) -> int:
-        self.__dict__.update(_exported())
+        self.__dict__.update(any_module().constants)
         try:
             return self.__dict__[name]
         except KeyError:
             raise AttributeError(f"csrc/bind exports no constant {name!r}") from None
-
-
-def _exported() -> dict[str, Any]:
-    errors = []
-    for module in ("_C", "_emu"):  # the same numbers; a _C that was built without nvcc has none
-        try:
-            return importlib.import_module(f"k2kernels.{module}").constants
-        except (ImportError, AttributeError) as error:
-            errors.append(str(error))
-    raise ImportError(f"the extension is not built ({errors[0]}); build it with: pip install -e .")
 
 
 constants = _Constants()

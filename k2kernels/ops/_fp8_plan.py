@@ -7,14 +7,13 @@ import contextvars
 import functools
 import os
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from k2kernels.ops._check import Arguments
 from k2kernels.ops._constants import constants
-from k2kernels.ops._launch import Chip, chip
+from k2kernels.ops._launch import Chip, any_module, chip
 
 PIN = "K2KERNELS_FP8_GEMM"
 
@@ -41,7 +40,7 @@ def fp8_gemm_kernels() -> tuple[str, ...]:
 @functools.cache
 def families() -> dict[str, str]:
     """Kernel -> k2k::GemmFamily, by name."""
-    return dict(_extension().fp8_gemm_kernels())
+    return dict(any_module().fp8_gemm_kernels())
 
 
 def fp8_gemm_plan(
@@ -102,7 +101,7 @@ def plans_on(
     swiglu: bool = False,
 ) -> list[tuple[GemmPlan, float]]:
     """`fp8_gemm_costs` on a chip that need not be present."""
-    costs = _extension().fp8_gemm_costs(chip, groups, m, n, k, fine, batch_invariant, swiglu)
+    costs = any_module().fp8_gemm_costs(chip, groups, m, n, k, fine, batch_invariant, swiglu)
     return sorted(costs, key=lambda cost: cost[1])
 
 
@@ -169,13 +168,3 @@ def _checked(caller: str, plan: GemmPlan) -> GemmPlan:
 
 
 _forced: contextvars.ContextVar[GemmPlan | None] = contextvars.ContextVar("k2kernels_fp8_gemm_kernel", default=None)
-
-
-@functools.cache
-def _extension() -> ModuleType:
-    """Either module: both hold the same plans."""
-    try:
-        from k2kernels import _emu as module
-    except ImportError:
-        from k2kernels import _C as module
-    return module

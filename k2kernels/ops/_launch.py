@@ -152,5 +152,25 @@ def code_for(archs: Iterable[str], major: int, minor: int) -> str | None:
 
 
 @functools.cache
+def any_module() -> ModuleType:
+    """A module that holds kernels: plans and constants are the same in both.
+
+    Raises:
+        ImportError: neither is built with kernels.
+    """
+    errors = []
+    for name in ("_C", "_emu"):
+        try:
+            found = importlib.import_module(f"k2kernels.{name}")
+        except ImportError as error:
+            errors.append(str(error))
+        else:
+            if hasattr(found, "constants"):  # a _C that was built without nvcc has none
+                return found
+            errors.append(f"k2kernels.{name} was built without kernels")
+    raise ImportError(f"the extension is not built ({errors[0]}); build it with: pip install -e .")
+
+
+@functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"k2kernels.{name}")

@@ -22,7 +22,13 @@ from torch.autograd.function import once_differentiable
 
 from k2kernels.ops._check import FLOATS
 from k2kernels.ops.moe import Dispatched
-from k2kernels.ops.moe.dispatch import combine_rows, combine_rows_backward, dispatch_rows, permute_rows
+from k2kernels.ops.moe.dispatch import (
+    combine_rows,
+    combine_rows_backward,
+    dispatch_rows,
+    permute_rows,
+    sufficient_capacity,
+)
 from k2kernels.ops.quant import quantize_1x128
 from k2kernels.reference.quant import store_scales
 
@@ -96,8 +102,7 @@ class DispatchOptions(NamedTuple):
         """How many slots `num_experts` local experts get for up to `pairs` pairs."""
         if self.capacity is not None:
             return self.capacity
-        most = pairs + min(num_experts, pairs) * (self.alignment - 1)
-        return -(-most // self.alignment) * self.alignment
+        return sufficient_capacity(num_experts, pairs, self.alignment)
 
 
 @torch.compiler.disable

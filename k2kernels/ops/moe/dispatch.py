@@ -95,9 +95,7 @@ def moe_dispatch(
     if capacity is not None:
         args.integer("capacity", capacity, 0)
     else:
-        pairs = indices.shape[0] * indices.shape[1]
-        capacity = pairs + min(num_experts, pairs) * (alignment - 1)
-        capacity = (capacity + alignment - 1) // alignment * alignment
+        capacity = sufficient_capacity(num_experts, indices.shape[0] * indices.shape[1], alignment)
     args.require(capacity % alignment == 0, "capacity", lambda: f"a multiple of alignment={alignment}", capacity)
     args.require(capacity < 2**31, "capacity", "below 2**31 slots", capacity, "dispatch fewer tokens at a time")
     place = num_experts, alignment, capacity
@@ -108,6 +106,12 @@ def moe_dispatch(
     slot_of, token_of_slot, offsets, counts, overflow = plan
     handle = DispatchHandle(slot_of, token_of_slot, offsets, counts, weights, overflow)
     return Dispatched(data, scales, offsets, counts, handle)
+
+
+def sufficient_capacity(num_experts: int, pairs: int, alignment: int) -> int:
+    """Slots that always suffice for `pairs` pairs, however they are routed."""
+    most = pairs + min(num_experts, pairs) * (alignment - 1)
+    return (most + alignment - 1) // alignment * alignment
 
 
 def moe_combine(
