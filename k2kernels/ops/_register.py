@@ -184,6 +184,8 @@ def _naming(
     # tuple and itemgetter, not lambdas: calling a Python function would take as long as the rest of a call.
     taken = list(inspect.signature(function).parameters.values())[given:]
     taken = [p for p in taken if p.kind is not p.KEYWORD_ONLY]
+    while taken and taken[-1].name not in names and taken[-1].default is not inspect.Parameter.empty:
+        taken.pop()  # it keeps its default by itself
     absent = [p for p in taken if p.name not in names]
     if unknown := [p.name for p in absent if p.default is p.empty]:
         raise TypeError(f"{function.__qualname__} takes {unknown}, which are not among {names}")

@@ -181,7 +181,7 @@ def test_kernels_quantize_rows_as_the_reference_does(emulated, dtype, strided, p
     "cache, message",
     [
         (torch.zeros(2, 4, 8, dtype=torch.float64), "no kernel computes in float64"),
-        (torch.zeros(2, 8, 4).mT, "kv_cache must have stride 1 in its last axis, got 2"),
+        (torch.zeros(2, 8, 4).mT, "kv_cache must have stride 1 in its last axis, got 4"),
         (
             torch.zeros(2, 4, 660, dtype=torch.uint8)[..., :656],
             "656-byte rows of kv_cache must begin at multiples of 16",

@@ -481,8 +481,10 @@ def test_bytes_read_are_those_of_the_keys(heads, quantize, arch):
          "kernels take bfloat16 q for 656-byte rows, not torch.float16"),
         (dict(q=torch.zeros(2, 1, 3, 48).half(), kv_cache=torch.zeros(4, 2, 48).half(), head_dim_v=32),
          "kernels take 512 latent and 64 rope dims, not 32 and 16"),
-        (dict(kv_cache=torch.zeros(576, 4, 2).bfloat16().permute(1, 2, 0)), "elements of a cache row side by side"),
-        (dict(kv_cache=torch.zeros(4, 2, 580).bfloat16()[..., :576]), "cache rows to begin at multiples of 16 bytes"),
+        (dict(kv_cache=torch.zeros(576, 4, 2).bfloat16().permute(1, 2, 0)),
+         "kv_cache must have stride 1 in its last axis, got 8"),
+        (dict(kv_cache=torch.zeros(4, 2, 580).bfloat16()[..., :576]),
+         "the rows of kv_cache must begin at multiples of 16 bytes"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )  # fmt: skip

@@ -93,7 +93,7 @@ class SomeRanks:
 def test_what_is_not_served_says_so():
     with pytest.raises(UnsupportedError, match=r"transport 'torch' needs a group"):
         ExpertParallel(**SIZES, transport="torch")
-    with pytest.raises(UnsupportedError, match=r"'virtual' has no way .* k2kernels.parallel.VirtualRanks"):
+    with pytest.raises(UnsupportedError, match=r"'virtual' cannot reach .* k2kernels.parallel.VirtualRanks"):
         ExpertParallel(SomeRanks(2), **SIZES, transport="virtual")
     with pytest.raises(UnsupportedError, match=r"'local' cannot reach the experts of a group of 2 ranks; use 'torch'"):
         ExpertParallel(SomeRanks(2), **SIZES, transport="local")
