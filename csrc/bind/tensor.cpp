@@ -1,23 +1,26 @@
 #include "bind/tensor.h"
 
+#include <atomic>
 #include <stdexcept>
 
 namespace k2k::bind {
 
 const DLPackExchangeAPI& exchange_api() {
-    static const DLPackExchangeAPI* const api = [] {
-        const py::object tensor = py::module_::import("torch").attr("Tensor");
-        const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-        const auto* found =
-            capsule.is_none() ? nullptr : py::capsule(capsule).get_pointer<DLPackExchangeAPI>();
-        if (found == nullptr || found->version.major != 1) {
-            throw std::runtime_error(
-                "k2kernels: kernels read tensors through version 1 of DLPack's C exchange "
-                "interface, which this torch does not have; install torch >= 2.10");
-        }
-        return found;
-    }();
-    return *api;
+    // No static initializer: one that runs Python code can deadlock with a thread that waits for it
+    // and holds the GIL.
+    static std::atomic<const DLPackExchangeAPI*> api = nullptr;
+    if (const auto* found = api.load()) return *found;
+    const py::object tensor = py::module_::import("torch").attr("Tensor");
+    const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    const auto* found =
+        capsule.is_none() ? nullptr : py::capsule(capsule).get_pointer<DLPackExchangeAPI>();
+    if (found == nullptr || found->version.major != 1) {
+        throw std::runtime_error(
+            "k2kernels: kernels read tensors through version 1 of DLPack's C exchange interface, "
+            "which this torch does not have; install torch >= 2.10");
+    }
+    api = found;
+    return *found;
 }
 
 bool Tensor::read(py::handle object) {
