@@ -32,6 +32,7 @@ void bind_kernels(py::module_& m);  // kernels.cpp: all that follow
 void bind_quant(py::module_& m);
 void bind_mla_cache(py::module_& m);
 void bind_mla_decode(py::module_& m);
+void bind_mla_prefill(py::module_& m);
 void bind_fp8_gemm(py::module_& m);
 void bind_newton_schulz(py::module_& m);
 void bind_grouped_gemm(py::module_& m);

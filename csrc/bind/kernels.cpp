@@ -19,6 +19,7 @@ void bind_kernels(py::module_& m) {
     bind_quant(m);
     bind_mla_cache(m);
     bind_mla_decode(m);
+    bind_mla_prefill(m);
     bind_fp8_gemm(m);
     bind_newton_schulz(m);
     bind_grouped_gemm(m);

@@ -1,0 +1,31 @@
+#include "common/launch.h"
+#include "mla_prefill/config.h"
+#include "mla_prefill/kernel_schedule.cuh"
+#include "mla_prefill/launch.h"
+
+namespace k2k {
+
+void launch_mla_prefill(const MlaPrefillParams& p, void* stream) {
+    if (p.in.q_tokens * int64_t(p.in.heads) == 0) return;
+    if (p.in.plan.kernel == MlaPrefillKernel::kSm90) return launch_mla_prefill_sm90(p, stream);
+    throw Error("k2kernels: mla_prefill: no kernel yet");
+}
+
+void launch_mla_prefill_schedule(const MlaPrefillInputs& in, bool over_keys, int rows,
+                                 MlaPrefillTask* tasks, int capacity, void* stream) {
+    LaunchShape shape{1, 32};
+    shape.stream = stream;
+    constexpr std::size_t kShared = sizeof(MlaPrefillScheduleStorage);
+    if (over_keys) {
+        launch<mla_prefill_schedule_kernel<TileAxis::kKeys, 64>, kShared>(shape, in, tasks,
+                                                                          capacity);
+    } else if (rows == 64) {
+        launch<mla_prefill_schedule_kernel<TileAxis::kQueries, 64>, kShared>(shape, in, tasks,
+                                                                             capacity);
+    } else {
+        launch<mla_prefill_schedule_kernel<TileAxis::kQueries, 128>, kShared>(shape, in, tasks,
+                                                                              capacity);
+    }
+}
+
+}  // namespace k2k

@@ -1,0 +1,10 @@
+#include "common/error.h"
+#include "mla_prefill/launch.h"
+
+namespace k2k {
+
+void launch_mla_prefill_backward(const MlaPrefillBackwardParams&, void*) {
+    throw Error("k2kernels: mla_prefill: no kernel yet");
+}
+
+}  // namespace k2k

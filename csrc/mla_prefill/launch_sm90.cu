@@ -1,0 +1,14 @@
+#include "common/error.h"
+#include "mla_prefill/launch.h"
+
+namespace k2k {
+
+void launch_mla_prefill_sm90(const MlaPrefillParams&, void*) {
+    throw Error("k2kernels: mla_prefill: no kernel yet");
+}
+
+void launch_mla_prefill_dq_sm90(const MlaPrefillBackwardParams&, void*) {
+    throw Error("k2kernels: mla_prefill: no kernel yet");
+}
+
+}  // namespace k2k
