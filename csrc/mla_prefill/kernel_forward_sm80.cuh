@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardCtas)
             for (int i = 0; i < kForwardKeys / 16; ++i) {
                 uint32_t probabilities[4];
                 to_fragment<T>(probabilities, scores, i);
-                multiply_by_columns<T>(out, probabilities, v_lane + i * 16 * kVBytes);
+                multiply_by_columns<T, kVDim / 8>(out, probabilities, v_lane + i * 16 * kVBytes);
             }
         }
 

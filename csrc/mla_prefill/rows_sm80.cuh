@@ -110,7 +110,7 @@ K2K_DEVICE void multiply_by_rows(float (&d)[kTiles][4], const uint32_t (&a)[4], 
 
 // d [16, 8 kTiles] += A B over 16 rows of B; `b`: ldmatrix_address<false, true> of the first.
 template <class T, int kTiles>
-K2K_DEVICE void multiply_by_columns(float (&d)[kTiles][4], const uint32_t (&a)[4], uint32_t b) {
+K2K_DEVICE void multiply_by_columns(float (*d)[4], const uint32_t (&a)[4], uint32_t b) {
     K2K_UNROLL
     for (int j = 0; j < kTiles; j += 2) {
         uint32_t two[4];
@@ -125,6 +125,13 @@ template <int kTiles>
 K2K_DEVICE void clear(float (&d)[kTiles][4]) {
     K2K_UNROLL
     for (int j = 0; j < kTiles; ++j) d[j][0] = d[j][1] = d[j][2] = d[j][3] = 0;
+}
+
+// The results times `by`, for tile::store_row.
+template <int kTiles>
+K2K_DEVICE void scaled(float (&values)[4 * kTiles], const float (*d)[4], float by) {
+    K2K_UNROLL
+    for (int i = 0; i < 4 * kTiles; ++i) values[i] = d[i / 4][i % 4] * by;
 }
 
 }  // namespace k2k
