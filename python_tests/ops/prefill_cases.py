@@ -192,9 +192,9 @@ def exact(case: Case, *, causal=True, scale=SCALE, diagonal=None, grads=None):
     return result, Gradients(*of, *[None] * (4 - len(of)))
 
 
-def same_precision(case: Case, *, causal=True, scale=SCALE, diagonal=None, grad_out=None):
-    """PyTorch's own attention in the dtype of the inputs: out, and with grad_out the Gradients of out alone, that of
-    k_rope summed over the heads."""
+def of_torch(case: Case, *, causal=True, scale=SCALE, grad_out=None):
+    """PyTorch's own attention in the dtype of the inputs: out, and with grad_out its Gradients, that of k_rope
+    summed over the heads."""
     leaves = [x.nan_to_num(0).requires_grad_() for x in (case.q, case.full_k(), case.v)]
 
     def attention(q, k, v, mask):
@@ -204,18 +204,34 @@ def same_precision(case: Case, *, causal=True, scale=SCALE, diagonal=None, grad_
         out = F.scaled_dot_product_attention(q[:, seen], k, v, attn_mask=mask[seen], scale=scale)
         return [q.new_zeros(*q.shape[:-1], VALUE).index_copy(1, seen.nonzero().squeeze(1), out)]
 
-    (out,) = _of_sequences(case, leaves, attention, causal, diagonal)
+    (out,) = _of_sequences(case, leaves, attention, causal, None)
     if grad_out is None:
         return out.detach()
-    q, k, v = torch.autograd.grad(out, leaves, grad_out.nan_to_num(0))
-    if case.k_rope is None:
-        return out.detach(), Gradients(q, k, v, None)
-    return out.detach(), Gradients(q, k[..., :NOPE], v, k[..., NOPE:].sum(1))
+    return out.detach(), _split_rope(case, torch.autograd.grad(out, leaves, grad_out.nan_to_num(0)))
 
 
-def merge_sizes(total: int, pieces) -> list[int]:
-    """`pieces` cut to `total`."""
-    sizes = []
-    for piece in pieces:
-        sizes.append(min(piece, total - sum(sizes)))
-    return sizes
+def _split_rope(case: Case, grads) -> Gradients:
+    q, k, v = grads
+    return Gradients(q, k, v, None) if case.k_rope is None else Gradients(q, k[..., :NOPE], v, k[..., NOPE:].sum(1))
+
+
+def backward_of_flash_attention(case: Case, grads, *, causal=True, scale=SCALE) -> Gradients:
+    """Gradients as FlashAttention rounds them, with the gradient of lse, which PyTorch's attention lacks: P and dS in
+    the dtype of the inputs, everything else in float32."""
+    dtype = case.q.dtype
+    tensors = [x.nan_to_num(0) for x in (case.q, case.full_k(), case.v)]
+    grad_out, grad_lse = (x.nan_to_num(0, 0, 0) for x in grads)
+    found = [torch.zeros_like(x) for x in tensors]
+    for b in range(len(case.cu_seqlens_q) - 1):
+        (q0, q1), (k0, k1) = case.cu_seqlens_q[b : b + 2].tolist(), case.cu_seqlens_k[b : b + 2].tolist()
+        rows = slice(q0, q1), slice(k0, k1), slice(k0, k1)
+        q, k, v = (x[r].transpose(0, 1).float() for x, r in zip(tensors, rows))
+        grad = grad_out[q0:q1].transpose(0, 1).float()
+        logits = (q @ k.mT * scale).masked_fill(~visible(q1 - q0, k1 - k0, causal), -math.inf)
+        p = torch.softmax(logits, -1).nan_to_num(0) if k1 > k0 else logits
+        delta = (grad * (p @ v)).sum(-1) - grad_lse[q0:q1].T
+        grad_scores = (p * (grad @ v.mT - delta[..., None])).to(dtype).float()
+        of = grad_scores @ k * scale, grad_scores.mT @ q * scale, p.to(dtype).float().mT @ grad
+        for x, r, y in zip(found, rows, of):
+            x[r] = y.transpose(0, 1).to(dtype)
+    return _split_rope(case, found)
