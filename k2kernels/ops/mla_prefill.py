@@ -229,6 +229,8 @@ def _launch(
     diagonal: Tensor | None = None,
     state_in: Tensor | None = None,
     state_out: Tensor | None = None,
+    *,
+    op: str = "mla_prefill",
 ) -> None:
     if q.numel() == 0:
         return
@@ -237,7 +239,7 @@ def _launch(
     ticket = q.new_zeros(1, dtype=torch.int32)
     launch(
         "mla_prefill", q, k, v, k_rope, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), diagonal, softmax_scale,
-        causal, out, lse, max_logits, state_in, state_out, ticket, plan,
+        causal, out, lse, max_logits, state_in, state_out, ticket, plan, op=op,
     )  # fmt: skip
 
 
@@ -259,7 +261,7 @@ def _launch_piece(
 ) -> None:
     _launch(
         out, lse, max_logits, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, diagonal.contiguous(),
-        None if first else state, None if last else state,
+        None if first else state, None if last else state, op="mla_prefill_piece",
     )  # fmt: skip
 
 
