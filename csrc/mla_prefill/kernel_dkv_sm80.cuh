@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
     const float scale2 = p.in.scale * tile::kLog2E;
     // ldmatrix addresses of this lane: the pair's keys as operand A; a step's rows as operand B,
     // summed over their dims or over the rows.
-    const uint32_t k_rows = tile::ldmatrix_address<true, false, kQkBytes>(
-        arch::smem_address(storage.k), warp * 16, 0);
-    const uint32_t v_rows = tile::ldmatrix_address<true, false, kVBytes>(
-        arch::smem_address(storage.v), warp * 16, 0);
+    const uint32_t k_rows =
+        tile::ldmatrix_address<true, false, kQkBytes>(arch::smem_address(storage.k), warp * 16, 0);
+    const uint32_t v_rows =
+        tile::ldmatrix_address<true, false, kVBytes>(arch::smem_address(storage.v), warp * 16, 0);
 
     // Scheduler: its state is in shared memory, the main loop needs the registers.
     const MlaPrefillTask& task = storage.task;

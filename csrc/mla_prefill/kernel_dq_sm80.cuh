@@ -94,11 +94,11 @@ __global__ void __launch_bounds__(kDqThreads, kDqCtas)
         for (int h = 0; h < 2; ++h) {
             const bool real = row + 8 * h < task.rows;
             const int64_t token = task.first_query + task.tile + (real ? row + 8 * h : 0);
-            load_fragments(q, h,
-                           row_of<T>(p.in.q, token, p.in.q_token_stride, task.head,
-                                     p.in.q_head_stride) +
-                               2 * pair,
-                           real);
+            load_fragments(
+                q, h,
+                row_of<T>(p.in.q, token, p.in.q_token_stride, task.head, p.in.q_head_stride) +
+                    2 * pair,
+                real);
             load_fragments(grad_out, h,
                            row_of<T>(p.grad_out, token, p.grad_out_token_stride, task.head,
                                      p.grad_out_head_stride) +

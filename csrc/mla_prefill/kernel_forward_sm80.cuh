@@ -93,11 +93,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardCtas)
         for (int h = 0; h < 2; ++h) {
             const bool real = row + 8 * h < task.rows;
             const int64_t token = task.first_query + task.tile + (real ? row + 8 * h : 0);
-            load_fragments(q, h,
-                           row_of<T>(p.in.q, token, p.in.q_token_stride, task.head,
-                                     p.in.q_head_stride) +
-                               2 * pair,
-                           real);
+            load_fragments(
+                q, h,
+                row_of<T>(p.in.q, token, p.in.q_token_stride, task.head, p.in.q_head_stride) +
+                    2 * pair,
+                real);
         }
         // Begin with nothing, or with the sums of the keys before.
         float out[kVDim / 8][4];  // [16, 128] of the warp
@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardCtas)
 
         // Epilogue, if more keys are to come: store the sums.
         if (p.state_out != nullptr) {
+            arch::sync_warp();  // state_out may be state_in: all lanes have read it
             K2K_UNROLL
             for (int h = 0; h < 2; ++h) {
                 if (row + 8 * h >= task.rows) continue;

@@ -41,7 +41,7 @@ void launch_dq(const MlaPrefillBackwardParams& p, void* stream) {
 
 template <class T>
 void launch_rope_sum(const MlaPrefillBackwardParams& p, void* stream) {
-    if (p.rope_parts == nullptr) return;
+    if (p.grad_k_rope == nullptr) return;
     const int blocks = ceil_div(p.in.k_tokens, kRopeSumTokens);
     LaunchShape shape{static_cast<unsigned>(blocks), kRopeSumThreads};
     shape.stream = stream;
