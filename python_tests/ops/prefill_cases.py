@@ -118,7 +118,7 @@ def forward(
 
 def backward(
     case: Case, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *, causal=True, scale=SCALE,
-    multiprocessors=None,
+    multiprocessors=None, workspace=None,
 ) -> Gradients:  # fmt: skip
     (tokens_q, heads, _), tokens_k, dtype = case.q.shape, len(case.k), case.q.dtype
     grad_q = unwritten(tokens_q, heads, NOPE + ROPE, dtype=dtype)
@@ -129,7 +129,8 @@ def backward(
         grad_kv = unwritten(tokens_k, heads, NOPE + VALUE, dtype=dtype)
         grad_k, grad_v = grad_kv[..., :NOPE], grad_kv[..., NOPE:]
         grad_k_rope = unwritten(tokens_k, ROPE, dtype=dtype)
-    workspace = unwritten(_emu.mla_prefill_workspace_floats(case.q, case.k, case.k_rope is not None))
+    if workspace is None:
+        workspace = unwritten(_emu.mla_prefill_workspace_floats(case.q, case.k, case.k_rope is not None))
     tickets = guarded(torch.zeros(2, dtype=torch.int32))
     _launch.launch(
         "mla_prefill_backward", grad_out, grad_lse, case.q, case.k, case.v, case.k_rope, out, lse,

@@ -20,6 +20,7 @@ from prefill_cases import (
 )
 
 import k2kernels
+from k2kernels import _emu
 from k2kernels.ops.mla_prefill import mla_prefill, mla_prefill_piece
 from k2kernels.testing.compare import check_close
 
@@ -112,9 +113,31 @@ def test_pairs_that_are_not_seen_have_no_gradient_even_of_nan(arch, seed):
         got, (grad_out, grad_lse), want = run(case)
         of_v = backward(case.replace(v=case.v.index_fill(0, torch.tensor(50), math.nan)), grad_out, grad_lse, *got[:2])
         assert torch.equal(of_v.q[:50], want.q[:50]) and of_v.q[50:].isnan().all()
-        grad_out[5] = math.nan
+        grad_out[4:6] = math.nan  # an even and an odd query
         of_grad = backward(case, grad_out, grad_lse, *got[:2])
         assert torch.equal(of_grad.k[6:], want.k[6:]) and of_grad.k[:6].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_the_workspace(dtype):
+    """lse2 and delta [H, Tq]: +inf and 0 for rows that see nothing, whatever their gradients are."""
+    case = make([70, 9], [40, 0], 3, dtype, padding=2)
+    tokens = len(case.q)
+    with emulated("sm_80", 2):
+        got = forward(case)
+        grad_out, grad_lse = gradients_of_results(case, got)
+        grad_out[got.lse == -math.inf] = math.nan
+        workspace = unwritten(_emu.mla_prefill_workspace_floats(case.q, case.k, True))
+        backward(case, grad_out, grad_lse, got.out, got.lse, workspace=workspace)
+    lse2, delta = (x.T for x in workspace[: 2 * 3 * tokens].view(2, 3, tokens))
+    empty = got.lse == -math.inf
+    assert empty.sum() == 3 * (30 + 9 + 2) and (lse2[empty] == math.inf).all() and (delta[empty] == 0).all()
+    check_close(lse2[~empty], got.lse[~empty].double() / math.log(2), budget=2.0**-22 * got.lse[~empty].abs())
+    products = grad_out.double() * got.out.double()
+    exact_delta = products.sum(-1) - grad_lse.double()
+    # 128 products and their sum, each addition rounded.
+    budget = 2.0**-24 * (130 * products.abs().sum(-1) + grad_lse.abs())
+    check_close(delta[~empty], exact_delta[~empty], budget=budget[~empty], name="delta")
 
 
 @pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
