@@ -85,7 +85,7 @@ CALLS = {
 }
 
 
-# Memory besides results: mla_decode's largest logits (it has none), mla_prefill's too, its tickets, the loss's counters and blocks' sums, workspaces.
+# Memory besides results: tickets, unused largest logits, counters and sums of the loss, workspaces.
 WORKSPACES = {
     "mla_prefill": 1,
     "mla_prefill_backward": 2,
