@@ -26,14 +26,13 @@ SMALL = dict(
     v_head_dim=128,
     max_position_embeddings=LENGTH,
     initializer_range=0.08,
-    dtype="bfloat16",
 )
 
 
 def train(around=contextlib.nullcontext):
     """Losses and largest logits [steps, layers, heads] of a run whose passes are made inside `around()`."""
     torch.manual_seed(0)
-    model = K2Model(K2Config(**SMALL)).train()
+    model = K2Model(K2Config(**SMALL)).bfloat16().train()
     optimizer = MuonClip(model, 5e-2, adamw=dict(lr=1e-2), qk_clip=QKClip(THRESHOLD), master_weights=True)
     ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     losses, peaks = [], []
@@ -90,3 +89,25 @@ def test_losses_and_maxima_follow_those_of_the_reference(arch, reference, spread
     relative = ((peaks - reference[1]) / reference[1]).abs().amax((1, 2))
     assert (relative[1:] <= 3 * of_peaks[1:]).all(), relative / of_peaks
     assert (reference[1] > THRESHOLD).any(), "QK-clip had nothing to do"
+
+
+def test_activations_kept_for_the_backward():
+    """Per token: q, keys and values as projected, one rotary key for all heads, the output and its log-sum-exps."""
+    model = K2Model(K2Config(**SMALL)).bfloat16().train()
+    heads, tokens = SMALL["num_attention_heads"], BATCH * LENGTH
+    kept, original = {}, attention.mla_prefill
+
+    def counted(*args, **options):
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() if x.dtype != torch.int32 else 0
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "mla_prefill", counted)
+        model(torch.randint(VOCABULARY, (BATCH, LENGTH)))
+    # The rotary key is a view of what the cache's row is made of: rotation makes it new, 64 wide.
+    per_token = heads * (2 * (192 + 256 + 128) + 4) + 2 * 64
+    assert sum(kept.values()) == SMALL["num_hidden_layers"] * tokens * per_token
