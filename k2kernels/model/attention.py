@@ -80,36 +80,28 @@ class LatentAttention(Float32Buffers):
         flat = x.flatten(0, 1)
         compressed = flat if config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(flat))
         query = self.q_proj if config.q_lora_rank is None else self.q_b_proj
-        q_nope, q_rope = (
-            query(compressed)
-            .view(-1, heads, config.qk_head_dim)
-            .split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        )
+        q = query(compressed).view(-1, heads, config.qk_head_dim)
         latent, k_rope = self.kv_a_proj_with_mqa(flat).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)
-        q_rope = apply_rope(q_rope, *step.rope, config.rope_interleave)
+        rotary = (..., slice(config.qk_nope_head_dim, None))
+        q[rotary] = apply_rope(q[rotary], *step.rope, config.rope_interleave)
         k_rope = apply_rope(k_rope, *step.rope, config.rope_interleave)
         if step.pages is not None:
             row = torch.cat([latent, k_rope], dim=-1)
             mla_append(row, step.pages[self.layer], step.block_table, step.positions)
         attend = self._absorbed if isinstance(step, Decode) else self._expanded
-        return self.o_proj(attend(q_nope, q_rope, latent, k_rope, step).flatten(1)).view_as(x)
+        return self.o_proj(attend(q, latent, k_rope, step).flatten(1)).view_as(x)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: Prefill) -> Tensor:
+    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Prefill) -> Tensor:
         """Attention over the pass's own tokens, with keys and values of full width -> [N, H, V]."""
-        config, heads = self.config, self.config.num_attention_heads
-        k_nope, value = (
-            self.kv_b_proj(latent)
-            .view(-1, heads, config.qk_nope_head_dim + config.v_head_dim)
-            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        )
         result = mla_prefill(
-            torch.cat([q_nope, q_rope], dim=-1),
-            torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], dim=-1),
-            value,
+            q,
+            self.kv_b_proj(latent).view(len(q), self.config.num_attention_heads, -1),
+            None,
+            k_rope=k_rope,
             cu_seqlens_q=step.cu_seqlens,
             cu_seqlens_k=step.cu_seqlens,
-            softmax_scale=config.softmax_scale,
+            softmax_scale=self.config.softmax_scale,
             return_max_logits=self.training,
         )
         if self.training:
@@ -117,12 +109,13 @@ class LatentAttention(Float32Buffers):
             self.max_logit.copy_(torch.maximum(self.max_logit, peak))
         return result.out
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: Decode) -> Tensor:
+    def _absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Decode) -> Tensor:
         """Attention over the cache in latent space: kv_b_proj is applied to queries and outputs -> [N, H, V].
 
         q · (W_UK c) = (W_UKᵀ q) · c, and the weighted sum of W_UV c is W_UV times that of c.
         """
         key, value = step.absorbed[self.layer]
+        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         q = torch.cat([torch.einsum("nhd,hdc->nhc", q_nope, key), q_rope], dim=-1)
         rows = step.seq_lens.shape[0]
         result = mla_decode(

@@ -43,13 +43,17 @@ class Sequences:
         return torch.cat([x, x.new_full((rest, *x.shape[1:]), fill)]) if rest else x
 
 
-def key_borders(queries: Sequences, key_lengths: Tensor, causal: bool) -> Tensor:
-    """[B, Q] or [B, 1]: a query sees the keys before its border; causal aligns the ends of queries and keys."""
-    border = key_lengths.unsqueeze(-1)
+def key_borders(queries: Sequences, key_lengths: Tensor, causal: bool, diagonal: Tensor | None = None) -> Tensor:
+    """[B, Q] or [B, 1]: a query sees the keys before its border.
+
+    Causal: query i sees the keys up to i + diagonal [B], by default s_k - s_q, which aligns the ends.
+    """
     if not causal:
-        return border
+        return key_lengths.unsqueeze(-1)
+    if diagonal is None:
+        diagonal = key_lengths - queries.lengths
     position = torch.arange(queries.longest, device=key_lengths.device)
-    return border - queries.lengths.unsqueeze(-1) + position + 1
+    return diagonal.unsqueeze(-1) + position + 1
 
 
 class State(NamedTuple):

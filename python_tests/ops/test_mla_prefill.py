@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from k2kernels.ops import mla_prefill as module
-from k2kernels.ops.mla_prefill import mla_prefill
+from k2kernels.ops.mla_prefill import mla_prefill, mla_prefill_piece
 from k2kernels.testing.compare import check_close, check_op
 
 
@@ -44,6 +44,21 @@ def inputs(lengths_q, lengths_k, heads, dim, value_dim, dtype=torch.float64):
     return q, k, v
 
 
+# How keys and values are given, for 6 dims of a key (2 of them rope) and 4 of a value.
+FORMS = {
+    "whole keys": lambda k, v: dict(k=k, v=v),
+    "k_rope": lambda k, v: dict(k=k[..., :4], v=v, k_rope=k[:, 0, 4:]),
+    "k_rope, k and v side by side": lambda k, v: dict(k=torch.cat([k[..., :4], v], -1), v=None, k_rope=k[:, 0, 4:]),
+}
+
+
+def whole(k, v, k_rope=None):
+    """Keys [Tk, H, D] and values of any form."""
+    if v is None:
+        k, v = k.split([4, k.shape[-1] - 4], dim=-1)
+    return k if k_rope is None else torch.cat([k, k_rope[:, None].expand(-1, k.shape[1], -1)], dim=-1), v
+
+
 LENGTHS = [
     ([5], [5]),
     ([4, 4, 4], [4, 4, 4]),  # equal: no padding
@@ -57,17 +72,19 @@ LENGTHS = [
 ]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths_q, lengths_k", LENGTHS, ids=str)
-def test_equals_naive_in_float64_with_gradients(lengths_q, lengths_k, causal):
+def test_equals_naive_in_float64_with_gradients(lengths_q, lengths_k, causal, form):
     q, k, v = inputs(lengths_q, lengths_k, 3, 6, 4)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    keys = FORMS[form](k, v)
+    leaves = [x.requires_grad_() for x in (q, *keys.values()) if x is not None]
     got = mla_prefill(
-        q, k, v,
+        q, **keys,
         cu_seqlens_q=cumulative(lengths_q), cu_seqlens_k=cumulative(lengths_k),
         softmax_scale=0.3, causal=causal, return_max_logits=True,
     )  # fmt: skip
-    out, lse, peak = naive(q, k, v, lengths_q, lengths_k, 0.3, causal)
+    out, lse, peak = naive(q, *whole(**keys), lengths_q, lengths_k, 0.3, causal)
     check_close(got.out, out, budget=1e-14, name="out")
     check_close(got.lse, lse, budget=1e-13, name="lse")
     check_close(got.max_logits, peak, budget=1e-14, name="max_logits")
@@ -77,8 +94,49 @@ def test_equals_naive_in_float64_with_gradients(lengths_q, lengths_k, causal):
     weights, row_weights, finite = torch.randn_like(out), torch.randn_like(lse), lse.isfinite()
     want = torch.autograd.grad((out * weights).sum() + (lse * row_weights)[finite].sum(), leaves, allow_unused=True)
     grads = torch.autograd.grad([got.out, got.lse], leaves, [weights, torch.where(finite, row_weights, math.nan)])
-    for name, grad, exact, leaf in zip("qkv", grads, want, leaves):
-        check_close(grad, torch.zeros_like(leaf) if exact is None else exact, budget=1e-13, name=f"grad_{name}")
+    for grad, exact, leaf in zip(grads, want, leaves):
+        check_close(grad, torch.zeros_like(leaf) if exact is None else exact, budget=1e-13, name=str(grad.shape))
+
+
+def test_gradients_of_views_of_one_tensor_are_views_of_one():
+    q, k, v = inputs([5, 3], [5, 3], 2, 6, 4)
+    k_rope, cu = k[:, 0, 4:].contiguous(), cumulative([5, 3])
+    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, softmax_scale=0.3)
+    kv = torch.cat([k[..., :4], v], dim=-1)
+    views = [x.requires_grad_() for x in (kv[..., :4].detach(), kv[..., 4:].detach())]
+    out = mla_prefill(q, *views, k_rope=k_rope, **options).out
+    grad_k, grad_v = torch.autograd.grad(out.square().sum(), views)
+    assert grad_k.untyped_storage().data_ptr() == grad_v.untyped_storage().data_ptr()
+    assert grad_k.stride() == grad_v.stride() == (16, 8, 1) and grad_v.storage_offset() == 4
+    apart = [x.clone().contiguous().detach().requires_grad_() for x in views]
+    want = torch.autograd.grad(mla_prefill(q, *apart, k_rope=k_rope, **options).out.square().sum(), apart)
+    assert torch.equal(grad_k, want[0]) and torch.equal(grad_v, want[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cuts", [[4], [1, 3, 8], []], ids=str)
+def test_pieces_of_the_keys_give_the_result_of_all(cuts, form):
+    lengths_q, lengths_k = [2, 9, 3, 0], [9, 9, 0, 5]  # a chunk behind a context; a prompt; rows without keys
+    q, k, v = inputs(lengths_q, lengths_k, 3, 6, 4)
+    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
+    options = dict(softmax_scale=0.3, return_max_logits=True)
+    want = mla_prefill(q, k[..., :], v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
+    if form != "whole keys":
+        k[..., 4:] = k[:, :1, 4:]
+        want = mla_prefill(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
+    state, first = None, 0
+    for end in [*cuts, max(lengths_k)]:
+        rows = [range(begin + min(first, n), begin + min(end, n)) for begin, n in zip(cu_k.tolist(), lengths_k)]
+        index = torch.tensor([i for some in rows for i in some], dtype=torch.int64)
+        positions = torch.tensor([n_k - n_q for n_q, n_k in zip(lengths_q, lengths_k)])
+        state = mla_prefill_piece(
+            state, q, **FORMS[form](k[index], v[index]), cu_seqlens_q=cu_q,
+            cu_seqlens_k=cumulative([len(some) for some in rows]), diagonal=(positions - first).int(),
+            last=end == max(lengths_k), **options,
+        )  # fmt: skip
+        first = end
+    for got, exact in zip(state, want):
+        check_close(got, exact, budget=1e-13, name=str(got.shape))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -178,30 +236,51 @@ def test_strided_and_foreign_inputs():
     assert got.max_logits is None
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("return_max_logits", [True, False])
 @pytest.mark.parametrize("lengths", [[4, 4], [3, 5]], ids=str)
-def test_registration(lengths, return_max_logits):
-    q, k, v = (x.requires_grad_() for x in inputs(lengths, lengths, 2, 6, 4, torch.float32))
+def test_registration(lengths, return_max_logits, form):
+    q, k, v = inputs(lengths, lengths, 2, 6, 4, torch.float32)
+    keys = {name: None if x is None else x.requires_grad_() for name, x in FORMS[form](k, v).items()}
     cu = cumulative(lengths)
     check_op(
         module._mla_prefill,
-        (q, k, v, cu, cu, 0.5, True, return_max_logits),
+        (q.requires_grad_(), keys["k"], keys["v"], keys.get("k_rope"), cu, cu, 0.5, True, return_max_logits),
         differentiable=True,
         compiled=lambda: mla_prefill(
-            q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, softmax_scale=0.5, return_max_logits=return_max_logits
+            q, **keys, cu_seqlens_q=cu, cu_seqlens_k=cu, softmax_scale=0.5, return_max_logits=return_max_logits
         ),
     )
 
 
+@pytest.mark.parametrize("first, last", [(True, False), (False, False), (False, True), (True, True)])
+def test_registration_of_pieces(first, last):
+    q, k, v = inputs([4, 4], [4, 4], 2, 6, 4, torch.float32)
+    cu, diagonal = cumulative([4, 4]), torch.tensor([2, 0], dtype=torch.int32)
+    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, diagonal=diagonal, softmax_scale=0.5)
+    state = mla_prefill_piece(None, q, k, v, **options, last=False)
+    arguments = (state, q, k, v, None, cu, cu, diagonal, 0.5, first, last, True)
+    check_op(module._mla_prefill_piece, arguments, differentiable=False)
+
+
 def test_compiled_gradients_equal_eager_ones():
-    q, k, v = (x.requires_grad_() for x in inputs([4, 4], [4, 4], 2, 6, 4, torch.float32))
+    q, k, v = inputs([4, 4], [4, 4], 2, 6, 4, torch.float32)
+    k_rope, kv = k[:, 0, 4:].clone().requires_grad_(), torch.cat([k[..., :4], v], dim=-1).requires_grad_()
+    leaves = [x.requires_grad_() for x in (q, k, v, k_rope, kv)]
     cu = cumulative([4, 4])
 
-    def loss(q, k, v):
-        return mla_prefill(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, softmax_scale=0.5).out.square().sum()
+    def loss(q, k, v, k_rope, kv):
+        options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, softmax_scale=0.5)
+        views = kv.split([4, 4], dim=-1)
+        parts = (
+            mla_prefill(q, k, v, **options),
+            mla_prefill(q, *views, k_rope=k_rope, **options),
+            mla_prefill(q, kv, None, k_rope=k_rope, **options),
+        )
+        return sum(part.out.square().sum() for part in parts)
 
-    want = torch.autograd.grad(loss(q, k, v), (q, k, v))
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(q, k, v), (q, k, v))
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
@@ -223,6 +302,19 @@ CU = torch.tensor([0, 4], dtype=torch.int32)
         (dict(v=torch.zeros(3, 2, 4)), ValueError, r"v must be \[Tk=4, H=2, Dv\] float32, got \[3, 2, 4\]"),
         (dict(q=torch.zeros(4, 2, 6, dtype=torch.int8)), TypeError, r"q must be .* got \[4, 2, 6\] int8"),
         (dict(k=torch.zeros(4, 2, 6).half()), TypeError, r"k must be .* float32, got \[4, 2, 6\] float16"),
+        (
+            dict(k_rope=torch.zeros(4, 2)),
+            ValueError,
+            r"k must be \[Tk=4, H=2, 4\] float32, got \[4, 2, 6\] float32; k_rope holds the rest of q's dims",
+        ),
+        (dict(k_rope=torch.zeros(3, 2), k=torch.zeros(4, 2, 4)), ValueError, r"k must be \[Tk=3, H=2, 4\]"),
+        (dict(k_rope=torch.zeros(4, 7)), ValueError, r"k_rope must be \[Tk, R\] with R at most q's 6, got \[4, 7\]"),
+        (dict(v=None), ValueError, r"v must be a tensor, got None; without k_rope"),
+        (
+            dict(v=None, k_rope=torch.zeros(4, 2), k=torch.zeros(4, 2, 4)),
+            ValueError,
+            r"k must be \[Tk, H, more than 4\] without v, which it holds, got \[4, 2, 4\]",
+        ),
         (dict(cu_seqlens_q=CU.long()), TypeError, r"cu_seqlens_q must be \[B\+1\] int32, got \[2\] int64"),
         (dict(cu_seqlens_k=CU[:1]), ValueError, r"cu_seqlens_k must be \[B\+1=2\] int32, got \[1\]"),
         (
