@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from prefill_cases import NOPE, ROPE, SCALE, VALUE, cumulative
 from torch import Tensor
 
 import k2kernels
@@ -13,8 +14,6 @@ from k2kernels.ops._launch import Chip, launch
 from k2kernels.testing.compare import check_close
 
 SEEDS = range(4)  # round robin, depth first, two random schedules
-NOPE, ROPE, VALUE = 128, 64, 128
-SCALE = 192**-0.5
 BF16, FP16 = torch.bfloat16, torch.float16
 
 # (queries, keys) of each sequence. A tile has 64 keys, a block 128 queries.
@@ -132,10 +131,6 @@ def make(lengths, *, causal=True, heads=2, dtype=BF16, shared=True, strided=Fals
     return Case(lengths, q, k, v, k_rope, grad_out, grad_lse, out, lse, causal, exact)
 
 
-def cumulative(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
 def rows_of(case):
     """The workspace's rows: lse in base 2 and delta, [2, H, Tq]."""
     lse2 = (case.lse.double() / math.log(2)).masked_fill(case.lse == -math.inf, math.inf)
@@ -158,14 +153,13 @@ def run(case, *, seed=0, multiprocessors=3, strided=False):
         grad_k, grad_v = (x[1:-1] for x in buffers)
     grad_q = torch.empty_like(case.q, memory_format=torch.contiguous_format)
     grad_k_rope = torch.empty_like(case.k_rope, memory_format=torch.contiguous_format) if shared else None
-    floats = _emu.mla_prefill_workspace_floats(case.q, case.k, shared)
+    plan = _emu.mla_prefill_plan(Chip(90, multiprocessors, 232448), case.q, case.k, case.v, case.k_rope)
+    assert plan.kernel == "sm90"
+    floats = plan.workspace_floats(case.q, case.k, shared)
     workspace = torch.full((floats + 4,), math.nan)
     rows = rows_of(case).flatten()
     workspace[: len(rows)] = rows
     tickets = torch.zeros(2, dtype=torch.int32)
-    chip = Chip(90, multiprocessors, 232448)
-    plan = _emu.mla_prefill_plan(chip, case.q, case.k, case.v, case.k_rope)
-    assert plan.kernel == "sm90"
     cu_seqlens = [cumulative(column) for column in zip(*case.lengths)]
     with k2kernels.emulated("sm_90a", seed=seed):
         launch(
@@ -212,7 +206,7 @@ def test_equals_the_formula(lengths, causal, dtype, shared, strided, spread, see
     check(run(case, seed=seed, strided=strided), case)
 
 
-BATCH = [(65, 65), (300, 191), (0, 64), (129, 300), (20, 0), (191, 191)]
+BATCH = [(65, 65), (200, 130), (0, 64), (129, 200), (20, 0), (130, 191)]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +220,7 @@ def equal(got, want, where=slice(None)):
     return all(torch.equal(x[where], y[where]) for x, y in zip(got, want))
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 6])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 6])
 def test_bits_do_not_depend_on_who_takes_which_task(batch, multiprocessors):
     case, want = batch
     assert equal(run(case, seed=1 + multiprocessors % 3, multiprocessors=multiprocessors), want)
