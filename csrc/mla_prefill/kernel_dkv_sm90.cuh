@@ -25,7 +25,9 @@
 //           tile: the bits of dK and dV depend on the tile's keys and the sequence's queries alone.
 // Stage     a block of Q is three boxes of 128 queries x 64 columns with the 128-byte swizzle, of dO
 //           two. The same bytes are K-major in the first product and MN-major in the second. Q and
-//           dO have barriers of their own: dO is free before Q is.
+//           dO have barriers of their own: dO is free before Q is. Q is the longest in use, and is
+//           released and loaded by halves of 64 queries: the first is on its way while dK takes the
+//           second.
 // Overlap   Score issues S^T of the next block before dV of this one, whose products run during the
 //           exponentials. Grad is behind by the part of a block.
 //
@@ -44,7 +46,8 @@
 //                            last S^T or dP^T of the tile   tile's keys
 //           full[2]          producer + bytes, 32 lanes'    Score both; Grad its own
 //                            copies of lse2 or delta
-//           empty[2]         8 consumer warps               the producer: the stage is free
+//           empty[2][parts]  8 consumer warps               the producer: the part of the stage is
+//                                                           free
 //           tail             producer + bytes               the producer
 //           p_full           4 warps of Score               Grad: Q has landed, too
 //           p_empty          4 warps of Grad                Score: before it overwrites P^T
@@ -80,7 +83,7 @@
 namespace k2k {
 
 constexpr int kDkvKeys = 64, kDkvQueries = 128;  // of a tile and of a block
-constexpr int kDkvStages = 2;
+constexpr int kDkvStages = 2, kDkvQParts = 2;
 constexpr int kDkvThreads = 3 * 128;
 
 using DkvKeyBox = tile::SwizzledBox<kDkvKeys>;
@@ -91,8 +94,9 @@ struct DkvMaps {
     arch::TensorMap q, grad_out, k, k_rope, v;
 };
 
-// What one producer loads: K, Q and lse2 (three boxes of columns), or V, dO and delta (two).
-template <int kBoxes>
+// What one producer loads: K, Q and lse2 (three boxes of columns), or V, dO and delta (two). Blocks
+// are loaded in kParts parts of rows.
+template <int kBoxes, int kParts>
 struct DkvOperands {
     static constexpr uint32_t kTileBytes = kBoxes * sizeof(DkvKeyBox);
     static constexpr uint32_t kBlockBytes = kBoxes * sizeof(DkvQueryBox);
@@ -101,25 +105,25 @@ struct DkvOperands {
     DkvKeyBox keys[kBoxes];                  // [64 keys, 64 kBoxes]
     float of_row[kDkvStages][kDkvQueries];   // lse2 or delta
     arch::Mbarrier keys_full, keys_empty;
-    arch::Mbarrier full[kDkvStages], empty[kDkvStages], tail;
+    arch::Mbarrier full[kDkvStages], empty[kDkvStages][kParts], tail;
 };
 
 struct DkvStorage {
-    DkvOperands<kQkBoxes> score;     // Q, K, lse2
-    DkvOperands<kVBoxes> grad;       // dO, V, delta
-    uint4 p[kDkvQueries / 16][128];  // P^T: vector i of thread t
+    DkvOperands<kQkBoxes, kDkvQParts> score;  // Q, K, lse2
+    DkvOperands<kVBoxes, 1> grad;             // dO, V, delta
+    uint4 p[kDkvQueries / 16][128];           // P^T: vector i of thread t
     PrefillTasks tasks;
     arch::Mbarrier p_full, p_empty;
 };
 static_assert(sizeof(DkvStorage) <= 232448);
 
-template <int kBoxes>
-K2K_DEVICE void make_dkv_barriers(DkvOperands<kBoxes>& operands) {
+template <int kBoxes, int kParts>
+K2K_DEVICE void make_dkv_barriers(DkvOperands<kBoxes, kParts>& operands) {
     arch::mbarrier_init(operands.keys_full, 1);
     arch::mbarrier_init(operands.keys_empty, 4);
     for (int stage = 0; stage < kDkvStages; ++stage) {
         arch::mbarrier_init(operands.full[stage], 1 + 32);
-        arch::mbarrier_init(operands.empty[stage], 8);
+        for (auto& empty : operands.empty[stage]) arch::mbarrier_init(empty, 8);
     }
     arch::mbarrier_init(operands.tail, 1);
 }
@@ -134,8 +138,8 @@ K2K_DEVICE int first_block(const MlaPrefillTask& task) {
 
 // Loads the operands of one side, task after task. `rows`: lse2 or delta [heads, q_tokens];
 // load_keys(task) starts the copies of the tile's keys.
-template <int kBoxes, class LoadKeys>
-K2K_DEVICE void load_dkv_operands(DkvOperands<kBoxes>& to, PrefillTasks& tasks,
+template <int kBoxes, int kParts, class LoadKeys>
+K2K_DEVICE void load_dkv_operands(DkvOperands<kBoxes, kParts>& to, PrefillTasks& tasks,
                                   const arch::TensorMap& map, const float* rows, int q_tokens,
                                   LoadKeys&& load_keys) {
     // elect_one: the compiler then knows that a single lane issues the copies.
@@ -161,15 +165,19 @@ K2K_DEVICE void load_dkv_operands(DkvOperands<kBoxes>& to, PrefillTasks& tasks,
         for (; block < queries; block += kDkvQueries, stage.advance()) {
             const int valid = queries - block;
             const bool tail = valid < kDkvQueries;
-            // Wait for a free stage; start the copies of the block.
-            arch::mbarrier_wait(to.empty[stage.slot], stage.parity ^ 1);
-            if (leader) {
-                arch::Mbarrier& landed = tail ? to.tail : to.full[stage.slot];
-                arch::mbarrier_arrive_expect_tx(landed, to.kBlockBytes);
+            // Wait until a part of the stage is free; start its copies.
+            arch::Mbarrier& landed = tail ? to.tail : to.full[stage.slot];
+            K2K_UNROLL
+            for (int part = 0; part < kParts; ++part) {
+                constexpr int kRows = kDkvQueries / kParts;
+                arch::mbarrier_wait(to.empty[stage.slot][part], stage.parity ^ 1);
+                if (!leader) continue;
+                if (part == 0) arch::mbarrier_arrive_expect_tx(landed, to.kBlockBytes);
                 K2K_UNROLL
                 for (int i = 0; i < kBoxes; ++i) {
-                    arch::tma_load_3d(&to.blocks[stage.slot][i], map, landed, i * kBoxColumns, head,
-                                      first_query + block);
+                    arch::tma_load_3d(to.blocks[stage.slot][i].chunks + part * kRows * 8, map,
+                                      landed, i * kBoxColumns, head,
+                                      first_query + block + part * kRows);
                 }
             }
             // Each lane copies four numbers of rows, zeros beyond the last; it arrives when they
@@ -298,12 +306,13 @@ K2K_DEVICE void multiply_pairs(DkvPairs& pairs, uint64_t keys, uint64_t block) {
     }
 }
 
-// sums += factors block: [64, 128] by [128, kColumns].
-template <class T, int kColumns>
+// sums += factors block: [64, 128] by [128, kColumns]; of kParts parts of the queries, the one.
+template <class T, int kColumns, int kParts>
 K2K_DEVICE void multiply_block(float (&sums)[kColumns / 2], const DkvFactors& factors,
-                               uint64_t block) {
+                               uint64_t block, int part) {
+    constexpr int kSteps = kDkvQueries / 16 / kParts;
     K2K_UNROLL
-    for (int k = 0; k < kDkvQueries / 16; ++k) {
+    for (int k = part * kSteps; k < (part + 1) * kSteps; ++k) {
         arch::wgmma_rs<T, kColumns, arch::Major::kMN>(
             sums, factors[k], block + arch::descriptor_step(k * 2048), true);
     }
@@ -338,9 +347,9 @@ K2K_DEVICE void compute_grad_v(DkvStorage& smem, const MlaPrefillBackwardParams&
     const auto issue_grad_v = [&](float (&grad_v)[kVDim / 2]) {
         arch::mbarrier_wait(smem.grad.full[grad_out_at.slot], grad_out_at.parity);
         arch::wgmma_fence();
-        multiply_block<T, kVDim>(
+        multiply_block<T, kVDim, 1>(
             grad_v, factors,
-            grad_out + grad_out_at.slot * arch::descriptor_step(sizeof(smem.grad.blocks[0])));
+            grad_out + grad_out_at.slot * arch::descriptor_step(sizeof(smem.grad.blocks[0])), 0);
         arch::wgmma_commit();
     };
     // Waits for S^T, while kPending groups run on, and makes P^T of it; releases Q and, after the
@@ -359,7 +368,7 @@ K2K_DEVICE void compute_grad_v(DkvStorage& smem, const MlaPrefillBackwardParams&
                     arch::exp2_approx(fmaf(pairs[j][i], scale2, i % 2 == 0 ? -two.x : -two.y));
             }
         }
-        tile::warp_arrive(smem.score.empty[q_at.slot]);
+        for (auto& empty : smem.score.empty[q_at.slot]) tile::warp_arrive(empty);
         q_at.advance();
         clear_unseen(pairs, tile, block);
     };
@@ -378,7 +387,7 @@ K2K_DEVICE void compute_grad_v(DkvStorage& smem, const MlaPrefillBackwardParams&
     // Waits for dV; releases dO.
     const auto finish_grad_v = [&](float (&grad_v)[kVDim / 2]) {
         arch::wgmma_wait<0>(grad_v);
-        tile::warp_arrive(smem.grad.empty[grad_out_at.slot]);
+        tile::warp_arrive(smem.grad.empty[grad_out_at.slot][0]);
         grad_out_at.advance();
     };
     for (TaskPosition at;; at.advance()) {
@@ -476,19 +485,25 @@ K2K_DEVICE void compute_grad_k(DkvStorage& smem, const MlaPrefillBackwardParams&
             }
             // Release P^T and dO.
             tile::warp_arrive(smem.p_empty);
-            tile::warp_arrive(smem.grad.empty[stage.slot]);
+            tile::warp_arrive(smem.grad.empty[stage.slot][0]);
             clear_unseen(pairs, tile, block);
             DkvFactors factors;
             pack_factors<T>(factors, pairs);
 
-            // dK += dS^T Q.
+            // dK += dS^T Q, a part of Q at a time; release each part.
             arch::wgmma_fence();
-            multiply_block<T, kQkDim>(
-                grad_k, factors,
-                q + stage.slot * arch::descriptor_step(sizeof(smem.score.blocks[0])));
-            arch::wgmma_commit();
+            K2K_UNROLL
+            for (int part = 0; part < kDkvQParts; ++part) {
+                multiply_block<T, kQkDim, kDkvQParts>(
+                    grad_k, factors,
+                    q + stage.slot * arch::descriptor_step(sizeof(smem.score.blocks[0])), part);
+                arch::wgmma_commit();
+            }
+            static_assert(kDkvQParts == 2);
+            arch::wgmma_wait<1>();
+            tile::warp_arrive(smem.score.empty[stage.slot][0]);
             arch::wgmma_wait<0>(grad_k);
-            tile::warp_arrive(smem.score.empty[stage.slot]);
+            tile::warp_arrive(smem.score.empty[stage.slot][1]);
         }
         // Epilogue: store the rows that exist, nope and rope columns.
         K2K_UNROLL

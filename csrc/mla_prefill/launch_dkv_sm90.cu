@@ -9,7 +9,7 @@ namespace k2k {
 
 void launch_mla_prefill_dkv_sm90(const MlaPrefillBackwardParams& p, void* stream) {
     if (p.in.k_tokens * int64_t(p.in.heads) == 0) return;
-    const DkvMaps maps{q_map(p.in, kDkvQueries), grad_out_map(p, kDkvQueries),
+    const DkvMaps maps{q_map(p.in, kDkvQueries / kDkvQParts), grad_out_map(p, kDkvQueries),
                        k_map(p.in, kDkvKeys), k_rope_map(p.in, kDkvKeys), v_map(p.in, kDkvKeys)};
     const int64_t tasks = most_tasks(p.in, p.in.k_tokens, kDkvKeys);
     LaunchShape shape{static_cast<unsigned>(std::min<int64_t>(p.in.plan.multiprocessors, tasks)),
