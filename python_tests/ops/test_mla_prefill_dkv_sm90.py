@@ -269,3 +269,14 @@ def test_sizes_beyond_the_tensors_are_clamped(batch):
     lengths = [*BATCH[:-1], (10**6, 10**6)]
     of_k = slice(0, sum(s_k for _, s_k in BATCH[:-1]))
     assert equal(run(case._replace(lengths=lengths), seed=0), want, of_k)
+
+
+def test_nan_in_the_gradient_of_a_row_reaches_dk_of_the_keys_that_it_sees(batch):
+    case, want = batch
+    query = 10
+    assert BATCH[0] == (65, 65)
+    grad_out = case.grad_out.clone()
+    grad_out[query] = math.nan
+    got = run(case._replace(grad_out=grad_out), seed=1)
+    assert equal(got[:2], want[:2], slice(query + 1, None))
+    assert got.k[: query + 1].isnan().all()
