@@ -20,6 +20,7 @@ from prefill_cases import (
 )
 
 import k2kernels
+from k2kernels import _emu
 from k2kernels.ops.mla_prefill import mla_prefill, mla_prefill_piece
 from k2kernels.testing.compare import check_close
 
@@ -299,3 +300,19 @@ def test_the_op_in_pieces_runs_these_kernels():
                 diagonal=torch.tensor([130 - begin], dtype=torch.int32), last=end == 200, **cu,
             )  # fmt: skip
     assert same(state, whole)
+
+
+@pytest.mark.parametrize("arch, rows", [("sm_80", 64), ("sm_90a", 128)])
+def test_bytes_moved_are_those_of_the_tiles(arch, rows):
+    """Queries once; keys and values of a tile's visible blocks; results once. What is read twice is in L2."""
+    length, heads = 512, 2
+    case = make([length], [length], heads)
+    before = dict(_emu.counters())
+    with emulated(arch, 0):
+        forward(case)
+    moved = {name: _emu.counters()[name] - before[name] for name in ("bytes_loaded", "bytes_stored")}
+    tiles = length // rows
+    blocks = tiles * (tiles + 1) // 2  # as large as a tile
+    loaded = heads * (length * 384 + blocks * rows * (384 + 256))
+    assert loaded <= moved["bytes_loaded"] <= 1.02 * loaded
+    assert moved["bytes_stored"] == heads * length * 256  # out; plain stores, of lse and max_logits, are not counted
