@@ -1,10 +1,37 @@
 #include "common/error.h"
+#include "common/launch.h"
+#include "mla_prefill/kernel_forward_sm90.cuh"
 #include "mla_prefill/launch.h"
 
 namespace k2k {
 
-void launch_mla_prefill_sm90(const MlaPrefillParams&, void*) {
-    throw Error("k2kernels: mla_prefill: no kernel yet");
+namespace {
+
+// A CTA per SM, no more than there can be tasks.
+LaunchShape persistent(const MlaPrefillInputs& in, int rows, int threads, void* stream) {
+    const int64_t tasks = most_tasks(in, in.q_tokens, rows), chip = in.plan.multiprocessors;
+    LaunchShape shape{static_cast<unsigned>(tasks < chip ? tasks : chip),
+                      static_cast<unsigned>(threads)};
+    shape.stream = stream;
+    return shape;
+}
+
+template <class T>
+void start_forward(const MlaPrefillParams& p, void* stream) {
+    const ForwardMaps maps{q_map(p.in, kForwardRows), k_map(p.in, kForwardKeys),
+                           k_rope_map(p.in, kForwardKeys), v_map(p.in, kForwardKeys)};
+    launch<mla_prefill_sm90_kernel<T>, sizeof(MlaPrefillForwardStorage)>(
+        persistent(p.in, kForwardRows, kForwardThreads, stream), p, maps);
+}
+
+}  // namespace
+
+void launch_mla_prefill_sm90(const MlaPrefillParams& p, void* stream) {
+    if (p.in.type == Type::kBf16) {
+        start_forward<bf16>(p, stream);
+    } else {
+        start_forward<fp16>(p, stream);
+    }
 }
 
 void launch_mla_prefill_dq_sm90(const MlaPrefillBackwardParams&, void*) {
