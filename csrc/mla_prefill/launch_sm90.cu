@@ -1,5 +1,5 @@
-#include "common/error.h"
 #include "common/launch.h"
+#include "mla_prefill/kernel_dq_sm90.cuh"
 #include "mla_prefill/kernel_forward_sm90.cuh"
 #include "mla_prefill/launch.h"
 
@@ -24,6 +24,14 @@ void start_forward(const MlaPrefillParams& p, void* stream) {
         persistent(p.in, kForwardRows, kForwardThreads, stream), p, maps);
 }
 
+template <class T>
+void start_dq(const MlaPrefillBackwardParams& p, void* stream) {
+    const DqMaps maps{q_map(p.in, kDqRows), grad_out_map(p, kDqRows), k_map(p.in, kDqKeys),
+                      k_rope_map(p.in, kDqKeys), v_map(p.in, kDqKeys)};
+    launch<mla_prefill_dq_sm90_kernel<T>, sizeof(MlaPrefillDqStorage)>(
+        persistent(p.in, kDqRows, kDqThreads, stream), p, maps);
+}
+
 }  // namespace
 
 void launch_mla_prefill_sm90(const MlaPrefillParams& p, void* stream) {
@@ -34,8 +42,12 @@ void launch_mla_prefill_sm90(const MlaPrefillParams& p, void* stream) {
     }
 }
 
-void launch_mla_prefill_dq_sm90(const MlaPrefillBackwardParams&, void*) {
-    throw Error("k2kernels: mla_prefill: no kernel yet");
+void launch_mla_prefill_dq_sm90(const MlaPrefillBackwardParams& p, void* stream) {
+    if (p.in.type == Type::kBf16) {
+        start_dq<bf16>(p, stream);
+    } else {
+        start_dq<fp16>(p, stream);
+    }
 }
 
 }  // namespace k2k
