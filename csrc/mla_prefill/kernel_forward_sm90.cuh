@@ -46,84 +46,50 @@
 
 #include "arch/control.cuh"
 #include "arch/fence.cuh"
-#include "arch/smem.cuh"
-#include "arch/tma.cuh"
-#include "arch/wgmma.cuh"
-#include "mla_prefill/maps.h"
+#include "mla_prefill/pipeline_sm90.cuh"
 #include "mla_prefill/task_queue.cuh"
 #include "tile/online_softmax.cuh"
 #include "tile/store_row.cuh"
-#include "tile/swizzle.cuh"
 
 namespace k2k {
 
-constexpr int kForwardRows = 128, kForwardKeys = 128;  // of a tile and of a block
-constexpr int kForwardStages = 2;
-constexpr int kForwardThreads = 3 * 128;
-
-using ForwardBox = tile::SwizzledBox<128>;
+constexpr int kHopperForwardKeys = 128;  // of a block
 
 struct ForwardMaps {
-    arch::TensorMap q, k, k_rope, v;
+    arch::TensorMap q;
+    KeyMaps keys;
 };
 
-struct MlaPrefillForwardStorage {
-    ForwardBox q[kQkBoxes];                  // [128 queries, 192]
-    ForwardBox k[kForwardStages][kQkBoxes];  // [stage, 128 keys, 192]
-    ForwardBox v[kForwardStages][kVBoxes];   // [stage, 128 keys, 128]
+struct MlaForwardSm90Storage {
+    tile::SwizzledBox<kHopperRows> q[kQkBoxes];  // [128 queries, 192]
+    KeyRing<kHopperForwardKeys> ring;
     PrefillTasks tasks;
     arch::Mbarrier q_full, q_empty;
-    arch::Mbarrier k_full[kForwardStages], k_empty[kForwardStages];
-    arch::Mbarrier v_full[kForwardStages], v_empty[kForwardStages];
 };
-static_assert(sizeof(MlaPrefillForwardStorage) <= 232448);
+static_assert(sizeof(MlaForwardSm90Storage) <= 232448);
 
-// Named barriers. (0 is sync_block.)
-enum ForwardBarrier : uint32_t { kWarpgroupClears = 1, kBothCleared = 3 };
-
-using ForwardStage = tile::RingPosition<kForwardStages>;
-
-K2K_DEVICE ForwardStage stage_after(ForwardStage stage) {
-    static_assert(kForwardStages == 2);
-    return {stage.slot ^ 1, stage.parity ^ stage.slot};
-}
-
-K2K_DEVICE void make_barriers(MlaPrefillForwardStorage& smem) {
+K2K_DEVICE void make_barriers(MlaForwardSm90Storage& smem) {
+    make_barriers(smem.ring);
     make_task_barriers(smem.tasks, 9);
     arch::mbarrier_init(smem.q_full, 1);
     arch::mbarrier_init(smem.q_empty, 8);
-    for (int stage = 0; stage < kForwardStages; ++stage) {
-        arch::mbarrier_init(smem.k_full[stage], 1);
-        arch::mbarrier_init(smem.k_empty[stage], 8);
-        arch::mbarrier_init(smem.v_full[stage], 1);
-        arch::mbarrier_init(smem.v_empty[stage], 8);
-    }
     arch::fence_mbarrier_init();
 }
 
 // ---- producer
 
 // One thread calls it.
-K2K_DEVICE void load_forward(MlaPrefillForwardStorage& smem, const MlaPrefillInputs& in,
+K2K_DEVICE void load_forward(MlaForwardSm90Storage& smem, const MlaPrefillInputs& in,
                              const ForwardMaps& maps) {
-    ForwardStage stage;
+    HopperStage stage;
     uint32_t q_parity = 1;
     for (TaskPosition at;; at.advance()) {
         const MlaPrefillTask& task = next_task(smem.tasks, at);
         if (task.last) return;
-        const int head = task.head, k_rope_head = rope_head(in, head);
-        const int end_key = end_of_keys(task);
-        for (int key = 0; key < end_key; key += kForwardKeys, stage.advance()) {
+        const int head = task.head, end_key = end_of_keys(task);
+        for (int key = 0; key < end_key; key += kHopperForwardKeys, stage.advance()) {
             const int token = task.first_key + key;
-            // K of the block, once the stage's last scores have been computed.
-            arch::mbarrier_wait(smem.k_empty[stage.slot], stage.parity ^ 1);
-            arch::Mbarrier& k_full = smem.k_full[stage.slot];
-            ForwardBox(&k)[kQkBoxes] = smem.k[stage.slot];
-            arch::mbarrier_arrive_expect_tx(k_full, sizeof k);
-            for (int i = 0; i < kNopeBoxes; ++i) {
-                arch::tma_load_3d(&k[i], maps.k, k_full, i * kBoxColumns, head, token);
-            }
-            arch::tma_load_3d(&k[kNopeBoxes], maps.k_rope, k_full, 0, k_rope_head, token);
+            load_k(smem.ring, stage, maps.keys, head, rope_head(in, head), token);
             // Q of the tile, after its first K: only Q waits for the scores of the last tile.
             if (key == 0) {
                 arch::mbarrier_wait(smem.q_empty, q_parity);
@@ -134,14 +100,7 @@ K2K_DEVICE void load_forward(MlaPrefillForwardStorage& smem, const MlaPrefillInp
                                       task.first_query + task.tile, arch::CacheHint::kEvictFirst);
                 }
             }
-            // V of the block.
-            arch::mbarrier_wait(smem.v_empty[stage.slot], stage.parity ^ 1);
-            arch::Mbarrier& v_full = smem.v_full[stage.slot];
-            ForwardBox(&v)[kVBoxes] = smem.v[stage.slot];
-            arch::mbarrier_arrive_expect_tx(v_full, sizeof v);
-            for (int i = 0; i < kVBoxes; ++i) {
-                arch::tma_load_3d(&v[i], maps.v, v_full, i * kBoxColumns, head, token);
-            }
+            load_v(smem.ring, stage, maps.keys, head, token);
         }
         arch::mbarrier_arrive(smem.tasks.done[at.slot]);
     }
@@ -149,53 +108,14 @@ K2K_DEVICE void load_forward(MlaPrefillForwardStorage& smem, const MlaPrefillInp
 
 // ---- consumers
 
-// [64, 128] of a warpgroup in wgmma's accumulator layout. A thread has the rows `row` (h = 0) and
-// `row` + 8 (h = 1): output[4 j + 2 h + e] is column 8 j + 2 (lane % 4) + e.
+// [64, 128] of a warpgroup in wgmma's accumulator layout: output[4 j + 2 h + e] is column
+// 8 j + 2 (lane % 4) + e of the thread's row h.
 using ForwardOutput = float[kVDim / 2];
-using ForwardScores = float[kForwardKeys / 8][4];
-using ForwardP = uint32_t[kForwardKeys / 16][4];  // the A operand of 16 keys each
+using ForwardScores = float[kHopperForwardKeys / 8][4];
 
 K2K_DEVICE void scale(ForwardOutput& out, const float (&factor)[2]) {
     K2K_UNROLL
     for (int i = 0; i < kVDim / 2; ++i) out[i] *= factor[i / 2 % 2];
-}
-
-// Starts S = Q K^T.
-template <class T>
-K2K_DEVICE void start_scores(ForwardScores& scores, uint64_t q, uint64_t k) {
-    auto& accumulators = reinterpret_cast<float (&)[kForwardKeys / 2]>(scores);
-    arch::wgmma_fence();
-    K2K_UNROLL
-    for (int i = 0; i < kQkDim / 16; ++i) {
-        const uint64_t dims =
-            arch::descriptor_step(i / 4 * static_cast<uint32_t>(sizeof(ForwardBox)) + i % 4 * 32);
-        arch::wgmma_ss<T, kForwardKeys>(accumulators, q + dims, k + dims, i > 0);
-    }
-    arch::wgmma_commit();
-}
-
-// Starts O += P V.
-template <class T>
-K2K_DEVICE void start_output(ForwardOutput& out, const ForwardP& p, uint64_t v) {
-    arch::wgmma_fence();
-    K2K_UNROLL
-    for (int i = 0; i < kForwardKeys / 16; ++i) {
-        arch::wgmma_rs<T, kVDim, arch::Major::kMN>(out, p[i], v + arch::descriptor_step(i * 2048),
-                                                   true);
-    }
-    arch::wgmma_commit();
-}
-
-template <class T>
-K2K_DEVICE void round_scores(ForwardP& p, const ForwardScores& scores) {
-    K2K_UNROLL
-    for (int i = 0; i < kForwardKeys / 16; ++i) {
-        K2K_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            const float* two = scores[2 * i + j / 2] + j % 2 * 2;
-            p[i][j] = tile::pack<T>(two[0], two[1]);
-        }
-    }
 }
 
 // Row `row` of [q_tokens, heads] is this thread's row h of the tile; `real`: it is one of the
@@ -237,32 +157,33 @@ K2K_DEVICE void store_state(float* state, const ForwardRow& place, int h, const 
 }
 
 template <class T>
-K2K_DEVICE void attend(MlaPrefillForwardStorage& smem, const MlaPrefillParams& p) {
-    const int lane = arch::lane_id(), warp = arch::warp_id(), warpgroup = warp / 4;
-    const int row = warp * 16 + lane / 4, pair = lane % 4;  // of the tile
+K2K_DEVICE void attend(MlaForwardSm90Storage& smem, const MlaPrefillParams& p) {
+    const int warp = arch::warp_id(), warpgroup = warp / 4, pair = arch::lane_id() % 4;
+    const int row = warp * 16 + arch::lane_id() / 4;  // of the tile
+    auto& ring = smem.ring;
     const arch::Swizzle swizzle = arch::Swizzle::k128;
     const uint64_t q =
         arch::matrix_descriptor(&smem.q[0].chunks[warpgroup * 64 * 8], swizzle, 0, 1024);
-    const uint64_t k_stages = arch::matrix_descriptor(smem.k, swizzle, 0, 1024);
-    const uint64_t v_stages = arch::matrix_descriptor(smem.v, swizzle, sizeof(ForwardBox), 1024);
+    const uint64_t k = arch::matrix_descriptor(ring.k, swizzle, 0, 1024);
+    const uint64_t v = arch::matrix_descriptor(ring.v, swizzle, sizeof ring.v[0][0], 1024);
+    constexpr uint64_t kKStage = arch::descriptor_step(sizeof ring.k[0]);
+    constexpr uint64_t kVStage = arch::descriptor_step(sizeof ring.v[0]);
     const float scale2 = p.in.scale * tile::kLog2E;
 
-    ForwardStage stage;
+    HopperStage stage;
     uint32_t q_parity = 0;
     for (TaskPosition at;; at.advance()) {
         const MlaPrefillTask& task = next_task(smem.tasks, at);
         if (task.last) return;
-        const int keys = task.keys, end_key = end_of_keys(task);
-        // This thread's first row sees the keys below `border`, the next row one more.
-        const int border = task.tile + row + task.diagonal + 1;
-        const int warp_border = border - lane / 4;
+        const int end_key = end_of_keys(task);
+        const Borders sees = borders_of(task, row);
 
         // Prologue of a task: begin with nothing, or with the sums of the pieces before.
         ForwardOutput out;
         tile::OnlineSoftmax softmax;
         softmax.reset();
         K2K_UNROLL
-        for (float& value : out) value = 0;
+        for (int i = 0; i < kVDim / 2; ++i) out[i] = 0;
         if (p.state_in != nullptr) {
             load_state(p.state_in, forward_row(p.in, task, row), 0, out, softmax);
             load_state(p.state_in, forward_row(p.in, task, row + 8), 1, out, softmax);
@@ -271,80 +192,71 @@ K2K_DEVICE void attend(MlaPrefillForwardStorage& smem, const MlaPrefillParams& p
         if (end_key > 0) {
             float factor[2];  // of the output before the next P V
             bool rescale;     // whether one of them is not 1, in the warp
-            ForwardP probabilities;
+            Operands<kHopperForwardKeys> probabilities;
             // Releases K, and Q after the tile's last scores; masks what a row does not see; turns
             // scores into probabilities.
-            const auto scores_to_probabilities = [&](ForwardScores& scores, int key) {
-                tile::warp_arrive(smem.k_empty[stage.slot]);
-                if (key + kForwardKeys >= end_key) tile::warp_arrive(smem.q_empty);
-                if (key + kForwardKeys > warp_border || key + kForwardKeys > keys) {
-                    K2K_UNROLL
-                    for (int h = 0; h < 2; ++h) {
-                        const int sees = border + 8 * h < keys ? border + 8 * h : keys;
-                        tile::mask_row(scores, h, key + 2 * pair, sees);
-                    }
+            const auto soften = [&](ForwardScores& scores, int key) {
+                tile::warp_arrive(ring.k_empty[stage.slot]);
+                if (key + kHopperForwardKeys >= end_key) tile::warp_arrive(smem.q_empty);
+                if (key + kHopperForwardKeys > sees.warp) {
+                    tile::mask_row(scores, 0, key, sees.row[0]);
+                    tile::mask_row(scores, 1, key, sees.row[1]);
                 }
                 rescale = softmax.update(scores, factor, scale2);
             };
-            const auto k = [&] {
-                return k_stages + stage.slot * arch::descriptor_step(sizeof smem.k[0]);
-            };
-            const auto v = [&](int slot) {
-                return v_stages + slot * arch::descriptor_step(sizeof smem.v[0]);
-            };
-
             const auto wait_for_next_k = [&](int key) {
-                const ForwardStage next = stage_after(stage);
-                if (key + kForwardKeys >= end_key) return;
-                arch::mbarrier_wait(smem.k_full[next.slot], next.parity);
+                const HopperStage next = stage_after(stage);
+                if (key + kHopperForwardKeys >= end_key) return;
+                arch::mbarrier_wait(ring.k_full[next.slot], next.parity);
             };
 
             // The first block's scores and softmax.
             arch::mbarrier_wait(smem.q_full, q_parity);
             q_parity ^= 1;
-            arch::mbarrier_wait(smem.k_full[stage.slot], stage.parity);
+            arch::mbarrier_wait(ring.k_full[stage.slot], stage.parity);
             {
                 ForwardScores scores;
-                start_scores<T>(scores, q, k());
-                arch::wgmma_wait<0>(reinterpret_cast<float (&)[kForwardKeys / 2]>(scores));
-                scores_to_probabilities(scores, 0);
+                start_scores<T, kQkDim>(scores, q, k + stage.slot * kKStage);
+                arch::wgmma_wait<0>(flat(scores));
+                soften(scores, 0);
                 round_scores<T>(probabilities, scores);
             }
             wait_for_next_k(0);
-            int key = kForwardKeys;
-            for (; key < end_key; key += kForwardKeys) {
-                const ForwardStage before = stage;
+            int key = kHopperForwardKeys;
+            for (; key < end_key; key += kHopperForwardKeys) {
+                const HopperStage before = stage;
                 stage = stage_after(stage);
                 // Start this block's scores.
                 ForwardScores scores;
-                start_scores<T>(scores, q, k());
+                start_scores<T, kQkDim>(scores, q, k + stage.slot * kKStage);
                 // Rescale the output if a row maximum of the warp grew in the block before; start
                 // that block's P V.
                 if (rescale) scale(out, factor);
-                arch::mbarrier_wait(smem.v_full[before.slot], before.parity);
-                start_output<T>(out, probabilities, v(before.slot));
+                arch::mbarrier_wait(ring.v_full[before.slot], before.parity);
+                start_sums<T, kVDim>(out, probabilities, v + before.slot * kVStage);
                 // Softmax of this block, while P V runs.
-                arch::wgmma_wait<1>(reinterpret_cast<float (&)[kForwardKeys / 2]>(scores));
-                scores_to_probabilities(scores, key);
+                arch::wgmma_wait<1>(flat(scores));
+                soften(scores, key);
                 // Wait for the next K. (Without a branch here, ptxas moves the wait for P V up,
                 // before the softmax.)
                 wait_for_next_k(key);
                 // Release V; round the probabilities.
                 arch::wgmma_wait<0>(out);
-                tile::warp_arrive(smem.v_empty[before.slot]);
+                tile::warp_arrive(ring.v_empty[before.slot]);
                 round_scores<T>(probabilities, scores);
             }
             // The last block's P V, without its rows beyond the sequence.
             if (rescale) scale(out, factor);
-            arch::mbarrier_wait(smem.v_full[stage.slot], stage.parity);
-            if (key > keys) {
-                tile::clear_rows<1>(&smem.v[stage.slot][warpgroup], keys - key + kForwardKeys,
-                                    kWarpgroupClears + warpgroup);
-                arch::barrier_sync(kBothCleared, 256);
+            arch::mbarrier_wait(ring.v_full[stage.slot], stage.parity);
+            const int valid = task.keys - (key - kHopperForwardKeys);
+            if (valid < kHopperForwardKeys) {
+                tile::clear_rows<1>(&ring.v[stage.slot][warpgroup], valid,
+                                    kOneWarpgroup + warpgroup);
+                arch::barrier_sync(kBothWarpgroups, 256);
             }
-            start_output<T>(out, probabilities, v(stage.slot));
+            start_sums<T, kVDim>(out, probabilities, v + stage.slot * kVStage);
             arch::wgmma_wait<0>(out);
-            tile::warp_arrive(smem.v_empty[stage.slot]);
+            tile::warp_arrive(ring.v_empty[stage.slot]);
             stage = stage_after(stage);
         }
 
@@ -373,10 +285,10 @@ K2K_DEVICE void attend(MlaPrefillForwardStorage& smem, const MlaPrefillParams& p
 }
 
 template <class T>
-__global__ void __launch_bounds__(kForwardThreads, 1)
-    mla_prefill_sm90_kernel(const __grid_constant__ MlaPrefillParams p,
-                            const __grid_constant__ ForwardMaps maps) {
-    MlaPrefillForwardStorage& smem = arch::shared_storage<MlaPrefillForwardStorage>();
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    mla_prefill_forward_sm90_kernel(const __grid_constant__ MlaPrefillParams p,
+                                    const __grid_constant__ ForwardMaps maps) {
+    MlaForwardSm90Storage& smem = arch::shared_storage<MlaForwardSm90Storage>();
     const int warp = arch::warp_id();
     if (threadIdx.x == 0) make_barriers(smem);
     arch::sync_block();
@@ -390,7 +302,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
         if (warp == 8) {
             if (arch::elect_one()) load_forward(smem, p.in, maps);
         } else if (warp == 9) {
-            find_tasks<TileAxis::kQueries, kForwardRows>(smem.tasks, p.in, p.ticket);
+            find_tasks<TileAxis::kQueries, kHopperRows>(smem.tasks, p.in, p.ticket);
         }
     }
 }

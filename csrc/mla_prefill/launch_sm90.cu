@@ -8,28 +8,27 @@ namespace k2k {
 namespace {
 
 // A CTA per SM, no more than there can be tasks.
-LaunchShape persistent(const MlaPrefillInputs& in, int rows, int threads, void* stream) {
-    const int64_t tasks = most_tasks(in, in.q_tokens, rows), chip = in.plan.multiprocessors;
-    LaunchShape shape{static_cast<unsigned>(tasks < chip ? tasks : chip),
-                      static_cast<unsigned>(threads)};
+LaunchShape persistent(const MlaPrefillInputs& in, void* stream) {
+    const int64_t tasks = most_tasks(in, in.q_tokens, kHopperRows);
+    const int64_t chip = in.plan.multiprocessors;
+    LaunchShape shape{static_cast<unsigned>(tasks < chip ? tasks : chip), kHopperThreads};
     shape.stream = stream;
     return shape;
 }
 
 template <class T>
 void start_forward(const MlaPrefillParams& p, void* stream) {
-    const ForwardMaps maps{q_map(p.in, kForwardRows), k_map(p.in, kForwardKeys),
-                           k_rope_map(p.in, kForwardKeys), v_map(p.in, kForwardKeys)};
-    launch<mla_prefill_sm90_kernel<T>, sizeof(MlaPrefillForwardStorage)>(
-        persistent(p.in, kForwardRows, kForwardThreads, stream), p, maps);
+    const ForwardMaps maps{q_map(p.in, kHopperRows), key_maps(p.in, kHopperForwardKeys)};
+    launch<mla_prefill_forward_sm90_kernel<T>, sizeof(MlaForwardSm90Storage)>(
+        persistent(p.in, stream), p, maps);
 }
 
 template <class T>
 void start_dq(const MlaPrefillBackwardParams& p, void* stream) {
-    const DqMaps maps{q_map(p.in, kDqRows), grad_out_map(p, kDqRows), k_map(p.in, kDqKeys),
-                      k_rope_map(p.in, kDqKeys), v_map(p.in, kDqKeys)};
-    launch<mla_prefill_dq_sm90_kernel<T>, sizeof(MlaPrefillDqStorage)>(
-        persistent(p.in, kDqRows, kDqThreads, stream), p, maps);
+    const DqMaps maps{q_map(p.in, kHopperRows), grad_out_map(p, kHopperRows),
+                      key_maps(p.in, kHopperDqKeys)};
+    launch<mla_prefill_dq_sm90_kernel<T>, sizeof(MlaDqSm90Storage)>(persistent(p.in, stream), p,
+                                                                    maps);
 }
 
 }  // namespace

@@ -42,8 +42,8 @@ K2K_DEVICE void find_tasks(PrefillTasks& queue, const MlaPrefillInputs& in, int3
 }
 
 // The task at this position. The warp arrives at `done` when it needs the slot no longer.
-K2K_DEVICE const MlaPrefillTask& next_task(PrefillTasks& queue, TaskPosition at K2K_WHERE) {
-    arch::mbarrier_wait(queue.known[at.slot], at.parity K2K_PASS_WHERE);
+K2K_DEVICE const MlaPrefillTask& next_task(PrefillTasks& queue, TaskPosition at) {
+    arch::mbarrier_wait(queue.known[at.slot], at.parity);
     return queue.slots[at.slot];
 }
 
