@@ -10,7 +10,7 @@ import k2kernels as k
 from k2kernels.model import K2Config, K2Model, attention
 from k2kernels.optim import MuonClip, QKClip
 
-STEPS, BATCH, LENGTH, VOCABULARY = 20, 2, 40, 64
+STEPS, BATCH, LENGTH, VOCABULARY = 20, 1, 48, 64
 THRESHOLD = 4.0  # which logits exceed on the way
 SMALL = dict(
     vocab_size=VOCABULARY,
@@ -82,12 +82,12 @@ def test_losses_and_maxima_follow_those_of_the_reference(arch, reference, spread
     assert k.launch_count("mla_prefill") == before[0] + 2 * STEPS
     assert k.launch_count("mla_prefill_backward") > before[1] + 2 * STEPS
     assert reference[0][-1] < reference[0][0] / 2, "nothing was learned"
-    # The first step has equal weights: its maxima differ by float32 sums of 192 products, its loss by one rounding.
-    torch.testing.assert_close(peaks[0], reference[1][0], rtol=192 * 2.0**-24, atol=0)
+    # The first layer of the first step has equal inputs: its maxima differ by the order of sums of 192 products.
+    torch.testing.assert_close(peaks[0, 0], reference[1][0, 0], rtol=192 * 2.0**-24, atol=0)
     of_losses, of_peaks = spread
     assert ((losses - reference[0]).abs() <= 3 * of_losses).all(), (losses - reference[0]).abs() / of_losses
     relative = ((peaks - reference[1]) / reference[1]).abs().amax((1, 2))
-    assert (relative[1:] <= 3 * of_peaks[1:]).all(), relative / of_peaks
+    assert (relative <= 3 * of_peaks).all(), relative / of_peaks
     assert (reference[1] > THRESHOLD).any(), "QK-clip had nothing to do"
 
 
