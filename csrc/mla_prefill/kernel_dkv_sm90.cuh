@@ -21,15 +21,14 @@
 //           warp 10       scheduler: finds the tasks, one ahead
 //           warp 11       idle: setmaxnreg applies to whole warpgroups
 // Queries   in blocks of 128, ascending from the block of the first query that sees a key of the
-//           tile. Blocks begin at multiples of 128 of the sequence, and nobody else adds to the
+//           tile. Blocks begin at multiples of 128 of the sequence, and no other CTA adds to the
 //           tile: the bits of dK and dV depend on the tile's keys and the sequence's queries alone.
 // Stage     a block of Q is three boxes of 128 queries x 64 columns with the 128-byte swizzle, of dO
 //           two. The same bytes are K-major in the first product and MN-major in the second. Q and
-//           dO have barriers of their own: dO is free before Q is. Q is the longest in use, and is
-//           released and loaded by halves of 64 queries: the first is on its way while dK takes the
-//           second.
+//           dO have barriers of their own: dO is free before Q is. Q is released and loaded by
+//           halves of 64 queries: the first is in flight while dK reads the second.
 // Overlap   Score issues S^T of the next block before dV of this one, whose products run during the
-//           exponentials. Grad is behind by the part of a block.
+//           exponentials. Grad runs about a block behind.
 //
 //               Score   S(0) P(0)  S(1) [dV(0) P(1)]      S(2) [dV(1) P(2)]     ...  dV(n)
 //               Grad    dP(0)         dS(0) dK(0) dP(1)     dS(1) dK(1) dP(2)   ...  dS(n) dK(n)
@@ -63,7 +62,7 @@
 //           128 bytes. 8,192 exponentials take 512 clocks. All are estimates.
 // Shared    K 24 KB, V 16 KB, two stages of Q 48 KB and dO 32 KB, P^T 16 KB, the rest 5 KB: 221 KB
 //           of 227.
-// Registers 168 per thread at launch; setmaxnreg: Score 216 (dV 64, S^T 64, P^T 2 x 32), Grad 240
+// Registers 168 per thread at launch; setmaxnreg: Score 216 (dV 64, S^T 64, P^T 32), Grad 240
 //           (dK 96, dP^T 64, dS^T 32), the other warps 48.
 // Limits    bfloat16 or float16; strides that TMA can copy; rows of the gradients begin at multiples
 //           of 16 bytes.
@@ -190,7 +189,7 @@ K2K_DEVICE void load_dkv_operands(DkvOperands<kBoxes, kParts>& to, PrefillTasks&
             }
             arch::cp_async_arrive(to.full[stage.slot]);
             source += kDkvQueries;
-            // Tail: clear the rows beyond the last query before anyone reads them.
+            // Tail: clear the rows beyond the last query before a consumer reads them.
             if (tail) {
                 arch::mbarrier_wait(to.tail, tail_parity);
                 tail_parity ^= 1;
