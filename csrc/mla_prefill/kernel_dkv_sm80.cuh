@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
             arch::cp_async_commit();
             const uint32_t q_shared = arch::smem_address(stage.q);
             const uint32_t grad_out_shared = arch::smem_address(stage.grad_out);
-            // Does each query of the step see each key of the pair?
+            // Is there a query of the step that does not see a key of the pair?
             const bool partial = task.tile + warp * 16 + 15 > query + task.diagonal ||
                                  query + kDkvQueries > task.queries;
 
@@ -170,14 +170,16 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
                 }
                 if (partial) {
                     K2K_UNROLL
-                    for (int j = 0; j < kDkvQueries / 8; ++j) {
+                    for (int h = 0; h < 2; ++h) {
+                        // The queries that see the thread's key: [first_seen, end).
+                        const int first_seen = task.tile + row + 8 * h - task.diagonal;
+                        const int end = task.queries;
                         K2K_UNROLL
-                        for (int i = 0; i < 4; ++i) {
-                            const int of_query = query + 8 * j + 2 * pair + i % 2;
-                            const int of_key = task.tile + row + 8 * (i / 2);
-                            if (of_key > of_query + task.diagonal || of_query >= task.queries) {
-                                s[j][i] = 0;
-                            }
+                        for (int i = 0; i < kDkvQueries / 4; ++i) {
+                            const int of_query = query + 8 * (i / 2) + 2 * pair + i % 2;
+                            const bool seen = (of_query >= first_seen) & (of_query < end);
+                            float& probability = s[i / 2][2 * h + i % 2];
+                            probability = seen ? probability : 0;
                         }
                     }
                 }
@@ -213,7 +215,7 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
                 const uint32_t q = tile::ldmatrix_address<false, true, kQkBytes>(q_shared, 0, 0);
                 K2K_UNROLL
                 for (int i = 0; i < kDkvQueries / 16; ++i) {
-                    // 2. dS^T = P^T (dP^T - delta), 0 where P^T is masked.
+                    // 2. dS^T = P^T (dP^T - delta), 0 where P^T is 0.
                     const uint4 fragment = storage.p[i][thread];
                     const uint32_t words[4] = {fragment.x, fragment.y, fragment.z, fragment.w};
                     uint32_t grad_scores[4];
@@ -224,12 +226,10 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
                             *reinterpret_cast<const float2*>(stage.delta + 8 * j + 2 * pair);
                         const float p0 = tile::unpack<T>(words[w], 0);
                         const float p1 = tile::unpack<T>(words[w], 1);
-                        float* two = s[j] + w % 2 * 2;
-                        two[0] = p0 * (two[0] - delta.x), two[1] = p1 * (two[1] - delta.y);
-                        if (partial) {
-                            two[0] = p0 == 0 ? 0 : two[0], two[1] = p1 == 0 ? 0 : two[1];
-                        }
-                        grad_scores[w] = tile::pack<T>(two[0], two[1]);
+                        const float* two = s[j] + w % 2 * 2;
+                        const float d0 = p0 == 0 ? 0 : p0 * (two[0] - delta.x);
+                        const float d1 = p1 == 0 ? 0 : p1 * (two[1] - delta.y);
+                        grad_scores[w] = tile::pack<T>(d0, d1);
                     }
                     // 3. dK += dS^T Q.
                     multiply_by_columns<T, kQkDim / 8>(sums, grad_scores, q + i * 16 * kQkBytes);

@@ -147,11 +147,12 @@ __global__ void __launch_bounds__(kDqThreads, kDqCtas)
                 }
                 if (first + key + 16 > border(0)) {
                     K2K_UNROLL
-                    for (int j = 0; j < 2; ++j) {
+                    for (int h = 0; h < 2; ++h) {
+                        const int end_of_row = border(h);
                         K2K_UNROLL
                         for (int i = 0; i < 4; ++i) {
-                            const int of_key = first + key + 8 * j + 2 * pair + i % 2;
-                            if (of_key >= border(i / 2)) s[j][i] = 0;
+                            const int of_key = first + key + 8 * (i / 2) + 2 * pair + i % 2;
+                            if (of_key >= end_of_row) s[i / 2][2 * h + i % 2] = 0;
                         }
                     }
                 }

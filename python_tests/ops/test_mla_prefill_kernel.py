@@ -20,10 +20,12 @@ from prefill_cases import (
 )
 
 import k2kernels
+from k2kernels import _emu
 from k2kernels.ops.mla_prefill import mla_prefill, mla_prefill_piece
 from k2kernels.testing.compare import check_close
 
 SCHEDULES = [("sm_80", 0), ("sm_80", 1), ("sm_89", 2), ("sm_80", 3)]
+TWO_SCHEDULES = SCHEDULES[1:3]
 LENGTHS = [0, 1, 63, 64, 65, 127, 128, 129, 191, 300]
 OTHER_LENGTHS = [7, 1, 100, 64, 0, 190, 128, 60, 191, 300]  # shorter, longer, none, equal
 
@@ -62,7 +64,7 @@ def check_gradients(got, want, same_precision):
             check_close(three[0], three[1], same_precision=three[2], max_cos_diff=2e-5, name=f"grad_{name}")
 
 
-@pytest.mark.parametrize("causal, arch, seed", [(True, *s) for s in SCHEDULES] + [(False, *s) for s in SCHEDULES[1:3]])
+@pytest.mark.parametrize("causal, arch, seed", [(True, *s) for s in SCHEDULES] + [(False, *s) for s in TWO_SCHEDULES])
 def test_all_lengths(causal, arch, seed):
     """More queries than keys and fewer, rows that see nothing, padding and gaps full of NaN, results between guards."""
     dtype = torch.bfloat16 if seed % 2 == 0 else torch.float16
@@ -104,7 +106,19 @@ def test_nan_of_one_sequence_stays_there(arch, seed):
         assert torch.equal(x[:65], y[:65]) and torch.equal(x[135:], y[135:]) and y[keys].isnan().all()
 
 
-@pytest.mark.parametrize("arch, seed", SCHEDULES)
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
+def test_pairs_that_are_not_seen_have_no_gradient_even_of_nan(arch, seed):
+    case = make([70], [70])
+    with emulated(arch, seed):
+        got, (grad_out, grad_lse), want = run(case)
+        of_v = backward(case.replace(v=case.v.index_fill(0, torch.tensor(50), math.nan)), grad_out, grad_lse, *got[:2])
+        assert torch.equal(of_v.q[:50], want.q[:50]) and of_v.q[50:].isnan().all()
+        grad_out[5] = math.nan
+        of_grad = backward(case, grad_out, grad_lse, *got[:2])
+        assert torch.equal(of_grad.k[6:], want.k[6:]) and of_grad.k[:6].isnan().all()
+
+
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
 def test_a_sequence_alone_has_the_bits_of_the_batch(arch, seed):
     """With logits of standard deviation 3 maxima grow late."""
     case = make([70, 3, 150, 64], [70, 90, 200, 1], scale_q=3.0)
@@ -121,7 +135,7 @@ def test_a_sequence_alone_has_the_bits_of_the_batch(arch, seed):
             assert same(of_alone[1:], [x[k0:k1] for x in of_inputs[1:]])
 
 
-@pytest.mark.parametrize("arch, seed", SCHEDULES)
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
 def test_the_last_queries_have_the_bits_of_the_whole(arch, seed):
     case = make([140], [170], scale_q=3.0)
     with emulated(arch, seed):
@@ -149,7 +163,7 @@ def test_bits_do_not_depend_on_schedule_or_multiprocessors(causal, arch):
         assert same(found, got) and same(of_found, of_inputs)
 
 
-@pytest.mark.parametrize("arch, seed", SCHEDULES)
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
 @pytest.mark.parametrize("pieces", [[64, 64, 128], [128, 0, 192], [256], [64, 192, 1]], ids=str)
 def test_keys_in_pieces_have_the_bits_of_one_call(pieces, arch, seed):
     """Two sequences, of which one ends in an earlier piece; the state is overwritten in place."""
@@ -175,7 +189,7 @@ def test_keys_in_pieces_have_the_bits_of_one_call(pieces, arch, seed):
     assert same(got, whole)
 
 
-@pytest.mark.parametrize("arch, seed", SCHEDULES)
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
 def test_keys_given_side_by_side_or_concatenated(arch, seed):
     case = make([70, 20], [90, 64])
     joined = case.replace(k=case.full_k(), v=case.v.contiguous(), k_rope=None)
@@ -191,7 +205,7 @@ def test_keys_given_side_by_side_or_concatenated(arch, seed):
     check_close(of_inputs.k_rope, parts.sum(1), budget=budget, name="grad_k_rope")
 
 
-@pytest.mark.parametrize("arch, seed", SCHEDULES[:2])
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
 @pytest.mark.parametrize("heads", [1, 33])
 def test_the_rope_gradient_of_many_heads(heads, arch, seed):
     case = make([17], [21], heads)
@@ -246,7 +260,7 @@ def test_drift_of_the_total():
     check_close(got.lse, want.lse, budget=2 * 2.0**-13, name="lse")  # 2 units in the last place of 1,000
 
 
-@pytest.mark.parametrize("arch, seed", SCHEDULES)
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
 def test_sizes_out_of_range_stay_inside_the_tensors(arch, seed):
     """The results mean nothing; guard zones report accesses outside."""
     case = make([40, 60], [70, 80])
@@ -299,3 +313,19 @@ def test_the_op_in_pieces_runs_these_kernels():
                 diagonal=torch.tensor([130 - begin], dtype=torch.int32), last=end == 200, **cu,
             )  # fmt: skip
     assert same(state, whole)
+
+
+@pytest.mark.parametrize("arch, rows", [("sm_80", 64), ("sm_90a", 128)])
+def test_bytes_moved_are_those_of_the_tiles(arch, rows):
+    """Queries once; keys and values of a tile's visible blocks; results once. What is read twice is in L2."""
+    length, heads = 512, 2
+    case = make([length], [length], heads)
+    before = dict(_emu.counters())
+    with emulated(arch, 0):
+        forward(case)
+    moved = {name: _emu.counters()[name] - before[name] for name in ("bytes_loaded", "bytes_stored")}
+    tiles = length // rows
+    blocks = tiles * (tiles + 1) // 2  # as large as a tile
+    loaded = heads * (length * 384 + blocks * rows * (384 + 256))
+    assert loaded <= moved["bytes_loaded"] <= 1.02 * loaded
+    assert moved["bytes_stored"] == heads * length * 256  # out; plain stores, of lse and max_logits, are not counted
