@@ -198,11 +198,11 @@ def _piece_outputs(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [T, ..., D] with stride 1 along D and rows that begin at multiples of 16 bytes; copied only if it must be."""
-    places = x.data_ptr()
-    for stride in x.stride()[:-1]:
+    """x [T, ..., D] with stride 1 along D and rows apart, at multiples of 16 bytes; copied only if it must be."""
+    places, strides = x.data_ptr(), x.stride()
+    for stride in strides[:-1]:
         places |= stride * x.element_size()
-    good = x.stride(-1) == 1 and places % 16 == 0
+    good = strides[-1] == 1 and places % 16 == 0 and 0 not in strides
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 

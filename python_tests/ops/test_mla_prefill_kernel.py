@@ -300,6 +300,30 @@ def test_the_op_runs_these_kernels(shared):
     assert (after[0] - before[0], after[1] - before[1]) == (2, 8 if shared else 6)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_expanded_and_misaligned_arguments_are_copied(arch):
+    """A sum's gradient has strides of 0; rows of a slice may begin anywhere."""
+    case = make([70, 20], [90, 64])
+    cu = dict(cu_seqlens_q=case.cu_seqlens_q, cu_seqlens_k=case.cu_seqlens_k, softmax_scale=SCALE)
+    leaves = [x.contiguous().requires_grad_() for x in (case.q, case.k, case.v, case.k_rope)]
+
+    def gradients(q, k, v, k_rope, loss):
+        return torch.autograd.grad(loss(mla_prefill(q, k, v, k_rope=k_rope, **cu).out), leaves)
+
+    def elsewhere(x):
+        return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+
+    with emulated(arch, 2):
+        weights = torch.ones(90, 2, 128).bfloat16()
+        want = gradients(*leaves, lambda out: (out * weights).sum())
+        for loss in (torch.sum, lambda out: out.sum(1).sum(), lambda out: (out * weights[:, :1]).sum()):
+            assert same(gradients(*leaves, loss), want)
+        assert same(gradients(*map(elsewhere, leaves), torch.sum), want)
+        repeated = leaves[2][:, :1].expand(-1, 2, -1)
+        out = mla_prefill(*leaves[:2], repeated, k_rope=leaves[3], **cu).out
+        assert torch.equal(out, mla_prefill(*leaves[:2], repeated.contiguous(), k_rope=leaves[3], **cu).out)
+
+
 def test_the_op_in_pieces_runs_these_kernels():
     case = make([70], [200])
     cu = dict(cu_seqlens_q=case.cu_seqlens_q, softmax_scale=SCALE, return_max_logits=True)
