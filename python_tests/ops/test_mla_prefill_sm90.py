@@ -1,189 +1,154 @@
-"""Hopper's kernels of mla_prefill in the emulator: tiles, tails, and what their bits do not depend on. What all kernels
-must do is in test_mla_prefill_kernel.py."""
+"""Hopper's forward and dQ of mla_prefill in the emulator: tiles of 128 queries, blocks of 128 and 96 keys, the tails
+of both, and what bits do not depend on. What all kernels must do is in test_mla_prefill_kernel.py."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from prefill_cases import (
+    SCALE,
+    STATE_FLOATS,
+    backward,
+    backward_of_flash_attention,
+    cumulative,
+    exact,
+    forward,
+    make,
+    of_torch,
+    select,
+    unwritten,
+)
 
 import k2kernels
 from k2kernels import _emu
-from k2kernels.ops import _launch
-from k2kernels.ops import mla_prefill as module
-from k2kernels.ops._launch import EMULATED_CHIPS, Chip
-from k2kernels.ops.mla_prefill import MlaOutput, mla_prefill, mla_prefill_piece
+from k2kernels.ops._launch import EMULATED_CHIPS
 from k2kernels.testing.compare import check_close
-from k2kernels.testing.inputs import KIMI_K2, guarded
 
 SEEDS = range(4)  # round robin, depth first, two random schedules
-H = 2
-SCALE = KIMI_K2.softmax_scale
+BF16, FP16 = torch.bfloat16, torch.float16
 # Logits are float32 sums of 192 products of normals: partial sums are at most about 192, and a few of their roundings
 # (2**-24) do not cancel.
 LOGIT_ERROR = 4 * 2.0**-24 * 192 * SCALE
-BF16, FP16 = torch.bfloat16, torch.float16
 
-# Around multiples of a warpgroup's 64 rows and a block's 128 keys; one sequence with more queries than keys, one with
-# fewer, one without keys, one without queries.
-LENGTHS_Q = [0, 1, 63, 64, 65, 127, 128, 129, 191, 70, 3, 9, 0]
-LENGTHS_K = [0, 1, 63, 64, 65, 127, 128, 129, 191, 65, 260, 0, 5]
+# Around multiples of a warpgroup's 64 rows and of 96 and 128 keys; more queries than keys, fewer, none; no keys.
+LENGTHS_Q = [0, 1, 63, 65, 127, 129, 70, 3, 9, 0, 140]
+LENGTHS_K = [0, 1, 63, 95, 97, 129, 65, 420, 0, 5, 192]
 
 
-def cumulative(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def make(lengths_q, lengths_k, dtype=BF16, spread=1.0):
-    """q [Tq, H, 192], kv [Tk, H, 256], k_rope [Tk, 64], and the sequences; logits have the standard deviation
-    `spread`."""
-    q = torch.randn(sum(lengths_q), H, 192) * spread
-    kv, k_rope = torch.randn(sum(lengths_k), H, 256), torch.randn(sum(lengths_k), 64)
-    return [x.to(dtype) for x in (q, kv, k_rope)], {"cu_seqlens_q": cumulative(lengths_q), "cu_seqlens_k": cumulative(lengths_k)}
-
-
-def run(tensors, cu, *, seed=0, **options):
-    """The result of Hopper's kernel; it is asserted that this is what runs."""
-    q, kv, k_rope = tensors
-    plan = _emu.mla_prefill_plan(EMULATED_CHIPS["sm_90a"], q, kv, kv[..., 128:], k_rope)
-    assert plan.kernel == "sm90"
-    options = {"softmax_scale": SCALE, "return_max_logits": True, **options}
+def hopper(case, **options):
+    """The results of Hopper's kernels; it is asserted that these are what runs."""
+    assert _emu.mla_prefill_plan(EMULATED_CHIPS["sm_90a"], case.q, case.k, case.v, case.k_rope).kernel == "sm90"
     before = k2kernels.launch_count("mla_prefill")
-    with k2kernels.emulated("sm_90a", seed=seed):
-        got = mla_prefill(q, kv, None, k_rope=k_rope, **cu, **options)
+    got = forward(case, **options)
     assert k2kernels.launch_count("mla_prefill") - before == 1
     return got
 
 
-def attention(tensors, lengths_q, lengths_k, causal):
-    """torch's, sequence by sequence, in the precision of the tensors: out, lse and the largest logits."""
-    q, kv, k_rope = tensors
-    outs, lses, peaks = [], [], []
-    k = torch.cat([kv[..., :128], k_rope[:, None].expand(-1, H, -1)], -1)
-    starts = zip(cumulative(lengths_q), cumulative(lengths_k), lengths_q, lengths_k)
-    for first_q, first_k, s_q, s_k in starts:
-        one_q = q[first_q : first_q + s_q].transpose(0, 1)
-        one_k, one_v = (x[first_k : first_k + s_k].transpose(0, 1) for x in (k, kv[..., 128:]))
-        sees = torch.ones(s_q, s_k, dtype=torch.bool)
-        sees = sees.tril(s_k - s_q) if causal else sees
-        logits = (one_q @ one_k.mT * SCALE).masked_fill(~sees, -math.inf)
-        empty = ~sees.any(-1)
-        out = F.scaled_dot_product_attention(one_q, one_k, one_v, attn_mask=sees, scale=SCALE) if s_k else one_q * 0
-        outs.append(out[..., :128].masked_fill(empty[:, None], 0).transpose(0, 1))
-        lses.append(logits.logsumexp(-1).transpose(0, 1))
-        peaks.append(torch.cat([logits, logits.new_full((H, s_q, 1), -math.inf)], -1).amax(-1).transpose(0, 1))
-    return MlaOutput(*(torch.cat(x) for x in (outs, lses, peaks)))
-
-
-def check(got, tensors, lengths_q, lengths_k, causal, spread=1.0):
-    exact = attention([x.double() for x in tensors], lengths_q, lengths_k, causal)
-    same = attention(tensors, lengths_q, lengths_k, causal)
-    check_close(got.out, exact.out, same_precision=same.out, max_cos_diff=5e-6, name="out")
-    for name, x, y in (("lse", got.lse, exact.lse), ("max_logits", got.max_logits, exact.max_logits)):
-        check_close(x, y, budget=spread * LOGIT_ERROR + 4 * 2.0**-24 * y.abs(), name=name)
+def with_dq(case, grads=None, **options):
+    """The results, gradients of out and lse, and that of q."""
+    got = hopper(case, **options)
+    if grads is None:
+        lse = torch.randn(got.lse.shape).masked_fill(got.lse == -math.inf, math.nan)
+        grads = torch.randn(got.out.shape).to(case.q.dtype), lse
+    return got, grads, backward(case, *grads, got.out, got.lse, **options).q
 
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def rows(got, first, end):
-    return MlaOutput(*(x[first:end] for x in got))
-
-
-# ---- forward
-
-
 @pytest.mark.parametrize(
-    "causal, dtype, spread, seed",
-    [(True, BF16, 1, 0), (False, BF16, 1, 1), (True, FP16, 8, 2), (False, FP16, 8, 3)],
+    "causal, dtype, scale_q, seed",
+    [(True, BF16, 1.0, 0), (False, BF16, 1.0, 1), (True, FP16, 8.0, 2), (False, FP16, 8.0, 3)],
 )
-def test_equals_attention(causal, dtype, spread, seed):
+def test_equals_attention(causal, dtype, scale_q, seed):
     torch.manual_seed(seed)
-    tensors, cu = make(LENGTHS_Q, LENGTHS_K, dtype, spread)
-    got = run(tensors, cu, seed=seed, causal=causal)
-    check(got, tensors, LENGTHS_Q, LENGTHS_K, causal, spread)
+    case = make(LENGTHS_Q, LENGTHS_K, dtype=dtype, shared=seed != 2, padding=131, scale_q=scale_q)
+    with k2kernels.emulated("sm_90a", seed=seed):
+        got, grads, dq = with_dq(case, causal=causal)
+    want, of_inputs = exact(case, causal=causal, grads=grads)
+    check_close(got.out, want.out, same_precision=of_torch(case, causal=causal), max_cos_diff=1e-5, name="out")
+    for name, x, y in (("lse", got.lse, want.lse), ("max_logits", got.max_logits, want.max_logits)):
+        check_close(x, y, budget=scale_q * LOGIT_ERROR + 4 * 2.0**-24 * y.abs(), name=name)
+    same_precision = backward_of_flash_attention(case, grads, causal=causal).q
+    check_close(dq, of_inputs.q, same_precision=same_precision, max_cos_diff=2e-5, name="grad_q")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_what_must_not_be_read_or_written(seed):
-    # Every other sequence, the columns between heads and the tokens behind the last sequence are NaN.
-    torch.manual_seed(seed)
+def test_nan_of_neighbours_stays_there(seed):
+    # Boxes reach from the first and third sequence into the next one.
     lengths_q, lengths_k = [70, 5, 130, 64], [190, 3, 130, 100]
-    tensors, cu = make(lengths_q, lengths_k)
-    clean = run(tensors, cu, causal=False)
-    poisoned = []
-    for x, lengths in zip(tensors, (lengths_q, lengths_k, lengths_k)):
-        storage = x.new_full((len(x) + 131, *x.shape[1:-1], x.shape[-1] + 8), math.nan)
-        view = storage[..., : x.shape[-1]]
-        view[: len(x)] = x
-        view[sum(lengths[:1]) : sum(lengths[:2])] = view[sum(lengths[:3]) : sum(lengths)] = math.nan
-        poisoned.append(guarded(storage)[..., : x.shape[-1]])
-    tokens = len(poisoned[0])
-    out = guarded(torch.full((tokens, H, 128), 7.0, dtype=BF16))
-    lse, peaks = (guarded(torch.full((tokens, H), 7.0)) for _ in range(2))
-    q, kv, k_rope = poisoned
+    torch.manual_seed(seed)
+    case = make(lengths_q, lengths_k, padding=131)
     with k2kernels.emulated("sm_90a", seed=seed):
-        module._launch(out, lse, peaks, q, kv, None, k_rope, *map(guarded, cu.values()), SCALE, False)
-    got = MlaOutput(out, lse, peaks)
-    for first, s_q in ((0, 70), (75, 130)):
-        assert same(rows(got, first, first + s_q), rows(clean, first, first + s_q))
-    for x, fill in zip(got, (0, -math.inf, -math.inf)):
-        assert x[70:75].isnan().all() and x[205:269].isnan().all() and x[269:].eq(fill).all()
+        got, grads, dq = with_dq(case, causal=False)
+        for tensors, lengths in (((case.q, *grads), lengths_q), ((case.k, case.v, case.k_rope), lengths_k)):
+            for x in tensors:
+                _, second, _, fourth = x[: sum(lengths)].split(lengths)
+                second[:] = fourth[:] = math.nan
+        poisoned, _, of_poisoned = with_dq(case, grads, causal=False)
+    for clean, x in zip((*got, dq), (*poisoned, of_poisoned)):
+        assert torch.equal(clean[:70], x[:70]) and torch.equal(clean[75:205], x[75:205])
+        assert x[70:75].isnan().all() and x[205:269].isnan().all()
+        assert torch.equal(clean[269:], x[269:])
 
 
-def test_bits_depend_on_the_row_and_its_keys_alone(monkeypatch):
+def test_bits_depend_on_the_row_and_its_keys_alone():
     torch.manual_seed(0)
-    lengths = [200, 37, 0, 300]
-    (q, kv, k_rope), cu = make(lengths, lengths, spread=3)
-    whole = run((q, kv, k_rope), cu)
-    # Other schedules, other numbers of SMs.
-    for seed, multiprocessors in ((1, 1), (2, 3), (3, 2)):
-        monkeypatch.setitem(_launch.EMULATED_CHIPS, "sm_90a", Chip(90, multiprocessors, 232448))
-        assert same(run((q, kv, k_rope), cu, seed=seed), whole)
-    # The last sequence alone: all of it, and its last queries, at other places of a tile.
-    begin = sum(lengths[:3])
-    for queries in (300, 173, 64, 1):
-        alone = {"cu_seqlens_q": cumulative([queries]), "cu_seqlens_k": cumulative([300])}
-        got = run((q[-queries:], kv[begin:], k_rope[begin:]), alone)
-        assert same(got, rows(whole, len(q) - queries, len(q)))
-    # Keys with a rope part of their own; keys and values apart.
-    keys = torch.cat([kv[..., :128], k_rope[:, None].expand(-1, H, -1)], -1)
-    values = kv[..., 128:].contiguous()
-    before = k2kernels.launch_count("mla_prefill")
+    lengths = [130, 37, 0, 230]
+    case = make(lengths, lengths, scale_q=3.0)
     with k2kernels.emulated("sm_90a"):
-        options = {**cu, "softmax_scale": SCALE, "return_max_logits": True}
-        assert same(mla_prefill(q, keys, values, **options), whole)
-        assert same(mla_prefill(q, kv[..., :128], values, k_rope=k_rope, **options), whole)
-    assert k2kernels.launch_count("mla_prefill") - before == 2
+        whole, grads, dq = with_dq(case)
+    # Other schedules, other numbers of SMs.
+    for seed, multiprocessors in ((1, 1), (2, 3), (3, 132)):
+        with k2kernels.emulated("sm_90a", seed=seed):
+            got, _, other_dq = with_dq(case, grads, multiprocessors=multiprocessors)
+        assert same(got, whole) and torch.equal(other_dq, dq)
+    # A sequence alone; its last queries, at other places of a tile.
+    for queries in (230, 173, 1):
+        last = [x[-queries:] for x in (*grads, *whole, dq)]
+        with k2kernels.emulated("sm_90a"):
+            got, _, other_dq = with_dq(select(case, 3, 230 - queries), last[:2])
+        assert same((*got, other_dq), last[2:])
+    # Keys with a rope part of their own; values apart.
+    apart = case.replace(k=case.full_k(), v=case.v.contiguous(), k_rope=None)
+    with k2kernels.emulated("sm_90a"):
+        got, _, other_dq = with_dq(apart, grads)
+    assert same(got, whole) and torch.equal(other_dq, dq)
 
 
-@pytest.mark.parametrize("pieces", [[128, 172], [256, 44], [128, 128, 44]], ids=str)
+@pytest.mark.parametrize("pieces", [[128, 172], [256, 0, 44], [128, 128, 44]], ids=str)
 def test_keys_in_pieces_have_the_bits_of_one_call(pieces):
-    # Two sequences, the second with a context of 100 keys before its queries; its keys end with the first piece.
+    # The second sequence begins with 100 keys of context, and ends with the first piece.
     torch.manual_seed(0)
     lengths_q, lengths_k = [300, 28], [300, 128]
-    (q, kv, k_rope), cu = make(lengths_q, lengths_k, spread=3)
-    whole = run((q, kv, k_rope), cu)
-    state, begin = None, 0
+    case = make(lengths_q, lengths_k, scale_q=3.0, padding=2)
+    state, begin = unwritten(len(case.q), 2, STATE_FLOATS), 0
+    with k2kernels.emulated("sm_90a"):
+        whole = hopper(case)
     for i, size in enumerate(pieces):
-        second = [300 + begin, 300 + min(begin + size, 128)] if begin < 128 else [300, 300]
-        chosen = torch.cat([torch.arange(begin, begin + size), torch.arange(*second)])
-        state = one_piece(
-            state, q, kv[chosen], k_rope[chosen], [300, 28], [size, second[1] - second[0]],
-            [-begin, 100 - begin], i == len(pieces) - 1, seed=i,
-        )  # fmt: skip
+        first, last = i == 0, i == len(pieces) - 1
+        spans = [(min(begin, n), min(begin + size, n)) for n in lengths_k]
+        rows = torch.cat([torch.arange(a, b) + start for (a, b), start in zip(spans, (0, 300))])
+        piece = case.replace(
+            k=case.k[rows], v=case.v[rows], k_rope=case.k_rope[rows], cu_seqlens_k=cumulative([b - a for a, b in spans])
+        )
+        diagonal = torch.tensor([n - m - begin for m, n in zip(lengths_q, lengths_k)], dtype=torch.int32)
+        if len(rows) == 0:  # TMA takes no empty tensor
+            piece = case.replace(cu_seqlens_k=cumulative([0, 0]))
+        with k2kernels.emulated("sm_90a", seed=i):
+            got = hopper(piece, diagonal=diagonal, state_in=None if first else state, state_out=None if last else state)
         begin += size
-    assert same(state, whole)
+    assert same(got, whole)
 
 
-def one_piece(state, q, kv, k_rope, lengths_q, lengths_k, diagonal, last, seed):
-    cu = {"cu_seqlens_q": cumulative(lengths_q), "cu_seqlens_k": cumulative(lengths_k)}
-    before = k2kernels.launch_count("mla_prefill_piece")
-    with k2kernels.emulated("sm_90a", seed=seed):
-        got = mla_prefill_piece(
-            state, q, kv, None, k_rope=k_rope, **cu, diagonal=torch.tensor(diagonal, dtype=torch.int32),
-            softmax_scale=SCALE, last=last, return_max_logits=True,
-        )  # fmt: skip
-    assert k2kernels.launch_count("mla_prefill_piece") - before == 1
-    return got
+def test_first_piece_without_keys():
+    torch.manual_seed(0)
+    case = make([70], [130])
+    state = unwritten(70, 2, STATE_FLOATS)
+    with k2kernels.emulated("sm_90a", seed=2):
+        whole = hopper(case)
+        empty = case.replace(cu_seqlens_k=cumulative([0]))
+        hopper(empty, diagonal=torch.tensor([60], dtype=torch.int32), state_out=state)
+        got = hopper(case, state_in=state)
+    assert same(got, whole)
