@@ -12,23 +12,26 @@
 //           one warp, and the products divide evenly:
 //             Score   S^T = K Q^T (192 dims), P^T = exp2, dV += P^T dO (128 columns)
 //             Grad    dP^T = V dO^T (128 dims), dS^T,     dK += dS^T Q (192 columns)
-//           A Score and a Grad warp share a quarter of the SM: one multiplies while the other
-//           waits. P^T crosses through shared memory, rounded; both have the same layout, so each
-//           thread reads what the same thread of the other role wrote. All warps copy; warp 0 also
-//           finds the tasks.
+//           Grad is one step behind Score. A warp of each shares a quarter of the SM: one
+//           multiplies while the other computes P^T or dS^T. P^T crosses through shared memory,
+//           rounded; both have the same layout, so each thread reads what the same thread of the
+//           other role wrote. All warps copy; warp 0 also finds the tasks.
+// K, V      from global memory to registers, as operand A, once per task: K of Score, V of Grad.
 // Step      32 queries, in blocks from query 0 of the sequence on, ascending; the first is that of
 //           the first query which sees a key of the tile. Fixed order, no atomics: the bits of a
 //           key's gradients depend on its sequence alone.
-// Copies    cp.async into two stages of Q, dO, lse2 and delta, one step ahead.
+// Copies    cp.async into a ring of four stages of Q, dO, lse2 and delta: Score reads one, Grad the
+//           one before, two are in flight.
 // Barriers  task_done, task_known  sync_block, before and after warp 0 writes the next task
-//           step_landed    sync_block: the step has landed; stage and P^T of the last are read
-//           p_ready        named barrier 1: 128 threads of Score arrive, 128 of Grad wait
+//           step_landed    sync_block once a step: Score's stage has landed, P^T of Grad's step is
+//                          written; the stage that is filled next and the P^T that is written next
+//                          have been read
 // Tails     P^T and dS^T are both selected to 0 where a query does not see a key: 0 * NaN would be
 //           NaN. Rows of Q and dO behind the sequence are zero-filled.
 // Epilogue  from registers. The rope part of dK goes to grad_k, or, if all heads share it, as
 //           floats to rope_parts, which kernel_preprocess.cuh adds up.
-// Shared    K 24 KB, V 16 KB, two stages of 20.25 KB, P^T 4 KB: 85 KB.
-// Registers of a thread: dV 64 or dK 96, S^T or dP^T 16.
+// Shared    four stages of 20.25 KB, two P^T of 4 KB: 89 KB.
+// Registers of a thread: dV 64 and K 48, or dK 96 and V 32; S^T or dP^T 16.
 // Limits    bfloat16 or float16; 192/128 dims. Rows begin at multiples of 16 bytes.
 
 #include "arch/convert.cuh"
@@ -42,7 +45,7 @@
 namespace k2k {
 
 constexpr int kDkvKeys = 64, kDkvQueries = 32, kDkvThreads = 256;
-constexpr uint32_t kPReady = 1;  // a named barrier
+constexpr int kDkvStages = 4;
 
 using DkvTasks = LongestFirst<TileAxis::kKeys, kDkvKeys>;
 
@@ -51,12 +54,9 @@ struct alignas(128) MlaDkvSm80Storage {
         uint4 q[kDkvQueries * kQkBytes / 16];        // [32, 192]
         uint4 grad_out[kDkvQueries * kVBytes / 16];  // [32, 128]
         float lse2[kDkvQueries], delta[kDkvQueries];
-    };
-    uint4 k[kDkvKeys * kQkBytes / 16];  // [64, 192]
-    uint4 v[kDkvKeys * kVBytes / 16];   // [64, 128]
-    Stage stages[2];
-    uint4 p[kDkvQueries / 16][kDkvThreads / 2];  // fragments of P^T, by 16 queries and thread
-    DkvTasks tasks;                              // warp 0's scheduler
+    } stages[kDkvStages];
+    uint4 p[2][kDkvQueries / 16][kDkvThreads / 2];  // fragments of P^T, by 16 queries and thread
+    DkvTasks tasks;                                 // warp 0's scheduler
     MlaPrefillTask task;
 };
 static_assert(sizeof(MlaDkvSm80Storage::Stage) % 128 == 0);
@@ -96,12 +96,6 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
     // or columns 2 `pair` and 2 `pair` + 1.
     const int row = warp * 16 + lane / 4, pair = lane % 4;
     const float scale2 = p.in.scale * tile::kLog2E;
-    // ldmatrix addresses of this lane: the pair's keys as operand A; a step's rows as operand B,
-    // summed over their dims or over the rows.
-    const uint32_t k_rows =
-        tile::ldmatrix_address<true, false, kQkBytes>(arch::smem_address(storage.k), warp * 16, 0);
-    const uint32_t v_rows =
-        tile::ldmatrix_address<true, false, kVBytes>(arch::smem_address(storage.v), warp * 16, 0);
 
     // Scheduler: its state is in shared memory, the main loop needs the registers.
     const MlaPrefillTask& task = storage.task;
@@ -121,41 +115,58 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
         arch::sync_block();  // task_known
         if (task.last) return;
 
-        // Prologue: start the copies of K and V and of the first step.
+        // Prologue: start the copies of two steps.
         const int first = first_of_queries(task) / kDkvQueries * kDkvQueries;
-        if (first < task.queries) {
-            copy_k<T, kDkvThreads, kDkvKeys>(arch::smem_address(storage.k), p.in, task, task.tile);
-            copy_v<T, kDkvThreads, kDkvKeys>(arch::smem_address(storage.v), p.in, task, task.tile);
-            copy_step<T>(storage.stages[0], p, task, first);
+        const int steps = ceil_div(task.queries - first, kDkvQueries);
+        K2K_NO_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            if (i < steps) copy_step<T>(storage.stages[i], p, task, first + i * kDkvQueries);
+            arch::cp_async_commit();
         }
-        arch::cp_async_commit();
+        // Load K or V, as operand A in registers; rows behind the tile are zeros.
+        uint32_t keys[kQkDim / 16][4];  // Score: K [16, 192]; Grad: V [16, 128]
+        K2K_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            const bool real = row + 8 * h < task.rows && steps > 0;
+            const int64_t token = task.first_key + task.tile + (real ? row + 8 * h : 0);
+            const auto load = [&](auto& fragments, const T* from) {
+                load_fragments(fragments, h, from + 2 * pair, real);
+            };
+            if (scores) {
+                load(reinterpret_cast<uint32_t (&)[kNope / 16][4]>(keys),
+                     row_of<T>(p.in.k, token, p.in.k_token_stride, task.head, p.in.k_head_stride));
+                load(reinterpret_cast<uint32_t (&)[kRopeDims / 16][4]>(keys[kNope / 16]),
+                     row_of<T>(p.in.k_rope, token, p.in.k_rope_token_stride, task.head,
+                               p.in.k_rope_head_stride));
+            } else {
+                load(reinterpret_cast<uint32_t (&)[kVDim / 16][4]>(keys),
+                     row_of<T>(p.in.v, token, p.in.v_token_stride, task.head, p.in.v_head_stride));
+            }
+        }
 
         float sums[kQkDim / 8][4];  // Score: dV [16, 128]; Grad: dK / scale [16, 192]
         clear(sums);
-        int place = 0;
-        for (int query = first; query < task.queries; query += kDkvQueries, place ^= 1) {
-            arch::cp_async_wait<0>();
+        K2K_NO_UNROLL
+        for (int step = 0; step < (steps > 0 ? steps + 1 : 0); ++step) {
+            arch::cp_async_wait<1>();
             arch::sync_block();  // step_landed
-            const auto& stage = storage.stages[place];
-            if (query + kDkvQueries < task.queries) {
-                copy_step<T>(storage.stages[place ^ 1], p, task, query + kDkvQueries);
+            if (step + 2 < steps) {
+                copy_step<T>(storage.stages[(step + 2) % kDkvStages], p, task,
+                             first + (step + 2) * kDkvQueries);
             }
             arch::cp_async_commit();
-            const uint32_t q_shared = arch::smem_address(stage.q);
-            const uint32_t grad_out_shared = arch::smem_address(stage.grad_out);
-            // Is there a query of the step that does not see a key of the pair?
-            const bool partial = task.tile + warp * 16 + 15 > query + task.diagonal ||
-                                 query + kDkvQueries > task.queries;
 
-            if (scores) {
+            float s[kDkvQueries / 8][4] = {};  // [16, 32]
+            if (scores && step < steps) {
+                const auto& stage = storage.stages[step % kDkvStages];
+                const uint32_t q_shared = arch::smem_address(stage.q);
+                const uint32_t grad_out_shared = arch::smem_address(stage.grad_out);
                 // 1. S^T = K Q^T.
-                float s[kDkvQueries / 8][4] = {};  // [16, 32]
-                const uint32_t q = tile::ldmatrix_address<false, false, kQkBytes>(q_shared, 0, 0);
                 K2K_UNROLL
                 for (int i = 0; i < kQkDim / 16; ++i) {
-                    uint32_t k[4];
-                    arch::ldmatrix(k, move_columns(k_rows, i));
-                    multiply_by_rows<T, kQkBytes>(s, k, q, i);
+                    multiply_by_rows<T, kQkBytes>(
+                        s, keys[i], tile::ldmatrix_address<false, false, kQkBytes>(q_shared, 0, 0),
+                        i);
                 }
                 // 2. P^T, 0 where the query does not see the key.
                 K2K_UNROLL
@@ -168,7 +179,9 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
                         s[j][i] = arch::exp2_approx(fmaf(s[j][i], scale2, -shift));
                     }
                 }
-                if (partial) {
+                const int query = first + step * kDkvQueries;
+                if (task.tile + warp * 16 + 15 > query + task.diagonal ||
+                    query + kDkvQueries > task.queries) {
                     K2K_UNROLL
                     for (int h = 0; h < 2; ++h) {
                         // The queries that see the thread's key: [first_seen, end).
@@ -183,42 +196,35 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
                         }
                     }
                 }
-                // 3. Hand P^T to the Grad warp.
-                uint32_t probabilities[kDkvQueries / 16][4];
                 K2K_UNROLL
                 for (int i = 0; i < kDkvQueries / 16; ++i) {
-                    to_fragment<T>(probabilities[i], s, i);
-                    storage.p[i][thread] = make_uint4(probabilities[i][0], probabilities[i][1],
-                                                      probabilities[i][2], probabilities[i][3]);
+                    // 3. Hand P^T to the Grad warp.
+                    uint32_t words[4];
+                    to_fragment<T>(words, s, i);
+                    storage.p[step % 2][i][thread] =
+                        make_uint4(words[0], words[1], words[2], words[3]);
+                    // 4. dV += P^T dO.
+                    multiply_by_columns<T, kVDim / 8>(
+                        sums, words,
+                        tile::ldmatrix_address<false, true, kVBytes>(grad_out_shared, i * 16, 0));
                 }
-                arch::barrier_arrive(kPReady, kDkvThreads);  // p_ready
-                // 4. dV += P^T dO.
-                const uint32_t grad_out =
-                    tile::ldmatrix_address<false, true, kVBytes>(grad_out_shared, 0, 0);
-                K2K_UNROLL
-                for (int i = 0; i < kDkvQueries / 16; ++i) {
-                    multiply_by_columns<T, kVDim / 8>(sums, probabilities[i],
-                                                      grad_out + i * 16 * kVBytes);
-                }
-            } else {
+            }
+            if (!scores && step > 0) {
+                const auto& stage = storage.stages[(step - 1) % kDkvStages];
+                const uint32_t q_shared = arch::smem_address(stage.q);
+                const uint32_t grad_out_shared = arch::smem_address(stage.grad_out);
                 // 1. dP^T = V dO^T.
-                float s[kDkvQueries / 8][4] = {};  // [16, 32]
-                const uint32_t grad_out =
-                    tile::ldmatrix_address<false, false, kVBytes>(grad_out_shared, 0, 0);
                 K2K_UNROLL
                 for (int i = 0; i < kVDim / 16; ++i) {
-                    uint32_t v[4];
-                    arch::ldmatrix(v, move_columns(v_rows, i));
-                    multiply_by_rows<T, kVBytes>(s, v, grad_out, i);
+                    multiply_by_rows<T, kVBytes>(
+                        s, keys[i],
+                        tile::ldmatrix_address<false, false, kVBytes>(grad_out_shared, 0, 0), i);
                 }
-                arch::barrier_sync(kPReady, kDkvThreads);  // p_ready
-                const uint32_t q = tile::ldmatrix_address<false, true, kQkBytes>(q_shared, 0, 0);
                 K2K_UNROLL
                 for (int i = 0; i < kDkvQueries / 16; ++i) {
                     // 2. dS^T = P^T (dP^T - delta), 0 where P^T is 0.
-                    const uint4 fragment = storage.p[i][thread];
-                    const uint32_t words[4] = {fragment.x, fragment.y, fragment.z, fragment.w};
-                    uint32_t grad_scores[4];
+                    const uint4 fragment = storage.p[(step - 1) % 2][i][thread];
+                    uint32_t words[4] = {fragment.x, fragment.y, fragment.z, fragment.w};
                     K2K_UNROLL
                     for (int w = 0; w < 4; ++w) {
                         const int j = 2 * i + w / 2;
@@ -229,10 +235,12 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
                         const float* two = s[j] + w % 2 * 2;
                         const float d0 = p0 == 0 ? 0 : p0 * (two[0] - delta.x);
                         const float d1 = p1 == 0 ? 0 : p1 * (two[1] - delta.y);
-                        grad_scores[w] = tile::pack<T>(d0, d1);
+                        words[w] = tile::pack<T>(d0, d1);
                     }
                     // 3. dK += dS^T Q.
-                    multiply_by_columns<T, kQkDim / 8>(sums, grad_scores, q + i * 16 * kQkBytes);
+                    multiply_by_columns<T, kQkDim / 8>(
+                        sums, words,
+                        tile::ldmatrix_address<false, true, kQkBytes>(q_shared, i * 16, 0));
                 }
             }
         }
