@@ -95,6 +95,11 @@ def unwritten(*shape, dtype=torch.float32) -> Tensor:
     return guarded(torch.full(shape, math.nan, dtype=dtype))
 
 
+def workspace_of(case: Case) -> Tensor:
+    """Of the backward."""
+    return unwritten(_plan(case, None).workspace_floats(case.q, case.k, case.k_rope is not None))
+
+
 def forward(
     case: Case,
     *,
@@ -129,13 +134,14 @@ def backward(
         grad_kv = unwritten(tokens_k, heads, NOPE + VALUE, dtype=dtype)
         grad_k, grad_v = grad_kv[..., :NOPE], grad_kv[..., NOPE:]
         grad_k_rope = unwritten(tokens_k, ROPE, dtype=dtype)
+    plan = _plan(case, multiprocessors)
     if workspace is None:
-        workspace = unwritten(_emu.mla_prefill_workspace_floats(case.q, case.k, case.k_rope is not None))
+        workspace = workspace_of(case)
     tickets = guarded(torch.zeros(2, dtype=torch.int32))
     _launch.launch(
         "mla_prefill_backward", grad_out, grad_lse, case.q, case.k, case.v, case.k_rope, out, lse,
         case.cu_seqlens_q, case.cu_seqlens_k, scale, causal, grad_q, grad_k, grad_v, grad_k_rope, workspace, tickets,
-        _plan(case, multiprocessors),
+        plan,
     )  # fmt: skip
     return Gradients(grad_q, grad_k, grad_v, grad_k_rope)
 

@@ -17,6 +17,7 @@ from prefill_cases import (
     of_torch,
     select,
     unwritten,
+    workspace_of,
 )
 
 import k2kernels
@@ -127,7 +128,7 @@ def test_rows_of_the_workspace(dtype):
         got = forward(case)
         grad_out, grad_lse = gradients_of_results(case, got)
         grad_out[got.lse == -math.inf] = math.nan
-        workspace = unwritten(_emu.mla_prefill_workspace_floats(case.q, case.k, True))
+        workspace = workspace_of(case)
         backward(case, grad_out, grad_lse, got.out, got.lse, workspace=workspace)
     lse2, delta = (x.T for x in workspace[: 2 * 3 * tokens].view(2, 3, tokens))
     empty = got.lse == -math.inf
@@ -322,6 +323,30 @@ def test_the_op_runs_these_kernels(shared):
     assert (after[0] - before[0], after[1] - before[1]) == (2, 8 if shared else 6)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_expanded_and_misaligned_arguments_are_copied(arch):
+    """A sum's gradient has strides of 0; rows of a slice may begin anywhere."""
+    case = make([70, 20], [90, 64])
+    cu = dict(cu_seqlens_q=case.cu_seqlens_q, cu_seqlens_k=case.cu_seqlens_k, softmax_scale=SCALE)
+    leaves = [x.contiguous().requires_grad_() for x in (case.q, case.k, case.v, case.k_rope)]
+
+    def gradients(q, k, v, k_rope, loss):
+        return torch.autograd.grad(loss(mla_prefill(q, k, v, k_rope=k_rope, **cu).out), leaves)
+
+    def elsewhere(x):
+        return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+
+    with emulated(arch, 2):
+        weights = torch.ones(90, 2, 128).bfloat16()
+        want = gradients(*leaves, lambda out: (out * weights).sum())
+        for loss in (torch.sum, lambda out: out.sum(1).sum(), lambda out: (out * weights[:, :1]).sum()):
+            assert same(gradients(*leaves, loss), want)
+        assert same(gradients(*map(elsewhere, leaves), torch.sum), want)
+        repeated = leaves[2][:, :1].expand(-1, 2, -1)
+        out = mla_prefill(*leaves[:2], repeated, k_rope=leaves[3], **cu).out
+        assert torch.equal(out, mla_prefill(*leaves[:2], repeated.contiguous(), k_rope=leaves[3], **cu).out)
+
+
 def test_the_op_in_pieces_runs_these_kernels():
     case = make([70], [200])
     cu = dict(cu_seqlens_q=case.cu_seqlens_q, softmax_scale=SCALE, return_max_logits=True)
@@ -335,3 +360,19 @@ def test_the_op_in_pieces_runs_these_kernels():
                 diagonal=torch.tensor([130 - begin], dtype=torch.int32), last=end == 200, **cu,
             )  # fmt: skip
     assert same(state, whole)
+
+
+@pytest.mark.parametrize("arch, rows", [("sm_80", 64), ("sm_90a", 128)])
+def test_bytes_moved_are_those_of_the_tiles(arch, rows):
+    """Queries once; keys and values of a tile's visible blocks; results once. What is read twice is in L2."""
+    length, heads = 512, 2
+    case = make([length], [length], heads)
+    before = dict(_emu.counters())
+    with emulated(arch, 0):
+        forward(case)
+    moved = {name: _emu.counters()[name] - before[name] for name in ("bytes_loaded", "bytes_stored")}
+    tiles = length // rows
+    blocks = tiles * (tiles + 1) // 2  # as large as a tile
+    loaded = heads * (length * 384 + blocks * rows * (384 + 256))
+    assert loaded <= moved["bytes_loaded"] <= 1.02 * loaded
+    assert moved["bytes_stored"] == heads * length * 256  # out; plain stores, of lse and max_logits, are not counted

@@ -34,13 +34,14 @@ def cost(task, over_keys):
     return min(max(task["tile"] + task["rows"] + task["diagonal"], 0), task["keys"])
 
 
+MANY = [random.Random(i).randrange(400) for i in range(70)]
 BATCHES = {
     "one": ([1000], [1000]),
     "one tile": ([7], [7]),
     "after a context": ([300], [5000]),
     "more queries than keys": ([1500], [200]),
     "mixed": ([1000, 1, 0, 129, 2048, 64], [1000, 4000, 300, 129, 2048, 0]),
-    "many": ([random.Random(i).randrange(400) for i in range(70)], [random.Random(i).randrange(400) for i in range(70)]),
+    "many": (MANY, MANY),
     "nothing": ([], []),
     "empty": ([0, 0], [0, 5]),
 }
