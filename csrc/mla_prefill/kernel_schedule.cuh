@@ -15,11 +15,12 @@ struct MlaPrefillScheduleStorage {
 };
 
 // Entries behind the last task have `last` set.
-template <TileAxis kAxis, int kRows>
+template <bool kOverKeys, int kRows>
 __global__ void __launch_bounds__(32)
     mla_prefill_schedule_kernel(const __grid_constant__ MlaPrefillInputs in, MlaPrefillTask* tasks,
                                 int capacity) {
     MlaPrefillTask& task = arch::shared_storage<MlaPrefillScheduleStorage>().task;
+    constexpr TileAxis kAxis = kOverKeys ? TileAxis::kKeys : TileAxis::kQueries;
     LongestFirst<kAxis, kRows> finder(in);
     for (int ticket = 0; ticket < capacity; ++ticket) {
         finder.find(in, ticket, task);

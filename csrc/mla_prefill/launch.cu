@@ -28,14 +28,14 @@ void launch_mla_prefill_schedule(const MlaPrefillInputs& in, bool over_keys, int
     shape.stream = stream;
     constexpr std::size_t kShared = sizeof(MlaPrefillScheduleStorage);
     if (over_keys) {
-        launch<mla_prefill_schedule_kernel<TileAxis::kKeys, 64>, kShared>(shape, in, tasks,
-                                                                          capacity);
-    } else if (rows == 64) {
-        launch<mla_prefill_schedule_kernel<TileAxis::kQueries, 64>, kShared>(shape, in, tasks,
+        launch<mla_prefill_schedule_kernel</*kOverKeys=*/true, 64>, kShared>(shape, in, tasks,
                                                                              capacity);
-    } else {
-        launch<mla_prefill_schedule_kernel<TileAxis::kQueries, 128>, kShared>(shape, in, tasks,
+    } else if (rows == 64) {
+        launch<mla_prefill_schedule_kernel</*kOverKeys=*/false, 64>, kShared>(shape, in, tasks,
                                                                               capacity);
+    } else {
+        launch<mla_prefill_schedule_kernel</*kOverKeys=*/false, 128>, kShared>(shape, in, tasks,
+                                                                               capacity);
     }
 }
 

@@ -11,7 +11,8 @@ import pytest
 from sass import Code, fences, fences_in_gmma_loops, loads_in_flight, touched_early
 from test_sass import KERNELS, needs_kernels, short
 
-TENSOR = ("fp8_gemm_sm90", "mla_decode_sm90", "newton_schulz_sm90")  # what these names begin holds GMMAs
+PREFILL = ("mla_prefill_forward_sm90", "mla_prefill_dq_sm90", "mla_prefill_dkv_sm90")
+TENSOR = ("fp8_gemm_sm90", "mla_decode_sm90", "newton_schulz_sm90", *PREFILL)  # what these names begin holds GMMAs
 
 # The fences beyond a block and invalidations of L1 that a kernel may have, none of them in a loop around GMMAs.
 CLUSTER_MEETS = Counter({"CCTL.IVALL": 2})  # cluster_wait, once at the start and once at the end of the kernel
@@ -32,6 +33,9 @@ SIZES = {
     "fp8_gemm_sm90_kernel": 56,
     "fp8_gemm_sm90_small_kernel": 48,
     "mla_decode_sm90_kernel": 112,
+    "mla_prefill_forward_sm90_kernel": 92,
+    "mla_prefill_dq_sm90_kernel": 74,
+    "mla_prefill_dkv_sm90_kernel": 114,
     "newton_schulz_sm90_kernel": 80,
 }
 
@@ -45,6 +49,8 @@ IN_FLIGHT = {
     "mla_append_kernel<bf16, bf16>": (2, 0),
     "mla_gather_kernel<bf16, bf16>": (2, 0),
     "mla_combine_sm90_kernel<bf16>": (2, 0),  # of four: the compiler waits for the second before the third
+    "mla_prefill_preprocess_kernel<bf16>": (8, 0),  # four rows of dO and of O
+    "mla_prefill_rope_sum_kernel<bf16>": (8, 0),
     "newton_schulz_norm_kernel<false>": (4, 0),
     "newton_schulz_cast_kernel<bf16, false>": (4, 0),
 }

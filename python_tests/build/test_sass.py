@@ -87,6 +87,32 @@ for row in ("bf16", "fp16"):
         }  # fmt: skip
         PLANS[f"mla_decode_sm90_kernel<{row}, {pair}>"] = (168, 0, 32, {"sm_90a": instructions})
     PLANS[f"mla_combine_sm90_kernel<{row}>"] = (32, 7, 0, {"sm_90a": {"ACQBULK": 1}})
+# mla_prefill. The portable kernels' copies stand twice, before the loop and in it, and count as loads; of sm_90a, the
+# first block's scores and the last one's sums stand alone. Fragments of q (dQ: of nothing, dK/dV: of K or V) are loaded
+# by words.
+for row in ("bf16", "fp16"):
+    bf16 = ".BF16" if row == "bf16" else ""
+    for name, registers, copies, stores, products, rows, columns in (
+        ("forward", 234, 32, 8, 160, 48, 32),  # 12 steps of 16 dims over 64 keys; 4 x 16 keys by 128 columns
+        ("dq", 255, 20, 12, 128, 40, 24),  # 12 and 8 steps over 32 keys; 2 x 16 keys by 192 columns
+        ("dkv", 255, 10, 20, 160, 40, 40),  # the same over 32 queries; 2 x 16 queries by 128 and 192 columns
+    ):
+        others = {f"HMMA.16816.F32{bf16}": products, "LDSM.16.M88.4": rows, "LDSM.16.MT88.4": columns}
+        others["LDGSTS.E.BYPASS.128"] = copies
+        plan = (registers, copies, stores, dict.fromkeys(PORTABLE, others))
+        PLANS[f"mla_prefill_{name}_sm80_kernel<{row}>"] = plan
+    for name, stores, roles, loads, exponentials, products in (
+        ("forward", 8, 2, 8, 132, {"64x128x16": 2 * 12 + 2 * 8}),
+        ("dq", 12, 2, 10, 48, {"64x96x16": 12 + 8, "64x192x16": 6}),
+        ("dkv", 20, 3, 13, 128, {"64x128x16": 2 * 12 + 8 + 2 * 8, "64x192x16": 8}),
+    ):
+        others = {f"HGMMA.{shape}.F32{bf16}": n for shape, n in products.items()}
+        others |= {"UTMALDG.3D": loads, "MUFU.EX2": exponentials, "USETMAXREG": roles}
+        PLANS[f"mla_prefill_{name}_sm90_kernel<{row}>"] = (168, 0, stores, {"sm_90a": others})
+    PLANS[f"mla_prefill_preprocess_kernel<{row}>"] = (48, 8, 0, {})
+    PLANS[f"mla_prefill_rope_sum_kernel<{row}>"] = (48, 9, 0, {})
+for tiles in ("false, 64", "false, 128", "true, 64"):
+    PLANS[f"mla_prefill_schedule_kernel<{tiles}>"] = (48, 0, 0, {})
 # Tiles of 128x128, 64x128 and 16x128: registers, cp.async of 16 bytes (a stage at a time, in two places), 16-byte
 # stores, and a block's products: of 16x8x16, of decoded values; from sm_89 on of e4m3, which sm_90a makes into two such
 # products and conversions.
@@ -218,6 +244,8 @@ PLANS["moe_loss_total_kernel"] = PLANS["moe_update_bias_kernel"] = (32, 0, 0, {}
 
 # The shared memory of a CTA, in bytes; an SM has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
 # named have none. The norm keeps x and the weight, n times 16 of each of 256 threads, and sums of squares.
+PREFILL_SM80 = {"forward": 41088, "dq": 41088, "dkv": 91264}
+PREFILL_SM90 = {"forward": 215040, "dq": 206848, "dkv": 226304}
 SHARED = {
     **{f"quantize_rows_kernel<{t}, {swiglu}>": 36 for t in BYTES for swiglu in ("false", "true")},
     **{f"quantize_128x128_kernel<{t}>": 64 for t in BYTES},
@@ -231,6 +259,11 @@ SHARED = {
     "mla_schedule_kernel": 13 * 4,  # a task
     # q, two stages of keys and probabilities in boxes of 8 KB, and what roles tell each other: 227 KiB are allowed.
     **{f"mla_decode_sm90_kernel<{t}, {pair}>": 230400 for t in ("bf16", "fp16") for pair in ("false", "true")},
+    # K and V of 64 keys; of 32 keys, q and dO in registers; four stages of q, dO, lse2, delta of 32 queries, P twice.
+    **{f"mla_prefill_{name}_sm80_kernel<{t}>": n for name, n in PREFILL_SM80.items() for t in ("bf16", "fp16")},
+    # Q, dO or K, V of the tile; two stages of 128 (dQ: 96) keys or of 128 queries; of dK/dV P^T.
+    **{f"mla_prefill_{name}_sm90_kernel<{t}>": n for name, n in PREFILL_SM90.items() for t in ("bf16", "fp16")},
+    **{f"mla_prefill_schedule_kernel<{tiles}>": 9 * 4 for tiles in ("false, 64", "false, 128", "true, 64")},  # a task
     # Stages of 132 bytes a row; those of sm_90a fill 227 KiB, or, in the small tiles, half of it.
     "fp8_gemm_portable_kernel<PortableTile<128, 128, 64, 32, 4, 1> >": 136448,
     "fp8_gemm_portable_kernel<PortableTile<64, 128, 32, 32, 3, 1> >": 77056,
