@@ -141,7 +141,7 @@ def _prefill(session: Session, prompts: Tensor, chunk: int | None) -> tuple[Tens
         ends = torch.arange(0, prompts.numel(), prompts.shape[1]) + torch.tensor(session.prompt_lengths)
         return model.model(prompts, step), prompts.roll(-1, dims=1), ends.to(prompts.device) - 1, step
 
-    ahead = [prompts, *(prompts.roll(-k, dims=1) for k in range(1, 1 + max(1, session.drafts)))]  # k tokens later
+    ahead = [prompts, *(prompts.roll(-k, dims=1) for k in range(1, 1 + max(1, session.drafts)))]  # the ids k places on
     chunks = [-(-length // chunk) for length in session.prompt_lengths]
     for left in range(max(chunks), 0, -1):  # rows with fewer chunks begin later
         rows = [row for row, count in enumerate(chunks) if count >= left]
@@ -154,7 +154,8 @@ def _prefill(session: Session, prompts: Tensor, chunk: int | None) -> tuple[Tens
         following = [torch.cat(some)[None] for some in following]
         if left == 1:
             return hidden, following[0], step.last, step
-        for layer, some in zip(model.mtp_layers[: session.drafts], following):  # their cache
+        # The cache of the MTP layers. What follows the prompt is not known here, which can only cost a draft.
+        for layer, some in zip(model.mtp_layers[: session.drafts], following):
             hidden = layer(hidden, model.model.embed_tokens(some), step)
 
 
