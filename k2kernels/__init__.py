@@ -16,7 +16,7 @@ from k2kernels.ops.fp8_gemm import (
 )
 from k2kernels.ops.mla_cache import mla_append, mla_gather
 from k2kernels.ops.mla_decode import MlaOutput, merge_attention_states, mla_decode
-from k2kernels.ops.mla_prefill import mla_prefill
+from k2kernels.ops.mla_prefill import mla_prefill, mla_prefill_piece
 from k2kernels.ops.moe import (
     Dispatched,
     Routing,
@@ -54,6 +54,7 @@ __all__ = [
     "mla_decode",
     "mla_gather",
     "mla_prefill",
+    "mla_prefill_piece",
     "moe_combine",
     "moe_dispatch",
     "moe_mlp",

@@ -26,6 +26,12 @@ MATRIX, STEP = torch.randn(24, 40), [[torch.randn(1, 24, 40)] for _ in range(3)]
 SLOTS = k.moe_dispatch(X, INDICES, WEIGHTS, num_experts=8)
 EXPERTS, PLACES = torch.randn(8, 128, 256).bfloat16(), (SLOTS.offsets, SLOTS.counts)
 COUNTS = torch.ones(8, dtype=torch.int64)
+PREFILL_Q, PREFILL_KV, ROPE_KEY = (
+    torch.randn(1, 2, 192).bfloat16(),
+    torch.randn(1, 2, 256).bfloat16(),
+    ROW[:, :64].clone(),
+)
+OF_VALUES, OF_ROWS, CU = PREFILL_Q[..., :128].clone(), torch.zeros(1, 2), torch.tensor([0, 1], dtype=torch.int32)
 
 
 def dispatched():
@@ -44,6 +50,20 @@ CALLS = {
     "mla_append": (lambda: k.mla_append(ROW, CACHE, TABLE, ONE), 37, set()),
     "mla_decode": (lambda: k.mla_decode(Q, CACHE, TABLE, ONE, softmax_scale=0.1), 47, set()),
     "mla_gather": (lambda: k.mla_gather(CACHE, TABLE, ONE), 32, set()),
+    "mla_prefill": (
+        lambda: k.mla_prefill(
+            PREFILL_Q, PREFILL_KV, None, k_rope=ROPE_KEY, cu_seqlens_q=CU, cu_seqlens_k=CU, softmax_scale=0.1
+        ),
+        60,
+        {"aten::new_zeros", "aten::zero_", "aten::fill_"},
+    ),
+    "mla_prefill_backward": (
+        lambda: torch.ops.k2kernels.mla_prefill_backward(
+            OF_VALUES, OF_ROWS, PREFILL_Q, PREFILL_KV, None, ROPE_KEY, OF_VALUES, OF_ROWS, CU, CU, 0.1, True
+        ),
+        60,
+        {"aten::new_zeros", "aten::zero_", "aten::fill_"},
+    ),
     "moe_route": (lambda: k.moe_route(LOGITS, BIAS, top_k=2), 39, set()),
     "moe_dispatch": (dispatched, 39, set()),
     "newton_schulz": (lambda: k.newton_schulz(MATRIX), 39, set()),
@@ -65,8 +85,10 @@ CALLS = {
 }
 
 
-# Memory besides results: mla_decode's largest logits (it has none), the loss's counters and blocks' sums, workspaces.
+# Memory besides results: tickets, unused largest logits, counters and sums of the loss, workspaces.
 WORKSPACES = {
+    "mla_prefill": 1,
+    "mla_prefill_backward": 2,
     "mla_decode": 1,
     "moe_sequence_loss": 2,
     "newton_schulz": 1,

@@ -198,20 +198,19 @@ def _piece_outputs(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [T, ..., D] with stride 1 along D and rows that begin at multiples of 16 bytes; copied only if it must be."""
-    places = x.data_ptr()
-    for stride in x.stride()[:-1]:
+    """x [T, ..., D] with stride 1 along D and rows apart, at multiples of 16 bytes; copied only if it must be."""
+    places, strides = x.data_ptr(), x.stride()
+    for stride in strides[:-1]:
         places |= stride * x.element_size()
-    good = x.stride(-1) == 1 and places % 16 == 0
+    good = strides[-1] == 1 and places % 16 == 0 and 0 not in strides
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
-def _keys(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """k, v and k_rope as the kernels take them."""
-    k = _rows(k)
-    if v is None:
-        k, v = k.split([NOPE, VALUE], dim=-1)
-    return k, _rows(v), None if k_rope is None else _rows(k_rope)
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As the kernels take them."""
+    return _rows(q), _rows(k), None if v is None else _rows(v), None if k_rope is None else _rows(k_rope)
 
 
 def _launch(
@@ -229,15 +228,17 @@ def _launch(
     diagonal: Tensor | None = None,
     state_in: Tensor | None = None,
     state_out: Tensor | None = None,
+    *,
+    op: str = "mla_prefill",
 ) -> None:
     if q.numel() == 0:
         return
-    q, (k, v, k_rope) = _rows(q), _keys(q, k, v, k_rope)
+    q, k, v, k_rope = _operands(q, k, v, k_rope)
     plan = module(q.device).mla_prefill_plan(chip(q.device), q, k, v, k_rope)
     ticket = q.new_zeros(1, dtype=torch.int32)
     launch(
         "mla_prefill", q, k, v, k_rope, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), diagonal, softmax_scale,
-        causal, out, lse, max_logits, state_in, state_out, ticket, plan,
+        causal, out, lse, max_logits, state_in, state_out, ticket, plan, op=op,
     )  # fmt: skip
 
 
@@ -259,7 +260,7 @@ def _launch_piece(
 ) -> None:
     _launch(
         out, lse, max_logits, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, diagonal.contiguous(),
-        None if first else state, None if last else state,
+        None if first else state, None if last else state, op="mla_prefill_piece",
     )  # fmt: skip
 
 
@@ -299,9 +300,7 @@ def _side_by_side(k: Tensor, v: Tensor) -> Tensor | None:
     return k.as_strided((*k.shape[:-1], k.shape[-1] + v.shape[-1]), k.stride()) if adjacent else None
 
 
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(q.new_empty(0 if x is None else x.shape) for x in (q, k, v, k_rope))
 
 
@@ -323,12 +322,9 @@ def _launch_backward(
     softmax_scale: float,
     causal: bool,
 ) -> None:
-    if v is None:
-        grad_k, grad_v = grad_k.split([NOPE, VALUE], dim=-1)
-    q, (k, v, k_rope) = _rows(q), _keys(q, k, v, k_rope)
-    extension = module(q.device)
-    plan = extension.mla_prefill_plan(chip(q.device), q, k, v, k_rope)
-    workspace = q.new_empty(extension.mla_prefill_workspace_floats(q, k, k_rope is not None), dtype=torch.float32)
+    q, k, v, k_rope = _operands(q, k, v, k_rope)
+    plan = module(q.device).mla_prefill_plan(chip(q.device), q, k, v, k_rope)
+    workspace = q.new_empty(plan.workspace_floats(q, k, k_rope is not None), dtype=torch.float32)
     tickets = q.new_zeros(2, dtype=torch.int32)
     launch(
         "mla_prefill_backward", _rows(grad_out), grad_lse.contiguous(), q, k, v, k_rope, out, lse,

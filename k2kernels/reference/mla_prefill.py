@@ -8,8 +8,6 @@ heads share, k is [Tk, H, nope]; and without v it is [Tk, H, nope + V], keys and
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,8 @@ from k2kernels.reference._numeric import wide
 def mla_prefill(
     q: Tensor,
     k: Tensor,
-    v: Optional[Tensor],
-    k_rope: Optional[Tensor],
+    v: Tensor | None,
+    k_rope: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     softmax_scale: float,
@@ -39,8 +37,8 @@ def mla_prefill_piece(
     state: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Optional[Tensor],
-    k_rope: Optional[Tensor],
+    v: Tensor | None,
+    k_rope: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     diagonal: Tensor,
@@ -68,8 +66,8 @@ def mla_prefill_backward(
     grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Optional[Tensor],
-    k_rope: Optional[Tensor],
+    v: Tensor | None,
+    k_rope: Tensor | None,
     out: Tensor,
     lse: Tensor,
     cu_seqlens_q: Tensor,
@@ -105,7 +103,7 @@ def mla_prefill_backward(
     return tuple(grad.to(q.dtype).contiguous() for grad in (grad_q, grad_k, grad_v, grad_k_rope))
 
 
-def _expanded(q: Tensor, k: Tensor, v: Optional[Tensor], k_rope: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def _expanded(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """k [Tk, H, nope + R] and v [Tk, H, V], in the wide dtype."""
     if v is None:
         nope = q.shape[-1] - k_rope.shape[-1]
@@ -115,7 +113,7 @@ def _expanded(q: Tensor, k: Tensor, v: Optional[Tensor], k_rope: Optional[Tensor
     return wide(k), wide(v)
 
 
-def _borders(queries: Sequences, keys: Sequences, causal: bool) -> Optional[Tensor]:
+def _borders(queries: Sequences, keys: Sequences, causal: bool) -> Tensor | None:
     """A query sees the keys before its border, [B or 1, Q or 1]; None: all of them, of sequences of equal length."""
     if not causal and keys.real is None:
         return None
@@ -126,11 +124,11 @@ def _borders(queries: Sequences, keys: Sequences, causal: bool) -> Optional[Tens
 def _attend(
     q: Tensor,
     k: Tensor,
-    v: Optional[Tensor],
-    k_rope: Optional[Tensor],
+    v: Tensor | None,
+    k_rope: Tensor | None,
     queries: Sequences,
     keys: Sequences,
-    border_BQ: Optional[Tensor],
+    border_BQ: Tensor | None,
     softmax_scale: float,
 ) -> State:
     k, v = _expanded(q, k, v, k_rope)
@@ -138,7 +136,7 @@ def _attend(
     return attend(_scores(q_BHQD, k_BHKD, keys, border_BQ), keys.split(v))
 
 
-def _scores(q_BHQD: Tensor, k_BHKD: Tensor, keys: Sequences, border_BQ: Optional[Tensor]) -> Tensor:
+def _scores(q_BHQD: Tensor, k_BHKD: Tensor, keys: Sequences, border_BQ: Tensor | None) -> Tensor:
     """Logits [B, H, Q, K] of scaled queries, -inf where the query does not see the key."""
     scores_BHQK = q_BHQD @ k_BHKD.mT
     if border_BQ is None:

@@ -369,3 +369,43 @@ def test_picture_of_a_moe_layer(tmp_path):
     (drawn,) = pictures.draw(results, tmp_path / "docs")
     assert drawn.name == "moe_layer.png" and drawn.stat().st_size > 20_000
     assert len(pictures._stages(lines)) == len(moe.LAYER_TOKENS) * sum(map(len, moe.STAGES.values()))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("lengths", [([5, 9], [5, 9]), ([4], [11])], ids=str)
+def test_prefill_bytes_and_flops(lengths, backward, monkeypatch):
+    prefill = load("bench_mla_prefill")
+    monkeypatch.setitem(prefill.BATCHES, "small", lengths)
+    case = prefill.case("small", 3, backward)
+    inputs = case.make(torch.device("cpu"))
+    out, lse, peaks = prefill.forward(*inputs)
+    read = [*inputs[:3], out, lse]
+    if backward:
+        grads = case.bodies["k2kernels"](*inputs)
+        read += [out, *grads]  # dO is as large as out
+        peaks = torch.empty(0)
+    assert case.bytes == sum(x.numel() * x.element_size() for x in (*read, peaks)) - (0 if backward else lse.nbytes)
+    seen = sum(1 for n, m in zip(*lengths) for i in range(n) for j in range(m) if j <= m - n + i)
+    per_pair = 2 * (3 * 192 + 2 * 128) if backward else 2 * (192 + 128)  # multiplication by multiplication
+    assert case.flops == 3 * seen * per_pair
+
+
+def test_prefill_peers_agree(monkeypatch):
+    prefill = load("bench_mla_prefill")
+    monkeypatch.setitem(prefill.BATCHES, "small", ([9, 9], [9, 9]))
+    case = prefill.case("small", 3, backward=False)
+    inputs = case.make(torch.device("cpu"))
+    want = case.bodies["k2kernels"](*inputs).out.float()
+    torch.testing.assert_close(case.bodies["torch sdpa"](*inputs).float(), want, atol=0.03, rtol=0.02)
+    case = prefill.case("small", 3, backward=True)
+    inputs = case.make(torch.device("cpu"))
+    case.bodies["k2kernels"](*inputs)
+    peer = case.bodies["torch sdpa"](*inputs)
+    out, leaves, grad = prefill.KEPT["torch sdpa", id(inputs[0])]
+    assert [x.shape for x in peer] == [x.shape for x in leaves] and grad.shape == out.shape
+    shapes = [(case.op, case.shape) for case in prefill.gpu_cases()]
+    assert len(set(shapes)) == len(shapes) and ("mla_prefill_backward", "1x8k h128") in shapes
+    # Kimi-K2, 8,192 tokens: 1.37 TFLOP forward, 3.57 backward.
+    flops = {case.op: case.flops for case in prefill.gpu_cases() if case.shape == "1x8k h64"}
+    assert flops["mla_prefill"] == pytest.approx(1.374e12, rel=1e-3)
+    assert flops["mla_prefill_backward"] == pytest.approx(3.574e12, rel=1e-3)

@@ -210,6 +210,51 @@ EACH["merge_attention_states"] = (
     k.merge_attention_states,
     lambda: (torch.randn(5, 64, 512), torch.randn(5, 64), torch.randn(5, 64, 512), torch.randn(5, 64)),
 )
+
+
+def prefill_arguments():
+    """Two sequences and padding; the second has a context."""
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 200, 270], [0, 200, 500]))
+    q, kv, k_rope = (torch.randn(n, *size).bfloat16() for n, *size in ((280, 4, 192), (510, 4, 256), (510, 64)))
+    return q, kv, k_rope, cu_q, cu_k
+
+
+def prefill(q, kv, k_rope, cu_q, cu_k):
+    options = dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, softmax_scale=0.07, return_max_logits=True)
+    return k.mla_prefill(q, kv, None, k_rope=k_rope, **options)
+
+
+def piece_arguments():
+    """The second sequence's keys in two pieces, the first of which has all keys of the first sequence too."""
+    q, kv, k_rope, cu_q, _ = prefill_arguments()
+    pieces = []
+    for first, begin, end, lengths in ((0, 0, 328, [200, 128]), (128, 328, 500, [0, 172])):
+        numbers = [torch.tensor(x, dtype=torch.int32) for x in ([0, lengths[0], sum(lengths)], [-first, 230 - first])]
+        pieces += [kv[begin:end], k_rope[begin:end], *numbers]
+    return q, cu_q, *pieces
+
+
+def prefill_pieces(q, cu_q, *pieces):
+    state = None
+    for i in (0, 4):
+        kv, k_rope, cu_k, diagonal = pieces[i : i + 4]
+        state = k.mla_prefill_piece(
+            state, q, kv, None, k_rope=k_rope, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, diagonal=diagonal,
+            softmax_scale=0.07, last=i > 0,
+        )  # fmt: skip
+    return state[:2]
+
+
+def prefill_gradients(grad, *args):
+    out, lse, _ = prefill(*args)
+    q, kv, k_rope, cu_q, cu_k = args
+    backward = torch.ops.k2kernels.mla_prefill_backward
+    return backward(grad, torch.zeros_like(lse), q, kv, None, k_rope, out, lse, cu_q, cu_k, 0.07, True)
+
+
+EACH["mla_prefill"] = lambda *args: tuple(prefill(*args)), prefill_arguments
+EACH["mla_prefill_piece"] = prefill_pieces, piece_arguments
+EACH["mla_prefill_backward"] = prefill_gradients, lambda: (torch.randn(280, 4, 128).bfloat16(), *prefill_arguments())
 EACH["newton_schulz"] = k.newton_schulz, lambda: (torch.randn(3, 200, 333),)
 EACH["newton_schulz_grouped"] = (
     lambda *xs: tuple(k.newton_schulz_grouped(xs)),

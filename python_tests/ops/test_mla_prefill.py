@@ -113,6 +113,25 @@ def test_gradients_of_views_of_one_tensor_are_views_of_one():
     assert torch.equal(grad_k, want[0]) and torch.equal(grad_v, want[1])
 
 
+def test_gradients_through_the_merge_of_two_halves():
+    """Each half's lse weighs its output, so that the gradient of lse matters."""
+    lengths = [7]
+    q, k, v = (x.requires_grad_() for x in inputs(lengths, lengths, 2, 6, 4))
+    cu, options = cumulative(lengths), dict(softmax_scale=0.3, causal=False)
+    whole = mla_prefill(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, **options)
+    halves = [
+        mla_prefill(q, k[rows], v[rows], cu_seqlens_q=cu, cu_seqlens_k=cumulative([n]), **options)
+        for rows, n in ((slice(0, 3), 3), (slice(3, 7), 4))
+    ]
+    lse = torch.logaddexp(halves[0].lse, halves[1].lse)
+    merged = sum(half.out * (half.lse - lse).exp()[..., None] for half in halves)
+    check_close(merged, whole.out, budget=1e-13, name="out")
+    grads = torch.randn_like(merged), torch.randn_like(lse)
+    want = torch.autograd.grad([whole.out, whole.lse], (q, k, v), grads)
+    for name, got, exact in zip("qkv", torch.autograd.grad([merged, lse], (q, k, v), grads), want):
+        check_close(got, exact, budget=1e-13, name=f"grad_{name}")
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cuts", [[4], [1, 3, 8], []], ids=str)
 def test_pieces_of_the_keys_give_the_result_of_all(cuts, form):
