@@ -13,7 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 import k2kernels
 from k2kernels.engine.session import Session
 from k2kernels.model import K2Config, K2Model, attention, extend
+from k2kernels.model.attention import Prefill
 from k2kernels.model.extend import Absorbed, Expanded, Extend
+from k2kernels.model.rope import Rope
+from k2kernels.ops.mla_cache import mla_append
 from k2kernels.ops.mla_decode import MlaOutput
 from k2kernels.ops.mla_prefill import mla_prefill
 from k2kernels.testing.compare import check_close
@@ -317,3 +320,39 @@ def test_kernels_in_the_absorbed_form(arch, cache_dtype, monkeypatch):
     _, got = generated(model, batch, mask, **options)
     assert calls == ["mla_append", "mla_decode"] * 6
     assert (got - exact).norm() <= 2 * (want - exact).norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch, tokens", [("sm_80", 256), ("sm_90a", 128), ("sm_90a", 256), ("sm_90a", 8192)])
+def test_kernels_in_the_expanded_form_have_the_bits_of_whole_prompts(arch, tokens, monkeypatch):
+    """Whatever the chunks and the pieces of their keys: one sequence in two chunks beside a whole one. The projection
+    goes row by row, as PyTorch may multiply a row otherwise in another batch."""
+    monkeypatch.setattr(extend, "EXPANDED_TOKENS", tokens)
+    sizes = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, num_attention_heads=2)
+    layer = tiny.model(**sizes, num_hidden_layers=1).bfloat16().model.layers[0].self_attn
+    weight = layer.kv_b_proj.weight
+    layer.kv_b_proj.forward = lambda x: torch.cat([row[None] @ weight.T for row in x])
+    lengths, chunks = [375, 171], [([0], [0], [200]), ([0, 1], [200, 0], [175, 171])]
+    q = [torch.randn(length, 2, 192).bfloat16() for length in lengths]
+    rows = [torch.randn(length, 576).bfloat16() for length in lengths]
+    pages, table = (
+        torch.zeros(1, 9, 64, 576).bfloat16(),
+        torch.tensor([[3, 1, 4, 0, 5, 8], [2, 6, 7, -1, -1, -1]]).int(),
+    )
+    outs, before = [[], []], k2kernels.launch_count("mla_prefill_piece")
+    with k2kernels.emulated(arch, seed=2):
+        for sequence, length in enumerate(lengths):
+            prefill = Prefill((), torch.tensor([0, length]).int())
+            outs[sequence].append(layer._whole(q[sequence], *rows[sequence].split([512, 64], 1), prefill))
+        for some, past, new in chunks:
+            cut = [(b, slice(first, first + count)) for b, first, count in zip(some, past, new)]
+            step = Extend(Rope(layer.config), pages, table[some], [], past, new)
+            mla_append(torch.cat([rows[b][span] for b, span in cut]), pages[0], step.block_table, step.positions)
+            queries = torch.cat([q[b][span] for b, span in cut])
+            out = torch.cat([layer._in_pieces(queries[part.tokens], step, part) for part in step.parts])
+            for b, part in zip(some, out.split(new)):
+                outs[b].append(part)
+    launches = {128: 2 + 3 + 2, 256: 1 + 2 + 1, 8192: 1 + 1}[tokens]
+    assert k2kernels.launch_count("mla_prefill_piece") - before == launches
+    for whole, *parts in outs:
+        assert torch.equal(torch.cat(parts), whole)
