@@ -335,10 +335,8 @@ def test_kernels_in_the_expanded_form_have_the_bits_of_whole_prompts(arch, token
     lengths, chunks = [375, 171], [([0], [0], [200]), ([0, 1], [200, 0], [175, 171])]
     q = [torch.randn(length, 2, 192).bfloat16() for length in lengths]
     rows = [torch.randn(length, 576).bfloat16() for length in lengths]
-    pages, table = (
-        torch.zeros(1, 9, 64, 576).bfloat16(),
-        torch.tensor([[3, 1, 4, 0, 5, 8], [2, 6, 7, -1, -1, -1]]).int(),
-    )
+    pages = torch.zeros(1, 9, 64, 576).bfloat16()
+    table = torch.tensor([[3, 1, 4, 0, 5, 8], [2, 6, 7, -1, -1, -1]]).int()
     outs, before = [[], []], k2kernels.launch_count("mla_prefill_piece")
     with k2kernels.emulated(arch, seed=2):
         for sequence, length in enumerate(lengths):
