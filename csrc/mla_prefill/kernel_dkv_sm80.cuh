@@ -59,6 +59,7 @@ struct alignas(128) MlaDkvSm80Storage {
     DkvTasks tasks;                                 // warp 0's scheduler
     MlaPrefillTask task;
 };
+static_assert(fits_sm(sizeof(MlaDkvSm80Storage), /*ctas=*/1));
 static_assert(sizeof(MlaDkvSm80Storage::Stage) % 128 == 0);
 
 // Starts this thread's copies of the step that begins with `query`.

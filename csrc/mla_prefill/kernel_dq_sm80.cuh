@@ -48,6 +48,7 @@ struct alignas(128) MlaDqSm80Storage {
     DqTasks tasks;  // warp 0's scheduler
     MlaPrefillTask task;
 };
+static_assert(fits_sm(sizeof(MlaDqSm80Storage), kDqCtas));
 
 template <class T>
 __global__ void __launch_bounds__(kDqThreads, kDqCtas)

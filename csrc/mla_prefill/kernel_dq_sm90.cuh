@@ -13,28 +13,29 @@
 // keys alone.
 //
 // Stage     K of a block is three boxes of 96 keys x 64 columns, read K-major for S and MN-major for
-//           dQ; V is two. K and V have barriers of their own: V is free half a step earlier.
-// Overlap   in a warpgroup, exponentials run during dP. The scores of a block are issued with dQ of
-//           the one before:
+//           dQ; V is two. K and V have barriers of their own: V is free half a step earlier. Wider
+//           blocks do not fit; narrower ones read more shared memory for a product, S and dP of 64
+//           keys all that there is.
+// Overlap   exponentials run during dP; for the rest, one warpgroup multiplies while the other
+//           computes. To start the next scores before dQ would not shorten a warpgroup's step, and
+//           K of the next block had to land half a step earlier, in the only other stage.
 //
-//               tensor cores   S(0)  dP(0)           S(1) dQ(0)  dP(1)           S(2) dQ(1)  ...
-//               CUDA cores           P(0)   dS(0)                P(1)   dS(1)                ...
+//               tensor cores   S(0)  dP(0)           dQ(0)  S(1)  dP(1)           dQ(1)  ...
+//               CUDA cores           P(0)   dS(0)                 P(1)   dS(1)           ...
 //
-//           While one warpgroup computes dS, the other multiplies. The last step, which has no next
-//           scores, comes after the loop.
 // Barriers  event          arrivals                     waited for by
 //           known, done[2] task_queue.cuh               readers: the producer, 8 consumer warps
-//           q_full         producer + bytes of Q, dO    consumers
+//           q_full         producer + bytes             consumers
 //           q_empty        8 consumer warps, after the  producer: before it loads the next tile's
-//                          tile's last dP
+//                          tile's last scores
+//           grad_out_full, grad_out_empty               the same of dO, after the tile's last dP
 //           k_full[2]      producer + bytes             consumers
 //           k_empty[2]     8 consumer warps, after dQ   producer: K of the stage is free
 //           v_full[2]      producer + bytes             consumers
 //           v_empty[2]     8 consumer warps, after dP   producer: V of the stage is free
 //           named 1, 2: the threads of a warpgroup, 3: of both, while they clear rows of K
 // Tail      boxes in the last block reach beyond the sequence. dS is selected to 0 there: V may hold
-//           NaN, so that P = 0 were not enough. Rows of K are cleared, as 0 times NaN is NaN, once
-//           both warpgroups have their scores.
+//           NaN, P = 0 is not enough. Rows of K are cleared, as 0 times NaN is NaN.
 // Epilogue  from registers, row by row, 16 bytes per lane: rows beyond the sequence are not stored.
 // Shared    Q 48 KB, dO 32 KB, two stages of K 36 KB and V 24 KB: 200 KB of 227.
 // Registers 168 per thread at launch; setmaxnreg: consumers 232 (S and dP 48 each, dS 24, dQ 96),
@@ -63,7 +64,7 @@ struct MlaDqSm90Storage {
     tile::SwizzledBox<kHopperRows> grad_out[kVBoxes];  // [128 queries, 128]
     KeyRing<kHopperDqKeys> ring;
     PrefillTasks tasks;
-    arch::Mbarrier q_full, q_empty;
+    arch::Mbarrier q_full, q_empty, grad_out_full, grad_out_empty;
 };
 static_assert(sizeof(MlaDqSm90Storage) <= 232448);
 
@@ -72,6 +73,8 @@ K2K_DEVICE void make_barriers(MlaDqSm90Storage& smem) {
     make_task_barriers(smem.tasks, 9);
     arch::mbarrier_init(smem.q_full, 1);
     arch::mbarrier_init(smem.q_empty, 8);
+    arch::mbarrier_init(smem.grad_out_full, 1);
+    arch::mbarrier_init(smem.grad_out_empty, 8);
     arch::fence_mbarrier_init();
 }
 
@@ -79,30 +82,33 @@ K2K_DEVICE void make_barriers(MlaDqSm90Storage& smem) {
 
 // One thread calls it.
 K2K_DEVICE void load_dq(MlaDqSm90Storage& smem, const MlaPrefillInputs& in, const DqMaps& maps) {
+    constexpr auto kHint = arch::CacheHint::kEvictFirst;  // of what is read once
     HopperStage stage;
-    uint32_t q_parity = 1;
+    uint32_t parity = 1;  // of q_empty and grad_out_empty
     for (TaskPosition at;; at.advance()) {
         const MlaPrefillTask& task = next_task(smem.tasks, at);
         if (task.last) return;
         const int head = task.head, end_key = end_of_keys(task);
+        const int query = task.first_query + task.tile;
         for (int key = 0; key < end_key; key += kHopperDqKeys, stage.advance()) {
             const int token = task.first_key + key;
             load_v(smem.ring, stage, maps.keys, head, token);
             load_k(smem.ring, stage, maps.keys, head, rope_head(in, head), token);
             // Q and dO of the tile, after its first keys: only they wait for the last tile.
             if (key > 0) continue;
-            arch::mbarrier_wait(smem.q_empty, q_parity);
-            q_parity ^= 1;
-            const int query = task.first_query + task.tile;
-            arch::mbarrier_arrive_expect_tx(smem.q_full, sizeof smem.q + sizeof smem.grad_out);
+            arch::mbarrier_wait(smem.q_empty, parity);
+            arch::mbarrier_arrive_expect_tx(smem.q_full, sizeof smem.q);
             for (int i = 0; i < kQkBoxes; ++i) {
                 arch::tma_load_3d(&smem.q[i], maps.q, smem.q_full, i * kBoxColumns, head, query,
-                                  arch::CacheHint::kEvictFirst);
+                                  kHint);
             }
+            arch::mbarrier_wait(smem.grad_out_empty, parity);
+            arch::mbarrier_arrive_expect_tx(smem.grad_out_full, sizeof smem.grad_out);
             for (int i = 0; i < kVBoxes; ++i) {
-                arch::tma_load_3d(&smem.grad_out[i], maps.grad_out, smem.q_full, i * kBoxColumns,
-                                  head, query, arch::CacheHint::kEvictFirst);
+                arch::tma_load_3d(&smem.grad_out[i], maps.grad_out, smem.grad_out_full,
+                                  i * kBoxColumns, head, query, kHint);
             }
+            parity ^= 1;
         }
         arch::mbarrier_arrive(smem.tasks.done[at.slot]);
     }
@@ -141,7 +147,7 @@ K2K_DEVICE void compute_dq(MlaDqSm90Storage& smem, const MlaPrefillBackwardParam
     const float scale2 = p.in.scale * tile::kLog2E;
 
     HopperStage stage;
-    uint32_t q_parity = 0;
+    uint32_t parity = 0;  // of q_full and grad_out_full
     for (TaskPosition at;; at.advance()) {
         const MlaPrefillTask& task = next_task(smem.tasks, at);
         if (task.last) return;
@@ -162,71 +168,12 @@ K2K_DEVICE void compute_dq(MlaDqSm90Storage& smem, const MlaPrefillBackwardParam
         K2K_UNROLL
         for (int i = 0; i < kQkDim / 2; ++i) dq[i] = 0;
 
-        if (end_key > 0) {
-            // The first block's scores.
-            DqScores scores;
-            arch::mbarrier_wait(smem.q_full, q_parity);
-            q_parity ^= 1;
+        for (int key = 0; key < end_key; key += kHopperDqKeys, stage = stage_after(stage)) {
+            // In the last block, clear the rows of K beyond the sequence: one warpgroup the nope
+            // part, the other the rope part.
             arch::mbarrier_wait(ring.k_full[stage.slot], stage.parity);
-            start_scores<T, kQkDim>(scores, q, k + stage.slot * kKStage);
-            arch::wgmma_wait<0>(flat(scores));
-
-            const auto step = [&](int key, auto is_last) {
-                constexpr bool kLast = decltype(is_last)::value;
-                const HopperStage next = stage_after(stage);
-                // Start dP.
-                DqScores grads;
-                arch::mbarrier_wait(ring.v_full[stage.slot], stage.parity);
-                start_scores<T, kVDim>(grads, grad_out, v + stage.slot * kVStage);
-                // P, while dP runs.
-                K2K_UNROLL
-                for (int j = 0; j < kHopperDqKeys / 8; ++j) {
-                    K2K_UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        scores[j][i] = arch::exp2_approx(fmaf(scores[j][i], scale2, -lse2[i / 2]));
-                    }
-                }
-                // Wait for the next K. (Without a branch here, ptxas moves the wait for dP up,
-                // before the exponentials.)
-                if (!kLast) arch::mbarrier_wait(ring.k_full[next.slot], next.parity);
-                // Release V, and Q and dO after the tile's last dP.
-                arch::wgmma_wait<0>(flat(grads));
-                tile::warp_arrive(ring.v_empty[stage.slot]);
-                if (kLast) tile::warp_arrive(smem.q_empty);
-                // dS = P (dP - delta), without what a row does not see; round it.
-                K2K_UNROLL
-                for (int j = 0; j < kHopperDqKeys / 8; ++j) {
-                    K2K_UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        grads[j][i] = scores[j][i] * (grads[j][i] - delta[i / 2]);
-                    }
-                }
-                if (key + kHopperDqKeys > sees.warp) {
-                    zero_unseen(grads, 0, sees.row[0] - key);
-                    zero_unseen(grads, 1, sees.row[1] - key);
-                }
-                Operands<kHopperDqKeys> rounded;
-                round_scores<T>(rounded, grads);
-                // Start the next block's scores and this one's dQ.
-                if constexpr (!kLast) {
-                    start_scores<T, kQkDim>(scores, q, k + next.slot * kKStage);
-                }
-                start_sums<T, kQkDim>(dq, rounded, k_columns + stage.slot * kKStage);
-                arch::wgmma_wait<0>(dq);
-                if constexpr (!kLast) arch::wgmma_wait<0>(flat(scores));
-                // Release K.
-                tile::warp_arrive(ring.k_empty[stage.slot]);
-                stage = next;
-            };
-            int key = 0;
-            for (; key + kHopperDqKeys < end_key; key += kHopperDqKeys) {
-                step(key, std::false_type{});
-            }
-            // Clear the last block's rows of K beyond the sequence, when both warpgroups have their
-            // scores: one the nope part, one the rope part.
             const int valid = task.keys - key;
             if (valid < kHopperDqKeys) {
-                arch::barrier_sync(kBothWarpgroups, 256);
                 auto* boxes = ring.k[stage.slot];
                 if (warpgroup == 0) {
                     tile::clear_rows<kNopeBoxes>(boxes, valid, kOneWarpgroup);
@@ -235,7 +182,51 @@ K2K_DEVICE void compute_dq(MlaDqSm90Storage& smem, const MlaPrefillBackwardParam
                 }
                 arch::barrier_sync(kBothWarpgroups, 256);
             }
-            step(key, std::true_type{});
+            // Start S and dP.
+            if (key == 0) {
+                arch::mbarrier_wait(smem.q_full, parity);
+                arch::mbarrier_wait(smem.grad_out_full, parity);
+                parity ^= 1;
+            }
+            arch::mbarrier_wait(ring.v_full[stage.slot], stage.parity);
+            DqScores scores, grads;
+            start_scores<T, kQkDim>(scores, q, k + stage.slot * kKStage);
+            start_scores<T, kVDim>(grads, grad_out, v + stage.slot * kVStage);
+            // P, while dP runs.
+            arch::wgmma_wait<1>(flat(scores));
+            K2K_UNROLL
+            for (int j = 0; j < kHopperDqKeys / 8; ++j) {
+                K2K_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    scores[j][i] = arch::exp2_approx(fmaf(scores[j][i], scale2, -lse2[i / 2]));
+                }
+            }
+            // Release Q after the tile's last scores. (Without a branch here, ptxas moves the wait
+            // for dP up, before the exponentials.)
+            const bool last = key + kHopperDqKeys >= end_key;
+            if (last) tile::warp_arrive(smem.q_empty);
+            // Release V, and dO after the tile's last dP.
+            arch::wgmma_wait<0>(flat(grads));
+            tile::warp_arrive(ring.v_empty[stage.slot]);
+            if (last) tile::warp_arrive(smem.grad_out_empty);
+            // dS = P (dP - delta), without what a row does not see; round it.
+            K2K_UNROLL
+            for (int j = 0; j < kHopperDqKeys / 8; ++j) {
+                K2K_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    grads[j][i] = scores[j][i] * (grads[j][i] - delta[i / 2]);
+                }
+            }
+            if (key + kHopperDqKeys > sees.warp) {
+                zero_unseen(grads, 0, sees.row[0] - key);
+                zero_unseen(grads, 1, sees.row[1] - key);
+            }
+            Operands<kHopperDqKeys> rounded;
+            round_scores<T>(rounded, grads);
+            // dQ += dS K; release K.
+            start_sums<T, kQkDim>(dq, rounded, k_columns + stage.slot * kKStage);
+            arch::wgmma_wait<0>(dq);
+            tile::warp_arrive(ring.k_empty[stage.slot]);
         }
 
         // Epilogue.

@@ -49,6 +49,7 @@ struct alignas(128) MlaForwardSm80Storage {
     ForwardTasks tasks;                     // warp 0's scheduler
     MlaPrefillTask task;
 };
+static_assert(fits_sm(sizeof(MlaForwardSm80Storage), kForwardCtas));
 
 template <class T>
 __global__ void __launch_bounds__(kForwardThreads, kForwardCtas)

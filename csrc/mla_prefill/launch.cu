@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "common/dispatch.h"
 #include "common/launch.h"
 #include "mla_prefill/config.h"
 #include "mla_prefill/kernel_forward_sm80.cuh"

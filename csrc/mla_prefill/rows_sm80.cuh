@@ -19,6 +19,12 @@ namespace k2k {
 
 constexpr int kQkBytes = kQkDim * 2, kVBytes = kVDim * 2;  // of a row
 
+// Whether so many CTAs fit on each SM: sm_86, sm_89 and sm_120 have 100 KB, of which 1 KB is reserved
+// for each CTA.
+constexpr bool fits_sm(std::size_t shared_bytes, int ctas) {
+    return ctas * (shared_bytes + 1024) <= 100 * 1024;
+}
+
 // Where element 0 of a token's row is.
 template <class T>
 K2K_DEVICE const T* row_of(const void* x, int64_t token, int64_t token_stride, int head,

@@ -95,6 +95,11 @@ def unwritten(*shape, dtype=torch.float32) -> Tensor:
     return guarded(torch.full(shape, math.nan, dtype=dtype))
 
 
+def workspace_of(case: Case) -> Tensor:
+    """Of the backward."""
+    return unwritten(_plan(case, None).workspace_floats(case.q, case.k, case.k_rope is not None))
+
+
 def forward(
     case: Case,
     *,
@@ -118,7 +123,7 @@ def forward(
 
 def backward(
     case: Case, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *, causal=True, scale=SCALE,
-    multiprocessors=None,
+    multiprocessors=None, workspace=None,
 ) -> Gradients:  # fmt: skip
     (tokens_q, heads, _), tokens_k, dtype = case.q.shape, len(case.k), case.q.dtype
     grad_q = unwritten(tokens_q, heads, NOPE + ROPE, dtype=dtype)
@@ -130,7 +135,8 @@ def backward(
         grad_k, grad_v = grad_kv[..., :NOPE], grad_kv[..., NOPE:]
         grad_k_rope = unwritten(tokens_k, ROPE, dtype=dtype)
     plan = _plan(case, multiprocessors)
-    workspace = unwritten(plan.workspace_floats(case.q, case.k, case.k_rope is not None))
+    if workspace is None:
+        workspace = workspace_of(case)
     tickets = guarded(torch.zeros(2, dtype=torch.int32))
     _launch.launch(
         "mla_prefill_backward", grad_out, grad_lse, case.q, case.k, case.v, case.k_rope, out, lse,

@@ -17,6 +17,7 @@ from prefill_cases import (
     of_torch,
     select,
     unwritten,
+    workspace_of,
 )
 
 import k2kernels
@@ -24,8 +25,8 @@ from k2kernels import _emu
 from k2kernels.ops.mla_prefill import mla_prefill, mla_prefill_piece
 from k2kernels.testing.compare import check_close
 
-SCHEDULES = [("sm_80", 0), ("sm_80", 1), ("sm_89", 2), ("sm_80", 3)]
-TWO_SCHEDULES = SCHEDULES[1:3]
+SCHEDULES = [("sm_80", 0), ("sm_80", 1), ("sm_89", 2), ("sm_80", 3), ("sm_90a", 1), ("sm_90a", 2)]
+TWO_SCHEDULES = [("sm_80", 1), ("sm_90a", 2)]
 LENGTHS = [0, 1, 63, 64, 65, 127, 128, 129, 191, 300]
 OTHER_LENGTHS = [7, 1, 100, 64, 0, 190, 128, 60, 191, 300]  # shorter, longer, none, equal
 
@@ -77,10 +78,10 @@ def test_all_lengths(causal, arch, seed):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_are_as_exact_as_those_of_torch(dtype, causal):
+@pytest.mark.parametrize("arch, dtype", [("sm_80", torch.bfloat16), ("sm_90a", torch.float16)])
+def test_gradients_are_as_exact_as_those_of_torch(arch, dtype, causal):
     case = make([97, 130], [97, 130], dtype=dtype, shared=False)
-    with emulated("sm_80", 2):
+    with emulated(arch, 2):
         got = forward(case, causal=causal)
         grads = torch.randn(got.out.shape).to(dtype), torch.zeros(got.lse.shape)
         of_inputs = backward(case, *grads, got.out, got.lse, causal=causal)
@@ -113,9 +114,31 @@ def test_pairs_that_are_not_seen_have_no_gradient_even_of_nan(arch, seed):
         got, (grad_out, grad_lse), want = run(case)
         of_v = backward(case.replace(v=case.v.index_fill(0, torch.tensor(50), math.nan)), grad_out, grad_lse, *got[:2])
         assert torch.equal(of_v.q[:50], want.q[:50]) and of_v.q[50:].isnan().all()
-        grad_out[5] = math.nan
+        grad_out[4:6] = math.nan  # an even and an odd query
         of_grad = backward(case, grad_out, grad_lse, *got[:2])
         assert torch.equal(of_grad.k[6:], want.k[6:]) and of_grad.k[:6].isnan().all()
+
+
+@pytest.mark.parametrize("arch, dtype", [("sm_80", torch.bfloat16), ("sm_90a", torch.float16)])
+def test_rows_of_the_workspace(arch, dtype):
+    """lse2 and delta [H, Tq]: +inf and 0 for rows that see nothing, whatever their gradients are."""
+    case = make([70, 9], [40, 0], 3, dtype, padding=2)
+    tokens = len(case.q)
+    with emulated(arch, 2):
+        got = forward(case)
+        grad_out, grad_lse = gradients_of_results(case, got)
+        grad_out[got.lse == -math.inf] = math.nan
+        workspace = workspace_of(case)
+        backward(case, grad_out, grad_lse, got.out, got.lse, workspace=workspace)
+    lse2, delta = (x.T for x in workspace[: 2 * 3 * tokens].view(2, 3, tokens))
+    empty = got.lse == -math.inf
+    assert empty.sum() == 3 * (30 + 9 + 2) and (lse2[empty] == math.inf).all() and (delta[empty] == 0).all()
+    check_close(lse2[~empty], got.lse[~empty].double() / math.log(2), budget=2.0**-22 * got.lse[~empty].abs())
+    products = grad_out.double() * got.out.double()
+    exact_delta = products.sum(-1) - grad_lse.double()
+    # 128 products and their sum, each addition rounded.
+    budget = 2.0**-24 * (130 * products.abs().sum(-1) + grad_lse.abs())
+    check_close(delta[~empty], exact_delta[~empty], budget=budget[~empty], name="delta")
 
 
 @pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
@@ -148,7 +171,7 @@ def test_the_last_queries_have_the_bits_of_the_whole(arch, seed):
             assert torch.equal(of_last.q, of_inputs.q[first:])
 
 
-@pytest.mark.parametrize("arch", ["sm_80"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_bits_do_not_depend_on_schedule_or_multiprocessors(causal, arch):
     case = make([70, 0, 130], [100, 5, 130], scale_q=3.0)
@@ -163,9 +186,13 @@ def test_bits_do_not_depend_on_schedule_or_multiprocessors(causal, arch):
         assert same(found, got) and same(of_found, of_inputs)
 
 
-@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
-@pytest.mark.parametrize("pieces", [[64, 64, 128], [128, 0, 192], [256], [64, 192, 1]], ids=str)
-def test_keys_in_pieces_have_the_bits_of_one_call(pieces, arch, seed):
+@pytest.mark.parametrize(
+    "arch, seed, pieces",
+    [("sm_80", 1, [64, 64, 128]), ("sm_80", 2, [64, 192, 1])]  # blocks of 64 keys
+    + [(*s, p) for s in TWO_SCHEDULES for p in ([128, 0, 192], [256], [128, 128, 1])],
+    ids=str,
+)
+def test_keys_in_pieces_have_the_bits_of_one_call(arch, seed, pieces):
     """Two sequences, of which one ends in an earlier piece; the state is overwritten in place."""
     lengths_q, lengths_k = [70, 33], [230, 100]
     case = make(lengths_q, lengths_k, scale_q=3.0, padding=2)
@@ -216,12 +243,13 @@ def test_the_rope_gradient_of_many_heads(heads, arch, seed):
 
 
 @pytest.mark.parametrize("lengths_q, lengths_k", [([192], [192]), ([1], [128]), ([64, 1], [64, 65])], ids=str)
-def test_negative_lse_with_a_tail(lengths_q, lengths_k):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_negative_lse_with_a_tail(arch, lengths_q, lengths_k):
     """Logits of about -120: where tails were not cleared, other kernels computed exp(0 - lse) = inf there."""
     case = make(lengths_q, lengths_k)
     case.q[:], case.k_rope[:] = case.q / 8, case.k_rope / 8
     case.q[..., 0], case.k[..., 0] = 40, -42
-    with emulated("sm_80", 1):
+    with emulated(arch, 1):
         got, grads, of_inputs = run(case)
     want, want_of_inputs = exact(case, grads=grads)
     assert want.lse.max() < -100
@@ -229,11 +257,11 @@ def test_negative_lse_with_a_tail(lengths_q, lengths_k):
     check_gradients(of_inputs, want_of_inputs, backward_of_flash_attention(case, grads))
 
 
-@pytest.mark.parametrize("seed", [0, 2])
-def test_large_logits(seed):
+@pytest.mark.parametrize("arch, seed", TWO_SCHEDULES)
+def test_large_logits(arch, seed):
     case = make([100], [160])
     case.q[..., :2], case.k[..., :2] = 360, 200  # logits of 1e4, and some that differ
-    with emulated("sm_80", seed):
+    with emulated(arch, seed):
         got, _, of_inputs = run(case)
     want = exact(case)
     assert want.max_logits.min() > 1e4
@@ -248,13 +276,14 @@ def test_large_logits(seed):
     assert all(x.isfinite().all() for x in of_inputs)
 
 
-def test_drift_of_the_total():
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_drift_of_the_total(arch):
     """All logits about 1,000, the maximum among the first keys: no factor but 1 ever multiplies the sums."""
     case = make([2], [4096], 1)
     case.q[:, :, 1:], case.q[..., 0] = 0, 117.5
     case.k[..., 0] = 117
     case.k[:8, :, 0] = 118
-    with emulated("sm_80", 0):
+    with emulated(arch, 0):
         got = forward(case)
     want = exact(case)
     check_close(got.lse, want.lse, budget=2 * 2.0**-13, name="lse")  # 2 units in the last place of 1,000
@@ -274,22 +303,24 @@ def test_sizes_out_of_range_stay_inside_the_tensors(arch, seed):
 
 @pytest.mark.parametrize("lengths_q, lengths_k", [([], []), ([0, 0], [3, 2]), ([3, 2], [0, 0]), ([0], [0])], ids=str)
 @pytest.mark.parametrize("heads", [0, 2])
-def test_nothing_to_do(heads, lengths_q, lengths_k):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_nothing_to_do(arch, heads, lengths_q, lengths_k):
     case = make(lengths_q, lengths_k, heads)
-    with emulated("sm_80", 0):
+    with emulated(arch, 0):
         got, _, of_inputs = run(case)
     assert (got.out == 0).all() and (got.lse == -math.inf).all() and (got.max_logits == -math.inf).all()
     assert all((x == 0).all() for x in of_inputs)
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_op_runs_these_kernels(shared):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_op_runs_these_kernels(arch, shared):
     case = make([70, 20], [90, 64], shared=shared)
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
     k_rope = case.k_rope.clone().requires_grad_() if shared else None
     cu = dict(cu_seqlens_q=case.cu_seqlens_q, cu_seqlens_k=case.cu_seqlens_k, softmax_scale=SCALE)
     before = k2kernels.launch_count("mla_prefill"), k2kernels.launch_count("mla_prefill_backward")
-    with emulated("sm_80", 0):
+    with emulated(arch, 0):
         want, grads, of_inputs = run(case)
         got = mla_prefill(*leaves, k_rope=k_rope, return_max_logits=True, **cu)
         assert same(got, want)
@@ -324,10 +355,11 @@ def test_expanded_and_misaligned_arguments_are_copied(arch):
         assert torch.equal(out, mla_prefill(*leaves[:2], repeated.contiguous(), k_rope=leaves[3], **cu).out)
 
 
-def test_the_op_in_pieces_runs_these_kernels():
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_op_in_pieces_runs_these_kernels(arch):
     case = make([70], [200])
     cu = dict(cu_seqlens_q=case.cu_seqlens_q, softmax_scale=SCALE, return_max_logits=True)
-    with emulated("sm_80", 2):
+    with emulated(arch, 2):
         whole = forward(case)
         state = None
         for begin, end in ((0, 128), (128, 200)):
