@@ -76,7 +76,7 @@ class Extend:
         page_size, device = pages.shape[2], pages.device
         ends = [0, *accumulate(new)]
         seq_lens = [past + count for past, count in zip(before, new)]
-        self.last = _on(device, ends[1:], torch.int64) - 1
+        self.last = _on(device, ends[1:]) - 1
         self.block_table, self.positions, position = _places(block_table, page_size, before, new)
         self.rope = rope(position)
         self.parts: list[Absorbed | Expanded] = []
