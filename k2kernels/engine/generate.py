@@ -1,4 +1,4 @@
-"""Generation through the paged latent cache: the prompts in one pass, then a few tokens of each row at a time."""
+"""Generation through the paged latent cache: the prompts in one pass or in chunks, then a few tokens at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from k2kernels.engine.sampling import sample
 from k2kernels.engine.session import Session, draft
+from k2kernels.model.attention import Step
 from k2kernels.model.trunk import Trunk
 from k2kernels.ops._check import Arguments
 
@@ -27,6 +28,7 @@ def generate(
     attention_mask: Tensor | None = None,
     speculative: bool = False,
     cache_dtype: str = "auto",
+    prefill_chunk: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
     cuda_graphs: bool = True,
 ) -> Tensor:
@@ -45,6 +47,9 @@ def generate(
         speculative: draft with the MTP layers and verify several tokens in one pass. The tokens are those of greedy
             decoding.
         cache_dtype: "auto" (the model's), or "fp8" (656 bytes per token and layer; 512 + 64 dimensions only).
+        prefill_chunk: take in so many tokens of each prompt at a time, 1 or more: memory beyond the cache then does not
+            grow with the prompt. None: whole prompts in one pass. The results are the same up to rounding; with
+            cache_dtype "fp8" a chunk reads its own tokens rounded, a whole prompt does not.
         on_token: called with each new column of the result, int64 [B] on the CPU, as soon as every row has it.
         cuda_graphs: on a GPU, replay the decoding passes from CUDA graphs, recorded in the second pass of a batch size;
             see `DecodePass`. As rows end, the batch shrinks in powers of two.
@@ -74,6 +79,8 @@ def generate(
         args.require(0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
     if seed is not None:
         args.integer("seed", seed, 0)
+    if prefill_chunk is not None:
+        args.integer("prefill_chunk", prefill_chunk, 1, remedy="or None for whole prompts")
     args.boolean("cuda_graphs", cuda_graphs)
     args.require(on_token is None or callable(on_token), "on_token", "a function or None", on_token)
     if args.boolean("speculative", speculative):
@@ -96,14 +103,10 @@ def generate(
         )
         result = _Result(len(lengths), max_new_tokens, stops, config.pad_token_id, on_token)
         rows = list(range(len(lengths)))  # those that continue; the tensors below have one entry for each
-        each = torch.arange(len(rows), device=prompts.device)
 
-        step = session.prefill(prompts.shape[1])
-        hidden = model.model(prompts, step)
-        last = torch.tensor(lengths, device=prompts.device) - 1
-        newest = pick(model.lm_head(hidden[each, last]))  # chosen, not yet in the cache
-        following = prompts.roll(-1, dims=1)
-        following[each, last] = newest
+        hidden, following, last, step = _prefill(session, prompts, prefill_chunk)
+        newest = pick(model.lm_head(hidden.flatten(0, 1)[last]))  # chosen, not yet in the cache
+        following.view(-1)[last] = newest
         drafts = draft(model, hidden, following, last, step) if speculative else prompts[:, :0]
         ready = [[token] for token in newest.tolist()]
         session.check()
@@ -117,12 +120,43 @@ def generate(
             # A draft is accepted if it and all drafts before it equal the model's own choices.
             last = (decode.tokens[:, 1:] == chosen[:, :-1]).cumprod(dim=1).sum(dim=1)
             newest = chosen.gather(1, last[:, None]).squeeze(1)
-            drafts = draft(model, decode.hidden, chosen, last, decode.step) if speculative else chosen[:, :0]
+            places = last + torch.arange(0, chosen.numel(), chosen.shape[1], device=last.device)
+            drafts = draft(model, decode.hidden, chosen, places, decode.step) if speculative else chosen[:, :0]
             accepted = torch.cat([chosen, last[:, None] + 1], dim=1)[: len(rows)].tolist()
             session.check()  # before tokens of a faulty pass are reported
             ready = [tokens[:count] for *tokens, count in accepted]
             session.advance(rows, [len(tokens) for tokens in ready])
     return torch.cat([input_ids.long(), result.columns(0, result.reported).to(input_ids.device)], dim=1)
+
+
+def _prefill(session: Session, prompts: Tensor, chunk: int | None) -> tuple[Tensor, Tensor, Tensor, Step]:
+    """Runs the passes over the prompts, [B, longest], on the right of which is padding.
+
+    Returns, of the last pass, in which all rows end: hidden states, the token after each place (anything after a row's
+    last), the places of the rows' last tokens, the pass.
+    """
+    model = session.model
+    if chunk is None:
+        step = session.prefill(prompts.shape[1])
+        ends = torch.arange(0, prompts.numel(), prompts.shape[1]) + torch.tensor(session.prompt_lengths)
+        return model.model(prompts, step), prompts.roll(-1, dims=1), ends.to(prompts.device) - 1, step
+
+    ahead = [prompts, *(prompts.roll(-k, dims=1) for k in range(1, 1 + max(1, session.drafts)))]  # the ids k places on
+    chunks = [-(-length // chunk) for length in session.prompt_lengths]
+    for left in range(max(chunks), 0, -1):  # rows with fewer chunks begin later
+        rows = [row for row, count in enumerate(chunks) if count >= left]
+        spans = []
+        for row in rows:
+            first = (chunks[row] - left) * chunk
+            spans.append((row, slice(first, min(first + chunk, session.prompt_lengths[row]))))
+        tokens, *following = ([ids[span] for span in spans] for ids in ahead)
+        hidden, step = session.extend(rows, tokens)
+        following = [torch.cat(some)[None] for some in following]
+        if left == 1:
+            return hidden, following[0], step.last, step
+        # The cache of the MTP layers. What follows the prompt is not known here, which can only cost a draft.
+        for layer, some in zip(model.mtp_layers[: session.drafts], following):
+            hidden = layer(hidden, model.model.embed_tokens(some), step)
 
 
 class _Result:

@@ -8,13 +8,20 @@ from torch import Tensor
 from k2kernels.engine.cache import LatentCache, pages_for
 from k2kernels.engine.decode_pass import DecodePass
 from k2kernels.engine.replay import CudaRecorder
-from k2kernels.model.attention import Decode, Prefill
+from k2kernels.model.attention import Prefill, Step
+from k2kernels.model.extend import Extend
 from k2kernels.model.moe import check_exchanges, exchanges
 from k2kernels.model.trunk import Trunk
 
 
 class Session:
-    """The sequences of one call: their cache, the number of tokens of each in it, and the passes over them."""
+    """The sequences of one call: their cache, the number of tokens of each in it, and the passes over them.
+
+    Args:
+        lengths: of the prompts; `prefill` takes them whole, `extend` in any steps.
+        max_new_tokens: the most that may follow each prompt.
+        drafts: MTP layers that take part.
+    """
 
     def __init__(
         self,
@@ -26,8 +33,8 @@ class Session:
         cuda_graphs: bool = True,
     ):
         weight = model.lm_head.weight
-        self.model, self.device = model, weight.device
-        self.lengths = list(lengths)
+        self.model, self.device, self.drafts = model, weight.device, drafts
+        self.prompt_lengths, self.lengths = list(lengths), [0] * len(lengths)
         layers = model.model.layers[: model.config.num_hidden_layers + drafts]
         # The last pass may write drafts beyond the longest text.
         most = [length + max_new_tokens + drafts for length in lengths]
@@ -48,6 +55,7 @@ class Session:
 
     def prefill(self, width: int) -> Prefill:
         """The pass over the prompts, padded on the right to `width` tokens: padding is computed, but not cached."""
+        self.lengths = list(self.prompt_lengths)
         for row, length in enumerate(self.lengths):
             self.cache.reserve(row, length)
         column = torch.arange(width, device=self.device).expand(len(self.lengths), -1)
@@ -60,6 +68,27 @@ class Session:
             block_table=self.cache.block_table,
             positions=torch.where(real, column, -1).flatten(),
         )
+
+    def extend(self, rows: list[int], tokens: list[Tensor]) -> tuple[Tensor, Extend]:
+        """Runs and keeps the pass over the next tokens of some rows, int64 [1 or more] each, whatever they hold so far.
+
+        Returns:
+            The hidden states [1, N, hidden] after the final norm, packed in the order of `rows`, and the pass: its
+            `last` are the places of the rows' last tokens.
+
+        Raises:
+            PeerTimeout, ValueError: faults of earlier passes; see `check`.
+            ValueError: the cache has no room for the tokens.
+        """
+        self.check()
+        before, new = [self.lengths[row] for row in rows], [len(some) for some in tokens]
+        for row, past, count in zip(rows, before, new):
+            self.cache.reserve(row, past + count)
+        table = self.cache.block_table[rows]
+        step = Extend(self.model.rope, self.cache.pages, table, self.absorbed, before, new)
+        hidden = self.model.model(torch.cat(tokens)[None], step)
+        self.advance(rows, new)
+        return hidden, step
 
     def decode(self, rows: list[int], tokens: Tensor) -> DecodePass:
         """Runs the pass over `tokens` [at least n, width], the next ones of n rows; its results last until the next.
@@ -86,26 +115,25 @@ class Session:
             self.lengths[row] += count
 
 
-def draft(model: Trunk, hidden: Tensor, following: Tensor, last: Tensor, step: Prefill | Decode) -> Tensor:
+def draft(model: Trunk, hidden: Tensor, following: Tensor, last: Tensor, step: Step) -> Tensor:
     """Drafts one token per MTP layer for each row, continuing a pass of the main model.
 
     Args:
         hidden: [B, T, hidden], the result of the main model for its pass `step`.
         following: [B, T], the token after each position.
-        last: [B], the last valid position of each row. Later positions do not affect it, nor the next pass, which
-            overwrites their rows of the cache.
+        last: the last valid position of each row, counted through all B T. Later positions of a row do not affect it,
+            nor the next pass, which overwrites their rows of the cache.
 
     Returns:
-        int64 [B, MTP layers]: the tokens after `following[b, last[b]]`.
+        int64 [rows, MTP layers]: the tokens after `following` at `last`.
 
     The caches of layers beyond the first also hold drafts of earlier passes, right or wrong. As drafts are verified,
     this can only reduce their acceptance.
     """
-    rows = torch.arange(len(last), device=last.device)
     drafts = []
     for layer in model.mtp_layers:
         hidden = layer(hidden, model.model.embed_tokens(following), step)
-        drafts.append(model.lm_head(hidden[rows, last]).argmax(dim=-1))
+        drafts.append(model.lm_head(hidden.flatten(0, 1)[last]).argmax(dim=-1))
         following = following.roll(-1, dims=1)
-        following[rows, last] = drafts[-1]
+        following.view(-1)[last] = drafts[-1]
     return torch.stack(drafts, dim=1)

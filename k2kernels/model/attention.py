@@ -1,5 +1,7 @@
 """Multi-head latent attention: expanded keys and values for prefill and training, the absorbed form for decoding.
 
+Between the two, new tokens over a long past take the form that needs fewer FLOPs (`Extend`).
+
 Letters of shapes: B sequences of T tokens, N = B T, H heads, C latent (kv_lora_rank), R rope, D nope + rope,
 V value, P pages.
 
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from k2kernels.model.config import K2Config
+from k2kernels.model.extend import Absorbed, Expanded, Extend
 from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
 from k2kernels.model.rope import apply_rope
-from k2kernels.ops.mla_cache import mla_append
+from k2kernels.ops.mla_cache import mla_append, mla_gather
 from k2kernels.ops.mla_decode import mla_decode
-from k2kernels.ops.mla_prefill import mla_prefill
+from k2kernels.ops.mla_prefill import mla_prefill, mla_prefill_piece
 
 LATENT_EPS = 1e-6  # of the two latent norms, independent of config.rms_norm_eps
 
@@ -45,6 +48,10 @@ class Decode:
     positions: Tensor
     seq_lens: Tensor  # int32 [B], these tokens included
     absorbed: list[tuple[Tensor, Tensor]]  # what `LatentAttention.absorbed` gave, by layer
+    cu_seqlens: Tensor | None = None  # int32 [B+1]; None: T tokens of each
+
+
+Step = Prefill | Decode | Extend
 
 
 class LatentAttention(Float32Buffers):
@@ -74,7 +81,7 @@ class LatentAttention(Float32Buffers):
     def reset_buffers(self) -> None:
         self.max_logit.fill_(-torch.inf)
 
-    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         config, heads = self.config, self.config.num_attention_heads
         flat = x.flatten(0, 1)
@@ -89,10 +96,16 @@ class LatentAttention(Float32Buffers):
         if step.pages is not None:
             row = torch.cat([latent, k_rope], dim=-1)
             mla_append(row, step.pages[self.layer], step.block_table, step.positions)
-        attend = self._absorbed if isinstance(step, Decode) else self._expanded
-        return self.o_proj(attend(q, latent, k_rope, step).flatten(1)).view_as(x)
+        if isinstance(step, Prefill):
+            out = self._whole(q, latent, k_rope, step)
+        elif isinstance(step, Decode):
+            out = self._absorbed(q, step, step)
+        else:
+            forms = {Absorbed: self._absorbed, Expanded: self._in_pieces}
+            out = torch.cat([forms[type(part)](q[part.tokens], step, part) for part in step.parts])
+        return self.o_proj(out.flatten(1)).view_as(x)
 
-    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Prefill) -> Tensor:
+    def _whole(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Prefill) -> Tensor:
         """Attention over the pass's own tokens, with keys and values of full width -> [N, H, V]."""
         result = mla_prefill(
             q,
@@ -109,7 +122,27 @@ class LatentAttention(Float32Buffers):
             self.max_logit.copy_(torch.maximum(self.max_logit, peak))
         return result.out
 
-    def _absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Decode) -> Tensor:
+    def _in_pieces(self, q: Tensor, step: Extend, part: Expanded) -> Tensor:
+        """Attention over the cache, whose keys and values are expanded piece by piece -> [N, H, V]."""
+        config, state = self.config, None
+        for piece in part.pieces:
+            rows = mla_gather(step.pages[self.layer], piece.block_table, piece.positions, dtype=q.dtype)
+            latent, k_rope = rows.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+            state = mla_prefill_piece(
+                state,
+                q,
+                self.kv_b_proj(latent).view(len(rows), config.num_attention_heads, -1),
+                None,
+                k_rope=k_rope,
+                cu_seqlens_q=part.cu_seqlens,
+                cu_seqlens_k=piece.cu_seqlens,
+                diagonal=piece.diagonal,
+                softmax_scale=config.softmax_scale,
+                last=piece is part.pieces[-1],
+            )
+        return state.out
+
+    def _absorbed(self, q: Tensor, step: Decode | Extend, part: Decode | Absorbed) -> Tensor:
         """Attention over the cache in latent space: kv_b_proj is applied to queries and outputs -> [N, H, V].
 
         q · (W_UK c) = (W_UKᵀ q) · c, and the weighted sum of W_UV c is W_UV times that of c.
@@ -117,16 +150,16 @@ class LatentAttention(Float32Buffers):
         key, value = step.absorbed[self.layer]
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         q = torch.cat([torch.einsum("nhd,hdc->nhc", q_nope, key), q_rope], dim=-1)
-        rows = step.seq_lens.shape[0]
         result = mla_decode(
-            q.unflatten(0, (rows, -1)),
+            q.unflatten(0, (part.seq_lens.shape[0], -1)) if part.cu_seqlens is None else q,
             step.pages[self.layer],
-            step.block_table,
-            step.seq_lens,
+            part.block_table,
+            part.seq_lens,
+            cu_seqlens_q=part.cu_seqlens,
             softmax_scale=self.config.softmax_scale,
             head_dim_v=self.config.kv_lora_rank,
         )
-        return torch.einsum("nhc,hvc->nhv", result.out.flatten(0, 1), value)
+        return torch.einsum("nhc,hvc->nhv", result.out.flatten(0, -3), value)
 
     def absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_b_proj split into W_UK [H, nope, C] and W_UV [H, V, C]: views of the weight, unless that is FP8."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from k2kernels.model.attention import Decode, LatentAttention, Prefill
+from k2kernels.model.attention import LatentAttention, Step
 from k2kernels.model.config import K2Config
 from k2kernels.model.moe import Mlp, Moe
 
@@ -22,11 +22,11 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = Mlp(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         return self.feed_forward(self.attend(x, step))
 
-    def attend(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+    def attend(self, x: Tensor, step: Step) -> Tensor:
         """The first half of `forward`."""
         return x + self.self_attn(self.input_layernorm(x), step)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from k2kernels.model.attention import Decode, Prefill
+from k2kernels.model.attention import Step
 from k2kernels.model.config import K2Config
 from k2kernels.model.layer import DecoderLayer
 
@@ -24,7 +24,7 @@ class MtpLayer(DecoderLayer):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def forward(self, hidden: Tensor, embedded: Tensor, step: Prefill | Decode) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, step: Step) -> Tensor:
         """Both [B, T, hidden]: normed hidden states, and the embedding of each position's next token.
 
         Returns the normed hidden state: the input of the head, and of the next MTP layer.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from k2kernels.model.attention import Decode, Prefill
+from k2kernels.model.attention import Step
 from k2kernels.model.config import K2Config
 from k2kernels.model.layer import DecoderLayer
 from k2kernels.model.mtp import MtpLayer
@@ -26,7 +26,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([*layers, *mtp])
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, step: Prefill | Decode) -> Tensor:
+    def forward(self, input_ids: Tensor, step: Step) -> Tensor:
         """[B, T] -> [B, T, hidden], after the final norm."""
         x = self.embed_tokens(input_ids)
         for layer in self.layers[: self.depth]:
