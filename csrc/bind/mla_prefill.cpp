@@ -135,6 +135,10 @@ long schedule(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
 }  // namespace
 
 void bind_mla_prefill(py::module_& m) {
+    constant(m, "PREFILL_NOPE", kNope);
+    constant(m, "PREFILL_ROPE", kRopeDims);
+    constant(m, "PREFILL_VALUE", kVDim);
+    constant(m, "PREFILL_STATE_FLOATS", kStateFloats);
     py::class_<MlaPrefillPlan>(m, "MlaPrefillPlan", py::module_local(),
                                "How a call is served: csrc/mla_prefill/params.h")
         .def_readonly("heads_per_group", &MlaPrefillPlan::heads_per_group)

@@ -11,7 +11,7 @@
 //
 // Grid      rows: 64 tokens of one head per CTA, heads first: CTAs that run at the same time read
 //           memory that is contiguous. 16 lanes per row, 16 bytes each; four rows in flight.
-//           rope: 16 threads per token, four columns each; eight heads in flight.
+//           rope: 16 threads per token, four columns each; four heads in flight.
 // Traffic   rows: 512 bytes read per row, 8 written. rope: 256 bytes read per token and head.
 
 #include "arch/ldst.cuh"
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kRopeSumThreads)
     const int64_t at = token * kRopeDims + threadIdx.x % 16 * kColumns;
     const int64_t of_head = int64_t(p.in.k_tokens) * kRopeDims;
     float4 sum = make_float4(0, 0, 0, 0);
-    K2K_UNROLL_BY(8)
+    K2K_UNROLL_BY(4)
     for (int head = 0; head < p.in.heads; ++head) {
         const float4* from = reinterpret_cast<const float4*>(p.rope_parts + head * of_head + at);
         const float4 part = arch::load_nc_no_allocate(from);

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
+from k2kernels.ops._constants import constants
 from k2kernels.ops._launch import chip, launch, module
 from k2kernels.ops._register import declare
 from k2kernels.ops.mla_decode import MlaOutput
 from k2kernels.reference import mla_prefill as reference
 from k2kernels.reference._numeric import wide_dtype
-
-NOPE, ROPE, VALUE = 128, 64, 128  # what the kernels serve
-STATE_EXTRA = 8  # floats of a row's state beside its output; csrc/mla_prefill/config.h
 
 
 def mla_prefill(
@@ -114,7 +112,7 @@ def mla_prefill_piece(
     args.boolean("last", last)
     args.boolean("return_max_logits", return_max_logits)
     args.no_gradient(q=q, k=k, **({} if v is None else {"v": v}), **({} if k_rope is None else {"k_rope": k_rope}))
-    width = _value_dims(q, k, v, k_rope) + STATE_EXTRA
+    width = _value_dims(q, k, v, k_rope) + reference.STATE_EXTRA
     first = state is None
     if first:
         state = q.new_empty(0 if last else (*q.shape[:2], width), dtype=wide_dtype(q.dtype))
@@ -166,12 +164,13 @@ def _unserved(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None) -> 
     """Why the kernels do not serve these arguments."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"kernels take bfloat16 and float16, not {q.dtype}"
-    rope = ROPE if k_rope is None else k_rope.shape[-1]
-    sizes = (q.shape[-1] - rope, rope, _value_dims(q, k, v, k_rope))
-    if sizes != (NOPE, ROPE, VALUE):
+    nope, rope, value = constants.PREFILL_NOPE, constants.PREFILL_ROPE, constants.PREFILL_VALUE
+    of_rope = rope if k_rope is None else k_rope.shape[-1]
+    got = (q.shape[-1] - of_rope, of_rope, _value_dims(q, k, v, k_rope))
+    if got != (nope, rope, value):
         return (
-            f"kernels take {NOPE} nope, {ROPE} rope and {VALUE} value dims, whose accumulators fill the registers, "
-            f"not {sizes[0]}, {sizes[1]} and {sizes[2]}"
+            f"kernels take {nope} nope, {rope} rope and {value} value dims, whose accumulators fill the registers, "
+            f"not {got[0]}, {got[1]} and {got[2]}"
         )
     if max(len(q), len(k)) > 1 << 30:
         return f"kernels take at most 2**30 tokens, not {max(len(q), len(k))}"

@@ -14,6 +14,9 @@ from torch import Tensor
 from k2kernels.reference._attention import Sequences, State, attend, key_borders, merge
 from k2kernels.reference._numeric import wide
 
+# Numbers of a row's state between pieces beside its output: maximum, totals, and what a kernel needs.
+STATE_EXTRA = 8
+
 
 def mla_prefill(
     q: Tensor,
@@ -52,11 +55,13 @@ def mla_prefill_piece(
     border_BQ = torch.minimum(key_borders(queries, keys.lengths, True, diagonal), keys.lengths.unsqueeze(-1))
     new = _attend(q, k, v, k_rope, queries, keys, border_BQ, softmax_scale)
     if not first:
-        out_BHQD, maximum_BHQ1, total_BHQ1, _ = queries.split(state).split([state.shape[-1] - 8, 1, 1, 6], dim=-1)
+        sizes = [state.shape[-1] - STATE_EXTRA, 1, 1, STATE_EXTRA - 2]
+        out_BHQD, maximum_BHQ1, total_BHQ1, _ = queries.split(state).split(sizes, dim=-1)
         new = merge(State(out_BHQD, maximum_BHQ1, total_BHQ1), new)
     if last:
         return _joined(new, queries, q, return_max_logits)
-    kept_BHQD = torch.cat([new.out, new.maximum, new.total, new.total.expand(-1, -1, -1, 6)], dim=-1)
+    unused_BHQD = new.total.expand(-1, -1, -1, STATE_EXTRA - 2)
+    kept_BHQD = torch.cat([new.out, new.maximum, new.total, unused_BHQD], dim=-1)
     state.copy_(queries.join(kept_BHQD, len(q)))
     return q.new_empty(0), state.new_empty(0), state.new_empty(0)
 

@@ -8,7 +8,7 @@ import pytest
 
 from k2kernels import _C, _emu
 from k2kernels.ops._constants import constants
-from k2kernels.reference import mla_cache
+from k2kernels.reference import mla_cache, mla_prefill
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted((ROOT / "k2kernels" / "ops").rglob("*.py"))
@@ -72,6 +72,10 @@ def test_no_name_of_a_constant_is_bound_to_a_number_on_both_sides():
     assert of_python & names == set(DEFINED_TWICE)
     for value, exported in DEFINED_TWICE.values():
         assert getattr(constants, exported) == value
+
+
+def test_the_state_between_pieces_is_as_wide_on_both_sides():
+    assert constants.PREFILL_STATE_FLOATS == constants.PREFILL_VALUE + mla_prefill.STATE_EXTRA
 
 
 def test_both_modules_export_the_same():

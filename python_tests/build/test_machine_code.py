@@ -50,7 +50,7 @@ IN_FLIGHT = {
     "mla_gather_kernel<bf16, bf16>": (2, 0),
     "mla_combine_sm90_kernel<bf16>": (2, 0),  # of four: the compiler waits for the second before the third
     "mla_prefill_preprocess_kernel<bf16>": (8, 0),  # four rows of dO and of O
-    "mla_prefill_rope_sum_kernel<bf16>": (8, 0),
+    "mla_prefill_rope_sum_kernel<bf16>": (4, 0),
     "newton_schulz_norm_kernel<false>": (4, 0),
     "newton_schulz_cast_kernel<bf16, false>": (4, 0),
 }
@@ -70,6 +70,7 @@ for x, vectors in VECTORS.items():
 # Where the compiler for sm_120 waits earlier, whatever registers it may take.
 ON_SM_120 = {f"moe_combine_backward_kernel<{x}>": (4, 0) for x in VECTORS}
 ON_SM_120["moe_move_kernel<float, true, false>"] = (4, 0)
+ON_SM_120["mla_prefill_preprocess_kernel<bf16>"] = (5, 0)
 
 
 def row(table, name):

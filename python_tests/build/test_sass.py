@@ -110,7 +110,7 @@ for row in ("bf16", "fp16"):
         others |= {"UTMALDG.3D": loads, "MUFU.EX2": exponentials, "USETMAXREG": roles}
         PLANS[f"mla_prefill_{name}_sm90_kernel<{row}>"] = (168, 0, stores, {"sm_90a": others})
     PLANS[f"mla_prefill_preprocess_kernel<{row}>"] = (48, 8, 0, {})
-    PLANS[f"mla_prefill_rope_sum_kernel<{row}>"] = (48, 9, 0, {})
+    PLANS[f"mla_prefill_rope_sum_kernel<{row}>"] = (48, 5, 0, {})
 for tiles in ("false, 64", "false, 128", "true, 64"):
     PLANS[f"mla_prefill_schedule_kernel<{tiles}>"] = (48, 0, 0, {})
 # Tiles of 128x128, 64x128 and 16x128: registers, cp.async of 16 bytes (a stage at a time, in two places), 16-byte
