@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from k2kernels.engine.cache import PAGE_SIZE, pages_for
 from k2kernels.model.config import K2Config
 from k2kernels.model.linear import BLOCK, Linear
 from k2kernels.model.model import K2Model
@@ -23,6 +22,7 @@ from k2kernels.parallel.exchange import Sizes
 from k2kernels.parallel.ranks import layout_of
 from k2kernels.reference.mla_cache import LATENT, ROPE, ROW_BYTES
 
+PAGE = 64  # tokens of a page of `LatentCache`
 EMBEDDING, HEAD = "embedding", "head"  # places of parameters beside the layers, which have numbers
 
 
@@ -113,13 +113,9 @@ def checkpoint_bytes(config: K2Config, p: Pass) -> int:
 
 
 def attention_bytes(config: K2Config, p: Pass) -> int:
-    """The first norm, projections, and what `mla_prefill` keeps: queries, keys and values, one rotary key, output, lse."""
-    rank, rope, heads, value = (
-        config.kv_lora_rank,
-        config.qk_rope_head_dim,
-        config.num_attention_heads,
-        config.v_head_dim,
-    )
+    """The first norm, projections, and what `mla_prefill` keeps: queries, keys, values, one rotary key, output, lse."""
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    heads, value = config.num_attention_heads, config.v_head_dim
     total = _norm(config.hidden_size, p) + _inputs(config.hidden_size, p, layers=2)
     if config.q_lora_rank is not None:
         total += _norm(config.q_lora_rank, p) + _inputs(config.q_lora_rank, p)
@@ -194,8 +190,8 @@ def _norm(width: int, p: Pass, stored: int | None = None) -> int:
 
 def cache_bytes(config: K2Config, rows: int, tokens: int, itemsize: int = 2, fp8: bool = False) -> int:
     """The pages of a `LatentCache` for `rows` sequences of up to `tokens` tokens, and their table."""
-    pages = pages_for(tokens)
-    return rows * pages * (PAGE_SIZE * cache_row_bytes(config, itemsize, fp8) * config.num_hidden_layers + 4)
+    pages = -(-tokens // PAGE)
+    return rows * pages * (PAGE * cache_row_bytes(config, itemsize, fp8) * config.num_hidden_layers + 4)
 
 
 def cache_row_bytes(config: K2Config, itemsize: int = 2, fp8: bool = False) -> int:
