@@ -91,6 +91,7 @@ def test_stages_have_every_weight_once(pp):
     stages = [planner.stage_weights(K2, Layout(pp, 1, 1), stage, every) for stage in range(pp)]
     names = [w.name for stage in stages for w in stage]
     assert sorted(names) == sorted(w.name for w in every)
+    assert "model.embed_tokens.weight" in names[: len(stages[0])] and "lm_head.weight" in names[-len(stages[-1]) :]
     layers = [len(planner.stage_layers(K2, pp, stage)) for stage in range(pp)]
     assert sum(layers) == 61 and max(layers) - min(layers) <= 1
     mtp = K2Config.preset("deepseek-v3")
