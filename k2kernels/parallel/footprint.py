@@ -7,6 +7,8 @@ that run. T tokens, S slots: rows of experts.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from typing import NamedTuple
 
@@ -53,8 +55,13 @@ class Weight(NamedTuple):
 
 def weights(config: K2Config) -> list[Weight]:
     """Every parameter and buffer, MTP layers included, which have places from num_hidden_layers on."""
+    return list(_weights(config.to_json()))
+
+
+@functools.lru_cache(maxsize=8)  # a model on the meta device takes a second
+def _weights(text: str) -> tuple[Weight, ...]:
     with torch.device("meta"):
-        model = K2Model(config)
+        model = K2Model(K2Config.from_dict(json.loads(text)))
     quantised = {
         name
         for path, module in model.named_modules()
@@ -68,7 +75,7 @@ def weights(config: K2Config) -> list[Weight]:
         found.append(Weight(name, _place(name), (*parameter.shape,), expert, name in quantised, methods[name]))
     for name, buffer in model.named_buffers():
         found.append(Weight(name, _place(name), (*buffer.shape,), False, False, "", buffer.itemsize))
-    return found
+    return tuple(found)
 
 
 def _place(name: str) -> int | str:
@@ -129,7 +136,7 @@ def moe_bytes(config: K2Config, p: Pass) -> int:
     """Router, shared experts, and the slots of the routed ones."""
     hidden, experts, top_k = config.hidden_size, config.n_routed_experts, config.num_experts_per_tok
     shared = config.moe_intermediate_size * config.n_shared_experts
-    total = p.tokens * (4 * hidden + 4 * experts)  # the router's input and logits in float32
+    total = p.tokens * 4 * hidden + logits_bytes(config, p)  # the router's input is float32 too
     total += 0 if p.itemsize == 4 else 4 * experts * hidden  # and its weight
     if shared:
         # In float32 the router's input is also that of the shared experts.
@@ -139,6 +146,11 @@ def moe_bytes(config: K2Config, p: Pass) -> int:
     here = experts if p.experts is None else p.experts
     slots = expert_slots(p.tokens * top_k, here, p.fp8) if p.slots is None else p.slots
     return total + slots * slot_bytes(config, p) + 4 * (2 * here + 1)
+
+
+def logits_bytes(config: K2Config, p: Pass) -> int:
+    """The logits in float32 that a router keeps for `sequence_loss`, checkpointed or not (part of `moe_bytes`)."""
+    return 4 * p.tokens * config.n_routed_experts
 
 
 def expert_slots(pairs: int, experts: int, fp8: bool) -> int:

@@ -45,7 +45,7 @@ SHARDINGS = {
 MODES = ("train", "serve")
 
 
-class Layout(NamedTuple):
+class RankGrid(NamedTuple):
     """`pp * edp * ep` ranks."""
 
     pp: int
@@ -96,7 +96,7 @@ class Workload:
 class Holding(NamedTuple):
     """What a rank of the fullest stage holds in one layout."""
 
-    layout: Layout
+    layout: RankGrid
     stage: int
     items: list[Item]  # with checkpointing by layer, where the workload is training
     without: list[Item]  # without, of the stage that is the fullest then
@@ -132,7 +132,7 @@ class Plan:
         return holding.total <= self.usable
 
     @property
-    def fitting(self) -> list[Layout]:
+    def fitting(self) -> list[RankGrid]:
         return [holding.layout for holding in self.holdings if self.fits(holding)]
 
     def cache_room(self, holding: Holding) -> int:
@@ -209,7 +209,7 @@ def fewest_gpus(made: Plan, most: int = 2**14) -> int | None:
     return None
 
 
-def hold(config: K2Config, layout: Layout, workload: Workload, every: Sequence[Weight]) -> Holding:
+def hold(config: K2Config, layout: RankGrid, workload: Workload, every: Sequence[Weight]) -> Holding:
     """What a rank of the fullest stage holds; `every`: `footprint.weights(config)`."""
     if workload.mode == "serve":
         items = _served(config, layout, workload, every)
@@ -234,7 +234,7 @@ def stage_layers(config: K2Config, pp: int, stage: int) -> range:
     return range(first, end + config.num_nextn_predict_layers if stage == pp - 1 else end)
 
 
-def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
+def local_shape(weight: Weight, layout: RankGrid) -> tuple[int, ...]:
     """The largest part of a parameter on any rank, with its gradient.
 
     FSDP cuts the first axis; experts that are fewer than the groups along their rows instead.
@@ -253,14 +253,14 @@ def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     return shape
 
 
-def stage_weights(config: K2Config, layout: Layout, stage: int, every: Sequence[Weight]) -> list[Weight]:
+def stage_weights(config: K2Config, layout: RankGrid, stage: int, every: Sequence[Weight]) -> list[Weight]:
     """The weights of a stage as a rank holds them: with the shapes of `local_shape`."""
     layers, last = stage_layers(config, layout.pp, stage), layout.pp - 1
     here = [w for w in every if w.place in layers or (w.place, stage) in ((EMBEDDING, 0), (HEAD, last))]
     return [w._replace(shape=local_shape(w, layout)) for w in here]
 
 
-def slots_of(config: K2Config, layout: Layout, workload: Workload) -> int:
+def slots_of(config: K2Config, layout: RankGrid, workload: Workload) -> int:
     """Rows of a layer's experts on the fullest rank: what `capacity` of `expert_parallel` should be."""
     pairs = workload.tokens * config.num_experts_per_tok
     fp8 = workload.fp8 and workload.mode == "train"
@@ -268,7 +268,7 @@ def slots_of(config: K2Config, layout: Layout, workload: Workload) -> int:
     return footprint.expert_slots(pairs, config.n_routed_experts // layout.ep, fp8)
 
 
-def exchange_of(layout: Layout, workload: Workload) -> str:
+def exchange_of(layout: RankGrid, workload: Workload) -> str:
     """The transport of `ExpertParallel`: "symmetric" within a node, else "torch", whose buffers last for a call."""
     if layout.ep == 1:
         return "local"
@@ -277,7 +277,7 @@ def exchange_of(layout: Layout, workload: Workload) -> str:
 
 
 def _trained(
-    config: K2Config, layout: Layout, stage: int, workload: Workload, every: Sequence[Weight], checkpointed: bool
+    config: K2Config, layout: RankGrid, stage: int, workload: Workload, every: Sequence[Weight], checkpointed: bool
 ) -> list[Item]:
     here = stage_weights(config, layout, stage, every)
     parameters = [w for w in here if w.method]
@@ -286,6 +286,8 @@ def _trained(
         size = footprint.state_bytes(w.method, w.numel, 2, workload.momentum_itemsize)
         divided = layout.sharding == "optimizer"
         state += -(-size // (layout.edp if w.expert else layout.stage_ranks)) if divided else size
+    # Otherwise each matrix is with its owner, and owners have about equally much.
+    whole_state = layout.sharding == "replicated" or layout.stage_ranks == 1
     p = _pass(config, layout, workload)
     layers = [i for i in stage_layers(config, layout.pp, stage) if i < config.num_hidden_layers]
     kept = [footprint.layer_bytes(config, layer, p) for layer in layers]
@@ -296,11 +298,13 @@ def _trained(
     items = [
         Item("weights", sum(w.bytes(2) for w in here), True, "bfloat16, and buffers"),
         Item("gradients", sum(w.bytes(2) for w in parameters), True, "bfloat16"),
-        Item("optimizer state", state, layout.sharding != "optimizer", "MuonClip: masters, momentum, moments"),
+        Item("optimizer state", state, whole_state, "MuonClip: masters, momentum, moments"),
         Item("activations", in_flight * each, checkpointed or layout.ep == 1, f"{len(layers)} layers x {in_flight}"),
     ]
     working = largest
     if checkpointed:
+        logits = footprint.logits_bytes(config, p) * sum(map(config.is_moe_layer, layers))
+        items.append(Item("routers' logits", logits, True, "for sequence_loss, of the last micro-batch"))
         items.append(Item("a layer, recomputed", largest, False, "what one layer keeps"))
     if stage == layout.pp - 1:
         items.append(Item("head", footprint.head_bytes(config, p), True, "log-probabilities in float32"))
@@ -312,7 +316,7 @@ def _trained(
     return [item for item in items if item.bytes]
 
 
-def _gathered(layout: Layout, layers: Sequence[int], every: Sequence[Weight]) -> int:
+def _gathered(layout: RankGrid, layers: Sequence[int], every: Sequence[Weight]) -> int:
     """Whole weights of the layer that runs and of the next, and the gradients of one, in bfloat16."""
     sizes = dict.fromkeys(layers, 0)
     for w in every:
@@ -322,7 +326,7 @@ def _gathered(layout: Layout, layers: Sequence[int], every: Sequence[Weight]) ->
     return 3 * max(sizes.values())
 
 
-def _served(config: K2Config, layout: Layout, workload: Workload, every: Sequence[Weight]) -> list[Item]:
+def _served(config: K2Config, layout: RankGrid, workload: Workload, every: Sequence[Weight]) -> list[Item]:
     here = stage_weights(config, layout, 0, every)
     fp8 = workload.fp8
     p = _pass(config, layout, workload)._replace(fp8=False)
@@ -342,21 +346,21 @@ def _served(config: K2Config, layout: Layout, workload: Workload, every: Sequenc
     return [item for item in items if item.bytes]
 
 
-def _buffers(config: K2Config, layout: Layout, workload: Workload) -> Item:
+def _buffers(config: K2Config, layout: RankGrid, workload: Workload) -> Item:
     by_stores = exchange_of(layout, workload) == "symmetric"
     size = footprint.buffer_bytes(config, layout.ep, workload.tokens) if by_stores else 0
     return Item("exchange buffers", size, True, f"{layout.ep} ranks, {workload.tokens:,} tokens")
 
 
-def _pass(config: K2Config, layout: Layout, workload: Workload) -> Pass:
+def _pass(config: K2Config, layout: RankGrid, workload: Workload) -> Pass:
     slots = slots_of(config, layout, workload)
     return Pass(workload.tokens, 2, workload.fp8, slots, config.n_routed_experts // layout.ep)
 
 
-def _layouts(ranks: int, pp: int, experts: int, serve: bool) -> Iterator[Layout]:
+def _layouts(ranks: int, pp: int, experts: int, serve: bool) -> Iterator[RankGrid]:
     for ep in _divisors(ranks, experts):
         for sharding in ["replicated"] if serve else SHARDINGS:
-            yield Layout(pp, ranks // ep, ep, sharding)
+            yield RankGrid(pp, ranks // ep, ep, sharding)
 
 
 def _experts(config: K2Config) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from k2kernels.model.config import K2Config
 from k2kernels.parallel.footprint import Weight, weights
-from k2kernels.parallel.planner import Layout, Workload, hold, stage_layers, stage_weights
+from k2kernels.parallel.planner import RankGrid, Workload, hold, stage_layers, stage_weights
 from k2kernels.reference.exchange import to_16
 
 
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     gradient_itemsize: int = 4
     gpus_per_node: int = 8
 
-    def micro_batches(self, layout: Layout) -> float:
+    def micro_batches(self, layout: RankGrid) -> float:
         return self.batch / (self.tokens * layout.stage_ranks)
 
 
@@ -72,7 +72,7 @@ def hop_bytes(
     return pairs * row, sent + pairs * 4
 
 
-def exchange(config: K2Config, layout: Layout, step: Step, layers: int) -> list[Sent]:
+def exchange(config: K2Config, layout: RankGrid, step: Step, layers: int) -> list[Sent]:
     """Dispatch and combine of `layers` MoE layers, forward and backward, for all micro-batches.
 
     Over several nodes a row goes to each node once and is forwarded there. The numbers of rows, which each exchange
@@ -103,7 +103,7 @@ def collective(size: float, ranks: int, on_node: int) -> Sent:
     return Sent("", sent, sent / on_node if ranks > on_node else 0.0)
 
 
-def weights_traffic(config: K2Config, layout: Layout, step: Step, stage: int, every: list[Weight]) -> list[Sent]:
+def weights_traffic(config: K2Config, layout: RankGrid, step: Step, stage: int, every: list[Weight]) -> list[Sent]:
     """Gathers of weights and reductions of gradients, by the layout's sharding; experts over edp, the rest over the
     stage. An all-reduce is a reduce-scatter and an all-gather."""
     whole = [w for w in stage_weights(config, layout._replace(sharding="replicated"), stage, every) if w.method]
@@ -128,14 +128,14 @@ def weights_traffic(config: K2Config, layout: Layout, step: Step, stage: int, ev
     return found
 
 
-def pipeline(config: K2Config, layout: Layout, step: Step) -> Sent:
+def pipeline(config: K2Config, layout: RankGrid, step: Step) -> Sent:
     """Activations to the next stage and their gradients to the previous one, of a stage between two others."""
     each = step.tokens * config.hidden_size * step.itemsize
     sent = 2 * each * step.micro_batches(layout) if layout.pp > 1 else 0.0
     return Sent("pipeline", sent, sent if layout.stage_ranks >= step.gpus_per_node else 0.0)
 
 
-def muon(config: K2Config, layout: Layout, step: Step, stage: int, every: list[Weight]) -> Sent:
+def muon(config: K2Config, layout: RankGrid, step: Step, stage: int, every: list[Weight]) -> Sent:
     """Matrices that FSDP has cut: 16-bit shards to the owner of each matrix, and its update back. An estimate: owners
     have equally much. Matrices that are whole on their rank, or with their owner (ZeRO-1), need nothing more than the
     gathers of weights."""
@@ -153,7 +153,7 @@ def muon(config: K2Config, layout: Layout, step: Step, stage: int, every: list[W
     return Sent("sharded Muon", sent, network)
 
 
-def clipping(config: K2Config, layout: Layout, stage: int) -> Sent:
+def clipping(config: K2Config, layout: RankGrid, stage: int) -> Sent:
     """One all-reduce of the largest logits, one of the experts' counts."""
     layers = stage_layers(config, layout.pp, stage)
     moe = sum(config.is_moe_layer(layer) for layer in layers)
@@ -162,7 +162,7 @@ def clipping(config: K2Config, layout: Layout, stage: int) -> Sent:
     return Sent("maxima and counts", sent.bytes, sent.network)
 
 
-def traffic(config: K2Config, layout: Layout, step: Step, every: list[Weight] | None = None) -> list[Sent]:
+def traffic(config: K2Config, layout: RankGrid, step: Step, every: list[Weight] | None = None) -> list[Sent]:
     """Everything that a rank in the middle of the pipeline sends in a step."""
     every = weights(config) if every is None else every
     stage = layout.pp // 2
@@ -182,7 +182,7 @@ def product_flops(config: K2Config, step: Step) -> float:
     return step.batch * (8 if step.checkpointed else 6) * config.parameter_counts()[1]
 
 
-def markdown(config: K2Config, layouts: dict[str, Layout], step: Step, network_gb: float, tflops: float) -> str:
+def markdown(config: K2Config, layouts: dict[str, RankGrid], step: Step, network_gb: float, tflops: float) -> str:
     """The table of docs/scale.md: a column for each layout; GB in all, and those of the network in parentheses."""
     every = weights(config)
     columns = []

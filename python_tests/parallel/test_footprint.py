@@ -149,6 +149,8 @@ def test_activations_with_checkpointing():
     around = footprint.head_bytes(c, p) + 8 * TOKENS
     got = run(model, checkpointed=True)
     assert inputs + around <= got <= inputs + around + 64 * c.num_hidden_layers
+    routers = [layer.mlp._logits for layer in model.model.layers[1:]]
+    assert held(routers) == 3 * footprint.logits_bytes(c, p)  # beside the graph
 
 
 def test_attention_of_kimi_k2():

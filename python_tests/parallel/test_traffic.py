@@ -11,7 +11,7 @@ from test_footprint import config
 from k2kernels.model import K2Config
 from k2kernels.parallel import exchange, footprint, traffic
 from k2kernels.parallel.exchange import DispatchOptions
-from k2kernels.parallel.planner import Layout, stage_weights
+from k2kernels.parallel.planner import RankGrid, stage_weights
 from k2kernels.parallel.split import Split
 from k2kernels.parallel.torch_transport import Hop, TorchTransport
 from k2kernels.parallel.traffic import Step
@@ -19,11 +19,11 @@ from k2kernels.parallel.traffic import Step
 K2 = K2Config.preset("kimi-k2")
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 LAYOUTS = {
-    "256 GPUs, FSDP": Layout(1, 4, 64, "fsdp"),
-    "256, as K2": Layout(16, 1, 16, "optimizer"),
-    "2,048, FSDP": Layout(1, 32, 64, "fsdp"),
-    "2,048, as K2": Layout(16, 8, 16, "optimizer"),
-    "2,048, as V3": Layout(16, 2, 64, "optimizer"),
+    "256 GPUs, FSDP": RankGrid(1, 4, 64, "fsdp"),
+    "256, as K2": RankGrid(16, 1, 16, "optimizer"),
+    "2,048, FSDP": RankGrid(1, 32, 64, "fsdp"),
+    "2,048, as K2": RankGrid(16, 8, 16, "optimizer"),
+    "2,048, as V3": RankGrid(16, 2, 64, "optimizer"),
 }
 
 
@@ -140,31 +140,31 @@ def test_expected_parts():
 
 def test_one_rank_sends_nothing():
     for sharding in ("replicated", "fsdp"):
-        sent = traffic.traffic(config(), Layout(1, 1, 1, sharding), Step(tokens=8, batch=8))
+        sent = traffic.traffic(config(), RankGrid(1, 1, 1, sharding), Step(tokens=8, batch=8))
         assert all(s.bytes == s.network == 0 for s in sent)
 
 
 def test_bytes_of_weights():
     """By hand, for Kimi-K2 on 16 ranks."""
     every, step = footprint.weights(K2), Step(tokens=4096, batch=2 * 16 * 4096)
-    whole = stage_weights(K2, Layout(1, 1, 16), 0, every)
+    whole = stage_weights(K2, RankGrid(1, 1, 16), 0, every)
     dense = sum(w.numel for w in whole if w.method and not w.expert)
     experts = sum(w.numel for w in whole if w.expert)
     assert experts == 60 * 24 * 3 * 7168 * 2048
-    sizes = {s.name: s for s in traffic.traffic(K2, Layout(1, 1, 16, "dense-fsdp"), step, every)}
+    sizes = {s.name: s for s in traffic.traffic(K2, RankGrid(1, 1, 16, "dense-fsdp"), step, every)}
     assert sizes["dense: weights"].bytes == 2 * 2 * 2 * dense * 15 / 16  # two micro-batches, forward and backward
     assert sizes["dense: gradients"].bytes == 2 * 4 * dense * 15 / 16
     assert sizes["dense: gradients"].network == sizes["dense: gradients"].bytes / 8
     assert sizes["experts: weights"].bytes == sizes["experts: gradients"].bytes == 0
     matrices = sum(w.numel for w in whole if w.method == "muon" and not w.expert)
     assert sizes["sharded Muon"].bytes == 4 * matrices / 16 * 15 / 16
-    sizes = {s.name: s for s in traffic.traffic(K2, Layout(1, 2, 8, "optimizer"), step, every)}
+    sizes = {s.name: s for s in traffic.traffic(K2, RankGrid(1, 2, 8, "optimizer"), step, every)}
     assert sizes["experts: weights"].bytes == 2 * 2 * experts / 2
     assert sizes["experts: weights"].network == sizes["experts: weights"].bytes  # of the two nodes
     assert sizes["sharded Muon"].bytes == 0
-    sizes = {s.name: s for s in traffic.traffic(K2, Layout(1, 1, 16), step, every)}
+    sizes = {s.name: s for s in traffic.traffic(K2, RankGrid(1, 1, 16), step, every)}
     assert sizes["dense: weights"].bytes + sizes["dense: gradients"].bytes == 2 * 4 * dense * 15 / 16
-    pipeline = traffic.traffic(K2, Layout(2, 1, 8), step, every)
+    pipeline = traffic.traffic(K2, RankGrid(2, 1, 8), step, every)
     assert next(s for s in pipeline if s.name == "pipeline").bytes == 4 * 2 * 4096 * 7168 * 2
 
 
@@ -172,7 +172,7 @@ def test_the_page_has_these_tables():
     v3 = K2Config.preset("deepseek-v3")
     tables = [
         traffic.markdown(K2, LAYOUTS, Step(), network_gb=50, tflops=400),
-        traffic.markdown(v3, {"2,048 GPUs": Layout(16, 2, 64, "optimizer")}, Step(batch=15360 * 4096), 50, 400),
+        traffic.markdown(v3, {"2,048 GPUs": RankGrid(16, 2, 64, "optimizer")}, Step(batch=15360 * 4096), 50, 400),
     ]
     page = PAGE.read_text(encoding="utf-8")
     for table in tables:
