@@ -7,6 +7,8 @@ Source: DeepSeek-V3 (2024), section 2; where implementations differ: transformer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,13 @@ class K2Model(Trunk):
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
     QK-Clip) and how many tokens each expert got (`expert_load`, for `update_router_bias`).
+
+    Over ranks, `ranks` is their `k2kernels.parallel.Layout`. `max_logits` and `update_router_bias` then raise
+    ValueError until `Layout.reduce_statistics` has made what was recorded that of all ranks.
     """
 
+    ranks: Any = None
+    statistics_reduced = True  # nothing was recorded since
     from_pretrained = classmethod(checkpoint.from_pretrained)
     save_pretrained = checkpoint.save_pretrained
     generate = generate
@@ -49,6 +56,7 @@ class K2Model(Trunk):
             ValueError: T is 0 or above config.max_position_embeddings, or (on a CPU) an id is not in the vocabulary.
         """
         self.check_ids("K2Model", input_ids)
+        self._records()
         hidden = self.model(input_ids, self._prefill(*input_ids.shape))
         logits = self._logits(hidden)
         return (logits, hidden) if return_hidden else logits
@@ -99,6 +107,7 @@ class K2Model(Trunk):
         Arguments("mtp_logits").tensor("hidden", hidden, (batch, length, self.config.hidden_size), FLOATS)
         if length <= len(self.mtp_layers):
             raise ValueError(f"mtp_logits: input_ids must have more than {len(self.mtp_layers)} tokens, got {length}")
+        self._records()
         logits = []
         for k, layer in enumerate(self.mtp_layers):
             embedded = self.model.embed_tokens(input_ids[:, k + 1 :])
@@ -108,6 +117,7 @@ class K2Model(Trunk):
 
     def max_logits(self) -> dict[int, Tensor]:
         """Per layer, MTP layers included: the largest logit of each head, float32 [H], since the last reset."""
+        self._check_reduced("max_logits")
         return {layer.self_attn.layer: layer.self_attn.max_logit.clone() for layer in self.model.layers}
 
     def reset_max_logits(self) -> None:
@@ -123,8 +133,10 @@ class K2Model(Trunk):
     def update_router_bias(self, rate: float) -> None:
         """Loss-free balancing: changes every expert's bias by `rate` against its load, and resets the load.
 
-        Call it once per optimizer step. Over several ranks, sum the `expert_counts` buffers first.
+        Call it once per optimizer step. Over several ranks, `k2kernels.parallel.Layout.reduce_statistics` must come
+        first.
         """
+        self._check_reduced("update_router_bias")
         for _, layer in self._moe_layers():
             layer.update_bias(rate)
 
@@ -136,6 +148,18 @@ class K2Model(Trunk):
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
         zero = torch.zeros((), device=self.lm_head.weight.device)
         return sum((layer.sequence_loss(alpha) for _, layer in self._moe_layers()), start=zero)
+
+    def _records(self) -> None:
+        if self.training and self.ranks is not None:
+            self.statistics_reduced = False
+
+    def _check_reduced(self, caller: str) -> None:
+        if self.ranks is not None and not self.statistics_reduced:
+            raise ValueError(
+                f"{caller}: maxima and expert counts must be those of all {self.ranks.world_size} ranks that share the "
+                "weights, or copies of these would differ, got this rank's; call "
+                "k2kernels.parallel.Layout.reduce_statistics(model) once per step, before it"
+            )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden)
