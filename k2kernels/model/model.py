@@ -32,8 +32,8 @@ class K2Model(Trunk):
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
     QK-Clip) and how many tokens each expert got (`expert_load`, for `update_router_bias`).
 
-    Over ranks, `ranks` is their `k2kernels.parallel.Layout`. `max_logits` and `update_router_bias` then raise
-    ValueError until `Layout.reduce_statistics` has made what was recorded that of all ranks.
+    Over ranks, `ranks` is their `k2kernels.parallel.Layout`, whose `reduce_statistics` makes what was recorded that of
+    all ranks.
     """
 
     ranks: Any = None
@@ -117,7 +117,6 @@ class K2Model(Trunk):
 
     def max_logits(self) -> dict[int, Tensor]:
         """Per layer, MTP layers included: the largest logit of each head, float32 [H], since the last reset."""
-        self._check_reduced("max_logits")
         return {layer.self_attn.layer: layer.self_attn.max_logit.clone() for layer in self.model.layers}
 
     def reset_max_logits(self) -> None:
@@ -135,10 +134,22 @@ class K2Model(Trunk):
 
         Call it once per optimizer step. Over several ranks, `k2kernels.parallel.Layout.reduce_statistics` must come
         first.
+
+        Raises:
+            ValueError: the load is that of one rank of several.
         """
-        self._check_reduced("update_router_bias")
+        self.check_statistics("update_router_bias")
         for _, layer in self._moe_layers():
             layer.update_bias(rate)
+
+    def check_statistics(self, caller: str) -> None:
+        """Raises ValueError if maxima and expert counts are those of one rank, and others share the weights."""
+        if self.ranks is not None and not self.statistics_reduced:
+            raise ValueError(
+                f"{caller}: maxima and expert counts must be those of all {self.ranks.world_size} ranks that share the "
+                "weights, or copies of these would differ, got this rank's; call "
+                "k2kernels.parallel.Layout.reduce_statistics(model) once per step, before it"
+            )
 
     def sequence_loss(self, alpha: float | None = None) -> Tensor:
         """The sequence-wise balance loss of the last forward pass in training mode, summed over layers.
@@ -152,14 +163,6 @@ class K2Model(Trunk):
     def _records(self) -> None:
         if self.training and self.ranks is not None:
             self.statistics_reduced = False
-
-    def _check_reduced(self, caller: str) -> None:
-        if self.ranks is not None and not self.statistics_reduced:
-            raise ValueError(
-                f"{caller}: maxima and expert counts must be those of all {self.ranks.world_size} ranks that share the "
-                "weights, or copies of these would differ, got this rank's; call "
-                "k2kernels.parallel.Layout.reduce_statistics(model) once per step, before it"
-            )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden)

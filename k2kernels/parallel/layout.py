@@ -68,8 +68,9 @@ class Layout:
         mesh: with the dimensions "ep" and, if experts have replicas, "dp" (see `make_mesh`); or a process group, whose
             ranks are "ep".
 
-    Attributes: mesh; ep: its part "ep"; group: the ranks of "dp" and "ep", which share all weights but the experts';
-    world_size: their number; writes: whether this rank writes what all save.
+    Attributes: mesh; ep, dp: its dimensions (dp may be None); flat: a mesh of one dimension, the ranks of both, which
+    share all weights but the experts' (for `fully_shard`, and optimizers over ranks); group: theirs; world_size: their
+    number; writes: whether this rank writes what all save.
 
     Raises:
         ValueError: the mesh has no dimension "ep", or dimensions of other names.
@@ -95,11 +96,10 @@ class Layout:
         self.dp = mesh["dp"] if "dp" in names else None
         replicas = 1 if self.dp is None else self.dp.size()
         if replicas == 1:
-            self.group = self.ep.get_group()
-        elif self.ep.size() == 1:
-            self.group = self.dp.get_group()
+            self.flat = self.ep
         else:
-            self.group = mesh["dp", "ep"]._flatten("dp_ep").get_group()
+            self.flat = self.dp if self.ep.size() == 1 else mesh["dp", "ep"]._flatten("dp_ep")
+        self.group = self.flat.get_group()
         self.world_size = replicas * self.ep.size()
         self.writes = self.group.rank() == 0
 
@@ -157,10 +157,10 @@ class Layout:
 
     @torch.no_grad()
     def reduce_statistics(self, model: nn.Module) -> None:
-        """Makes a model's maxima of logits the largest of all ranks, and its expert counts their sums.
+        """Makes a model's maxima of logits the largest of all ranks, NaN being +inf, and its expert counts their sums.
 
-        One all-reduce each, of all layers. Call it once per optimizer step, before `step` and `update_router_bias`;
-        on a model over several ranks, these two raise ValueError otherwise: copies would differ.
+        One all-reduce each, of all layers. Call it once per optimizer step, before `step` and `update_router_bias`,
+        which raises ValueError otherwise: copies would differ. See `max_logits` for the former.
         """
         from torch.distributed import ReduceOp
 
@@ -173,28 +173,33 @@ class Layout:
             if hasattr(module, "statistics_reduced"):
                 module.statistics_reduced = True
 
+    def max_logits(self, model: Any) -> Callable[[], dict[int, Tensor]]:
+        """For `QKClip(max_logits=)` of `k2kernels.optim.MuonClip`, which does not work over ranks itself: a function
+        that returns the model's maxima, and raises ValueError if `reduce_statistics` has not made them those of all."""
+
+        def read() -> dict[int, Tensor]:
+            model.check_statistics("max_logits")
+            return model.max_logits()
+
+        return read
+
     @torch.no_grad()
     def reduce_gradients(self, model: nn.Module) -> None:
         """Adds up the gradients over the ranks that share a weight; with gradients="mean" of `expert_parallel`, then
         divides them, so that all are means over the ranks' losses. A gradient that some ranks lack is zero there; one
         that all lack stays None.
 
-        Takes the place of DistributedDataParallel, and does what that does not do: the experts' over "dp".
+        Takes the place of DistributedDataParallel, and does what neither that nor `fully_shard(ignored_params=)` does:
+        the experts' over "dp". Gradients of parameters that `fully_shard` has sharded are left alone.
         """
         import torch.distributed as dist
 
         sharded = _sharded_experts(model)
         mean = any(m.gradients == "mean" for m in model.modules() if isinstance(m, Experts))
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        for name, p in named:
-            if _is_sharded(p) and id(p) not in sharded:
-                raise ValueError(
-                    f"Layout.reduce_gradients: {name} must be a whole parameter, got a DTensor; what sharded it (FSDP) "
-                    "reduces its gradients too"
-                )
-        present = torch.tensor([p.grad is not None for _, p in named], dtype=torch.int32, device=self._device())
+        ours = [p for p in model.parameters() if p.requires_grad and (id(p) in sharded or not _is_sharded(p))]
+        present = torch.tensor([p.grad is not None for p in ours], dtype=torch.int32, device=self._device())
         dist.all_reduce(present, dist.ReduceOp.MAX, group=self.group)
-        parameters = [p for (_, p), some in zip(named, present.tolist()) if some]
+        parameters = [p for p, some in zip(ours, present.tolist()) if some]
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

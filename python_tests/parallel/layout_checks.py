@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -381,6 +382,35 @@ def check_clip_grad_norm(rank, world, folder):
                 torch.testing.assert_close(local(p.grad), mine(layout, q.grad, name), rtol=1e-8, atol=1e-13)
 
 
+def check_beside_fsdp(rank, world, folder):
+    """`fully_shard` of everything but the experts: gradients, their norm, distributed checkpoints."""
+    layout, whole = layout_of(world), whole_model().double().train()
+    model = split_model(layout, whole, gradients="mean")
+    experts = {p for name, p in model.named_parameters() if ".mlp.experts." in name}
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=layout.flat, ignored_params=experts)
+    fully_shard(model, mesh=layout.flat, ignored_params=experts)
+    dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/dcp")
+    state = whole_model(initializer_range=1.0).double().state_dict()
+    dcp.load(state, checkpoint_id=f"{folder}/dcp")
+    checkpoints.assert_same(state, whole.state_dict())
+
+    ids = ids_of(world)
+    torch.stack([loss_of(whole, ids[r : r + 1]) for r in range(world)]).mean().backward()
+    loss_of(model, ids[rank : rank + 1]).backward()
+    layout.reduce_gradients(model)
+    for got, want in zip(model.parameters(), whole.parameters()):
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad.full_tensor(), want.grad, rtol=1e-9, atol=1e-13)
+    want = nn.utils.clip_grad_norm_(whole.parameters(), 1e-3)
+    torch.testing.assert_close(layout.clip_grad_norm_(model.parameters(), 1e-3), want, rtol=1e-9, atol=0)
+    for got, want in zip(model.parameters(), whole.parameters()):
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad.full_tensor(), want.grad, rtol=1e-8, atol=1e-13)
+    with pytest.raises(ValueError, match=r"every weight but the experts must be whole, got .*embed_tokens"):
+        model.save_pretrained(f"{folder}/refused")
+
+
 def check_statistics(rank, world, folder):
     """Maxima and counts are those of one process with all tokens, in one message each; without them nothing goes on."""
     layout, whole = layout_of(world), whole_model().double().train()
@@ -389,7 +419,7 @@ def check_statistics(rank, world, folder):
     for r in range(world):
         loss_of(whole, ids[r : r + 1])
     loss_of(model, ids[rank : rank + 1])
-    for call in (model.max_logits, lambda: model.update_router_bias(0.1)):
+    for call in (layout.max_logits(model), lambda: model.update_router_bias(0.1)):
         with pytest.raises(ValueError, match=rf"must be those of all {world} ranks .* call .*reduce_statistics"):
             call()
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as calls:
@@ -412,7 +442,7 @@ def check_copies_stay_equal(rank, world, folder):
         clips = 0
         with pytest.raises(ValueError, match="must be those of all"):
             MuonClip(model, 0.02)
-        optimizer = MuonClip(model, 0.02, qk_clip=QKClip(0.5, max_logits=model.max_logits))
+        optimizer = MuonClip(model, 0.02, qk_clip=QKClip(0.5, max_logits=layout.max_logits(model)))
         layout.check_replicas(model)
         for step in range(2):
             for micro_batch in range(2):
@@ -466,6 +496,7 @@ def check_meshes(rank, world, folder):
     assert group.world_size == group.ep.size() == world and group.dp is None
     layout = Layout(make_mesh(ep=2, device_type="cpu"))
     assert (layout.world_size, layout.ep.size(), layout.dp.size()) == (world, 2, world // 2)
+    assert layout.flat.ndim == 1 and layout.flat.mesh.tolist() == list(range(world))
     assert layout.ep.mesh.tolist() == [rank // 2 * 2, rank // 2 * 2 + 1]
 
 
