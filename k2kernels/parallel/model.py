@@ -35,8 +35,8 @@ def expert_parallel(
 
     Args:
         model: changed in place. DistributedDataParallel must wrap it directly, not a module that contains it.
-        group: a process group; or, where the experts have replicas too, a mesh with dimensions "dp" and "ep" or its
-            `Layout`; None: all experts stay here.
+        group: a process group of all ranks that share the model; or, where the experts have replicas too, a mesh with
+            dimensions "dp" and "ep" or its `Layout`; None: all experts stay here.
         max_tokens: the most tokens of a rank in one call: batch times length.
         capacity: slots for the rows that arrive here in one call, a multiple of 128 where the model is trained in FP8
             (`use_fp8`). None: as many as arrive, or, with "symmetric", as could arrive: the number of ranks times

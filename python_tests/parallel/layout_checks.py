@@ -98,6 +98,7 @@ def check_experts_are_dtensors(rank, world, folder):
     assert torch.equal(down.full_tensor(), full)
     assert_parts(layout, model, whole)
     assert_parts(layout, copy.deepcopy(model), whole)
+    assert_parts(layout, copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(whole).to(torch.bfloat16))
     alone = split_model(None, whole)
     assert type(alone.model.layers[1].mlp.experts.down_proj) is nn.Parameter
     ragged = whole_model(n_routed_experts=9)
@@ -105,6 +106,16 @@ def check_experts_are_dtensors(rank, world, folder):
         split_model(layout, ragged)
     with pytest.raises(ValueError, match="gradients must be one of"):
         split_model(layout, whole, gradients="average")
+
+
+def check_generation_and_fp8(rank, world, folder):
+    """The same tokens as the whole model's, and a step with FP8 products."""
+    layout, whole = layout_of(world), whole_model()
+    model, ids = split_model(layout, whole), ids_of(world)[rank : rank + 1]
+    options = dict(max_new_tokens=5, eos_token_ids=[])
+    assert torch.equal(model.generate(ids, **options), whole.generate(ids, **options))
+    loss_of(model.train().use_fp8(), ids).backward()
+    assert all(local(p.grad).isfinite().all() for n, p in model.named_parameters() if ".mlp.experts." in n)
 
 
 def check_gradients(rank, world, folder):
@@ -299,7 +310,7 @@ def check_load(rank, world, folder):
             others = sum(info.nbytes for key, info in stored.items() if ".mlp.experts." not in key)
             whole = K2Model.from_pretrained(path / name, progress=False, **options)
             with Reads() as reads, Live() as live:
-                model = K2Model.from_pretrained(path / name, progress=False, mesh=layout, **options)
+                model = K2Model.from_pretrained(path / name, progress=False, mesh=layout.mesh, **options)
             assert (reads.experts * ep, reads.others) == (experts, others)
             assert_parts(layout, model, whole)
 
@@ -501,3 +512,4 @@ def check_meshes(rank, world, folder):
 
 
 LAYOUT_CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+OF_FILES = ("check_distributed_checkpoint", "check_save", "check_load", "check_errors_of_loading_are_every_ranks")
