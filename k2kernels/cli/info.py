@@ -1,4 +1,7 @@
-"""Print parameters, cache bytes per token and what fits where, of a preset or a checkpoint."""
+"""Print parameters, cache bytes per token and what fits where, of a preset or a checkpoint.
+
+With --gpus, --gpu and --train or --serve: which layouts over these GPUs fit, and what each rank holds.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model", metavar="DIR|PRESET", help="kimi-k2, deepseek-v3, moonlight-16b-a3b, tiny, or a directory"
     )
+    command.add_argument("--gpus", type=int, metavar="N", help="plan for N GPUs")
+    command.add_argument("--gpu", metavar="NAME|GB", help="h100, h200, b200, a100-80, 4090 ..., or its memory in GB")
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument("--train", dest="mode", action="store_const", const="train", help="plan a training run")
+    mode.add_argument("--serve", dest="mode", action="store_const", const="serve", help="plan generation")
+    command.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages (default 1)")
+    command.add_argument("--ep", type=int, metavar="N", help="show the layout with experts over N ranks")
+    command.add_argument(
+        "--sharding", metavar="HOW", help="show this one: replicated, optimizer, dense-fsdp or fsdp (training)"
+    )
+    command.add_argument("--tokens", type=int, metavar="N", help="of a rank in one pass (4096; 512 with --serve)")
+    command.add_argument("--cache-tokens", type=int, metavar="N", help="of a rank, with --serve (default 131072)")
+    command.add_argument("--fp8", action="store_true", help="train with FP8 products, or serve weights kept in FP8")
+    command.add_argument("--fp8-cache", action="store_true", help="rows of the cache in FP8, with --serve")
+    command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="one NVLink domain (default 8)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -18,5 +36,27 @@ def run(options: argparse.Namespace) -> int:
 
     is_path = Path(options.model).exists()
     config = K2Config.from_pretrained(options.model) if is_path else K2Config.preset(options.model)
-    print(capacity(config).format())
+    if options.gpus is None and options.gpu is None and options.mode is None:
+        print(capacity(config).format())
+        return 0
+    for name, value in (("--gpus", options.gpus), ("--gpu", options.gpu), ("--train or --serve", options.mode)):
+        if value is None:
+            raise ValueError(f"info: {name} must be given for a plan, got none; see k2kernels info --help")
+    from k2kernels.parallel.planner import Workload, plan
+    from k2kernels.parallel.planner_table import table
+
+    serve = options.mode == "serve"
+    workload = Workload(
+        mode=options.mode,
+        tokens=(512 if serve else 4096) if options.tokens is None else options.tokens,
+        fp8=options.fp8,
+        cache_tokens=(131072 if options.cache_tokens is None else options.cache_tokens) if serve else 0,
+        fp8_cache=options.fp8_cache,
+        gpus_per_node=options.gpus_per_node,
+    )
+    print(
+        table(
+            plan(config, options.gpus, options.gpu, workload, pp=options.pp, ep=options.ep, sharding=options.sharding)
+        )
+    )
     return 0
