@@ -6,9 +6,10 @@ directions. Every name, shape and dtype is checked from the files' headers befor
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -47,6 +48,7 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     keep_fp8: bool = False,
     progress: bool = True,
+    mesh: Any = None,
 ) -> Model:
     """Loads the Hugging Face checkpoint in the directory `path`. Weights are read one at a time.
 
@@ -57,6 +59,10 @@ def from_pretrained(
         keep_fp8: keep a block-FP8 checkpoint's weights and scales as they are instead of dequantising them. Scales of
             activations are powers of two where its quantization_config has `scale_fmt: ue8m0`.
         progress: show a progress bar.
+        mesh: a `k2kernels.parallel.Layout`, or a DeviceMesh with dimensions "dp" and "ep" (see
+            `k2kernels.parallel.make_mesh`). Each rank then reads and keeps its own experts, and all other weights. Call
+            it on every rank; an error of one is raised on all. `k2kernels.parallel.expert_parallel` must follow before
+            the model is used.
 
     MTP layers follow config.json's num_nextn_predict_layers. Layers beyond that number are left out with a warning,
     and so is the number itself if the files hold no MTP layer at all (transformers writes such checkpoints).
@@ -69,6 +75,25 @@ def from_pretrained(
     """
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"from_pretrained: dtype must be a float dtype or None, got {dtype!r}")
+    if mesh is not None:
+        from k2kernels.parallel.layout import Layout
+
+        ranks = Layout.of(mesh)
+        with ranks.together("from_pretrained"):
+            return _read(cls, path, dtype, device, keep_fp8, progress and ranks.writes, ranks)
+    return _read(cls, path, dtype, device, keep_fp8, progress, None)
+
+
+def _read(
+    cls: type[Model],
+    path: str | Path,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    keep_fp8: bool,
+    progress: bool,
+    ranks: Any,
+) -> Model:
+    """`from_pretrained`, of the part of the model that belongs to this rank of a Layout."""
     device = _device(device)
     raw = read_config_file(path)
     config = K2Config.from_pretrained(path)
@@ -87,6 +112,9 @@ def from_pretrained(
         model = cls(config)
         if keep_fp8:
             _use_fp8_modules(model, tensors, config.power_of_two_scales)
+    _check(_wanted(model), tensors, set(_tied(model)), block, str(path))
+    if ranks is not None:
+        ranks.shard_experts(model)  # after the check: every rank finds what is wrong with any expert
     _load(model, tensors, block, str(path), dtype, device, progress)
     return model.eval()
 
@@ -99,6 +127,9 @@ def save_pretrained(
     Either all files are written or none: see `shards.Writer`. Tied weights are written once; MTP layers without the
     copies of embedding and head that DeepSeek's own files contain.
 
+    Of a model over ranks (`k2kernels.parallel`) every rank calls it, with the same path: one rank gets each expert in
+    turn and writes all, so that the files are those of a whole model. An error is raised on every rank.
+
     Args:
         max_shard_size: bytes; a larger model is split into shards with an index.
 
@@ -109,29 +140,41 @@ def save_pretrained(
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"save_pretrained: every weight must hold data, got {some(meta)} on the meta device")
+    experts = {name for name in tensors if _is_sharded_stack(model, name)}
+    parts = [name for name, tensor in tensors.items() if hasattr(tensor, "to_local") and name not in experts]
+    if parts:
+        raise ValueError(
+            f"save_pretrained: every weight but the experts must be whole, got {some(parts)} in parts (FSDP); load "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(options=StateDictOptions("
+            "full_state_dict=True)) into a whole model and save that"
+        )
     fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
     config = replace(
         model.config,
         dtype=_dtype_name(tensors["model.embed_tokens.weight"].dtype),
         quantization_config=model.config.quantization_config if fp8 else None,
     )
-    with Writer(path, max_shard_size) as writer:
+    ranks = getattr(model, "ranks", None)
+    writes = ranks is None or ranks.writes
+    new = functools.partial(Writer, path, max_shard_size)
+    with new() if ranks is None else ranks.writer(new) as writer:
         writer.write_text("config.json", config.to_json())
-        for name, tensor in tqdm(tensors.items(), desc="saving", disable=not progress):
-            for piece_name, piece in pieces(name, tensor.detach()):
+        for name, tensor in tqdm(tensors.items(), desc="saving", disable=not (progress and writes)):
+            whole = writer.experts(tensor) if name in experts else tensor.detach()
+            for piece_name, piece in pieces(name, whole):
                 writer.add(piece_name, piece)
 
 
-def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def pieces(name: str, tensor: Tensor | Iterable[Tensor], first: int = 0) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors that make up the model's tensor `name`: their names, and views of it.
 
-    Fused gate and up are two of them, gate rows first; stacked experts are one each (three, gate and up being fused).
-    Scales follow their weights.
+    Fused gate and up are two of them, gate rows first; stacked experts are one each (three, gate and up being fused),
+    numbered from `first` on. Scales follow their weights.
     """
     parent, _, leaf = name.rpartition(".")
     if parent.endswith(".mlp.experts"):
         projection, scale = (leaf.removesuffix(SCALE), SCALE) if leaf.endswith(SCALE) else (leaf, "")
-        for expert, part in enumerate(tensor):
+        for expert, part in enumerate(tensor, first):
             yield from _halves(f"{parent}.{expert}.{projection}", f"weight{scale}", part)
     else:
         yield from _halves(parent, leaf, tensor)
@@ -165,7 +208,7 @@ def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], pat
         warnings.warn(
             f"{path}: config.json has num_nextn_predict_layers={config.num_nextn_predict_layers}, but the files hold "
             "no MTP layer; the model is loaded without",
-            stacklevel=3,
+            stacklevel=4,
         )
         return replace(config, num_nextn_predict_layers=0)
     left_out = [layer for layer in found if layer >= layers + config.num_nextn_predict_layers]
@@ -173,7 +216,7 @@ def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], pat
         warnings.warn(
             f"{path}: MTP layers {left_out} are left out, because config.json has "
             f"num_nextn_predict_layers={config.num_nextn_predict_layers}",
-            stacklevel=3,
+            stacklevel=4,
         )
         for name in [n for n in tensors if (m := _LAYER.match(n)) and int(m[1]) in left_out]:
             del tensors[name]
@@ -222,6 +265,39 @@ def _unique(model: nn.Module) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in tensors.items() if first.setdefault(id(tensor), name) == name}
+
+
+def _wanted(model: nn.Module) -> dict[str, _Piece]:
+    """What the files must hold of the weights that are here, by name in the files."""
+    return {
+        name: _Piece(owner, like)
+        for owner, whole in _unique(model).items()
+        for name, like in pieces(owner, _here(whole), _first_expert(model, owner))
+    }
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The other names of tied weights, and the first."""
+    owners = _unique(model)
+    first_name = {id(tensor): name for name, tensor in owners.items()}
+    tensors = model.state_dict(keep_vars=True)
+    return {name: first_name[id(tensor)] for name, tensor in tensors.items() if name not in owners}
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank; shares its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _first_expert(model: nn.Module, name: str) -> int:
+    """The number of the first expert that the model's tensor `name` holds here."""
+    return getattr(model.get_submodule(name.rpartition(".")[0]), "first_expert", 0)
+
+
+def _is_sharded_stack(model: nn.Module, name: str) -> bool:
+    """Whether the model's tensor `name` is a stack of experts that are shared out over ranks."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, Experts) and module.ranks is not None
 
 
 def _is_fp8(name: str, tensors: dict[str, TensorInfo]) -> bool:
@@ -298,14 +374,8 @@ def _load(
     device: torch.device,
     progress: bool,
 ) -> None:
-    """Checks that the files fit `model`, which is on the meta device, then gives it memory and fills it."""
-    owners = _unique(model)
-    aliases = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in owners}
-    wanted = {name: _Piece(owner, like) for owner, whole in owners.items() for name, like in pieces(owner, whole)}
-    _check(wanted, tensors, set(aliases), block, path)
-
-    first_name = {id(tensor): name for name, tensor in owners.items()}
-    tied = {alias: first_name[id(tensor)] for alias, tensor in aliases.items()}
+    """Gives `model`, which is on the meta device, memory and fills it with what is here of its weights."""
+    owners, wanted, tied = _unique(model), _wanted(model), _tied(model)
     targets: dict[str, Tensor] = {}  # where the pieces of the owners created so far go
     total = sum(tensors[name].nbytes for name in wanted)
     bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress)
@@ -315,7 +385,8 @@ def _load(
                 continue
             if name not in targets:
                 owner = wanted[name].owner
-                targets.update(pieces(owner, _create(model, owner, owners[owner], dtype, device)))
+                new = _create(model, owner, owners[owner], dtype, device)
+                targets.update(pieces(owner, _here(new), _first_expert(model, owner)))
             target = targets.pop(name)
             scale = tensors.get(name + SCALE)
             if info.dtype == "F8_E4M3" and target.dtype != torch.float8_e4m3fn:

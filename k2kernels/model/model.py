@@ -7,6 +7,8 @@ Source: DeepSeek-V3 (2024), section 2; where implementations differ: transformer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,13 @@ class K2Model(Trunk):
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
     QK-Clip) and how many tokens each expert got (`expert_load`, for `update_router_bias`).
+
+    Over ranks, `ranks` is their `k2kernels.parallel.Layout`, whose `reduce_statistics` makes what was recorded that of
+    all ranks.
     """
 
+    ranks: Any = None
+    statistics_reduced = True  # nothing was recorded since
     from_pretrained = classmethod(checkpoint.from_pretrained)
     save_pretrained = checkpoint.save_pretrained
     generate = generate
@@ -49,6 +56,7 @@ class K2Model(Trunk):
             ValueError: T is 0 or above config.max_position_embeddings, or (on a CPU) an id is not in the vocabulary.
         """
         self.check_ids("K2Model", input_ids)
+        self._records()
         hidden = self.model(input_ids, self._prefill(*input_ids.shape))
         logits = self._logits(hidden)
         return (logits, hidden) if return_hidden else logits
@@ -99,6 +107,7 @@ class K2Model(Trunk):
         Arguments("mtp_logits").tensor("hidden", hidden, (batch, length, self.config.hidden_size), FLOATS)
         if length <= len(self.mtp_layers):
             raise ValueError(f"mtp_logits: input_ids must have more than {len(self.mtp_layers)} tokens, got {length}")
+        self._records()
         logits = []
         for k, layer in enumerate(self.mtp_layers):
             embedded = self.model.embed_tokens(input_ids[:, k + 1 :])
@@ -123,10 +132,24 @@ class K2Model(Trunk):
     def update_router_bias(self, rate: float) -> None:
         """Loss-free balancing: changes every expert's bias by `rate` against its load, and resets the load.
 
-        Call it once per optimizer step. Over several ranks, sum the `expert_counts` buffers first.
+        Call it once per optimizer step. Over several ranks, `k2kernels.parallel.Layout.reduce_statistics` must come
+        first.
+
+        Raises:
+            ValueError: the load is that of one rank of several.
         """
+        self.check_statistics("update_router_bias")
         for _, layer in self._moe_layers():
             layer.update_bias(rate)
+
+    def check_statistics(self, caller: str) -> None:
+        """Raises ValueError if maxima and expert counts are those of one rank, and others share the weights."""
+        if self.ranks is not None and not self.statistics_reduced:
+            raise ValueError(
+                f"{caller}: maxima and expert counts must be those of all {self.ranks.world_size} ranks that share the "
+                "weights, or copies of these would differ, got this rank's; call "
+                "k2kernels.parallel.Layout.reduce_statistics(model) once per step, before it"
+            )
 
     def sequence_loss(self, alpha: float | None = None) -> Tensor:
         """The sequence-wise balance loss of the last forward pass in training mode, summed over layers.
@@ -136,6 +159,10 @@ class K2Model(Trunk):
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
         zero = torch.zeros((), device=self.lm_head.weight.device)
         return sum((layer.sequence_loss(alpha) for _, layer in self._moe_layers()), start=zero)
+
+    def _records(self) -> None:
+        if self.training and self.ranks is not None:
+            self.statistics_reduced = False
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden)

@@ -59,9 +59,16 @@ class Experts(nn.Module):
     In a model kept in FP8 they are e4m3, with float32 scales [E, ceil(2I/128), ceil(hidden/128)] and so on in
     `gate_up_proj_scale_inv` and `down_proj_scale_inv`. With `fp8`, which `K2Model.use_fp8` sets, their products are FP8
     and their dtype is unchanged.
+
+    Over ranks (`k2kernels.parallel.Layout.shard_experts`) they are DTensors of which this rank has some experts, from
+    `first_expert` on, and `ranks` is the Layout. `gradients` is "sum" or "mean", as `expert_parallel` describes, and
+    `divisor` what each backward divides them by.
     """
 
     fp8 = False
+    ranks: Any = None
+    first_expert = 0
+    gradients, divisor = "sum", 1
 
     def __init__(self, config: K2Config):
         super().__init__()
@@ -72,10 +79,30 @@ class Experts(nn.Module):
         self.register_parameter("down_proj_scale_inv", None)
 
     def weights(self) -> tuple:
-        """`gate_up` and `down` as `moe_mlp` takes them."""
+        """`gate_up` and `down` as `moe_mlp` takes them: of this rank's experts."""
+        gate_up, down = self._here(self.gate_up_proj), self._here(self.down_proj)
         if self.gate_up_proj_scale_inv is None:
-            return self.gate_up_proj, self.down_proj
-        return (self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)
+            return gate_up, down
+        return (gate_up, self._here(self.gate_up_proj_scale_inv)), (down, self._here(self.down_proj_scale_inv))
+
+    def _here(self, weight: Tensor) -> Tensor:
+        if self.ranks is None:
+            return weight
+        weight = weight.to_local()
+        return _DividedGradient.apply(weight, self.divisor) if self.divisor > 1 and weight.requires_grad else weight
+
+
+class _DividedGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.divisor, None
 
 
 class Moe(nn.Module):
@@ -103,6 +130,11 @@ class Moe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         config = self.config
+        if self.experts.ranks is not None and self.exchange is None:
+            raise ValueError(
+                "Moe: experts of other ranks must be reachable; call k2kernels.parallel.expert_parallel(model, mesh, "
+                "max_tokens=...) on every rank"
+            )
         flat = x.flatten(0, 1)
         logits = self.gate(flat)
         routing = moe_route(

@@ -7,64 +7,88 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from k2kernels.model.moe import Moe
+from k2kernels.ops._check import Arguments
 from k2kernels.parallel.expert import ExpertParallel
+from k2kernels.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def expert_parallel(
     model: nn.Module,
-    group: ProcessGroup | None,
+    group: ProcessGroup | DeviceMesh | Layout | None,
     *,
     max_tokens: int,
     capacity: int | None = None,
+    gradients: str = "sum",
     **options: Any,
 ) -> ExpertParallel:
     """Distributes the routed experts of a `K2Model` (or of any module with `Moe` layers) over the ranks of `group`.
 
-    Each `Moe` keeps the weights of this rank's experts, as parameters of the same names; all other weights stay on
-    every rank. Call it on every rank, with the same full weights, before creating the optimizer. Each rank then runs
-    the model on its own tokens. The gradient of an expert includes the tokens of all ranks; other gradients,
-    `gate.expert_counts` and `max_logits` are of this rank: the training loop must add them up over the ranks (or take
-    the largest maxima: see `MuonClip`).
+    Each `Moe` keeps the weights of this rank's experts, under the same names: DTensors with Shard(0), so that
+    torch.distributed.checkpoint, DistributedDataParallel and `save_pretrained` treat them as what they are. All other
+    weights stay on every rank. Call it on every rank, with the same full weights or with a model that
+    `K2Model.from_pretrained(mesh=)` has loaded in parts, before creating the optimizer. Each rank then runs the model
+    on its own tokens. `gate.expert_counts` and `max_logits` are of this rank: see `Layout.reduce_statistics`.
 
     Args:
-        model: changed in place.
-        group: as in `ExpertParallel`.
+        model: changed in place. DistributedDataParallel must wrap it directly, not a module that contains it.
+        group: a process group of all ranks that share the model; or, where the experts have replicas too, a mesh with
+            dimensions "dp" and "ep" or its `Layout`; None: all experts stay here.
         max_tokens: the most tokens of a rank in one call: batch times length.
         capacity: slots for the rows that arrive here in one call, a multiple of 128 where the model is trained in FP8
             (`use_fp8`). None: as many as arrive, or, with "symmetric", as could arrive: the number of ranks times
             max_tokens times top-k at most. Every buffer between dispatch and combine has that many rows. Routing sends
             max_tokens times top-k on average; pairs beyond the capacity are dropped and counted in
             `ExpertParallel.overflow`.
+        gradients: an expert's gradient includes the tokens of all W ranks, each by its own loss; other gradients are of
+            this rank. "sum": that sum, to which belong other gradients added up over the ranks. "mean": divided by W in
+            each backward pass, to which belong gradients averaged over the ranks, as DistributedDataParallel and FSDP
+            do. `Layout.reduce_gradients` does what belongs to either. Where the experts have replicas, W is the ranks
+            of "ep", and the replicas' gradients are still to be added up, or averaged.
         options: transport, ranks_per_node, init_timeout and step_timeout of `ExpertParallel`.
 
     Returns:
         The ExpertParallel that all layers share.
 
     Raises:
-        ValueError: the model has no `Moe`, or its experts are distributed already; and what ExpertParallel raises.
+        ValueError: the model has no `Moe`, its experts are distributed already, or their number is not a multiple of
+            the ranks (`ExpertParallel` itself takes any number); and what ExpertParallel raises.
     """
     layers = [module for module in model.modules() if isinstance(module, Moe)]
     if not layers:
         raise ValueError(f"expert_parallel: model must have Moe layers, got a {type(model).__name__} without")
+    Arguments("expert_parallel").choice("gradients", gradients, ("sum", "mean"))
+    layout = None
+    if group is not None:
+        layout = Layout.of(group, device_type=_device_type(layers[0]))
+    loaded = {id(layer.experts.ranks): layer.experts.ranks for layer in layers}
     if any(layer.exchange is not None for layer in layers):
         raise ValueError("expert_parallel: model must have all experts, got one whose experts are distributed")
+    in_parts = any(ranks is not None for ranks in loaded.values())
+    if in_parts and (layout is None or any(ranks is None or ranks.ep != layout.ep for ranks in loaded.values())):
+        raise ValueError("expert_parallel: group must be the mesh that the model was loaded with, got another")
     config = layers[0].config
     experts = ExpertParallel(
-        group,
+        None if layout is None else layout.ep.get_group(),
         num_experts=config.n_routed_experts,
         hidden=config.hidden_size,
         top_k=config.num_experts_per_tok,
         max_tokens=max_tokens,
         **options,
     )
-    first = experts.first_expert
-    here = slice(first, first + experts.num_local_experts)
+    if layout is not None and not in_parts:
+        layout.shard_experts(model)
     for layer in layers:
-        for name, weight in list(layer.experts.named_parameters(recurse=False)):
-            part = nn.Parameter(weight.detach()[here].clone(), requires_grad=weight.requires_grad)
-            setattr(layer.experts, name, part)
         layer.exchange, layer.capacity = experts, capacity
+        layer.experts.gradients = gradients
+        layer.experts.divisor = experts.world_size if gradients == "mean" else 1
     return experts
+
+
+def _device_type(layer: Moe) -> str | None:
+    """Where the experts are; None: unknown, on the meta device."""
+    device = layer.experts.gate_up_proj.device.type
+    return None if device == "meta" else device

@@ -33,9 +33,11 @@ FLOORS = {
     "train": {"train", "model", "optim"},
 }
 EVERYWHERE = {"k2kernels._backend", "k2kernels._backend.UnsupportedError"}
-# K2Model.generate is the engine's function. The engine imports the modules below K2Model, never K2Model itself.
+# K2Model.generate is the engine's function, and from_pretrained(mesh=) asks `parallel` for the ranks. Both import the
+# modules below K2Model, never K2Model itself.
 UPWARDS = {
     "k2kernels/model/model.py": {"k2kernels.engine.generate", "k2kernels.engine.generate.generate"},
+    "k2kernels/model/checkpoint.py": {"k2kernels.parallel.layout", "k2kernels.parallel.layout.Layout"},
 }
 
 

@@ -17,6 +17,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as _symmetric_memory
+from layout_checks import LAYOUT_CHECKS, OF_FILES
 from rank_checks import (
     CHECKS,
     EXPERTS,
@@ -63,6 +64,29 @@ def checks_on_nodes(rank, world, folder):
     on_nodes(world)
     few = ("check_bits", "check_a_token_goes_to_a_node_once")
     return checks(rank, world, folder, CHECKS if world == 4 else few)
+
+
+def layout_steps(rank, world, folder, files=False):
+    """Checks of models over ranks, each in a folder that the ranks share: check -> None, or what went wrong."""
+    join(rank, world, folder)
+    found = {}
+    for name, check in LAYOUT_CHECKS.items():
+        if (name in OF_FILES) != files:
+            continue
+        place = Path(folder, name)
+        place.mkdir(exist_ok=True)
+        try:
+            check(rank, world, str(place))
+            found[name] = None
+        except BaseException:  # pytest's "did not raise" is no Exception
+            found[name] = traceback.format_exc()
+            break
+    return found
+
+
+def layout_files(rank, world, folder):
+    """Those of checkpoints."""
+    return layout_steps(rank, world, folder, files=True)
 
 
 def clipped_copies(rank, world, folder):
