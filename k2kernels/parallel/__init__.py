@@ -1,9 +1,10 @@
-"""Parallelism: the experts of a layer over the ranks of a process group, the matrices of MuonClip over those of a mesh."""
+"""Parallelism: the experts of a layer over the ranks of a process group, MuonClip's matrices over those of a mesh."""
+
+from typing import Any
 
 from k2kernels._backend import PeerTimeout
 from k2kernels.parallel.expert import ExpertParallel
 from k2kernels.parallel.model import expert_parallel
-from k2kernels.parallel.muon import MuonClip, muon_traffic, sum_expert_counts
 from k2kernels.parallel.virtual import VirtualRanks
 
 __all__ = [
@@ -15,3 +16,12 @@ __all__ = [
     "muon_traffic",
     "sum_expert_counts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs torch.distributed when it is used: a torch built without it serves one rank too."""
+    if name in ("MuonClip", "muon_traffic", "sum_expert_counts"):
+        from k2kernels.parallel import muon
+
+        return getattr(muon, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

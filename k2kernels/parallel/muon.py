@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from k2kernels._backend import UnsupportedError
 from k2kernels.model.moe import Moe
 from k2kernels.optim.base import check_parameters
 from k2kernels.optim.muonclip import MuonClip as OneProcess
 from k2kernels.optim.routing import check_matched
-from k2kernels.optim.rules import Matrices, Member, Step, wide_dtype
+from k2kernels.optim.rules import Matrices, Member, Step
 from k2kernels.parallel.owners import Kind, Part, Round, Traffic, assign, cut, held, overlap, rounds, traffic
 
 # How the ranks hold a parameter.
@@ -70,7 +70,7 @@ class MuonClip(OneProcess):
 
     Raises:
         ValueError: on construction, for what `k2kernels.optim.MuonClip` raises, and by name for DTensors in placements
-            that are not served and parameters of FSDP1; in a step, for replicas that have a gradient on some ranks only.
+            that are not served and parameters of FSDP1; in a step, for replicas with a gradient on some ranks only.
         TypeError: for a mesh that is no DeviceMesh, and gradients in another dtype than their parameters.
         UnsupportedError: for capturable=True, and `add_param_group` after construction.
     """
@@ -214,7 +214,7 @@ class MuonClip(OneProcess):
                     masters = torch.zeros_like(new, dtype=torch.float32)  # the first step takes over the parameter
                 else:
                     new, masters = here, here.float() if self._has_master(p) else here
-                for key, (shape, dtype) in specs.items():
+                for key, (_, dtype) in specs.items():
                     if key not in state:
                         empty = torch.zeros((), dtype=dtype) if key == "step" else torch.zeros_like(new, dtype=dtype)
                         state[key] = empty
@@ -722,7 +722,7 @@ def muon_traffic(
     packed = 8 * (1 + 3 * sum(len(g["params"]) for g in optimizer.param_groups) + sum(heads))
     totals = [Traffic(1, packed, packed)] * ranks
     for kind in kinds:
-        totals = [a + b for a, b in zip(totals, traffic(kind, ranks))]
+        totals = [a.plus(*b) for a, b in zip(totals, traffic(kind, ranks))]
     return totals
 
 

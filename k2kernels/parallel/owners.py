@@ -57,7 +57,7 @@ def held(length: int, ranks: int, rank: int) -> tuple[int, int]:
 
 
 def overlap(part: Part, shape: Sequence[int], ranks: int, rank: int) -> tuple[int, int]:
-    """The rows of the parameter, from first to one after the last, that are of `part` and, under Shard(0), on `rank`."""
+    """The rows, from the first to the one after the last, that are of `part` and, under Shard(0), on `rank`."""
     each = shape[1] if len(shape) == 3 else 1
     first, end = (row * each for row in held(shape[0], ranks, rank))
     first, end = max(first, part.first), min(end, part.first + part.rows)
@@ -103,8 +103,8 @@ class Traffic(NamedTuple):
     sent: int = 0  # bytes
     received: int = 0  # bytes
 
-    def __add__(self, other: tuple) -> Traffic:
-        return Traffic(*(a + b for a, b in zip(self, other)))
+    def plus(self, collectives: int, sent: int, received: int) -> Traffic:
+        return Traffic(self.collectives + collectives, self.sent + sent, self.received + received)
 
 
 class Kind(NamedTuple):
@@ -153,5 +153,5 @@ def traffic(of: Kind, ranks: int) -> list[Traffic]:
                 sent[owner] += size
                 for rank in range(ranks):
                     received[rank] += 0 if rank == owner else size
-        totals = [t + (collectives, s, r) for t, s, r in zip(totals, sent, received)]
+        totals = [t.plus(collectives, s, r) for t, s, r in zip(totals, sent, received)]
     return totals

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import tiny
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -164,3 +165,219 @@ def same_gradients(rank, world, folder):
     check_same_gradients(rank, world, "sharded", F32, smoothing=0.5)
     check_same_gradients(rank, world, "replicas", BF16, smoothing=0.5)
     return "the same"
+
+
+# ---- a model
+
+
+def tokens(step, world, config):
+    return torch.randint(0, config.vocab_size, (2 * world, 13), generator=torch.Generator().manual_seed(step))
+
+
+def backward(model, ids):
+    F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    if name == "tiny":
+        return K2Model(K2Config.preset("tiny")).double().train()
+    return tiny.model(name, num_hidden_layers=2).double().train()
+
+
+def check_model(rank, world, name, how):
+    """Three steps on the tokens of all ranks: the largest difference of a weight from one process, and what was done."""
+    mesh = init_device_mesh("cpu", (world,))
+    model, want = make_model(name), make_model(name)
+    tau = 0.1 if name == "tiny" else 0.5
+    if how == "experts":
+        expert_parallel(model, dist.group.WORLD, max_tokens=256, row_dtype=F64)
+    experts = {p for n, p in model.named_parameters() if ".mlp.experts." in n} if how == "experts" else set()
+    if how != "replicas":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, ignored_params=experts)
+        fully_shard(model, mesh=mesh, ignored_params=experts)
+    optimizer = MuonClip(model, 0.02, mesh=mesh, qk_clip=QKClip(tau), bucket_elements=2**14)
+    maxima: dict = {}
+    expected = optim.MuonClip(
+        want, 0.02, qk_clip=QKClip(tau, max_logits=lambda: maxima, reset_max_logits=want.reset_max_logits)
+    )
+    clips = 0
+    for step in range(3):
+        ids = tokens(step, world, model.config)
+        backward(model, ids[2 * rank : 2 * rank + 2])
+        backward(want, ids)
+        for p in model.parameters():
+            if how == "replicas":
+                dist.all_reduce(p.grad)
+            if how == "replicas" or p in experts:
+                p.grad /= world
+        maxima.update(want.max_logits())
+        optimizer.step()
+        expected.step()
+        for layer, report in expected.last_clip.items():
+            assert torch.equal(report.gamma < 1, optimizer.last_clip[layer].gamma < 1), "other heads were clipped"
+            clips += int((report.gamma < 1).sum())
+        sum_expert_counts(model, mesh)
+        loads = model.expert_load(), want.expert_load()
+        assert all(torch.equal(loads[0][layer], load) for layer, load in loads[1].items()), "loads"
+        for one, other in ((model, optimizer), (want, expected)):
+            one.update_router_bias(1e-2)
+            other.zero_grad()
+    worst, parted = 0.0, []
+    for (n, p), q in zip(model.named_parameters(), want.parameters()):
+        q = q.detach()
+        if p in experts:
+            q = q.tensor_split(world)[rank]
+        elif how == "replicas":
+            first = p.detach().clone()
+            dist.broadcast(first, 0)
+            parted += [] if torch.equal(first, p) else [n]
+        worst = max(worst, float((whole(p.detach()) - q).abs().max()))
+    assert parted == [], f"replicas differ: {parted}"
+    for a, b in zip(model.buffers(), want.buffers()):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-9, atol=0):
+            raise AssertionError("buffers differ")
+    moved = max(float((a - b).abs().max()) for a, b in zip(want.parameters(), make_model(name).parameters()))
+    longest = max(max(p.shape) for p in want.parameters() if p.dim() > 1)
+    return dict(worst=worst, clips=clips, moved=moved, longest=longest)
+
+
+def models(rank, world, folder):
+    join(rank, world, folder)
+    hows = ["replicas", "sharded", "experts"]
+    return {how: check_model(rank, world, "kimi", how) for how in hows}
+
+
+def preset(rank, world, folder):
+    join(rank, world, folder)
+    return {how: check_model(rank, world, "tiny", how) for how in ("sharded", "experts")}
+
+
+# ---- checkpoints, in a folder of the test's
+
+
+CHECKPOINTS = [("replicas", BF16), ("sharded", F32), ("sharded", BF16), ("mixed", F64)]
+FIRST_WORLD = 2  # whose maxima all runs see
+
+
+def start(how, dtype, mesh):
+    if how == "plain":
+        return Run(one_process(dtype), FIRST_WORLD, smoothing=0.5)
+    return Run(over_ranks(dtype, mesh, how), FIRST_WORLD, smoothing=0.5)
+
+
+def save(rank, world, folder, plain=False):
+    """Two steps, then a checkpoint of each kind."""
+    join(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    for how, dtype in CHECKPOINTS:
+        run = start("plain" if plain else how, dtype, mesh)
+        run.go(0)
+        run.go(1)
+        model, state = get_state_dict(run.toy, run.optimizer)
+        path = Path(os.environ["K2K_TEST_CHECKPOINTS"], f"{how}-{dtype}")
+        dcp.save({"model": model, "optimizer": state}, checkpoint_id=path)
+    return "saved"
+
+
+def save_plain(rank, world, folder):
+    return save(rank, world, folder, plain=True)
+
+
+def resume(rank, world, folder, plain=False):
+    """Two more steps: the bits of four in one process."""
+    join(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    for how, dtype in CHECKPOINTS:
+        run, want = start("plain" if plain else how, dtype, mesh), start("plain", dtype, None)
+        with torch.no_grad():
+            for p in run.toy.parameters():
+                p.zero_()
+        model, state = get_state_dict(run.toy, run.optimizer)
+        path = Path(os.environ["K2K_TEST_CHECKPOINTS"], f"{how}-{dtype}")
+        loaded = {"model": model, "optimizer": state}
+        dcp.load(loaded, checkpoint_id=path)
+        set_state_dict(run.toy, run.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        for step in range(4):
+            want.go(step)
+        run.go(2)
+        run.go(3)
+        where = f"{how}, {dtype}, {world} ranks"
+        same_parameters(run, want, where)
+        if not plain:
+            same_states(run, want, where)
+    return "the same"
+
+
+def resume_plain(rank, world, folder):
+    return resume(rank, world, folder, plain=True)
+
+
+# ---- what is sent
+
+
+class Counted:
+    """Counts the tensors that pass to collectives: what `muon_traffic` describes."""
+
+    def __init__(self, rank):
+        self.rank, self.seen = rank, [0, 0, 0]
+
+    def add(self, sent, received):
+        self.seen = [a + b for a, b in zip(self.seen, (1, sent, received))]
+
+    @contextlib.contextmanager
+    def counting(self):
+        real = dist.all_to_all_single, dist.broadcast, dist.all_reduce
+
+        def all_to_all_single(out, given, out_sizes, in_sizes, **options):
+            others = [r for r in range(len(in_sizes)) if r != self.rank]
+            assert given.nbytes == sum(in_sizes) and out.nbytes == sum(out_sizes)
+            self.add(sum(in_sizes[r] for r in others), sum(out_sizes[r] for r in others))
+            return real[0](out, given, out_sizes, in_sizes, **options)
+
+        def broadcast(t, group_src, **options):
+            self.add(*((t.nbytes, 0) if group_src == self.rank else (0, t.nbytes)))
+            return real[1](t, group_src=group_src, **options)
+
+        def all_reduce(t, *args, **options):
+            self.add(t.nbytes, t.nbytes)
+            return real[2](t, *args, **options)
+
+        with contextlib.ExitStack() as patches:
+            for new in (all_to_all_single, broadcast, all_reduce):
+                patches.enter_context(mock.patch.object(dist, new.__name__, new))
+            yield
+
+
+def sent(rank, world, folder):
+    """[counted, computed] of each way to hold a model."""
+    join(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for how in ("sharded", "replicas", "experts", "halves"):
+        dtype = BF16 if how == "halves" else F32
+        model = tiny.model("kimi", num_hidden_layers=2).train().to(dtype)
+        options = dict(bucket_elements=2**13)
+        local = ()
+        if how == "experts":
+            local = ("*.mlp.experts.*",)
+        computed = muon_traffic(model, world, sharded=how != "replicas", local=local, **options)[rank]
+        experts = {p for n, p in model.named_parameters() if local and ".mlp.experts." in n}
+        if how != "replicas":
+            fully_shard(model, mesh=mesh, ignored_params=experts)
+            if not experts:  # stacks stay where they are: as matrices, they are the plan's
+                stacks = {n for n, p in model.named_parameters() if p.ndim == 3}
+                computed = muon_traffic(
+                    tiny.model("kimi", num_hidden_layers=2).to(dtype), world, local=stacks, **options
+                )[rank]
+        optimizer = MuonClip(model, 0.02, mesh=mesh, qk_clip=QKClip(0.5), local=local, **options)
+        counted = Counted(rank)
+        for _ in range(2):  # the first takes over the masters
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            counted.seen = [0, 0, 0]
+            with counted.counting():
+                optimizer.step()
+        found[how] = [counted.seen, list(computed)]
+    return found
