@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import tiny
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from k2kernels import optim
 from k2kernels.model import K2Config, K2Model
@@ -157,6 +158,112 @@ def check_same_gradients(rank, world, how, dtype, steps=4, **clip):
     assert clips > 2
 
 
+# ---- faults, each of which the comparison must see
+
+
+def momentum_of_another(run):
+    """The owner takes rows of another momentum."""
+
+    def update(self, *args):
+        for p in self.params:
+            momentum = self.optimizer.state[p]["momentum_buffer"]
+            momentum.copy_(momentum.roll(1, 0))
+        return real(self, *args)
+
+    real = muon._Exchange.update
+    return mock.patch.object(muon._Exchange, "update", update)
+
+
+def momentum_lost(run):
+    """The momentum begins anew, as if the owner had changed."""
+
+    def update(self, *args):
+        for p in self.params:
+            self.optimizer.state[p]["momentum_buffer"].zero_()
+        return real(self, *args)
+
+    real = muon._Exchange.update
+    return mock.patch.object(muon._Exchange, "update", update)
+
+
+def shards_in_reverse(run):
+    """A rank writes its rows of the new weight in another order."""
+    real = muon.Arrived.take
+    return mock.patch.object(muon.Arrived, "take", lambda self, *size: real(self, *size).flip(0))
+
+
+def padded_shards(run):
+    """An uneven shard is read with a row of padding before it."""
+
+    def shards(self, part):
+        weight, grad = real(self, part)
+        uneven = self.params[part.parameter].shape[0] % self.ranks
+        return weight, torch.cat([grad[:1] * 0, grad[:-1]]) if uneven else grad
+
+    real = muon._Sharded.shards
+    return mock.patch.object(muon._Sharded, "shards", shards)
+
+
+def ranks_late(run):
+    """The maxima are reduced before any rank but the first has written its own."""
+    late = torch.inf if run.rank else 0
+    return mock.patch.object(run.optimizer, "_read_here", lambda: {0: run.maxima()[0] - late})
+
+
+def maxima_of_one_rank(run):
+    """They are not reduced."""
+    return mock.patch.object(run.optimizer._clipper, "read", run.maxima)
+
+
+def not_broadcast(run):
+    """One owner's new weights are not sent."""
+
+    def broadcast(self, owner, parts):
+        if owner == run.world - 1:
+            return owner, [], torch.empty(0), SimpleNamespace(wait=lambda: None)
+        return real(self, owner, parts)
+
+    real = muon._Replicated.broadcast
+    return mock.patch.object(muon._Replicated, "broadcast", broadcast)
+
+
+def nothing(run):
+    return contextlib.nullcontext()
+
+
+FAULTS = [
+    (nothing, "sharded"),
+    (nothing, "replicas"),
+    (momentum_of_another, "sharded"),
+    (momentum_of_another, "replicas"),
+    (momentum_lost, "sharded"),
+    (shards_in_reverse, "sharded"),
+    (padded_shards, "sharded"),
+    (ranks_late, "sharded"),
+    (ranks_late, "replicas"),
+    (maxima_of_one_rank, "replicas"),
+    (not_broadcast, "replicas"),
+]
+
+
+def faults(rank, world, folder):
+    """Whether any rank has other weights than one process, by fault and way to hold parameters."""
+    join(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for plant, how in FAULTS:
+        got, want = Run(over_ranks(F32, mesh, how), world, rank), Run(one_process(F32), world)
+        with plant(got):
+            for step in range(3):
+                got.go(step)
+                want.go(step)
+        pairs = [(whole(p.detach()), q) for p, q in zip(got.toy.parameters(), want.toy.parameters())]
+        differs = torch.tensor([float(not all(torch.equal(p, q.detach()) for p, q in pairs))])
+        dist.all_reduce(differs)
+        found[f"{plant.__name__}, {how}"] = bool(differs)
+    return found
+
+
 def same_gradients(rank, world, folder):
     join(rank, world, folder)
     for how in HOWS:
@@ -186,7 +293,7 @@ def make_model(name):
 
 
 def check_model(rank, world, name, how):
-    """Three steps on the tokens of all ranks: the largest difference of a weight from one process, and what was done."""
+    """Three steps on the tokens of all ranks: the largest difference of a weight from one process, and more."""
     mesh = init_device_mesh("cpu", (world,))
     model, want = make_model(name), make_model(name)
     tau = 0.1 if name == "tiny" else 0.5
@@ -381,3 +488,76 @@ def sent(rank, world, folder):
                 optimizer.step()
         found[how] = [counted.seen, list(computed)]
     return found
+
+
+# ---- what is refused
+
+
+def message(call, *args, **options):
+    try:
+        call(*args, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def refused(rank, world, folder):
+    """What was raised, by case."""
+    join(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    both = init_device_mesh("cpu", (1, world), mesh_dim_names=("pp", "dp"))
+    found = {}
+
+    def parameter(placements, over=mesh, shape=(8, 6)):
+        return nn.Parameter(distribute_tensor(torch.ones(shape), over, placements))
+
+    def make(named, **options):
+        return MuonClip(named, 0.1, **{"mesh": mesh, "qk_clip": None, **options})
+
+    plain = nn.Parameter(torch.ones(8, 6))
+    found["columns"] = message(make, [("a", parameter([Shard(1)]))])
+    found["two dimensions"] = message(make, [("a", parameter([Replicate(), Shard(0)], both))])
+    found["rows of a stack"] = message(make, [("a", parameter([Shard(1)], shape=(2, 8, 6)))])
+    partial = DTensor.from_local(torch.ones(8, 6), mesh, [Partial()])
+    found["partial"] = message(make, [("a", nn.Parameter(partial))])
+    flat = nn.Parameter(torch.ones(8, 6))
+    flat._fsdp_flattened = True
+    found["fsdp1"] = message(make, [("a", flat)])
+    found["mesh"] = message(make, [("a", plain)], mesh=both)
+    found["no mesh"] = message(make, [("a", plain)], mesh=dist.group.WORLD)
+    found["capturable"] = message(make, [("a", plain)], capturable=True)
+    found["local"] = message(make, [("a", plain)], local=["b.*"])
+    found["optim"] = message(optim.MuonClip, [("a", parameter([Shard(0)]))], 0.1, qk_clip=None)
+    optimizer = make([("a", plain), ("b", nn.Parameter(torch.ones(8, 6)))])
+    found["add"] = message(optimizer.add_param_group, dict(params=[], method="muon"))
+    plain.grad = torch.ones(8, 6) if rank == 0 else None
+    found["gradient on some ranks"] = message(optimizer.step)
+    # AdamW takes any placement; targets of QK-Clip must have known rows.
+    make([("a", parameter([Shard(1)]))], rules={"a": "adamw"})
+    clip = QKClip(
+        targets=[dict(layer=0, query="a", key=None, num_heads=2, nope_dim=4)],
+        max_logits=lambda: {},
+        reset_max_logits=lambda: None,
+    )
+    found["target"] = message(make, [("a", parameter([Shard(1)]))], rules={"a": "adamw"}, qk_clip=clip)
+    return found
+
+
+def overflow(rank, world, folder):
+    """An infinity on one rank changes nothing on any."""
+    join(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    run = Run(over_ranks(F32, mesh, "sharded", skip_non_finite=True), world, rank)
+    run.go(0)
+    before = {name: p.detach().clone() for name, p in run.toy.named_parameters()}
+    for name, p in run.toy.named_parameters():
+        p.grad = torch.ones_like(p)
+        if name == "query" and rank == world - 1:
+            p.grad._local_tensor[0, 0] = torch.inf
+    run.optimizer.step()
+    assert run.optimizer.last_skipped is True
+    for name, p in run.toy.named_parameters():
+        assert torch.equal(whole(p.detach()), whole(before[name])), name
+    run.go(1)
+    assert run.optimizer.last_skipped is False
+    return "skipped"
