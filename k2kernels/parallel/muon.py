@@ -65,8 +65,9 @@ class MuonClip(OneProcess):
     world size, also into `k2kernels.optim.MuonClip` and from it. The state of plain parameters of `local` is of this
     rank alone; torch.distributed.checkpoint would take one rank's for all.
 
-    Memory, beside parameter and gradient, in bytes per element of a matrix with an owner: those of `Muon`, divided by
-    the number of ranks.
+    All gradients must be of one loss: those of experts that are computed from the tokens of all ranks are W times too
+    large beside means over W ranks. Memory, beside parameter and gradient, in bytes per element of a matrix with an
+    owner: those of `Muon`, divided by the number of ranks. copy.deepcopy is not supported.
 
     Raises:
         ValueError: on construction, for what `k2kernels.optim.MuonClip` raises, and by name for DTensors in placements

@@ -334,7 +334,7 @@ def check_model(rank, world, name, how):
     worst, parted = 0.0, []
     for (n, p), q in zip(model.named_parameters(), want.parameters()):
         q = q.detach()
-        if p in experts:
+        if p in experts and not isinstance(p, DTensor):
             q = q.tensor_split(world)[rank]
         elif how == "replicas":
             first = p.detach().clone()
