@@ -36,7 +36,7 @@ class MuonClip(OneProcess):
         local: glob patterns of the names of plain parameters that every rank has for itself: experts. Those of `Moe`
             layers with an `exchange` are found, and stacks of matrices as DTensors need no pattern.
         bucket_elements: the elements of an owner in one exchange of gradients and weights, or one matrix. Beside the
-            memory of `max_elements`, a step takes at most five times as many elements of the parameters' dtype.
+            memory of `max_elements`, a step takes at most ten times as many elements of the parameters' dtype.
 
     Parameters may be
 
@@ -753,7 +753,7 @@ def _experts_of_ranks(model: Any) -> set[str]:
 
 def _here(t: Tensor) -> Tensor:
     """What this rank has of a tensor."""
-    return t._local_tensor if isinstance(t, DTensor) else t
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def _whole(t: Any) -> Any:
