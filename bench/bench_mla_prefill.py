@@ -1,7 +1,8 @@
 """Attention of whole sequences, forward and backward: at sizes of a CPU in float32, and Kimi-K2's on a GPU.
 
 FLOPs are those of the formula whatever a kernel executes: a visible pair of a head costs 2 (D + V) forward and
-2 (3 D + 2 V) backward. Peers get keys with the rope part copied to all heads, which is not in their time.
+2 (3 D + 2 V) backward. Peers get keys with the rope part copied to all heads, which is not in their time; ours computes
+max logits too.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def case(name: str, heads: int, backward: bool) -> Case:
     lengths_q, lengths_k = BATCHES[name]
     queries, keys, seen = sum(lengths_q), sum(lengths_k), pairs(lengths_q, lengths_k)
     row_q, row_k = heads * DIM, heads * (NOPE + VALUE) + ROPE  # elements of a token
-    bytes_ = 2 * (queries * row_q + keys * row_k) + queries * heads * (2 * VALUE + 4)
+    bytes_ = 2 * (queries * row_q + keys * row_k) + queries * heads * (2 * VALUE + 8)
     if backward:  # reads dO besides, writes dQ, dK and dV
         bytes_ += 2 * (queries * (heads * VALUE + row_q) + keys * row_k)
     flops = 2 * heads * seen * ((3 * DIM + 2 * VALUE) if backward else DIM + VALUE)

@@ -24,13 +24,15 @@ constexpr MlaPrefillPlan make_prefill_plan(const Chip& chip, int64_t k_tokens, i
                                            bool by_tma) {
     const int64_t head_bytes = (k_tokens > 0 ? k_tokens : 1) * (kQkDim + kVDim) * 2;
     const int64_t fit = kL2Bytes / head_bytes;
-    const int64_t group = fit < 1 ? 1 : fit > heads ? heads : fit;
+    // Groups of about equal size: a small last one would leave SMs idle.
+    const int64_t groups = fit < 1 ? heads : ceil_div(heads, fit);
+    const int64_t group = groups == 0 ? 1 : ceil_div(heads, groups);
     return {chip.capability == 90 && by_tma ? MlaPrefillKernel::kSm90 : MlaPrefillKernel::kSm80,
             chip.multiprocessors, static_cast<int>(group)};
 }
 
 // The most tiles of `rows` rows that a batch can have, of all heads; each sequence may have a last
-// one that is not full, and so may the tokens behind them.
+// one that is not full, and so may the tokens after them.
 constexpr int64_t most_tasks(const MlaPrefillInputs& in, int64_t tokens, int rows) {
     return in.heads * (tokens / rows + in.batch + 1);
 }

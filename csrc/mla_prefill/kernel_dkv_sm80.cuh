@@ -27,7 +27,8 @@
 //                          written; the stage that is filled next and the P^T that is written next
 //                          have been read
 // Tails     P^T and dS^T are both selected to 0 where a query does not see a key: 0 * NaN would be
-//           NaN. Rows of Q and dO behind the sequence are zero-filled.
+//           NaN. Rows of Q and dO after the sequence are zero-filled. A NaN in dO of a query
+//           that does not see a key still reaches the key's dV, if a step has both: 0 * NaN.
 // Epilogue  from registers. The rope part of dK goes to grad_k, or, if all heads share it, as
 //           floats to rope_parts, which kernel_preprocess.cuh adds up.
 // Shared    four stages of 20.25 KB, two P^T of 4 KB: 89 KB.
@@ -98,22 +99,10 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
     const int row = warp * 16 + lane / 4, pair = lane % 4;
     const float scale2 = p.in.scale * tile::kLog2E;
 
-    // Scheduler: its state is in shared memory, the main loop needs the registers.
     const MlaPrefillTask& task = storage.task;
-    if (arch::warp_id() == 0) {
-        const DkvTasks tasks(p.in);
-        if (lane == 0) storage.tasks = tasks;
-    }
+    make_scheduler(storage.tasks, p.in);
     for (;;) {
-        // Warp 0 finds the next task.
-        arch::sync_block();  // task_done: the previous task and its stages have been read
-        if (arch::warp_id() == 0) {
-            DkvTasks tasks = storage.tasks;
-            tasks.find(p.in, take_ticket(p.tickets), storage.task);
-            arch::sync_warp();
-            if (lane == 0) storage.tasks = tasks;
-        }
-        arch::sync_block();  // task_known
+        find_next_task(storage.tasks, storage.task, p.in, p.tickets);
         if (task.last) return;
 
         // Prologue: start the copies of two steps.
@@ -124,7 +113,7 @@ __global__ void __launch_bounds__(kDkvThreads, 1)
             if (i < steps) copy_step<T>(storage.stages[i], p, task, first + i * kDkvQueries);
             arch::cp_async_commit();
         }
-        // Load K or V, as operand A in registers; rows behind the tile are zeros.
+        // Load K or V, as operand A in registers; rows after the tile are zeros.
         uint32_t keys[kQkDim / 16][4];  // Score: K [16, 192]; Grad: V [16, 128]
         K2K_UNROLL
         for (int h = 0; h < 2; ++h) {

@@ -43,12 +43,12 @@
 //           keys_full        producer + bytes               Score; Grad
 //           keys_empty       4 warps of it, after their     the producer: before it loads the next
 //                            last S^T or dP^T of the tile   tile's keys
-//           full[2]          producer + bytes, 32 lanes'    Score both; Grad its own
+//           full[2]          producer + bytes, 32 lanes'    Score and Grad, both
 //                            copies of lse2 or delta
 //           empty[2][parts]  8 consumer warps               the producer: the part of the stage is
 //                                                           free
 //           tail             producer + bytes               the producer
-//           p_full           4 warps of Score               Grad: Q has landed, too
+//           p_full           4 warps of Score               Grad
 //           p_empty          4 warps of Grad                Score: before it overwrites P^T
 // Tail      the boxes of a sequence's last block can reach beyond it. They arrive at `tail`, the
 //           producer clears the rows that do not exist, and only then arrives at `full`: 0 times NaN
@@ -489,7 +489,9 @@ K2K_DEVICE void compute_grad_k(DkvStorage& smem, const MlaPrefillBackwardParams&
             DkvFactors factors;
             pack_factors<T>(factors, pairs);
 
-            // dK += dS^T Q, a part of Q at a time; release each part.
+            // dK += dS^T Q, a part of Q at a time; release each part. (Q has landed: this wait makes
+            // the writes of TMA visible to this warp, too.)
+            arch::mbarrier_wait(smem.score.full[stage.slot], stage.parity);
             arch::wgmma_fence();
             K2K_UNROLL
             for (int part = 0; part < kDkvQParts; ++part) {

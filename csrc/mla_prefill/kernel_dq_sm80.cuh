@@ -16,10 +16,10 @@
 //             3. dQ         dS K, the same K by ldmatrix.trans
 // Copies    cp.async into two stages of K and V, one step ahead.
 // Barriers  task_done, task_known  sync_block, before and after warp 0 writes the next task
-//           step_landed    sync_block: the step has landed; the stage of the last one is read
-// Tails     P and dS are selected to 0 where a query does not see a key: 0 * NaN would be NaN; rows
-//           of K and V behind the sequence are zero-filled. Rows of q and dO behind it are zeros
-//           and are not stored.
+//           step_landed    sync_block: the step has landed; the stage of the one before has been read
+// Tails     dS is selected to 0 where a query does not see a key: 0 * NaN would be NaN; rows of K
+//           and V after the sequence are zero-filled. Rows of q and dO after it are zeros and are
+//           not stored.
 // Bits      of a row depend on its own q, dO and keys alone, as in the forward.
 // Shared    two stages of K 12 KB and V 8 KB: two CTAs in 99 KB.
 // Registers of a thread: dQ 96, q 48, dO 32, S 8, dP 8.
@@ -60,22 +60,10 @@ __global__ void __launch_bounds__(kDqThreads, kDqCtas)
     const int row = warp * 16 + lane / 4, pair = lane % 4;
     const float scale2 = p.in.scale * tile::kLog2E;
 
-    // Scheduler: its state is in shared memory, the main loop needs the registers.
     const MlaPrefillTask& task = storage.task;
-    if (warp == 0) {
-        const DqTasks tasks(p.in);
-        if (lane == 0) storage.tasks = tasks;
-    }
+    make_scheduler(storage.tasks, p.in);
     for (;;) {
-        // Warp 0 finds the next task.
-        arch::sync_block();  // task_done: the previous task and its stages have been read
-        if (warp == 0) {
-            DqTasks tasks = storage.tasks;
-            tasks.find(p.in, take_ticket(p.tickets + 1), storage.task);
-            arch::sync_warp();
-            if (lane == 0) storage.tasks = tasks;
-        }
-        arch::sync_block();  // task_known
+        find_next_task(storage.tasks, storage.task, p.in, p.tickets + 1);
         if (task.last) return;
 
         // Prologue: start the copies of the first step.
@@ -112,11 +100,7 @@ __global__ void __launch_bounds__(kDqThreads, kDqCtas)
         float sums[kQkDim / 8][4];  // dQ / scale [16, 192] of the warp
         clear(sums);
 
-        // The keys that row h sees end at its border.
-        const auto border = [&](int h) {
-            const int after = task.tile + row + 8 * h + task.diagonal + 1;
-            return after < task.keys ? after : task.keys;
-        };
+        const auto border = [&](int h) { return border_of(task, row + 8 * h); };
         int place = 0;
         for (int first = 0; first < end; first += kDqKeys, place ^= 1) {
             arch::cp_async_wait<0>();

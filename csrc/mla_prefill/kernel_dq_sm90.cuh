@@ -16,12 +16,14 @@
 //           dQ; V is two. K and V have barriers of their own: V is free half a step earlier. Wider
 //           blocks do not fit; narrower ones read more shared memory for a product, S and dP of 64
 //           keys all that there is.
-// Overlap   exponentials run during dP; for the rest, one warpgroup multiplies while the other
-//           computes. To start the next scores before dQ would not shorten a warpgroup's step, and
-//           K of the next block had to land half a step earlier, in the only other stage.
+// Overlap   exponentials run during dP. The warpgroups take turns: one starts S and dP when the other
+//           has its S, so that one computes dS while the other multiplies. (Without turns the ring
+//           of two stages brings them into phase.)
 //
-//               tensor cores   S(0)  dP(0)           dQ(0)  S(1)  dP(1)           dQ(1)  ...
-//               CUDA cores           P(0)   dS(0)                 P(1)   dS(1)           ...
+//               warpgroup 0    S(0)  dP(0)  .     dQ(0)  S(1)  dP(1)  .     dQ(1)  ...
+//                                    P(0)   dS(0)              P(1)   dS(1)
+//               warpgroup 1          S(0)   dP(0)  .     dQ(0)  S(1)  dP(1)  .     ...
+//                                           P(0)   dS(0)              P(1)   dS(1)
 //
 // Barriers  event          arrivals                     waited for by
 //           known, done[2] task_queue.cuh               readers: the producer, 8 consumer warps
@@ -34,12 +36,14 @@
 //           v_full[2]      producer + bytes             consumers
 //           v_empty[2]     8 consumer warps, after dP   producer: V of the stage is free
 //           named 1, 2: the threads of a warpgroup, 3: of both, while they clear rows of K
+//           named 4, 5     the other warpgroup, when it    warpgroup 0, 1: before it starts S
+//                          has its S
 // Tail      boxes in the last block reach beyond the sequence. dS is selected to 0 there: V may hold
 //           NaN, P = 0 is not enough. Rows of K are cleared, as 0 times NaN is NaN.
 // Epilogue  from registers, row by row, 16 bytes per lane: rows beyond the sequence are not stored.
 // Shared    Q 48 KB, dO 32 KB, two stages of K 36 KB and V 24 KB: 200 KB of 227.
-// Registers 168 per thread at launch; setmaxnreg: consumers 232 (S and dP 48 each, dS 24, dQ 96),
-//           the other warps 40.
+// Registers 168 per thread at launch; setmaxnreg: consumers 224 (S and dP 48 each, dS 24, dQ 96),
+//           the other warps 56.
 // Limits    bfloat16 or float16; strides that TMA can copy.
 
 #include "arch/control.cuh"
@@ -131,8 +135,9 @@ K2K_DEVICE void zero_unseen(DqScores& scores, int h, int border) {
 
 template <class T>
 K2K_DEVICE void compute_dq(MlaDqSm90Storage& smem, const MlaPrefillBackwardParams& p) {
-    const int warp = arch::warp_id(), warpgroup = warp / 4, pair = arch::lane_id() % 4;
-    const int row = warp * 16 + arch::lane_id() / 4;  // of the tile
+    const int warp = arch::warp_id(), pair = arch::lane_id() % 4;
+    const int warpgroup = arch::shuffle(warp / 4, 0);  // uniform, as descriptors have to be
+    const int row = warp * 16 + arch::lane_id() / 4;   // of the tile
     auto& ring = smem.ring;
     const arch::Swizzle swizzle = arch::Swizzle::k128;
     const auto rows_of_warpgroup = [&](const tile::SwizzledBox<kHopperRows>* boxes) {
@@ -148,9 +153,14 @@ K2K_DEVICE void compute_dq(MlaDqSm90Storage& smem, const MlaPrefillBackwardParam
 
     HopperStage stage;
     uint32_t parity = 0;  // of q_full and grad_out_full
+    // The first turn is warpgroup 0's; at the end it takes the turn that is left over.
+    if (warpgroup == 1) arch::barrier_arrive(kTurn, 256);
     for (TaskPosition at;; at.advance()) {
         const MlaPrefillTask& task = next_task(smem.tasks, at);
-        if (task.last) return;
+        if (task.last) {
+            if (warpgroup == 0) arch::barrier_sync(kTurn, 256);
+            return;
+        }
         const int end_key = end_of_keys(task);
         const Borders sees = borders_of(task, row);
 
@@ -182,18 +192,20 @@ K2K_DEVICE void compute_dq(MlaDqSm90Storage& smem, const MlaPrefillBackwardParam
                 }
                 arch::barrier_sync(kBothWarpgroups, 256);
             }
-            // Start S and dP.
+            // Start S, when the other warpgroup has its own, and dP.
+            if (key == 0) arch::mbarrier_wait(smem.q_full, parity);
+            DqScores scores, grads;
+            arch::barrier_sync(kTurn + warpgroup, 256);
+            start_scores<T, kQkDim>(scores, q, k + stage.slot * kKStage);
             if (key == 0) {
-                arch::mbarrier_wait(smem.q_full, parity);
                 arch::mbarrier_wait(smem.grad_out_full, parity);
                 parity ^= 1;
             }
             arch::mbarrier_wait(ring.v_full[stage.slot], stage.parity);
-            DqScores scores, grads;
-            start_scores<T, kQkDim>(scores, q, k + stage.slot * kKStage);
             start_scores<T, kVDim>(grads, grad_out, v + stage.slot * kVStage);
             // P, while dP runs.
             arch::wgmma_wait<1>(flat(scores));
+            arch::barrier_arrive(kTurn + (warpgroup ^ 1), 256);
             K2K_UNROLL
             for (int j = 0; j < kHopperDqKeys / 8; ++j) {
                 K2K_UNROLL
@@ -254,10 +266,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 
     // Roles.
     if (warp < 8) {
-        arch::registers_increase<232>();
+        arch::registers_increase<224>();
         compute_dq<T>(smem, p);
     } else {
-        arch::registers_decrease<40>();
+        arch::registers_decrease<56>();
         if (warp == 8) {
             if (arch::elect_one()) load_dq(smem, p.in, maps);
         } else if (warp == 9) {

@@ -15,16 +15,17 @@
 //             2. softmax    online, base 2; the output is rescaled only if a maximum grew
 //             3. output     P V: P has operand A's layout; V by ldmatrix.trans
 // Copies    cp.async, one buffer each: V of a step arrives during its scores, K of the next step
-//           during softmax and P V. The other CTA of the SM fills what waiting is left.
+//           during softmax and P V. The other CTA of the SM hides the remaining latency.
 // Barriers  task_done, task_known  sync_block, before and after warp 0 writes the next task
-//           keys_landed    sync_block: K of the step has landed; V of the last one has been read
+//           keys_landed    sync_block: K of the step has landed; V of the one before has been read
 //           values_landed  sync_block: V of the step has landed; its K has been read
-// Tails     keys that a row does not see are masked by selection; rows of K and V behind the
-//           sequence are zero-filled; rows of q behind it are zeros and are not stored.
+// Tails     keys that a row does not see are masked by selection; rows of K and V after the
+//           sequence are zero-filled; rows of q after it are zeros and are not stored.
 // Bits      of a row depend on its own q and keys alone: a block of which it sees nothing changes
 //           nothing (factor 1, P 0). So they do not depend on the batch, on its place in a tile, on
 //           the number of SMs, nor on whether keys come in one call or in pieces of whole blocks
-//           (state_in, state_out: the sums of a row before normalisation).
+//           (state_in, state_out: the sums of a row before normalisation, the total as the
+//           four lanes of a quad have it: pieces keep the order of additions).
 // Shared    K 24 KB + V 16 KB: two CTAs in 99 KB.
 // Registers of a thread: output 64, q 48, scores 32, P 4.
 // Limits    bfloat16 or float16; 192/128 dims. Rows begin at multiples of 16 bytes.
@@ -65,22 +66,10 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardCtas)
     const uint32_t v_lane = tile::ldmatrix_address<false, true, kVBytes>(v_shared, 0, 0);
     const float scale2 = p.in.scale * tile::kLog2E;
 
-    // Scheduler: its state is in shared memory, the main loop needs the registers.
     const MlaPrefillTask& task = storage.task;
-    if (warp == 0) {
-        const ForwardTasks tasks(p.in);
-        if (lane == 0) storage.tasks = tasks;
-    }
+    make_scheduler(storage.tasks, p.in);
     for (;;) {
-        // Warp 0 finds the next task.
-        arch::sync_block();  // task_done: the previous task and its keys have been read
-        if (warp == 0) {
-            ForwardTasks tasks = storage.tasks;
-            tasks.find(p.in, take_ticket(p.ticket), storage.task);
-            arch::sync_warp();
-            if (lane == 0) storage.tasks = tasks;
-        }
-        arch::sync_block();  // task_known
+        find_next_task(storage.tasks, storage.task, p.in, p.ticket);
         if (task.last) return;
 
         // Prologue: start the copies of the first block of K.
@@ -88,7 +77,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardCtas)
         if (end > 0) copy_k<T, kForwardThreads, kForwardKeys>(k_shared, p.in, task, 0);
         arch::cp_async_commit();
 
-        // Load q, as operand A in registers; rows behind the tile are zeros.
+        // Load q, as operand A in registers; rows after the tile are zeros.
         uint32_t q[kQkDim / 16][4];
         K2K_UNROLL
         for (int h = 0; h < 2; ++h) {
@@ -124,11 +113,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardCtas)
             }
         }
 
-        // The keys that row h sees end at its border.
-        const auto border = [&](int h) {
-            const int after = task.tile + row + 8 * h + task.diagonal + 1;
-            return after < task.keys ? after : task.keys;
-        };
+        const auto border = [&](int h) { return border_of(task, row + 8 * h); };
         for (int key = 0; key < end; key += kForwardKeys) {
             arch::cp_async_wait<0>();
             arch::sync_block();  // keys_landed

@@ -16,7 +16,8 @@
 //           adds 0.
 // Stage     K of a block is three boxes of 128 keys x 64 columns with the 128-byte swizzle: two of
 //           the nope part, one of the rope part, by a map of its own. V is two, read MN-major. K
-//           and V of a stage have barriers of their own: K is free a step earlier.
+//           and V of a stage have barriers of their own: K is free a step earlier, and its next
+//           block is loaded before V of the present one.
 // Overlap   in a warpgroup, the scores of a block are issued before P V of the one before, whose
 //           products run during the softmax:
 //
@@ -87,20 +88,25 @@ K2K_DEVICE void load_forward(MlaForwardSm90Storage& smem, const MlaPrefillInputs
         const MlaPrefillTask& task = next_task(smem.tasks, at);
         if (task.last) return;
         const int head = task.head, end_key = end_of_keys(task);
-        for (int key = 0; key < end_key; key += kHopperForwardKeys, stage.advance()) {
-            const int token = task.first_key + key;
-            load_k(smem.ring, stage, maps.keys, head, rope_head(in, head), token);
+        const auto load_k_of = [&](HopperStage of, int key) {
+            load_k(smem.ring, of, maps.keys, head, rope_head(in, head), task.first_key + key);
+        };
+        if (end_key > 0) {
+            load_k_of(stage, 0);
             // Q of the tile, after its first K: only Q waits for the scores of the last tile.
-            if (key == 0) {
-                arch::mbarrier_wait(smem.q_empty, q_parity);
-                q_parity ^= 1;
-                arch::mbarrier_arrive_expect_tx(smem.q_full, sizeof smem.q);
-                for (int i = 0; i < kQkBoxes; ++i) {
-                    arch::tma_load_3d(&smem.q[i], maps.q, smem.q_full, i * kBoxColumns, head,
-                                      task.first_query + task.tile, arch::CacheHint::kEvictFirst);
-                }
+            arch::mbarrier_wait(smem.q_empty, q_parity);
+            q_parity ^= 1;
+            arch::mbarrier_arrive_expect_tx(smem.q_full, sizeof smem.q);
+            for (int i = 0; i < kQkBoxes; ++i) {
+                arch::tma_load_3d(&smem.q[i], maps.q, smem.q_full, i * kBoxColumns, head,
+                                  task.first_query + task.tile, arch::CacheHint::kEvictFirst);
             }
-            load_v(smem.ring, stage, maps.keys, head, token);
+        }
+        for (int key = 0; key < end_key; key += kHopperForwardKeys, stage.advance()) {
+            // K of the next block before V of this one: it is free earlier, and needed earlier.
+            const int next = key + kHopperForwardKeys;
+            if (next < end_key) load_k_of(stage_after(stage), next);
+            load_v(smem.ring, stage, maps.keys, head, task.first_key + key);
         }
         arch::mbarrier_arrive(smem.tasks.done[at.slot]);
     }
@@ -158,8 +164,9 @@ K2K_DEVICE void store_state(float* state, const ForwardRow& place, int h, const 
 
 template <class T>
 K2K_DEVICE void attend(MlaForwardSm90Storage& smem, const MlaPrefillParams& p) {
-    const int warp = arch::warp_id(), warpgroup = warp / 4, pair = arch::lane_id() % 4;
-    const int row = warp * 16 + arch::lane_id() / 4;  // of the tile
+    const int warp = arch::warp_id(), pair = arch::lane_id() % 4;
+    const int warpgroup = arch::shuffle(warp / 4, 0);  // uniform, as descriptors have to be
+    const int row = warp * 16 + arch::lane_id() / 4;   // of the tile
     auto& ring = smem.ring;
     const arch::Swizzle swizzle = arch::Swizzle::k128;
     const uint64_t q =

@@ -5,14 +5,15 @@
 //     delta[h, q] = rowsum(grad_out[q, h, :] * out[q, h, :]) - grad_lse[q, h]
 //     lse2[h, q]  = lse[q, h] log2(e)
 //
-// A row without keys has delta 0 and lse2 +inf, so that its P is 0, whatever its gradients are.
+// A row without keys has delta 0 and lse2 +inf, so that its P is 0: finite
+// gradients of such a row have no effect.
 //
 //     grad_k_rope[k, :] = sum over h of rope_parts[h, k, :]      in ascending order, rounded once
 //
 // Grid      rows: 64 tokens of one head per CTA, heads first: CTAs that run at the same time read
 //           memory that is contiguous. 16 lanes per row, 16 bytes each; four rows in flight.
 //           rope: 16 threads per token, four columns each; four heads in flight.
-// Traffic   rows: 512 bytes read per row, 8 written. rope: 256 bytes read per token and head.
+// Traffic   rows: 520 bytes read per row, 8 written. rope: 256 bytes read per token and head.
 
 #include "arch/ldst.cuh"
 #include "mla_prefill/config.h"

@@ -14,7 +14,7 @@ struct MlaPrefillScheduleStorage {
     MlaPrefillTask task;
 };
 
-// Entries behind the last task have `last` set.
+// Entries after the last task have `last` set.
 template <bool kOverKeys, int kRows>
 __global__ void __launch_bounds__(32)
     mla_prefill_schedule_kernel(const __grid_constant__ MlaPrefillInputs in, MlaPrefillTask* tasks,

@@ -33,7 +33,7 @@ void launch_mla_prefill_schedule(const MlaPrefillInputs& in, bool over_keys, int
     } else if (rows == 64) {
         launch<mla_prefill_schedule_kernel</*kOverKeys=*/false, 64>, kShared>(shape, in, tasks,
                                                                               capacity);
-    } else {
+    } else if (rows == 128) {
         launch<mla_prefill_schedule_kernel</*kOverKeys=*/false, 128>, kShared>(shape, in, tasks,
                                                                                capacity);
     }

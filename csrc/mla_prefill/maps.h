@@ -1,8 +1,8 @@
 #pragma once
 
 // Tensor maps of what prefill reads: boxes of 64 columns of one head, `rows` tokens, with the
-// 128-byte swizzle. Coordinates: column, head, token. A box may start at any token; behind the
-// tensor's end it brings zeros, behind a sequence's end the rows of the next one.
+// 128-byte swizzle. Coordinates: column, head, token. A box may start at any token; after the
+// tensor's end it brings zeros, after a sequence's end the rows of the next one.
 
 #include "arch/tensor_map.h"
 #include "mla_prefill/config.h"

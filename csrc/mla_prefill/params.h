@@ -45,7 +45,7 @@ struct MlaPrefillParams {
     // a row's sums in between, and out, lse and max_logits are written by the call that has them.
     const float* state_in;  // of the pieces before; null: this is the first
     float* state_out;       // null: this is the last
-    int32_t* ticket;        // 0: numbers the tasks that were taken
+    int32_t* ticket;        // counter of tasks taken; zero before the launch
 };
 
 struct MlaPrefillBackwardParams {
@@ -64,7 +64,7 @@ struct MlaPrefillBackwardParams {
     int64_t grad_v_token_stride, grad_v_head_stride;
     float* rope_parts;  // [heads, k_tokens, 64]: of shared rope, by head; null: it is not shared
     void* grad_k_rope;  // [k_tokens, 64]: their sum
-    int32_t* tickets;   // [2], 0: as above, of dK/dV and dQ
+    int32_t* tickets;   // [2]: the same, of dK/dV and dQ
 };
 
 // A tile of one head: of queries (forward, dQ) or of keys (dK/dV), and the sequence that it lies in.

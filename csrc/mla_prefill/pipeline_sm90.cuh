@@ -7,6 +7,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "mla_prefill/maps.h"
+#include "mla_prefill/schedule.cuh"
 #include "tile/pack.cuh"
 #include "tile/ring.cuh"
 #include "tile/swizzle.cuh"
@@ -18,7 +19,7 @@ constexpr int kHopperStages = 2;         // of keys
 constexpr int kHopperThreads = 3 * 128;  // two consumer warpgroups, a third for producer and tasks
 
 // Named barriers. (0 is sync_block.)
-enum HopperBarrier : uint32_t { kOneWarpgroup = 1, kBothWarpgroups = 3 };
+enum HopperBarrier : uint32_t { kOneWarpgroup = 1, kBothWarpgroups = 3, kTurn = 4 };
 
 using HopperStage = tile::RingPosition<kHopperStages>;
 
@@ -144,10 +145,9 @@ struct Borders {
 };
 
 K2K_DEVICE Borders borders_of(const MlaPrefillTask& task, int tile_row) {
-    const auto least = [&](int border) { return border < task.keys ? border : task.keys; };
     const int lane = arch::lane_id(), first = 2 * (lane % 4);
-    const int border = task.tile + tile_row + task.diagonal + 1;
-    return {{least(border) - first, least(border + 8) - first}, least(border - lane / 4)};
+    return {{border_of(task, tile_row) - first, border_of(task, tile_row + 8) - first},
+            border_of(task, tile_row - lane / 4)};
 }
 
 }  // namespace k2k

@@ -96,7 +96,8 @@ K2K_DEVICE void to_fragment(uint32_t (&a)[4], const float (&d)[kTiles][4], int k
     }
 }
 
-// An address of ldmatrix_address() for chunk 0, moved by 16 `step` columns.
+// An address of ldmatrix_address() for chunk 0, moved by 16 `step` columns: two chunks, bits 5 and 6
+// under the swizzle, and 128 bytes for each 64 columns.
 K2K_DEVICE uint32_t move_columns(uint32_t address, int step) {
     return (address ^ step % 4 * 32) + step / 4 * 128;
 }

@@ -19,7 +19,7 @@
 //
 // Order     groups of heads; in a group levels, falling; in a level sequences; last heads. CTAs that
 //           run at the same time then read the same few heads from L2.
-// Padding   tokens behind the last sequence are a sequence that sees nothing, level 0: their results
+// Padding   tokens after the last sequence are a sequence that sees nothing, level 0: their results
 //           are written as zeros.
 
 #include "arch/ldst.cuh"
@@ -32,45 +32,58 @@ namespace k2k {
 
 enum class TileAxis { kQueries, kKeys };
 
-// Tasks of tiles of kRows queries or keys. All lanes of a warp make and use one.
+// The next number of a counter in device memory. Warp-uniform.
+K2K_DEVICE int take_ticket(int32_t* counter) {
+    int ticket = 0;
+    if (arch::lane_id() == 0) ticket = arch::atomic_add<arch::Scope::kGpu>(counter, 1);
+    return arch::shuffle(ticket, 0);
+}
+
+// Tasks of tiles of kRows queries or keys. All lanes of a warp make and use one; all of its state is
+// warp-uniform.
 template <TileAxis kAxis, int kRows>
 class LongestFirst {
   public:
     K2K_DEVICE explicit LongestFirst(const MlaPrefillInputs& in) {
-        int tiles = 0;
         for (int first = 0; first <= in.batch; first += 32) {
-            tiles += arch::redux_add(levels_of(in, first + lane()).tiles);
+            const Levels levels = levels_of(in, first + lane());
+            tiles_ += arch::redux_add(levels.tiles);
+            const int highest =
+                arch::redux_max(levels.top < levels.high ? levels.top : levels.high);
+            if (highest > highest_) highest_ = highest;
         }
-        tiles_ = tiles;
-        group_ = -1;
+    }
+
+    // The next task of this CTA. Its first ticket is its index; later ones come from the counter.
+    K2K_DEVICE void next(const MlaPrefillInputs& in, int32_t* counter, MlaPrefillTask& task) {
+        const int first = static_cast<int>(blockIdx.x), others = static_cast<int>(gridDim.x);
+        const int ticket = started_ ? others + take_ticket(counter) : first;
+        started_ = true;
+        find(in, ticket, task);
     }
 
     // The task of ticket number `ticket`. Numbers must not decrease from call to call.
     K2K_DEVICE void find(const MlaPrefillInputs& in, int ticket, MlaPrefillTask& task) {
         const int group_tasks = tiles_ * in.plan.heads_per_group;
         const int group = group_tasks == 0 ? 0 : ticket / group_tasks;
-        const int first_head = group * in.plan.heads_per_group;
-        if (group_tasks == 0 || first_head >= in.heads) {
+        const int first_head = group * in.plan.heads_per_group, heads_left = in.heads - first_head;
+        const int heads =
+            heads_left < in.plan.heads_per_group ? heads_left : in.plan.heads_per_group;
+        // Which tile of a head, the longest first. Of the last group, which can have fewer heads,
+        // some tickets have no tile.
+        const int in_group = ticket - group * group_tasks;
+        const int index = heads > 0 ? in_group / heads : 0;
+        if (heads <= 0 || index >= tiles_) {
             if (lane() == 0) task.last = true;
             return;
         }
         if (group != group_) {
             group_ = group;
-            level_end_ = group * group_tasks;
-            look_at_level(in, INT32_MAX, 0);
+            level_ = highest_ + 1, level_begin_ = level_end_ = 0;
         }
-        const int heads = in.heads - first_head < in.plan.heads_per_group ? in.heads - first_head
-                                                                          : in.plan.heads_per_group;
-        // The last group can have fewer heads than its share of tickets has.
-        while (ticket >= level_end_) {
-            if (next_level_ < 0) {
-                if (lane() == 0) task.last = true;
-                return;
-            }
-            look_at_level(in, next_level_, heads);
-        }
+        if (index >= level_end_) find_level(in, index);
         // Which tile of the level, counted over the sequences, and which sequence has it.
-        const int in_level = ticket - level_begin_, rank = in_level / heads;
+        const int rank = index - level_begin_;
         for (;;) {
             const int tiles = levels_of(in, first_sequence_ + lane()).at(level_);
             const int end = tiles_before_ + tile::inclusive_sum(tiles);
@@ -82,7 +95,7 @@ class LongestFirst {
                 const int place = levels.above(level_) + rank - begin;
                 if (lane() == 0) {
                     write(in, sequence, place, levels.tiles, task);
-                    task.head = first_head + in_level % heads;
+                    task.head = first_head + in_group % heads;
                 }
                 return;
             }
@@ -98,18 +111,10 @@ class LongestFirst {
 
         // Tiles above a level, and at it.
         K2K_DEVICE int above(int level) const {
-            const int some = level >= high ? 0 : level < low ? tiles : top - level;
-            return some < 0 ? 0 : some < tiles ? some : tiles;
+            const int count = level >= high ? 0 : level < low ? tiles : top - level;
+            return count < 0 ? 0 : count < tiles ? count : tiles;
         }
         K2K_DEVICE int at(int level) const { return above(level - 1) - above(level); }
-        // The highest level below `level` that a tile has; -1 if none has.
-        K2K_DEVICE int below(int level) const {
-            const int highest = clamped(top), lowest = clamped(top - tiles + 1);
-            return tiles == 0 || level <= lowest ? -1 : level - 1 < highest ? level - 1 : highest;
-        }
-        K2K_DEVICE int clamped(int level) const {
-            return level < low ? low : level > high ? high : level;
-        }
     };
 
     struct Sequence {
@@ -118,7 +123,7 @@ class LongestFirst {
 
     K2K_DEVICE static int lane() { return static_cast<int>(arch::lane_id()); }
 
-    // Sequence `index`; in.batch: the tokens behind the last. The host has not checked the numbers:
+    // Sequence `index`; in.batch: the tokens after the last. The host has not checked the numbers:
     // they are kept inside the tensors.
     K2K_DEVICE static Sequence sequence_at(const MlaPrefillInputs& in, int index) {
         const bool real = index < in.batch;
@@ -151,31 +156,43 @@ class LongestFirst {
     K2K_DEVICE static Levels levels_of(const MlaPrefillInputs& in, int index) {
         if (index > in.batch) return {0, 0, 0, 0};
         const Sequence s = sequence_at(in, index);
-        if (kAxis == TileAxis::kQueries) {
-            // The last query sees `most` keys, each one before it one less.
-            const int most = s.queries + s.diagonal;
-            return {tiles_of(s.queries),
-                    in.causal ? tiles_of(most > 0 ? most : 0) : tiles_of(s.keys),
-                    in.causal ? 0 : tiles_of(s.keys), tiles_of(s.keys)};
-        }
-        // Key 0 is seen by the queries from -diagonal on.
+        const bool queries = kAxis == TileAxis::kQueries;
+        const int tiles = tiles_of(queries ? s.queries : s.keys);
+        const int other = tiles_of(queries ? s.keys : s.queries);
+        if (!in.causal) return {tiles, other, other, other};  // all at one level
+        // The last query sees so many keys, and as many queries see key 0.
         const int most = s.queries + s.diagonal;
-        return {tiles_of(s.keys), in.causal ? tiles_of(most > 0 ? most : 0) : tiles_of(s.queries),
-                in.causal ? 0 : tiles_of(s.queries), tiles_of(s.queries)};
+        return {tiles, tiles_of(most > 0 ? most : 0), 0, other};
     }
 
-    // Enters `level`, whose tickets follow those of the one before, and finds the next one.
-    K2K_DEVICE void look_at_level(const MlaPrefillInputs& in, int level, int heads) {
-        int tiles = 0, next = -1;
+    // Tiles of a head above a level.
+    K2K_DEVICE static int all_above(const MlaPrefillInputs& in, int level) {
+        int tiles = 0;
         for (int first = 0; first <= in.batch; first += 32) {
-            const Levels levels = levels_of(in, first + lane());
-            tiles += arch::redux_add(levels.at(level));
-            const int below = arch::redux_max(levels.below(level));
-            next = below > next ? below : next;
+            tiles += arch::redux_add(levels_of(in, first + lane()).above(level));
         }
-        level_ = level, next_level_ = next;
-        level_begin_ = level_end_;
-        level_end_ += tiles * heads;
+        return tiles;
+    }
+
+    // Finds the level of tile `index` of a head, which is below the present one: the highest under
+    // which no tile has a smaller index. Looks 1, 2, 4 ... levels down, then between.
+    K2K_DEVICE void find_level(const MlaPrefillInputs& in, int index) {
+        int high = level_ - 1, above_high = level_end_;  // at most `index` tiles are above `high`
+        int low = high, above_low = above_high;          // more are above `low`
+        for (int step = 1; above_low <= index; step *= 2) {
+            high = low, above_high = above_low;
+            low = high - step < -1 ? -1 : high - step;
+            above_low = all_above(in, low);
+        }
+        while (high - low > 1) {
+            const int middle = (low + high) / 2, above = all_above(in, middle);
+            if (above <= index) {
+                high = middle, above_high = above;
+            } else {
+                low = middle, above_low = above;
+            }
+        }
+        level_ = high, level_begin_ = above_high, level_end_ = above_low;
         first_sequence_ = tiles_before_ = 0;
     }
 
@@ -193,24 +210,46 @@ class LongestFirst {
         task.last = false;
     }
 
-    int tiles_;                          // of one head
-    int group_;                          // of heads
-    int level_, next_level_;             // -1: there is none
-    int level_begin_, level_end_;        // its tickets
-    int first_sequence_, tiles_before_;  // tiles of the level in the sequences before that one
+    int tiles_ = 0;                        // of a head
+    int highest_ = 0;                      // level
+    int group_ = -1;                       // of heads
+    int level_, level_begin_, level_end_;  // its tiles, by index
+    int first_sequence_, tiles_before_;    // tiles of the level in the sequences before that one
+    bool started_ = false;
 };
 
-// The number of the next task of this CTA; `counter` starts at 0. Warp-uniform.
-K2K_DEVICE int take_ticket(int32_t* counter) {
-    int ticket = 0;
-    if (arch::lane_id() == 0) ticket = arch::atomic_add<arch::Scope::kGpu>(counter, 1);
-    return arch::shuffle(ticket, 0);
+// For kernels without a scheduler warp: warp 0 makes the scheduler, whose state is in shared memory,
+// and finds the CTA's next task. All warps call both; the main loop keeps its registers.
+template <class Tasks>
+K2K_DEVICE void make_scheduler(Tasks& shared, const MlaPrefillInputs& in) {
+    if (arch::warp_id() != 0) return;
+    const Tasks tasks(in);
+    if (arch::lane_id() == 0) shared = tasks;
 }
 
-// How many keys the rows of a tile of queries see, the rows of each block together: [0, end).
+template <class Tasks>
+K2K_DEVICE void find_next_task(Tasks& shared, MlaPrefillTask& task, const MlaPrefillInputs& in,
+                               int32_t* counter) {
+    arch::sync_block();  // task_done: the previous task and its stages have been read
+    if (arch::warp_id() == 0) {
+        Tasks tasks = shared;
+        tasks.next(in, counter, task);
+        arch::sync_warp();
+        if (arch::lane_id() == 0) shared = tasks;
+    }
+    arch::sync_block();  // task_known
+}
+
+// The keys [0, end) that some query of a tile sees.
 K2K_DEVICE int end_of_keys(const MlaPrefillTask& task) {
     const int end = task.tile + task.rows + task.diagonal;
     return end < 0 ? 0 : end < task.keys ? end : task.keys;
+}
+
+// The keys that row `tile_row` of a tile of queries sees end here.
+K2K_DEVICE int border_of(const MlaPrefillTask& task, int tile_row) {
+    const int border = task.tile + tile_row + task.diagonal + 1;
+    return border < task.keys ? border : task.keys;
 }
 
 // The first query that sees a key of a tile of keys; task.queries if none does.

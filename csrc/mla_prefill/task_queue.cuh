@@ -35,7 +35,7 @@ K2K_DEVICE void find_tasks(PrefillTasks& queue, const MlaPrefillInputs& in, int3
         // Draw the ticket when the slot is free, not before.
         arch::mbarrier_wait(queue.done[at.slot], at.parity ^ 1);
         MlaPrefillTask& task = queue.slots[at.slot];
-        finder.find(in, take_ticket(counter), task);
+        finder.next(in, counter, task);
         tile::warp_arrive(queue.known[at.slot]);
         if (task.last) return;
     }

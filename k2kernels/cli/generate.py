@@ -24,6 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--cache-dtype", default="auto", help="auto (the model's dtype) or fp8 (the 656-byte layout)")
+    add("--prefill-chunk", type=int, metavar="N", help="take in N tokens of the prompt at a time: bounded memory")
     add("--keep-fp8", action="store_true", help="run the linears of an FP8 checkpoint in FP8")
 
 
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
         cache_dtype=options.cache_dtype,
+        prefill_chunk=options.prefill_chunk,
         on_token=lambda new: stream.add(int(new[0])),
     )
     seconds = time.perf_counter() - started

@@ -101,8 +101,13 @@ class LatentAttention(Float32Buffers):
         elif isinstance(step, Decode):
             out = self._absorbed(q, step, step)
         else:
-            forms = {Absorbed: self._absorbed, Expanded: self._in_pieces}
-            out = torch.cat([forms[type(part)](q[part.tokens], step, part) for part in step.parts])
+            outs = [
+                self._absorbed(q[part.tokens], step, part)
+                if isinstance(part, Absorbed)
+                else self._in_pieces(q[part.tokens], step, part)
+                for part in step.parts
+            ]
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.o_proj(out.flatten(1)).view_as(x)
 
     def _whole(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Prefill) -> Tensor:

@@ -119,10 +119,10 @@ class Arguments:
             self.require(False, name, wanted, repr(value), remedy)
         return value
 
-    def no_gradient(self, **tensors: torch.Tensor) -> None:
+    def no_gradient(self, **tensors: torch.Tensor | None) -> None:
         """Raises ValueError where one of `tensors` requires a gradient, for ops that have no backward."""
         for name, value in tensors.items():
-            if value.requires_grad:
+            if value is not None and value.requires_grad:
                 self.require(
                     not torch.is_grad_enabled(),
                     name,

@@ -48,8 +48,9 @@ def mla_prefill(
         out [Tq, H, Dv] in q's dtype; lse [Tq, H], the natural logarithm of the sum of exponentials; max_logits [Tq, H],
         the maximum of the scaled, masked logits, or None. lse and max_logits are float32 (float64 for float64).
         A row that sees no key, or belongs to no sequence, has out 0, lse -inf and max_logits -inf. Differentiable in q,
-        k, v and k_rope through out and lse; max_logits carries no gradient. Where k and v are views of one
-        [Tk, H, Dk + Dv], so are their gradients. The bits of a row depend on its own query and keys alone.
+        k, v and k_rope through out and lse; max_logits carries no gradient. With k_rope, where k and v are views of
+        one [Tk, H, Dk + Dv], so are their gradients (not under torch.compile). The bits of a row of finite
+        numbers depend on its own query and keys alone.
 
     Raises:
         TypeError, ValueError: for dtypes and shapes, and, on a CPU, for cu_seqlens that do not rise from 0 to at
@@ -111,14 +112,15 @@ def mla_prefill_piece(
     softmax_scale = args.number("softmax_scale", softmax_scale, positive=True)
     args.boolean("last", last)
     args.boolean("return_max_logits", return_max_logits)
-    args.no_gradient(q=q, k=k, **({} if v is None else {"v": v}), **({} if k_rope is None else {"k_rope": k_rope}))
+    args.no_gradient(state=state, q=q, k=k, v=v, k_rope=k_rope)
     width = _value_dims(q, k, v, k_rope) + reference.STATE_EXTRA
     first = state is None
     if first:
         state = q.new_empty(0 if last else (*q.shape[:2], width), dtype=wide_dtype(q.dtype))
     else:
         state = args.tensor("state", state, (*q.shape[:2], width), wide_dtype(q.dtype))
-        args.require(state.is_contiguous(), "state", "the tensor that the call before returned", state.stride())
+        given = state.is_contiguous() and state.data_ptr() % 16 == 0
+        args.require(given, "state", "the tensor that the call before returned", "a view or a copy of it")
     out, lse, max_logits = _mla_prefill_piece(
         state, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, diagonal, softmax_scale, first, last, return_max_logits
     )
@@ -131,7 +133,7 @@ def _tensors(
     q = args.tensor("q", q, ("Tq", "H", "Dqk"), FLOATS)
     if k_rope is None:
         k = args.tensor("k", k, ("Tk", "H", "Dqk"), q.dtype)
-        args.require(v is not None, "v", "a tensor", None, "without k_rope; None means that k holds the values too")
+        args.require(v is not None, "v", "a tensor where k_rope is None", None)
         return q, k, args.tensor("v", v, ("Tk", "H", "Dv"), q.dtype), None
     k_rope = args.tensor("k_rope", k_rope, ("Tk", "R"), q.dtype)
     nope = q.shape[-1] - k_rope.shape[-1]
@@ -160,7 +162,7 @@ def _value_dims(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None) -
     return v.shape[-1] if v is not None else k.shape[-1] - (q.shape[-1] - k_rope.shape[-1])
 
 
-def _unserved(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None) -> str | None:
+def _unserved(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None, softmax_scale: float) -> str | None:
     """Why the kernels do not serve these arguments."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"kernels take bfloat16 and float16, not {q.dtype}"
@@ -168,10 +170,9 @@ def _unserved(q: Tensor, k: Tensor, v: Tensor | None, k_rope: Tensor | None) -> 
     of_rope = rope if k_rope is None else k_rope.shape[-1]
     got = (q.shape[-1] - of_rope, of_rope, _value_dims(q, k, v, k_rope))
     if got != (nope, rope, value):
-        return (
-            f"kernels take {nope} nope, {rope} rope and {value} value dims, whose accumulators fill the registers, "
-            f"not {got[0]}, {got[1]} and {got[2]}"
-        )
+        return f"kernels take {nope} nope, {rope} rope and {value} value dims, not {got[0]}, {got[1]} and {got[2]}"
+    if softmax_scale < torch.finfo(torch.float32).tiny:
+        return f"kernels take softmax_scale in float32, not {softmax_scale}"
     if max(len(q), len(k)) > 1 << 30:
         return f"kernels take at most 2**30 tokens, not {max(len(q), len(k))}"
     return None
@@ -197,7 +198,7 @@ def _piece_outputs(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [T, ..., D] with stride 1 along D and rows apart, at multiples of 16 bytes; copied only if it must be."""
+    """x [T, ..., D] with stride 1 along D, no stride 0, rows at multiples of 16 bytes; copied only if it must be."""
     places, strides = x.data_ptr(), x.stride()
     for stride in strides[:-1]:
         places |= stride * x.element_size()
@@ -289,11 +290,10 @@ def _grad(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor) -> tuple:
 def _side_by_side(k: Tensor, v: Tensor) -> Tensor | None:
     """[Tk, H, Dk + Dv], if k and v are views of one such tensor."""
     adjacent = (
-        not torch.compiler.is_compiling()
-        and k.stride() == v.stride()
+        k.stride() == v.stride()
         and k.stride(-1) == 1
         and k.stride(-2) >= k.shape[-1] + v.shape[-1]
-        and k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        and torch._C._is_alias_of(k, v)
         and v.storage_offset() == k.storage_offset() + k.shape[-1]
     )
     return k.as_strided((*k.shape[:-1], k.shape[-1] + v.shape[-1]), k.stride()) if adjacent else None
@@ -326,9 +326,9 @@ def _launch_backward(
     workspace = q.new_empty(plan.workspace_floats(q, k, k_rope is not None), dtype=torch.float32)
     tickets = q.new_zeros(2, dtype=torch.int32)
     launch(
-        "mla_prefill_backward", _rows(grad_out), grad_lse.contiguous(), q, k, v, k_rope, out, lse,
-        cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), softmax_scale, causal, grad_q, grad_k, grad_v,
-        None if k_rope is None else grad_k_rope, workspace, tickets, plan,
+        "mla_prefill_backward", _rows(grad_out), grad_lse.contiguous(), q, k, v, k_rope, _rows(out.contiguous()),
+        lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), softmax_scale, causal, grad_q, grad_k,
+        grad_v, None if k_rope is None else grad_k_rope, workspace, tickets, plan,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ for row in ("bf16", "fp16"):
         plan = (registers, copies, stores, dict.fromkeys(PORTABLE, others))
         PLANS[f"mla_prefill_{name}_sm80_kernel<{row}>"] = plan
     for name, stores, roles, loads, exponentials, products in (
-        ("forward", 8, 2, 8, 132, {"64x128x16": 2 * 12 + 2 * 8}),
+        ("forward", 8, 2, 11, 132, {"64x128x16": 2 * 12 + 2 * 8}),
         ("dq", 12, 2, 10, 48, {"64x96x16": 12 + 8, "64x192x16": 6}),
         ("dkv", 20, 3, 13, 128, {"64x128x16": 2 * 12 + 8 + 2 * 8, "64x192x16": 8}),
     ):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import k2kernels as k
+from k2kernels.ops import mla_prefill as prefill
 from k2kernels.testing.compare import check_close
 from k2kernels.testing.inputs import KIMI_K2
 
@@ -92,6 +93,33 @@ def check(inputs, causal=True):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lengths_around_tiles(dtype, causal):
     check(make(LENGTHS, OTHER_LENGTHS, 5, dtype), causal)
+
+
+@pytest.fixture
+def portable_kernels(monkeypatch):
+    """Those of sm_80, on any GPU."""
+    own = prefill.chip
+    monkeypatch.setattr(prefill, "chip", lambda device: own(device)._replace(capability=80))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_portable_kernels(dtype, portable_kernels):
+    check(make(LENGTHS, OTHER_LENGTHS, 5, dtype))
+    check(make([1500], [1500], 8, dtype))
+
+
+def test_heads_before_tokens_and_concatenated_keys():
+    """Strides of heads larger than those of tokens; keys with a rope part of each head's own."""
+    q, kv, k_rope, cu_q, cu_k = make([300, 70], [300, 200], 8)
+    want = attend(q, kv, k_rope, cu_q, cu_k)
+    q, kv = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, kv))
+    assert all(torch.equal(x, y) for x, y in zip(attend(q, kv, k_rope, cu_q, cu_k), want))
+    keys, values = kv.split([NOPE, VALUE], dim=-1)
+    joined = torch.cat([keys, k_rope[:, None].expand(-1, 8, -1)], dim=-1)
+    got = k.mla_prefill(
+        q, joined, values, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, softmax_scale=SCALE, return_max_logits=True
+    )
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
 @pytest.mark.parametrize("lengths_q, lengths_k", [([2048], [2048]), ([100, 900], [1500, 900])], ids=str)

@@ -303,6 +303,37 @@ def test_compiled_gradients_equal_eager_ones():
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+def test_gradients_of_views_can_be_traced(tracing):
+    q, k, v = inputs([4, 4], [4, 4], 2, 6, 4, torch.float32)
+    kv, cu = torch.cat([k[..., :4], v], dim=-1), cumulative([4, 4])
+
+    def gradients(q, kv, k_rope, cu):
+        leaves = [x.detach().requires_grad_() for x in (q, kv, k_rope)]
+        views = leaves[1].split([4, 4], dim=-1)
+        options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, softmax_scale=0.5)
+        return torch.autograd.grad(mla_prefill(leaves[0], *views, k_rope=leaves[2], **options).out.sum(), leaves)
+
+    arguments = q, kv, k[:, 0, 4:].clone(), cu
+    traced = torch.fx.experimental.proxy_tensor.make_fx(gradients, tracing_mode=tracing)(*arguments)
+    torch.testing.assert_close(traced(*arguments), gradients(*arguments), rtol=0, atol=0)
+
+
+def test_states_of_pieces_are_refused_where_they_are_no_result_of_a_piece():
+    q, k, v = inputs([4], [4], 2, 6, 4, torch.float32)
+    cu = cumulative([4])
+    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, diagonal=cu[:1], softmax_scale=0.5, last=True)
+    state = mla_prefill_piece(None, q, k, v, **{**options, "last": False})
+    for bad in (
+        state.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.cat([state.new_zeros(1), state.flatten()])[1:],
+    ):
+        with pytest.raises(ValueError, match="state must be the tensor that the call before returned"):
+            mla_prefill_piece(bad.view(state.shape) if bad.dim() == 1 else bad, q, k, v, **options)
+    with pytest.raises(ValueError, match="state must be a tensor that needs no gradient"):
+        mla_prefill_piece(state.requires_grad_(), q, k, v, **options)
+
+
 def test_meta_tensors():
     q, k, v = (x.to("meta") for x in inputs([8], [8], 2, 6, 4, torch.bfloat16))
     cu = torch.empty(2, dtype=torch.int32, device="meta")
@@ -328,7 +359,7 @@ CU = torch.tensor([0, 4], dtype=torch.int32)
         ),
         (dict(k_rope=torch.zeros(3, 2), k=torch.zeros(4, 2, 4)), ValueError, r"k must be \[Tk=3, H=2, 4\]"),
         (dict(k_rope=torch.zeros(4, 7)), ValueError, r"k_rope must be \[Tk, R\] with R at most q's 6, got \[4, 7\]"),
-        (dict(v=None), ValueError, r"v must be a tensor, got None; without k_rope"),
+        (dict(v=None), ValueError, r"v must be a tensor where k_rope is None, got None"),
         (
             dict(v=None, k_rope=torch.zeros(4, 2), k=torch.zeros(4, 2, 4)),
             ValueError,

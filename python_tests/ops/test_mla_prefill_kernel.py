@@ -356,6 +356,33 @@ def test_expanded_and_misaligned_arguments_are_copied(arch):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_saved_results_may_return_with_other_strides(arch):
+    """As hooks that move saved tensors elsewhere and back may leave them."""
+    case = make([70], [70])
+    cu = dict(cu_seqlens_q=case.cu_seqlens_q, cu_seqlens_k=case.cu_seqlens_k, softmax_scale=SCALE)
+    leaves = [x.contiguous().requires_grad_() for x in (case.q, case.k, case.v, case.k_rope)]
+
+    def restrided(x):
+        return x if x.dim() < 2 else x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def gradients():
+        out = mla_prefill(*leaves[:3], k_rope=leaves[3], **cu).out
+        return torch.autograd.grad(out.float().square().sum(), leaves)
+
+    with emulated(arch, 1):
+        want = gradients()
+        with torch.autograd.graph.saved_tensors_hooks(restrided, lambda x: x):
+            assert same(gradients(), want)
+
+
+def test_a_scale_that_float32_does_not_hold_is_refused():
+    case = make([3], [3])
+    cu = dict(cu_seqlens_q=case.cu_seqlens_q, cu_seqlens_k=case.cu_seqlens_k, softmax_scale=1e-46)
+    with emulated("sm_80", 0), pytest.raises(k2kernels.UnsupportedError, match="softmax_scale in float32, not 1e-46"):
+        mla_prefill(case.q, case.k, case.v, k_rope=case.k_rope, **cu)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_the_op_in_pieces_runs_these_kernels(arch):
     case = make([70], [200])
     cu = dict(cu_seqlens_q=case.cu_seqlens_q, softmax_scale=SCALE, return_max_logits=True)

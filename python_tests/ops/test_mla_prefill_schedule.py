@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from k2kernels import _emu
+from k2kernels.ops._launch import Chip
 
 FIELDS = ("head", "first_query", "queries", "first_key", "keys", "tile", "rows", "diagonal", "last")
 
@@ -93,6 +94,24 @@ def test_bogus_offsets_stay_inside_the_tensors(bogus):
                 break
             assert 0 <= task["first_query"] and task["first_query"] + task["queries"] <= 30
             assert 0 <= task["first_key"] and task["first_key"] + task["keys"] <= 30
+
+
+@pytest.mark.parametrize("length", [546, 600, 700, 800, 1500, 2048, 4096, 8192])
+@pytest.mark.parametrize("capability, rows", [(90, 128), (80, 64)])
+def test_groups_of_heads_are_of_about_equal_size(length, capability, rows):
+    """64 heads in the groups of the plan. Tiles that fit a wave or two leave SMs idle; uneven groups add to it."""
+    q, kv = torch.empty(length, 64, 192).bfloat16(), torch.empty(length, 64, 256).bfloat16()
+    chip = Chip(capability, 132, 232448)
+    plan = _emu.mla_prefill_plan(chip, q, kv, None, torch.empty(length, 64).bfloat16())
+    assert plan.kernel == ("sm90" if capability == 90 else "sm80")
+    groups = -(-64 // plan.heads_per_group)
+    assert 64 - (groups - 1) * plan.heads_per_group > plan.heads_per_group - groups
+    got = tasks([length], [length], heads=64, group=plan.heads_per_group, rows=rows)
+    times = [cost(task, False) + rows for task in got]
+    ends = [0] * 132
+    for time in times:
+        heapq.heapreplace(ends, ends[0] + time)
+    assert max(ends) <= 1.13 * max(sum(times) / 132, max(times))
 
 
 @pytest.mark.parametrize("lengths", [[8192], [2048] * 4, [32768], [100, 3000, 500, 8000, 20]], ids=str)
