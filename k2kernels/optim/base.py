@@ -6,7 +6,7 @@ that is loaded. A `step` is `_begin`, for each group its rule's `update`, then `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -131,14 +131,17 @@ class RuleOptimizer(Optimizer):
         found = getattr(self, "found_inf", None)
         skip = None if found is None else found > 0
         if self._skip_non_finite:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            grads = [g for g in grads if g.numel()]
+            grads = [g for g in self._gradients() if g.numel()]
             if grads:
                 # Largest magnitudes: unlike sums of squares they do not overflow where the gradients have not.
                 largest = torch._foreach_norm(grads, torch.inf)
                 here = ~torch.stack([x.to(grads[0].device) for x in largest]).isfinite().all()
                 skip = here if skip is None else skip.to(here.device) | here
         return skip if skip is None else skip.reshape(())
+
+    def _gradients(self) -> list[Tensor]:
+        """All gradients."""
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _has_master(self, p: Tensor) -> bool:
         """Whether a parameter has a master weight: those of half precision do, unless turned off."""
@@ -162,8 +165,11 @@ class RuleOptimizer(Optimizer):
     # ---- groups and states
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_parameters(self._name, named_parameters(group))
+        self._check_parameters(named_parameters(group))
         self._rule(group).check(group)
+
+    def _check_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        check_parameters(type(self).__name__, named)
 
     def _optional_state(self, p: Tensor) -> Specs:
         """State that may be missing when it is loaded."""
@@ -182,6 +188,9 @@ class RuleOptimizer(Optimizer):
             TypeError: for an option of another type.
         """
         self._check_state_dict(state_dict)
+        self._load_checked(state_dict)
+
+    def _load_checked(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round the float32 momentum of bfloat16 parameters.
         captures = self._captures()
@@ -258,7 +267,7 @@ class RuleOptimizer(Optimizer):
             )
 
 
-def check_parameters(owner: str, named: Iterator[tuple[str, Tensor]]) -> None:
+def check_parameters(owner: str, named: Iterable[tuple[str, Tensor]]) -> None:
     """Raises TypeError or ValueError for parameters that no rule takes."""
     for name, p in named:
         if p.is_complex():
@@ -266,7 +275,7 @@ def check_parameters(owner: str, named: Iterator[tuple[str, Tensor]]) -> None:
         # DTensors; the flat parameters of FSDP1, and the views of them that keep their names.
         if any(hasattr(p, mark) for mark in ("device_mesh", "_is_flat_param", "_fsdp_flattened")):
             raise ValueError(
-                f"{owner}: {name} must be a whole parameter, got a shard (DTensor or FSDP); updates are not "
-                "distributed yet: keep all parameters on every rank, with averaged gradients "
-                "(DistributedDataParallel), or shard with another optimizer"
+                f"{owner}: {name} must be a whole parameter, got a shard (DTensor or FSDP); take "
+                "k2kernels.parallel.MuonClip, which serves fully_shard, or keep all parameters on every rank, with "
+                "averaged gradients (DistributedDataParallel)"
             )

@@ -22,6 +22,7 @@ class Clipper:
         clip: the settings.
         targets: the layers, resolved to parameters.
         read, reset: return the largest logits since the last reset, and reset them.
+        over_ranks: the optimizer takes the largest of all ranks itself.
 
     `last` is what `MuonClip.last_clip` describes.
     """
@@ -32,15 +33,17 @@ class Clipper:
         targets: list[ClipTarget],
         read: Callable[[], Mapping[Any, Tensor]],
         reset: Callable[[], None],
+        over_ranks: bool = False,
     ):
         self.clip, self.targets, self.read, self.reset = clip, targets, read, reset
+        self.over_ranks = over_ranks
         self.last: dict[Any, ClipReport] = {}
         self._pending: list[tuple[ClipTarget, ClipReport, Tensor | None]] = []
         self.check_ranks()
 
     def check_ranks(self) -> None:
         """Refuses to clip by one rank's own maxima where there are several ranks."""
-        if self.clip.max_logits is not None:
+        if self.over_ranks or self.clip.max_logits is not None:
             return
         dist = torch.distributed
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -48,7 +51,8 @@ class Clipper:
             raise ValueError(
                 f"MuonClip: the maxima of QK-clip must be those of all {ranks} ranks, or copies of a weight would "
                 "differ, got a model's max_logits(), which are this rank's; pass QKClip(max_logits=f) with a function "
-                "that takes the largest of all ranks (all_reduce with ReduceOp.MAX), or qk_clip=None"
+                "that takes the largest of all ranks (all_reduce with ReduceOp.MAX), k2kernels.parallel.MuonClip, or "
+                "qk_clip=None"
             )
 
     def state(self) -> dict[Tensor, Specs]:
@@ -118,7 +122,9 @@ class Clipper:
                 keep(state[target.query[0]].setdefault("clip_average", torch.ones_like(average)), average)
 
 
-def clipper(clip: QKClip | None, model: nn.Module | None, parameters: dict[str, Tensor]) -> Clipper | None:
+def clipper(
+    clip: QKClip | None, model: nn.Module | None, parameters: dict[str, Tensor], over_ranks: bool = False
+) -> Clipper | None:
     """The Clipper of `MuonClip(qk_clip=clip)`: finds the layers and the functions that read and reset their maxima."""
     if clip is None:
         return None
@@ -137,7 +143,7 @@ def clipper(clip: QKClip | None, model: nn.Module | None, parameters: dict[str, 
                 "each step: otherwise old ones are clipped again; if max_logits() resets them, pass "
                 "reset_max_logits=lambda: None"
             )
-        return Clipper(clip, resolve_targets(targets, parameters), read, reset)
+        return Clipper(clip, resolve_targets(targets, parameters), read, reset, over_ranks)
     missing = "attention with qk_clip_spec()" if not targets else "max_logits()"
     message = f"MuonClip: the model has no {missing}; give QKClip(targets=..., max_logits=...) or qk_clip=None"
     if clip is not WHERE_POSSIBLE:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.optim.base import RuleOptimizer, check_parameters
+from k2kernels.optim.base import RuleOptimizer
 from k2kernels.optim.clipper import WHERE_POSSIBLE, clipper
 from k2kernels.optim.qk_clip import ClipReport, QKClip
 from k2kernels.optim.routing import METHODS, Route, route, row_splits
@@ -38,7 +38,7 @@ class MuonClip(RuleOptimizer):
         router: the method of the expert router's matrix.
         schedule, steps, momentum_dtype, iterate_dtype, max_elements, master_weights, skip_non_finite, capturable: as in
             `Muon`; AdamW's parameters are treated alike.
-        process_group: must be None.
+        process_group: must be None; `k2kernels.parallel.MuonClip` works over ranks.
 
     The report's Algorithm 1 has no Nesterov momentum and does not cut matrices; by default this class does both. To
     follow it literally, pass nesterov=False and splits of None for each matrix that `routing_table` shows cut.
@@ -48,9 +48,10 @@ class MuonClip(RuleOptimizer):
     When a step is skipped (overflow seen by a torch.amp.GradScaler, or `skip_non_finite`), the maxima are reset and
     nothing else happens; a loop that skips steps itself must call `reset_max_logits()`.
 
-    With copies of the parameters on several ranks, average the gradients before the step, and pass QK-Clip the maxima
-    of all ranks; a model's own maxima, which are of one rank, are refused. (Maxima and loads of experts are buffers,
-    which must not be replaced by those of rank 0.)
+    `k2kernels.parallel.MuonClip` shards this optimizer over ranks. With this one and copies of the parameters on
+    several ranks, average the gradients before the step, and pass QK-Clip the maxima of all ranks; a model's own
+    maxima, which are of one rank, are refused. (Maxima and loads of experts are buffers, which must not be replaced by
+    those of rank 0.)
 
         copies = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
@@ -75,6 +76,8 @@ class MuonClip(RuleOptimizer):
         TypeError: for parameters without names, complex parameters and sparse gradients.
         UnsupportedError: for a process group.
     """
+
+    _over_ranks = False  # whether `_overflow` takes the largest logits of all ranks
 
     def __init__(
         self,
@@ -101,14 +104,16 @@ class MuonClip(RuleOptimizer):
         process_group: None = None,
     ):
         if process_group is not None:
-            raise UnsupportedError("MuonClip: process_group must be None; updates are not distributed yet")
+            raise UnsupportedError(
+                "MuonClip: process_group must be None; k2kernels.parallel.MuonClip(mesh=) works over ranks"
+            )
         name = type(self).__name__
         model = model_or_named_parameters if isinstance(model_or_named_parameters, nn.Module) else None
         named = _named(model_or_named_parameters)
-        check_parameters(name, named)
+        self._check_parameters(named)
         self._table = route(named, model=model, rules=rules, router=router)
         parameters = dict(named)
-        self._clipper = clipper(qk_clip, model, parameters)
+        self._clipper = clipper(qk_clip, model, parameters, self._over_ranks)
         latent, heads = _fused_rows(model, parameters)
         self._cuts = row_splits(self._table, splits, known=latent, heads=heads)
         cuts = {parameters[name]: rows for name, rows in self._cuts.items()}
@@ -143,7 +148,7 @@ class MuonClip(RuleOptimizer):
             if self._clipper is not None:
                 self._clipper.measure(count, step, self.state)
             for group in self.param_groups:
-                self._rule(group).update(group, self._members(group), step)
+                self._update(group, step)
             self._scale_remaining_rows(step)
             if self._clipper is not None:
                 self._clipper.report(step, self.state)
@@ -189,6 +194,9 @@ class MuonClip(RuleOptimizer):
     def last_clip(self) -> dict[Any, ClipReport]:
         """What the last step that was not skipped clipped, by layer."""
         return {} if self._clipper is None else self._clipper.last
+
+    def _update(self, group: dict[str, Any], step: Step) -> None:
+        self._rule(group).update(group, self._members(group), step)
 
     def _scale_remaining_rows(self, step: Step) -> None:
         """Scales what no update of a matrix has scaled: biases, parameters of AdamW or without a gradient."""

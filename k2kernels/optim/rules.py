@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -88,9 +87,8 @@ class MuonRule:
         momentum_dtype, iterate_dtype, max_elements: as in `Muon`.
         row_splits: parameter -> sizes of the row blocks that are orthogonalised apart.
 
-    `batches` decides which matrices this process updates and how many at a time: it gets all matrices of a group and
-    yields lists for one call each; when it is resumed after a yield, those matrices have their new values. A sharded
-    optimizer puts a function here that yields the matrices it owns and exchanges gradients before, weights after.
+    A sharded optimizer gathers the gradients of the matrices that it owns, passes them to `apply`, and sends the new
+    weights. Matrices do not influence one another, so `apply` may be called any number of times in a step.
     """
 
     def __init__(
@@ -108,8 +106,7 @@ class MuonRule:
         if not isinstance(max_elements, int) or max_elements < 1:
             raise ValueError(f"{owner}: max_elements must be an int of at least 1, got {max_elements!r}")
         self.owner, self.momentum_dtype, self.iterate_dtype = owner, momentum_dtype, iterate_dtype
-        self.row_splits = row_splits or {}
-        self.batches: Callable[[list[Matrices]], Iterable[list[Matrices]]] = partial(batched, max_elements=max_elements)
+        self.max_elements, self.row_splits = max_elements, row_splits or {}
 
     def check(self, group: dict[str, Any]) -> None:
         for key in ("lr", "weight_decay", "momentum", "rms_scale"):
@@ -128,8 +125,11 @@ class MuonRule:
         return {"momentum_buffer": (tuple(p.shape), wide_dtype(p) if p.dtype == torch.float64 else self.momentum_dtype)}
 
     def update(self, group: dict[str, Any], members: list[Member], step: Step) -> None:
-        matrices = [part for member in members for part in self._matrices(member, step.row_scales)]
-        for batch in self.batches(matrices):
+        self.apply(group, [part for member in members for part in self.matrices(member, step.row_scales)], step)
+
+    def apply(self, group: dict[str, Any], matrices: Sequence[Matrices], step: Step) -> None:
+        """One step of matrices, with the options of a group."""
+        for batch in batched(matrices, self.max_elements):
             first = batch[0].weight
             grad_scale, skip = step.on(first.device)
             copies, scales = [b.copy for b in batch], [b.row_scale for b in batch]
@@ -152,16 +152,21 @@ class MuonRule:
                 iterate_dtype=self.iterate_dtype or (torch.float16 if first.is_cuda else wide_dtype(first)),
             )
 
-    def _matrices(self, member: Member, row_scales: dict[Tensor, Tensor]) -> list[Matrices]:
-        """The matrices of a parameter; scales of a matrix's rows become part of its update."""
+    def matrices(self, member: Member, row_scales: dict[Tensor, Tensor], key: Tensor | None = None) -> list[Matrices]:
+        """The matrices of a parameter; scales of a matrix's rows become part of its update.
+
+        `key` is the parameter in `row_splits` and `row_scales`, if it is not the member's: whole matrices of a DTensor
+        on this rank.
+        """
         p, state = member
+        key = p if key is None else key
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=self.state(p)["momentum_buffer"][1])
         copy = None if member.weight is p else p
-        scale = row_scales.pop(p, None) if p.ndim == 2 else None
+        scale = row_scales.pop(key, None) if p.ndim == 2 else None
         parts = member.weight, p.grad, state["momentum_buffer"], copy
         stacked = (t if t is None or t.ndim == 3 else t.unsqueeze(0) for t in parts)
-        return _cut(Matrices(*stacked, None if scale is None else scale.unsqueeze(0)), self.row_splits.get(p))
+        return _cut(Matrices(*stacked, None if scale is None else scale.unsqueeze(0)), self.row_splits.get(key))
 
 
 def _cut(whole: Matrices, rows: tuple[int, ...] | None) -> list[Matrices]:

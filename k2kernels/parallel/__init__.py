@@ -1,4 +1,6 @@
-"""Parallelism: the ranks of a model, and the experts of a layer over them."""
+"""Parallelism: the ranks of a model, the experts of a layer over them, MuonClip's matrices over those of a mesh."""
+
+from typing import Any
 
 from k2kernels._backend import PeerTimeout
 from k2kernels.parallel.expert import ExpertParallel
@@ -6,4 +8,23 @@ from k2kernels.parallel.layout import Layout, make_mesh
 from k2kernels.parallel.model import expert_parallel
 from k2kernels.parallel.virtual import VirtualRanks
 
-__all__ = ["ExpertParallel", "Layout", "PeerTimeout", "VirtualRanks", "expert_parallel", "make_mesh"]
+__all__ = [
+    "ExpertParallel",
+    "Layout",
+    "MuonClip",
+    "PeerTimeout",
+    "VirtualRanks",
+    "expert_parallel",
+    "make_mesh",
+    "muon_traffic",
+    "sum_expert_counts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs torch.distributed when it is used: a torch built without it serves one rank too."""
+    if name in ("MuonClip", "muon_traffic", "sum_expert_counts"):
+        from k2kernels.parallel import muon
+
+        return getattr(muon, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -450,7 +450,7 @@ def test_it_is_deterministic():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(process_group=object()), k2kernels.UnsupportedError, "process_group must be None; updates are not"),
+        (dict(process_group=object()), k2kernels.UnsupportedError, "process_group must be None; k2kernels.parallel"),
         (dict(adamw=dict(learning_rate=1.0)), ValueError, r"adamw takes lr, betas, .* got \['learning_rate'\]"),
         (dict(adamw=dict(lr=-1.0)), ValueError, r"adamw's lr must be finite and at least 0, got -1.0"),
         (dict(adamw=dict(eps="small")), TypeError, r"adamw's eps must be a number, got 'small'"),

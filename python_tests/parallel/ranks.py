@@ -6,6 +6,7 @@ outlives its deadline.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -23,7 +24,10 @@ DEADLINE = 60  # seconds for one scenario
 
 
 def run(scenarios: list[tuple[str, int]]) -> dict[str, list]:
-    """For each (scenario, number of ranks), as "scenario/ranks": what each rank returned, or how it ended."""
+    """For each (scenario, number of ranks), as "scenario/ranks": what each rank returned, or how it ended.
+
+    A scenario is a function of `rank_scenarios`, or of another file here: "file.function".
+    """
     command = [sys.executable, str(HERE / "ranks.py"), json.dumps(scenarios)]
     paths = [str(HERE), str(HERE.parent / "model"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -35,8 +39,8 @@ def run(scenarios: list[tuple[str, int]]) -> dict[str, list]:
 
 
 def _fork_ranks(scenario: str, world: int) -> list:
-    import rank_scenarios
-
+    file, _, function = scenario.rpartition(".")
+    act = getattr(importlib.import_module(file or "rank_scenarios"), function)
     with tempfile.TemporaryDirectory() as folder:
         pids = []
         for rank in range(world):
@@ -44,7 +48,7 @@ def _fork_ranks(scenario: str, world: int) -> list:
             if pid == 0:
                 torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is poisoned, as in every test
                 try:
-                    result = getattr(rank_scenarios, scenario)(rank, world, folder)
+                    result = act(rank, world, folder)
                 except BaseException:
                     result = f"raised {traceback.format_exc()}"
                 Path(folder, f"result{rank}").write_text(json.dumps(result))
