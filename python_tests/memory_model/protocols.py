@@ -723,6 +723,10 @@ NOT_MODELLED = {
     (LARGE_GEMM, "multiply_tiles"): _ASYNC_PROXY,
     (MLA, "release"): _ASYNC_PROXY,
     (MLA, "load_tasks"): _ASYNC_PROXY,
+    (
+        "csrc/mla_prefill/schedule.cuh",
+        "take_ticket",
+    ): "a counter: its number says which inputs to read, and nothing else",
 }
 
 PROTOCOLS = [value for value in globals().values() if isinstance(value, Protocol)]
