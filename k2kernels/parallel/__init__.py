@@ -14,9 +14,12 @@ __all__ = [
     "MuonClip",
     "PeerTimeout",
     "VirtualRanks",
+    "checkpoint_info",
     "expert_parallel",
+    "load_checkpoint",
     "make_mesh",
     "muon_traffic",
+    "save_checkpoint",
     "sum_expert_counts",
 ]
 
@@ -27,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from k2kernels.parallel import muon
 
         return getattr(muon, name)
+    if name in ("save_checkpoint", "load_checkpoint", "checkpoint_info"):
+        from k2kernels.parallel import checkpoint
+
+        return getattr(checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,6 +182,14 @@ class Layout:
             return model.max_logits()
 
         return read
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of some numbers over the ranks, in float64."""
+        import torch.distributed as dist
+
+        packed = torch.tensor(values, dtype=torch.float64, device=self._device())
+        dist.all_reduce(packed, group=self.group)
+        return packed.tolist()
 
     @torch.no_grad()
     def reduce_gradients(self, model: nn.Module) -> None:
