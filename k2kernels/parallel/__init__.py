@@ -6,6 +6,7 @@ from k2kernels._backend import PeerTimeout
 from k2kernels.parallel.expert import ExpertParallel
 from k2kernels.parallel.layout import Layout, make_mesh
 from k2kernels.parallel.model import expert_parallel
+from k2kernels.parallel.parallelize import parallelize
 from k2kernels.parallel.virtual import VirtualRanks
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "load_checkpoint",
     "make_mesh",
     "muon_traffic",
+    "parallelize",
     "save_checkpoint",
     "sum_expert_counts",
 ]
