@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from k2kernels.train.data import read_text
 from k2kernels.parallel import checkpoint_info
+from k2kernels.train.data import read_text
 from k2kernels.train.trainer import CHECKPOINTS, HISTORY_FILE, Trainer, TrainOptions
 
 SIZES = dict(steps=12, batch_size=2, length=32)
