@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_groups
+from k2kernels.ops._launch import chip, launch
 from k2kernels.ops._register import declare
+from k2kernels.ops.grouped_gemm import _rows_on_16_bytes
 from k2kernels.ops.w4_gemm.packed import W4, check_w4
 from k2kernels.reference import w4_gemm as reference
 
@@ -131,9 +133,32 @@ def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> T
     return a.new_empty((a.shape[0], n // 2 if swiglu else n)) if out is None else out
 
 
+def _launch(
+    d: Tensor, a: Tensor, data: Tensor, offsets: Tensor, counts: Tensor, kind: str, swiglu: bool, expected: int | None
+) -> None:
+    # Not cut along K: no kernel needs batch_invariant.
+    data = data.contiguous()
+    operands = _rows_on_16_bytes(a), data if data.data_ptr() % 16 == 0 else data.clone()
+    groups = offsets.contiguous(), counts.contiguous()
+    into = d if d.stride(-1) == 1 else d.contiguous()  # rows of no group keep what they hold
+    launch(
+        "grouped_w4_gemm",
+        chip(a.device),
+        *operands,
+        *groups,
+        kind,
+        swiglu,
+        len(a) if expected is None else expected,
+        into,
+    )
+    if into is not d:
+        d.copy_(into)
+
+
 _grouped_w4_gemm = declare(
     reference.grouped_w4_gemm,
     outputs=_outputs,
+    launch=_launch,
     validate=lambda a, offsets, counts: check_groups("grouped_w4_gemm", offsets, counts, a.shape[0]),
     out=(),
     out_reference=reference.grouped_w4_gemm_out,
