@@ -1,6 +1,6 @@
 #pragma once
 
-// Arithmetic on two bf16 in a word, the first in its low half, and on the bits of words.
+// Arithmetic on two bf16 in a word, the first in its low half; bits and registers of words.
 
 #include <cmath>
 
@@ -94,6 +94,19 @@ K2K_DEVICE uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
     uint32_t result;
     K2K_PTX_PURE("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "r"(mask),
                  "r"(bits));
+    return result;
+#endif
+}
+
+// The value, about which the compiler knows nothing: it stays in a register, where the compiler
+// would compute it again in each iteration of a loop.
+// PTX: #data-movement-and-conversion-instructions-mov
+K2K_DEVICE uint32_t kept(uint32_t value) {
+#ifdef K2K_EMULATED
+    return value;
+#else
+    uint32_t result;
+    K2K_PTX("mov.b32 %0, %1;" : "=r"(result) : "r"(value));
     return result;
 #endif
 }

@@ -309,6 +309,7 @@ __global__ void __launch_bounds__(256) packed_kernel(const uint32_t* input, uint
         out(arch::byte_permute(a, b, selector));
     }
     out(arch::and_or(a, b, c));
+    out(arch::kept(a));
 }
 
 // Input: 256 floats; output: three rows.

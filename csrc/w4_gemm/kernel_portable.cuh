@@ -52,22 +52,27 @@ class TokenPanel {
     static constexpr int kRowBytes = Tile::kDepth * 2;
     static constexpr int kBytes = Tile::kTokens * kRowBytes;
 
+    // `panel`: that of the ring's first stage.
+    K2K_DEVICE explicit TokenPanel(uint32_t panel) {
+        const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
+        target_ = arch::kept(panel + tile::chunk_offset<kRowBytes>(row, chunk));
+        column_ = static_cast<int>(arch::kept(chunk * 8));
+    }
+
     // Sets the first 16 bytes of this thread: row `row` of A, of which `rows_left` are the group's.
     K2K_DEVICE void begin(const W4GemmParams& p, int64_t row, int rows_left) {
         const int own = threadIdx.x / kRowChunks;
-        row_stride_ = p.a_row_stride;
-        source_ = p.a + (row + own) * row_stride_ + threadIdx.x % kRowChunks * 8;
+        source_ = p.a + (row + own) * p.a_row_stride + column_;
         rows_ = rows_left - own;
     }
 
     // Starts the copies of the next 64 of K, of which `left` remain, a multiple of 32.
-    K2K_DEVICE void copy(uint32_t panel, int left) {
-        const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
-        const uint32_t target = panel + tile::chunk_offset<kRowBytes>(row, chunk);
-        const int rows = chunk * 8 < left ? rows_ : 0;
+    K2K_DEVICE void copy(const W4GemmParams& p, uint32_t stage, int left) {
+        const int rows = column_ < left ? rows_ : 0;
         K2K_UNROLL
         for (int below = 0; below < Tile::kTokens; below += kStep) {
-            arch::cp_async(target + below * kRowBytes, source_ + below * row_stride_, below < rows);
+            arch::cp_async(target_ + stage + below * kRowBytes, source_ + below * p.a_row_stride,
+                           below < rows);
         }
         source_ += Tile::kDepth;
     }
@@ -77,13 +82,15 @@ class TokenPanel {
     static constexpr int kStep = Tile::kThreads / kRowChunks;  // rows between a thread's copies
     static_assert(kStep % 8 == 0, "the swizzle is that of the first row");
 
+    uint32_t target_;  // in the first stage
+    int column_;
     const bf16* source_;
-    int64_t row_stride_;
     int rows_;  // of the group, from the thread's first on
 };
 
 // The packed weights of a stage, two chunks one below the other, and the copies of a thread into
-// them: half of the threads for each chunk, 16 bytes two or three times.
+// them: half of the threads for each chunk, 16 bytes two or three times. A chunk behind the last
+// row of weights becomes zeros; its address is not read.
 template <W4Kind kKind, class Tile>
 class WeightPanel {
   public:
@@ -91,22 +98,26 @@ class WeightPanel {
     static constexpr int kChunks = Tile::kWeights / kChunkRows;
     static constexpr int kBytes = kChunks * kChunkBytes;
 
+    // `panel`: that of the ring's first stage.
+    K2K_DEVICE explicit WeightPanel(uint32_t panel) {
+        target_ = arch::kept(panel + threadIdx.x / kThreads * kChunkBytes + own() + kStep);
+        copies_last_ = arch::kept(own()) < kChunkBytes % kStep;
+    }
+
     // Sets the first 16 bytes of this thread, in row `row` of the chunks of `group`.
     K2K_DEVICE void begin(const W4GemmParams& p, int group, int row) {
         row += threadIdx.x / kThreads;
         exists_ = row < p.chunk_rows;
-        source_ = p.w + (group * p.chunk_rows + row) * p.chunk_columns * kChunkBytes +
-                  threadIdx.x % kThreads * 16;
+        source_ =
+            p.w + (group * p.chunk_rows + row) * p.chunk_columns * kChunkBytes + own() + kStep;
     }
 
     // Starts the copies of the next 64 of K.
-    K2K_DEVICE void copy(uint32_t panel) {
-        const int thread = threadIdx.x % kThreads;
-        const uint32_t target = panel + threadIdx.x / kThreads * kChunkBytes + thread * 16;
+    K2K_DEVICE void copy(uint32_t stage) {
         K2K_UNROLL
-        for (int at = 0; at < kChunkBytes; at += kThreads * 16) {
-            if (at + kThreads * 16 <= kChunkBytes || thread < (kChunkBytes - at) / 16) {
-                arch::cp_async(target + at, source_ + at, exists_);
+        for (int at = -kStep; at + kStep < kChunkBytes; at += kStep) {
+            if (at + 2 * kStep <= kChunkBytes || copies_last_) {
+                arch::cp_async(target_ + stage + at, source_ + at, exists_);
             }
         }
         source_ += kChunkBytes;
@@ -114,10 +125,16 @@ class WeightPanel {
 
   private:
     static constexpr int kThreads = Tile::kThreads / kChunks;  // of a chunk
+    static constexpr int kStep = kThreads * 16;                // bytes between a thread's copies
+    static_assert(kChunkBytes % kStep != 0);
 
+    K2K_DEVICE static uint32_t own() { return threadIdx.x % kThreads * 16; }
+
+    // Of the thread's second copy, from which the distances to the others are short: in the first
+    // stage, and in memory.
+    uint32_t target_;
     const uint8_t* source_;
-    bool
-        exists_;  // else the chunk is behind the last row of weights: zeros, the address is not read
+    bool exists_, copies_last_;
 };
 
 template <W4Kind kKind, class Tile>
@@ -196,7 +213,6 @@ __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
     using Panels = W4Panels<kKind, Tile>;
     using Storage = typename Panels::Storage;
     using Stage = typename Storage::Stage;
-    constexpr uint32_t kABytes = Panels::A::kBytes;
     constexpr int kRatio = kSwiglu ? 2 : 1;  // rows of weights for a column of D
     Storage& storage = arch::shared_storage<Storage>();
     const uint32_t ring = arch::smem_address(&storage);
@@ -206,8 +222,8 @@ __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
                              chunk + (block * 32 + lane) * 16,
                              chunk + kCodeBytes + (block * 8 + lane / 4) * 4 * scale_bytes(kKind)};
 
-    typename Panels::A a_panel;
-    typename Panels::W w_panel;
+    typename Panels::A a_panel(ring);
+    typename Panels::W w_panel(ring + Panels::A::kBytes);
     uint32_t filled = 0, read = 0;  // offsets of the stages that are filled and read next
     int left = 0;                   // of K, not yet loaded; of it goes 64 per stage, read or not
     const auto next = [](uint32_t& stage) {
@@ -217,8 +233,8 @@ __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
     // cp_async_wait counts stages.
     const auto fill = [&] {
         if (left > 0) {
-            a_panel.copy(ring + filled, left);
-            w_panel.copy(ring + filled + kABytes);
+            a_panel.copy(p, filled, left);
+            w_panel.copy(filled);
             next(filled);
         }
         left -= Tile::kDepth;

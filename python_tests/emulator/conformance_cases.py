@@ -337,7 +337,7 @@ def packed(rng):
         np.ascontiguousarray(of_both[:, list(order)]).view(np.uint32)
         for order in ((0, 1, 2, 3), (4, 5, 6, 7), (4, 0, 4, 0), (2, 3, 2, 3), (5, 2, 3, 6))
     ]
-    return written(words, pairs(sums), pairs(products), *permuted, a & b | c)
+    return written(words, pairs(sums), pairs(products), *permuted, a & b | c, a)
 
 
 @conformance()
