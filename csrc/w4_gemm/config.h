@@ -12,10 +12,16 @@ namespace k2k {
 // A chunk of the packed weights: 64 rows x 64 of K. Codes of four blocks of 16 rows, then scales.
 constexpr int kChunkRows = 64, kChunkDepth = 64, kChunkGroups = 2;  // groups of 32 share a scale
 constexpr int kCodeBytes = kChunkRows * kChunkDepth / 2;
-constexpr int scale_bytes(W4Kind kind) { return kind == W4Kind::kInt4 ? 2 : 1; }
-constexpr int chunk_bytes(W4Kind kind) {
-    return kCodeBytes + kChunkRows * kChunkGroups * scale_bytes(kind);
-}
+
+// The kinds: how the codes and scales of a chunk are read is in decode.cuh.
+struct Int4 {
+    static constexpr int kScaleBytes = 2;
+};
+struct Mxfp4 {
+    static constexpr int kScaleBytes = 1;
+};
+template <class Kind>
+constexpr int chunk_bytes = kCodeBytes + kChunkRows * kChunkGroups * Kind::kScaleBytes;
 
 // kTokens rows of D by 128 rows of weights; four warps side by side, each with all tokens.
 template <int kTokens_, int kStages_, int kCtas_>
@@ -34,7 +40,7 @@ using W4Tile16 = W4Tile<16, 6, 4>;
 using W4Tile64 = W4Tile<64, 3, 3>;
 
 // The small tile serves up to so many rows per group on average. Each tile decodes its weights:
-// with 17 rows, two small tiles take about 400 issue slots for a stage, one large tile 290.
+// with 17 rows, two small tiles take about 390 issue slots for a stage, one large tile 270.
 constexpr int64_t kFewTokens = 16;
 constexpr bool takes_few_tokens(const W4GemmParams& p) {
     return p.expected <= kFewTokens * p.groups.number;
@@ -45,8 +51,8 @@ constexpr int kW4BandRows = 8;
 
 // Upper bound of the number of tiles, for any offsets and counts.
 constexpr int64_t w4_gemm_tiles(const W4GemmParams& p, int tokens, int weights) {
-    return (ceil_div<int64_t, int64_t>(p.rows, tokens) + p.groups.number) *
-           ceil_div<int64_t, int64_t>(p.chunk_rows * kChunkRows, weights);
+    return (ceil_div(p.rows, tokens) + p.groups.number) *
+           ceil_div(p.chunk_rows * kChunkRows, weights);
 }
 
 // CTAs of a tile that an SM holds: a CTA takes 1 KB of shared memory more than it asks for.

@@ -91,10 +91,10 @@ class TokenPanel {
 // The packed weights of a stage, two chunks one below the other, and the copies of a thread into
 // them: half of the threads for each chunk, 16 bytes two or three times. A chunk behind the last
 // row of weights becomes zeros; its address is not read.
-template <W4Kind kKind, class Tile>
+template <class Kind, class Tile>
 class WeightPanel {
   public:
-    static constexpr int kChunkBytes = chunk_bytes(kKind);
+    static constexpr int kChunkBytes = chunk_bytes<Kind>;
     static constexpr int kChunks = Tile::kWeights / kChunkRows;
     static constexpr int kBytes = kChunks * kChunkBytes;
 
@@ -137,10 +137,10 @@ class WeightPanel {
     bool exists_, copies_last_;
 };
 
-template <W4Kind kKind, class Tile>
+template <class Kind, class Tile>
 struct W4Panels {
     using A = TokenPanel<Tile>;
-    using W = WeightPanel<kKind, Tile>;
+    using W = WeightPanel<Kind, Tile>;
     struct alignas(128) Storage {
         struct Stage {
             uint8_t a[A::kBytes], w[W::kBytes];
@@ -156,7 +156,7 @@ struct StagePlaces {
 };
 
 // sums += A W^T of a stage, for the warp's tokens x 32 weights: [16 tokens][8 weights][fragment].
-template <W4Kind kKind, class Tile>
+template <class Kind, class Tile>
 K2K_DEVICE void multiply_stage(float (&sums)[Tile::kTokens / 16][4][4], const StagePlaces& places,
                                uint32_t stage) {
     // Read the codes and scales of both blocks of 16 rows.
@@ -169,7 +169,7 @@ K2K_DEVICE void multiply_stage(float (&sums)[Tile::kTokens / 16][4][4], const St
         words[block][1] = codes.y;
         words[block][2] = codes.z;
         words[block][3] = codes.w;
-        read_scales<kKind>(scales[block], places.scales + stage + block * 32 * scale_bytes(kKind));
+        read_scales<Kind>(scales[block], places.scales + stage + block * 32 * Kind::kScaleBytes);
     }
     const uint32_t a = places.a + stage;
     K2K_UNROLL
@@ -181,8 +181,8 @@ K2K_DEVICE void multiply_stage(float (&sums)[Tile::kTokens / 16][4][4], const St
         for (int j = 0; j < 4; ++j) {
             K2K_UNROLL
             for (int i = 0; i < 2; ++i) {
-                w_words[j][i] = decode_pair<kKind>(words[j / 2][j % 2 * 2 + group],
-                                                   depth % 2 * 2 + i, scales[j / 2][j % 2][group]);
+                w_words[j][i] = decode_pair<Kind>(words[j / 2][j % 2 * 2 + group],
+                                                  depth % 2 * 2 + i, scales[j / 2][j % 2][group]);
             }
         }
         K2K_UNROLL
@@ -207,10 +207,10 @@ K2K_DEVICE uint32_t swiglu_pair(const float* gate, const float* up) {
     return arch::pack_bf16(hidden[0], hidden[1]);
 }
 
-template <W4Kind kKind, bool kSwiglu, class Tile>
+template <class Kind, bool kSwiglu, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
     w4_gemm_kernel(const __grid_constant__ W4GemmParams p) {
-    using Panels = W4Panels<kKind, Tile>;
+    using Panels = W4Panels<Kind, Tile>;
     using Storage = typename Panels::Storage;
     using Stage = typename Storage::Stage;
     constexpr int kRatio = kSwiglu ? 2 : 1;  // rows of weights for a column of D
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
     const uint8_t* chunk = storage.stages[0].w + warp / 2 * Panels::W::kChunkBytes;
     const StagePlaces places{tile::ldmatrix_address<true, false, Panels::A::kRowBytes>(ring, 0, 0),
                              chunk + (block * 32 + lane) * 16,
-                             chunk + kCodeBytes + (block * 8 + lane / 4) * 4 * scale_bytes(kKind)};
+                             chunk + kCodeBytes + (block * 8 + lane / 4) * 4 * Kind::kScaleBytes};
 
     typename Panels::A a_panel(ring);
     typename Panels::W w_panel(ring + Panels::A::kBytes);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
             arch::cp_async_wait<Tile::kStages - 2>();
             arch::sync_block();
             fill();
-            multiply_stage<kKind, Tile>(sums, places, read);
+            multiply_stage<Kind, Tile>(sums, places, read);
             next(read);
         }
         // Start the loads of the next tile before this tile's epilogue.

@@ -8,9 +8,9 @@ namespace k2k {
 
 namespace {
 
-template <W4Kind kKind, bool kSwiglu, class Tile>
+template <class Kind, bool kSwiglu, class Tile>
 void launch_tile(const W4GemmParams& p, const Chip& chip, void* stream) {
-    using Storage = typename W4Panels<kKind, Tile>::Storage;
+    using Storage = typename W4Panels<Kind, Tile>::Storage;
     const int64_t tiles = w4_gemm_tiles(p, Tile::kTokens, Tile::kWeights);
     if (std::max({tiles, p.rows, p.columns, p.depth}) > INT32_MAX - 256) {
         throw Error(
@@ -20,27 +20,27 @@ void launch_tile(const W4GemmParams& p, const Chip& chip, void* stream) {
     const int64_t resident = w4_gemm_resident<Tile>(sizeof(Storage), chip.shared_memory);
     const int64_t ctas = std::min(tiles, chip.multiprocessors * resident);
     const LaunchShape shape{static_cast<unsigned>(ctas), Tile::kThreads, 0, stream};
-    launch<w4_gemm_kernel<kKind, kSwiglu, Tile>, sizeof(Storage)>(shape, p);
+    launch<w4_gemm_kernel<Kind, kSwiglu, Tile>, sizeof(Storage)>(shape, p);
 }
 
-template <W4Kind kKind, bool kSwiglu>
+template <class Kind, bool kSwiglu>
 void launch_swiglu(const W4GemmParams& p, const Chip& chip, void* stream) {
-    return takes_few_tokens(p) ? launch_tile<kKind, kSwiglu, W4Tile16>(p, chip, stream)
-                               : launch_tile<kKind, kSwiglu, W4Tile64>(p, chip, stream);
+    return takes_few_tokens(p) ? launch_tile<Kind, kSwiglu, W4Tile16>(p, chip, stream)
+                               : launch_tile<Kind, kSwiglu, W4Tile64>(p, chip, stream);
 }
 
-template <W4Kind kKind>
+template <class Kind>
 void launch_kind(const W4GemmParams& p, const Chip& chip, void* stream) {
-    return p.swiglu ? launch_swiglu<kKind, true>(p, chip, stream)
-                    : launch_swiglu<kKind, false>(p, chip, stream);
+    return p.swiglu ? launch_swiglu<Kind, true>(p, chip, stream)
+                    : launch_swiglu<Kind, false>(p, chip, stream);
 }
 
 }  // namespace
 
 void launch_w4_gemm(const W4GemmParams& p, const Chip& chip, void* stream) {
     if (p.groups.number == 0 || p.rows == 0 || p.columns == 0) return;
-    return p.kind == W4Kind::kInt4 ? launch_kind<W4Kind::kInt4>(p, chip, stream)
-                                   : launch_kind<W4Kind::kMxfp4>(p, chip, stream);
+    return p.kind == W4Kind::kInt4 ? launch_kind<Int4>(p, chip, stream)
+                                   : launch_kind<Mxfp4>(p, chip, stream);
 }
 
 }  // namespace k2k

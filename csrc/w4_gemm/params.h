@@ -7,7 +7,6 @@
 
 namespace k2k {
 
-// How the codes and scales of a chunk are to be read: see decode.cuh.
 enum class W4Kind : int32_t { kInt4, kMxfp4 };
 
 // D = A W^T, or swiglu of it. Rows of A begin at multiples of 16 bytes.
