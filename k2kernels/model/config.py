@@ -76,7 +76,7 @@ class K2Config:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     dtype: str = "bfloat16"  # of the weights on disk that are not quantised
-    quantization_config: dict[str, Any] | None = None  # None, or block FP8
+    quantization_config: dict[str, Any] | None = None  # None, block FP8, or compressed-tensors' 4-bit weights
 
     def __post_init__(self) -> None:
         self.n_shared_experts = self.n_shared_experts or 0
@@ -202,8 +202,9 @@ class K2Config:
 
     @property
     def weight_block_size(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not quantised."""
-        return tuple(self.quantization_config["weight_block_size"]) if self.quantization_config else None
+        """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not in FP8."""
+        block = (self.quantization_config or {}).get("weight_block_size")
+        return None if block is None else tuple(block)
 
     @property
     def power_of_two_scales(self) -> bool:
