@@ -25,7 +25,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", default="cpu")
     add("--cache-dtype", default="auto", help="auto (the model's dtype) or fp8 (the 656-byte layout)")
     add("--prefill-chunk", type=int, metavar="N", help="take in N tokens of the prompt at a time: bounded memory")
-    add("--keep-fp8", action="store_true", help="run the linears of an FP8 checkpoint in FP8")
+    add(
+        "--keep-quantized",
+        "--keep-fp8",
+        action="store_true",
+        help="keep FP8 and 4-bit weights as they are, and multiply by them",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ValueError("--prompt must hold text, got an empty one")
-    model = K2Model.from_pretrained(path, device=options.device, keep_fp8=options.keep_fp8)
+    model = K2Model.from_pretrained(path, device=options.device, keep_quantized=options.keep_quantized)
 
     stream = _Stream(tokenizer, prompt)
     started = time.perf_counter()

@@ -26,7 +26,8 @@ __all__ = ["Decoder", "K2Model"]  # pickled models name both here
 class K2Model(Trunk):
     """A language model; weights are random (normal, standard deviation config.initializer_range) until loaded.
 
-    Loading with keep_fp8 replaces the weights of linear layers and experts by e4m3 codes and scales, for inference.
+    Loading with keep_quantized replaces the weights of linear layers and experts by e4m3 codes and scales, or those of
+    experts by packed 4-bit codes, for inference.
     To train with FP8 products on weights in high precision, see `use_fp8`.
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
@@ -73,14 +74,16 @@ class K2Model(Trunk):
             The model.
 
         Raises:
-            ValueError: the weights are FP8 codes (keep_fp8) or float64.
+            ValueError: the weights are FP8 or 4-bit codes (keep_quantized) or float64.
 
         Source: DeepSeek-V3 (2024), section 3.3: which parts are FP8 and which are not.
         """
         modules = [module for module in self.modules() if isinstance(module, (Linear, Experts))]
         dtypes = {p.dtype for module in self.modules() for p in module.parameters(recurse=False)}
-        if enabled and dtypes & {torch.float8_e4m3fn, torch.float64}:
-            got = "FP8 codes; load it without keep_fp8" if torch.float8_e4m3fn in dtypes else "float64"
+        if enabled and dtypes & {torch.float8_e4m3fn, torch.uint8, torch.float64}:
+            kinds = {torch.float8_e4m3fn: "FP8 codes", torch.uint8: "4-bit codes", torch.float64: "float64"}
+            got = next(text for dtype, text in kinds.items() if dtype in dtypes)
+            got += "; load it with keep_quantized=False" if "codes" in got else ""
             raise ValueError(f"use_fp8: weights must be bfloat16, float16 or float32, got {got}")
         for module in modules:
             module.fp8 = enabled
