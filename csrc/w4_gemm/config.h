@@ -24,23 +24,25 @@ template <class Kind>
 constexpr int chunk_bytes = kCodeBytes + kChunkRows * kChunkGroups * Kind::kScaleBytes;
 
 // kTokens rows of D by 128 rows of weights; four warps side by side, each with all tokens.
-template <int kTokens_, int kStages_, int kCtas_>
+template <int kTokens_, int kSteps_, int kStages_, int kCtas_>
 struct W4Tile {
     static constexpr int kTokens = kTokens_;
     static constexpr int kWeights = 128, kWarpWeights = 32;
-    static constexpr int kDepth = kChunkDepth;  // of K per stage
+    static constexpr int kSteps = kSteps_;  // of 64 of K per stage
+    static constexpr int kDepth = kSteps * kChunkDepth;
     static constexpr int kStages = kStages_;
     static constexpr int kCtas = kCtas_;  // CTAs per SM, if its shared memory holds them
     static constexpr int kThreads = kWeights / kWarpWeights * 32;
 };
-// Decoding. Five stages of 4.6 KB of weights in each of four CTAs keep 92 KB in flight (46 KB on
-// SMs with 100 KB of shared memory); bandwidth x latency of DRAM needs 20 to 36 KB per SM.
-using W4Tile16 = W4Tile<16, 6, 4>;
+// Decoding. Two stages of 9.2 KB of weights in each of four CTAs keep 74 KB in flight (37 KB on SMs
+// with 100 KB of shared memory); bandwidth x latency of DRAM needs 20 to 36 KB per SM. 128 of K for
+// a barrier: the fewer instructions beside decoding.
+using W4Tile16 = W4Tile<16, 2, 3, 4>;
 // 64 products of 16 x 8 x 16 for 64 decoded weights of a lane.
-using W4Tile64 = W4Tile<64, 3, 3>;
+using W4Tile64 = W4Tile<64, 1, 3, 3>;
 
 // The small tile serves up to so many rows per group on average. Each tile decodes its weights:
-// with 17 rows, two small tiles take about 390 issue slots for a stage, one large tile 270.
+// with 17 rows, two small tiles take 355 issue slots for 64 of K, one large tile 270.
 constexpr int64_t kFewTokens = 16;
 constexpr bool takes_few_tokens(const W4GemmParams& p) {
     return p.expected <= kFewTokens * p.groups.number;

@@ -11,8 +11,9 @@
 //           scheduler tile/group_tiles.cuh, which reads the groups' sizes on the device.
 // Warps     Four, side by side in the 128 rows of weights of a tile: each copies, multiplies and
 //           stores 16 or 64 tokens x 32 rows of weights.
-// Ring      Stages of 64 of K, filled by cp.async: the tokens' rows, 128 bytes each, chunk c of row
-//           r at c ^ (r % 8); and two chunks of packed weights, as they lie in memory.
+// Ring      Three stages of two steps (16 tokens) or one step, filled by cp.async. A step is 64 of K:
+//           the tokens' rows, 128 bytes each, chunk c of row r at c ^ (r % 8); and two chunks of
+//           packed weights, as they lie in memory.
 // Weights   are B of mma 16 x 8 x 16. A lane reads the codes of 16 rows x 64 of K that its fragments
 //           need as 16 bytes, word 2 r + c: row g + 8 r, group c; the scales of its two rows as 8
 //           bytes (int4) or 4. Without a swizzle no two lanes of a load collide. They are decoded
@@ -27,9 +28,10 @@
 //           grouped_gemm_kernel with the decoded weights.
 // Edges     Tokens outside a group and K behind the end become zeros and are not read; so do chunks
 //           behind the last row of weights. Rows and columns outside D are not stored.
-// Issue     A stage is 8,192 weights, 64 for each lane. Per warp, counted in sm_80's code: see
-//           README.md. Of them 120 (int4) or 152 (mxfp4) decode.
-// Shared    39 KB for 16 tokens (6 stages), 37.5 KB for 64 (3 stages).
+// Issue     A step is 8,192 weights, 64 for each lane. For it a warp issues 177 instructions (int4)
+//           or 216 (mxfp4) with 16 tokens, of which 120 or 152 decode; 268 or 305 with 64 tokens.
+// Shared    39 KB for 16 tokens, 37.5 KB for 64.
+// Registers at most 128 (16 tokens: four CTAs per SM) or 168 (64: three).
 // Limits    rows of A begin at multiples of 16 bytes; K is a multiple of 32; bf16.
 
 #include "arch/cp_async.cuh"
@@ -44,15 +46,15 @@
 
 namespace k2k {
 
-// The tokens of a stage, rows of 64 of K, and the copies of a thread into them: 16 bytes of every
+// The tokens of a step, rows of 64 of K, and the copies of a thread into them: 16 bytes of every
 // 16th row. Rows outside the group and K behind the end become zeros; their addresses are not read.
 template <class Tile>
 class TokenPanel {
   public:
-    static constexpr int kRowBytes = Tile::kDepth * 2;
+    static constexpr int kRowBytes = kChunkDepth * 2;
     static constexpr int kBytes = Tile::kTokens * kRowBytes;
 
-    // `panel`: that of the ring's first stage.
+    // `panel`: that of the ring's first step.
     K2K_DEVICE explicit TokenPanel(uint32_t panel) {
         const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
         target_ = arch::kept(panel + tile::chunk_offset<kRowBytes>(row, chunk));
@@ -67,14 +69,14 @@ class TokenPanel {
     }
 
     // Starts the copies of the next 64 of K, of which `left` remain, a multiple of 32.
-    K2K_DEVICE void copy(const W4GemmParams& p, uint32_t stage, int left) {
+    K2K_DEVICE void copy(const W4GemmParams& p, uint32_t step, int left) {
         const int rows = column_ < left ? rows_ : 0;
         K2K_UNROLL
         for (int below = 0; below < Tile::kTokens; below += kStep) {
-            arch::cp_async(target_ + stage + below * kRowBytes, source_ + below * p.a_row_stride,
+            arch::cp_async(target_ + step + below * kRowBytes, source_ + below * p.a_row_stride,
                            below < rows);
         }
-        source_ += Tile::kDepth;
+        source_ += kChunkDepth;
     }
 
   private:
@@ -82,13 +84,13 @@ class TokenPanel {
     static constexpr int kStep = Tile::kThreads / kRowChunks;  // rows between a thread's copies
     static_assert(kStep % 8 == 0, "the swizzle is that of the first row");
 
-    uint32_t target_;  // in the first stage
+    uint32_t target_;  // in the first step
     int column_;
     const bf16* source_;
     int rows_;  // of the group, from the thread's first on
 };
 
-// The packed weights of a stage, two chunks one below the other, and the copies of a thread into
+// The packed weights of a step, two chunks one below the other, and the copies of a thread into
 // them: half of the threads for each chunk, 16 bytes two or three times. A chunk behind the last
 // row of weights becomes zeros; its address is not read.
 template <class Kind, class Tile>
@@ -98,7 +100,7 @@ class WeightPanel {
     static constexpr int kChunks = Tile::kWeights / kChunkRows;
     static constexpr int kBytes = kChunks * kChunkBytes;
 
-    // `panel`: that of the ring's first stage.
+    // `panel`: that of the ring's first step.
     K2K_DEVICE explicit WeightPanel(uint32_t panel) {
         target_ = arch::kept(panel + threadIdx.x / kThreads * kChunkBytes + own() + kStep);
         copies_last_ = arch::kept(own()) < kChunkBytes % kStep;
@@ -112,12 +114,12 @@ class WeightPanel {
             p.w + (group * p.chunk_rows + row) * p.chunk_columns * kChunkBytes + own() + kStep;
     }
 
-    // Starts the copies of the next 64 of K.
-    K2K_DEVICE void copy(uint32_t stage) {
+    // Starts the copies of the next 64 of K, zeros where there are none.
+    K2K_DEVICE void copy(uint32_t step, bool any) {
         K2K_UNROLL
         for (int at = -kStep; at + kStep < kChunkBytes; at += kStep) {
             if (at + 2 * kStep <= kChunkBytes || copies_last_) {
-                arch::cp_async(target_ + stage + at, source_ + at, exists_);
+                arch::cp_async(target_ + step + at, source_ + at, exists_ && any);
             }
         }
         source_ += kChunkBytes;
@@ -131,7 +133,7 @@ class WeightPanel {
     K2K_DEVICE static uint32_t own() { return threadIdx.x % kThreads * 16; }
 
     // Of the thread's second copy, from which the distances to the others are short: in the first
-    // stage, and in memory.
+    // step, and in memory.
     uint32_t target_;
     const uint8_t* source_;
     bool exists_, copies_last_;
@@ -142,38 +144,38 @@ struct W4Panels {
     using A = TokenPanel<Tile>;
     using W = WeightPanel<Kind, Tile>;
     struct alignas(128) Storage {
-        struct Stage {
+        struct Step {
             uint8_t a[A::kBytes], w[W::kBytes];
-        } stages[Tile::kStages];
+        } steps[Tile::kStages * Tile::kSteps];
     };
-    static_assert(sizeof(typename Storage::Stage) % 128 == 0, "the swizzle is that of 128 bytes");
+    static_assert(sizeof(typename Storage::Step) % 128 == 0, "the swizzle is that of 128 bytes");
 };
 
-// Where this lane reads in the first stage of the ring.
-struct StagePlaces {
+// Where this lane reads in the first step of the ring.
+struct StepPlaces {
     uint32_t a;                     // by ldmatrix
     const uint8_t *codes, *scales;  // of the first of the warp's two blocks of 16 rows
 };
 
-// sums += A W^T of a stage, for the warp's tokens x 32 weights: [16 tokens][8 weights][fragment].
+// sums += A W^T of a step, `step` bytes behind the places, for the warp's tokens x 32 weights:
+// [16 tokens][8 weights][fragment].
 template <class Kind, class Tile>
-K2K_DEVICE void multiply_stage(float (&sums)[Tile::kTokens / 16][4][4], const StagePlaces& places,
-                               uint32_t stage) {
+K2K_DEVICE void multiply_step(float (&sums)[Tile::kTokens / 16][4][4], const StepPlaces& places,
+                              int step) {
     // Read the codes and scales of both blocks of 16 rows.
     uint32_t words[2][4];
     W4Scales scales[2];
     K2K_UNROLL
     for (int block = 0; block < 2; ++block) {
-        const uint4 codes = reinterpret_cast<const uint4*>(places.codes + stage)[block * 32];
+        const uint4 codes = reinterpret_cast<const uint4*>(places.codes + step)[block * 32];
         words[block][0] = codes.x;
         words[block][1] = codes.y;
         words[block][2] = codes.z;
         words[block][3] = codes.w;
-        read_scales<Kind>(scales[block], places.scales + stage + block * 32 * Kind::kScaleBytes);
+        read_scales<Kind>(scales[block], places.scales + step + block * 32 * Kind::kScaleBytes);
     }
-    const uint32_t a = places.a + stage;
     K2K_UNROLL
-    for (int depth = 0; depth < Tile::kDepth / 16; ++depth) {
+    for (int depth = 0; depth < kChunkDepth / 16; ++depth) {
         // Decode fragments of W: 16 of K x 32 rows.
         const int group = depth / 2;
         uint32_t w_words[4][2];
@@ -189,7 +191,7 @@ K2K_DEVICE void multiply_stage(float (&sums)[Tile::kTokens / 16][4][4], const St
         for (int i = 0; i < Tile::kTokens / 16; ++i) {
             // Load a fragment of A, 16 tokens, and multiply it with all weights.
             uint32_t a_words[4];
-            arch::ldmatrix(a_words, (a ^ depth * 32) + i * 16 * Tile::kDepth * 2);
+            arch::ldmatrix(a_words, (places.a ^ depth * 32) + step + i * 16 * kChunkDepth * 2);
             K2K_UNROLL
             for (int j = 0; j < 4; ++j) arch::mma_sync<bf16>(sums[i][j], a_words, w_words[j]);
         }
@@ -212,29 +214,32 @@ __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
     w4_gemm_kernel(const __grid_constant__ W4GemmParams p) {
     using Panels = W4Panels<Kind, Tile>;
     using Storage = typename Panels::Storage;
-    using Stage = typename Storage::Stage;
+    constexpr int kStep = sizeof(typename Storage::Step), kStage = kStep * Tile::kSteps;
     constexpr int kRatio = kSwiglu ? 2 : 1;  // rows of weights for a column of D
     Storage& storage = arch::shared_storage<Storage>();
     const uint32_t ring = arch::smem_address(&storage);
     const int warp = arch::warp_id(), lane = arch::lane_id(), block = warp % 2 * 2;
-    const uint8_t* chunk = storage.stages[0].w + warp / 2 * Panels::W::kChunkBytes;
-    const StagePlaces places{tile::ldmatrix_address<true, false, Panels::A::kRowBytes>(ring, 0, 0),
-                             chunk + (block * 32 + lane) * 16,
-                             chunk + kCodeBytes + (block * 8 + lane / 4) * 4 * Kind::kScaleBytes};
+    const uint8_t* chunk = storage.steps[0].w + warp / 2 * Panels::W::kChunkBytes;
+    const StepPlaces places{tile::ldmatrix_address<true, false, Panels::A::kRowBytes>(ring, 0, 0),
+                            chunk + (block * 32 + lane) * 16,
+                            chunk + kCodeBytes + (block * 8 + lane / 4) * 4 * Kind::kScaleBytes};
 
     typename Panels::A a_panel(ring);
     typename Panels::W w_panel(ring + Panels::A::kBytes);
     uint32_t filled = 0, read = 0;  // offsets of the stages that are filled and read next
     int left = 0;                   // of K, not yet loaded; of it goes 64 per stage, read or not
     const auto next = [](uint32_t& stage) {
-        stage = stage + sizeof(Stage) == sizeof(Storage) ? 0 : stage + uint32_t(sizeof(Stage));
+        stage = stage + kStage == sizeof(Storage) ? 0 : stage + kStage;
     };
     // Fills the next stage of the ring; at a tile's end commits an empty cp.async group, so that
     // cp_async_wait counts stages.
     const auto fill = [&] {
         if (left > 0) {
-            a_panel.copy(p, filled, left);
-            w_panel.copy(filled);
+            K2K_UNROLL
+            for (int step = 0; step < Tile::kSteps; ++step) {
+                a_panel.copy(p, filled + step * kStep, left - step * kChunkDepth);
+                w_panel.copy(filled + step * kStep, step == 0 || left > step * kChunkDepth);
+            }
             next(filled);
         }
         left -= Tile::kDepth;
@@ -269,7 +274,11 @@ __global__ void __launch_bounds__(Tile::kThreads, K2K_RESIDENT(Tile::kCtas))
             arch::cp_async_wait<Tile::kStages - 2>();
             arch::sync_block();
             fill();
-            multiply_stage<Kind, Tile>(sums, places, read);
+            const StepPlaces in_stage{places.a + read, places.codes + read, places.scales + read};
+            K2K_UNROLL
+            for (int step = 0; step < Tile::kSteps; ++step) {
+                multiply_step<Kind, Tile>(sums, in_stage, step * kStep);
+            }
             next(read);
         }
         // Start the loads of the next tile before this tile's epilogue.

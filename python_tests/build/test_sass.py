@@ -226,12 +226,13 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
             PLANS[f"grouped_gemm_kernel<{dtype}, GroupedGemmTile<{tile}>, {columns}>"] = (
                 registers, copies, stores, dict.fromkeys(PORTABLE, others),
             )  # fmt: skip
-# With 4-bit weights: copies stand in the same three places; a stage's codes are two loads of 16 bytes, its 16 products
-# for 16 tokens take four ldmatrix. Four CTAs of 128 threads an SM (128 registers), or three (170).
+# With 4-bit weights: copies stand in the same three places; the codes of 64 of K are two loads of 16 bytes, the 16
+# products for 16 tokens take four ldmatrix; a stage is 128 or 64 of K. Four CTAs of 128 threads an SM (128 registers),
+# or three (170).
 for kind, scales in (("Int4", "LDS.64"), ("Mxfp4", "LDS")):
-    for tile, registers, copies, tokens in (("16, 6, 4", 128, 4, 16), ("64, 3, 3", 170, 7, 64)):
-        others = {"HMMA.16816.F32.BF16": tokens, "LDSM.16.M88.4": tokens // 4, "LDGSTS.E.BYPASS.128": 3 * copies}
-        others |= {"LDS.128": 2, scales: 2}
+    for tile, registers, copies, tokens, steps in (("16, 2, 3, 4", 128, 8, 16, 2), ("64, 1, 3, 3", 170, 7, 64, 1)):
+        others = {"HMMA.16816.F32.BF16": tokens * steps, "LDSM.16.M88.4": tokens // 4 * steps}
+        others |= {"LDGSTS.E.BYPASS.128": 3 * copies, "LDS.128": 2 * steps, scales: 2 * steps}
         for swiglu in ("false", "true"):  # whose results are stored by 4 bytes
             PLANS[f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tile}> >"] = (
                 registers, 3 * copies, 0 if swiglu == "true" else tokens // 8, dict.fromkeys(PORTABLE, others),
@@ -309,12 +310,12 @@ SHARED = {
         for columns in ("false, false", "false, true", "true, true")
         for tile, size in (("128, 128, 32, 64, 4, 2", 4 * 32 * 256 * 2), ("16, 128, 64, 16, 4, 2", 4 * 64 * 144 * 2))
     },
-    # Six stages of 16 tokens or three of 64, 128 bytes each, and two chunks of packed weights.
+    # Three stages: once or twice 16 or 64 tokens, 128 bytes each, and two chunks of packed weights.
     **{
-        f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tokens}, {stages}, {ctas}> >": stages * (128 * tokens + 2 * chunk)
-        for kind, chunk in (("Int4", 2304), ("Mxfp4", 2176))
+        f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tokens}, {steps}, 3, {ctas}> >": 3 * steps * (128 * tokens + chunks)
+        for kind, chunks in (("Int4", 2 * 2304), ("Mxfp4", 2 * 2176))
         for swiglu in ("false", "true")
-        for tokens, stages, ctas in ((16, 6, 4), (64, 3, 3))
+        for tokens, steps, ctas in ((16, 2, 4), (64, 1, 3))
     },
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
     # Sums of eight warps; three stages of two panels of 128 x 32.

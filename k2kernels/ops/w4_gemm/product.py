@@ -136,21 +136,12 @@ def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> T
 def _launch(
     d: Tensor, a: Tensor, data: Tensor, offsets: Tensor, counts: Tensor, kind: str, swiglu: bool, expected: int | None
 ) -> None:
-    # Not cut along K: no kernel needs batch_invariant.
     data = data.contiguous()
     operands = _rows_on_16_bytes(a), data if data.data_ptr() % 16 == 0 else data.clone()
-    groups = offsets.contiguous(), counts.contiguous()
+    groups, rows = (offsets.contiguous(), counts.contiguous()), a.shape[0] if expected is None else expected
     into = d if d.stride(-1) == 1 else d.contiguous()  # rows of no group keep what they hold
-    launch(
-        "grouped_w4_gemm",
-        chip(a.device),
-        *operands,
-        *groups,
-        kind,
-        swiglu,
-        len(a) if expected is None else expected,
-        into,
-    )
+    # K is not cut into parts: every call is batch_invariant.
+    launch("grouped_w4_gemm", chip(a.device), *operands, *groups, kind, swiglu, rows, into)
     if into is not d:
         d.copy_(into)
 
