@@ -60,7 +60,8 @@ class Experts(nn.Module):
     In a model kept in FP8 they are e4m3, with float32 scales [E, ceil(2I/128), ceil(hidden/128)] and so on in
     `gate_up_proj_scale_inv` and `down_proj_scale_inv`. With `fp8`, which `K2Model.use_fp8` sets, their products are FP8
     and their dtype is unchanged. In a model kept in 4 bits they are the bytes of `pack_w4`, uint8 [E, ceil(2I/64),
-    ceil(hidden/64), C] and so on, gate_up_proj gated, and `w4` is their kind: see `use_w4`.
+    ceil(hidden/64), C] and so on, gate_up_proj gated, and `w4` is their kind: see `use_w4`. With
+    `train_w4`, a kind, which `K2Model.use_w4` sets, they are quantised to 4 bits in each pass.
 
     Over ranks (`k2kernels.parallel.Layout.shard_experts`) they are DTensors of which this rank has some experts, from
     `first_expert` on, and `ranks` is the Layout. `gradients` is "sum" or "mean", as `expert_parallel` describes, and
@@ -71,6 +72,7 @@ class Experts(nn.Module):
     fp8 = False
     power_of_two = False
     w4: str | None = None
+    train_w4: str | None = None
     ranks: Any = None
     first_expert = 0
     gradients, divisor = "sum", 1
@@ -110,6 +112,8 @@ class Experts(nn.Module):
         """`moe_mlp` with these weights: x [N, hidden] -> [N, hidden]."""
         options = dict(fp8=True) if self.fp8 else {}
         options["power_of_two"] = self.fp8 or self.power_of_two
+        if self.train_w4:
+            options["w4"] = self.train_w4
         return moe_mlp(x, routing, *self.weights(), shared=shared, exchange=exchange, capacity=capacity, **options)
 
     def weights(self) -> tuple:

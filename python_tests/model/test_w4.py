@@ -218,6 +218,38 @@ def test_convert_refuses_odd_k(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+@of_each_kind
+def test_training_forward_is_the_served_one(tmp_path, kind):
+    """After some steps of training: exported, loaded again, the same logits to the bit."""
+    Made(tmp_path, kind)
+    model = load(tmp_path / "plain").train().use_w4(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert model.model.layers[1].mlp.experts.gate_up_proj.grad.abs().max() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    with torch.no_grad():
+        trained = model.eval()(IDS)
+    model.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", tmp_path / "served", kind, progress=False)
+    served = load(tmp_path / "served", keep_quantized=True)
+    with torch.no_grad():
+        assert torch.equal(served(IDS), trained)
+        assert not torch.equal(model.use_w4(None)(IDS), trained)
+    with pytest.raises(ValueError, match="use_w4: experts must be in high precision, got codes"):
+        served.use_w4()
+    with pytest.raises(ValueError, match="use_w4: kind must be None or one of int4, mxfp4, got 'int8'"):
+        model.use_w4("int8")
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
