@@ -6,6 +6,7 @@ from k2kernels._backend import PeerTimeout
 from k2kernels.parallel.expert import ExpertParallel
 from k2kernels.parallel.layout import Layout, make_mesh
 from k2kernels.parallel.model import expert_parallel
+from k2kernels.parallel.pipeline import Pipeline
 from k2kernels.parallel.virtual import VirtualRanks
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Layout",
     "MuonClip",
     "PeerTimeout",
+    "Pipeline",
     "VirtualRanks",
     "expert_parallel",
     "make_mesh",
