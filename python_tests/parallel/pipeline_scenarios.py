@@ -8,12 +8,12 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from layout_checks import local, mine
 from rank_scenarios import join
+from torch.distributed.tensor import DTensor
 
 from k2kernels import optim
 from k2kernels.optim import QKClip
-from k2kernels.parallel import Layout, MuonClip, Pipeline, expert_parallel, make_mesh
+from k2kernels.parallel import Layout, MuonClip, Pipeline, expert_parallel, make_mesh, parallelize
 
 MICRO_BATCHES, SEQUENCES, LENGTH = 4, 2, 7
 STEPS = 3
@@ -69,7 +69,7 @@ class Expected:
 class Run:
     """A pipeline over all ranks."""
 
-    def __init__(self, expected, *, pp, ep=1, schedule="1F1B", each=None):
+    def __init__(self, expected, *, pp, ep=1, schedule="1F1B", each=None, fsdp=False):
         self.expected, self.clips = expected, 0
         self.layout = Layout(make_mesh(pp=pp, ep=ep, device_type="cpu"))
         assert expected.pipelines == self.layout.world_size
@@ -84,9 +84,12 @@ class Run:
         )
         self.model = self.pipeline.model
         self.model.double().load_whole(expected.start.state_dict())
-        if ep > 1:
-            options = dict(max_tokens=SEQUENCES * LENGTH, gradients="mean", step_timeout=20.0)
-            expert_parallel(self.model, self.layout, **options)
+        options = dict(max_tokens=SEQUENCES * LENGTH, step_timeout=20.0)
+        if fsdp:
+            for stage in self.pipeline.stages:
+                parallelize(stage, self.layout, **options)
+        elif ep > 1:
+            expert_parallel(self.model, self.layout, gradients="mean", **options)
         self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout.flat, qk_clip=QKClip(TAU))
 
     def steps(self):
@@ -104,7 +107,7 @@ class Run:
             grad = want["grads"][name]
             assert (p.grad is None) == (grad is None), name
             if grad is not None:
-                close(local(p.grad), mine(layout, grad, name), f"gradient of {name}")
+                close(full(p.grad), grad, f"gradient of {name}")
         norm = layout.clip_grad_norm_(model.parameters(), 1e9)
         squares = sum(float(grad.square().sum()) for grad in want["grads"].values() if grad is not None)
         close(norm, torch.tensor(squares, dtype=torch.float64).sqrt(), "norm")
@@ -127,15 +130,19 @@ class Run:
         worst = moved = 0.0
         names = list(self.model.state_dict())
         for name, got in self.model.state_dict().items():
-            want = mine(self.layout, wanted[name], name).double()
-            worst = max(worst, float((local(got).double() - want).abs().max()))
-            moved = max(moved, float((want - mine(self.layout, start[name], name).double()).abs().max()))
+            want = wanted[name].double()
+            worst = max(worst, float((full(got).double() - want).abs().max()))
+            moved = max(moved, float((want - start[name].double()).abs().max()))
         every = [None] * self.layout.pp.size()
         dist.all_gather_object(every, names, group=self.layout.pp.get_group())
         assert sorted(name for some in every for name in some) == sorted(wanted), "names of the stages"
         self.layout.check_replicas(self.model)
         longest = max(max(p.shape) for p in wanted.values() if p.dim() > 1)
         return dict(worst=worst, moved=moved, clips=self.clips, longest=longest)
+
+
+def full(t):
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def close(got, want, what, relative=0.0):
@@ -176,3 +183,13 @@ def mtp(rank, world, folder):
     expected = Expected(1, num_nextn_predict_layers=2)
     names = "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"
     return {name: against(expected, pp=2, schedule=name) for name in names}
+
+
+def fsdp(rank, world, folder):
+    """Two stages, whose weights are sharded over two ranks each."""
+    join(rank, world, folder)
+    expected = Expected(2)
+    return {
+        f"{name}, ep {ep}": against(expected, pp=2, ep=ep, schedule=name, fsdp=True)
+        for name, ep in (("1F1B", 1), ("1F1B", 2), ("Interleaved1F1B", 2), ("ZBVZeroBubble", 2))
+    }

@@ -4,7 +4,7 @@ import pytest
 from ranks import run
 from test_sharded_muon import tolerance
 
-SCENARIOS = [("schedules", 2), ("experts", 4), ("mtp", 2)]
+SCENARIOS = [("schedules", 2), ("experts", 4), ("mtp", 2), ("fsdp", 4)]
 
 
 @pytest.mark.parametrize("scenario, world", SCENARIOS)
