@@ -7,6 +7,7 @@ Source: DeepSeek-V3 (2024), section 2; where implementations differ: transformer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,12 +109,7 @@ class K2Model(Trunk):
         if length <= len(self.mtp_layers):
             raise ValueError(f"mtp_logits: input_ids must have more than {len(self.mtp_layers)} tokens, got {length}")
         self._records()
-        logits = []
-        for k, layer in enumerate(self.mtp_layers):
-            embedded = self.model.embed_tokens(input_ids[:, k + 1 :])
-            hidden = layer(hidden[:, :-1], embedded, self._prefill(batch, length - 1 - k))
-            logits.append(self._logits(hidden))
-        return logits
+        return self._mtp_logits(hidden, lambda first: self.model.embed_tokens(input_ids[:, first:]))
 
     def max_logits(self) -> dict[int, Tensor]:
         """Per layer, MTP layers included: the largest logit of each head, float32 [H], since the last reset."""
@@ -182,7 +178,7 @@ class K2Model(Trunk):
                 after reentrant activation checkpointing. Under torch.no_grad() its value can be read.
         """
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
-        zero = torch.zeros((), device=self.lm_head.weight.device)
+        zero = torch.zeros((), device=self.device)
         return sum((layer.sequence_loss(alpha) for _, layer in self._moe_layers()), start=zero)
 
     def _records(self) -> None:
@@ -193,11 +189,20 @@ class K2Model(Trunk):
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def _mtp_logits(self, hidden: Tensor, embedded: Callable[[int], Tensor]) -> list[Tensor]:
+        """`embedded` gives the embedding of the ids from a position on."""
+        batch, length, _ = hidden.shape
+        logits = []
+        for k, layer in enumerate(self.mtp_layers):
+            hidden = layer(hidden[:, :-1], embedded(k + 1), self._prefill(batch, length - 1 - k))
+            logits.append(self._logits(hidden))
+        return logits
+
     def _prefill(self, batch: int, length: int) -> Prefill:
-        device = self.lm_head.weight.device
+        device = self.device
         positions = torch.arange(length, device=device).repeat(batch)
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
         return Prefill(self.rope(positions), cu_seqlens)
 
     def _moe_layers(self) -> list[tuple[int, Moe]]:
-        return [(index, layer.mlp) for index, layer in enumerate(self.model.layers) if isinstance(layer.mlp, Moe)]
+        return [(layer.self_attn.layer, layer.mlp) for layer in self.model.layers if isinstance(layer.mlp, Moe)]

@@ -7,6 +7,7 @@ from k2kernels.parallel.expert import ExpertParallel
 from k2kernels.parallel.layout import Layout, make_mesh
 from k2kernels.parallel.model import expert_parallel
 from k2kernels.parallel.parallelize import parallelize
+from k2kernels.parallel.pipeline import Pipeline
 from k2kernels.parallel.virtual import VirtualRanks
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Layout",
     "MuonClip",
     "PeerTimeout",
+    "Pipeline",
     "VirtualRanks",
     "checkpoint_info",
     "expert_parallel",
