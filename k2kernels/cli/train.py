@@ -2,7 +2,10 @@
 
 Without --text the text is CPython's own language reference. The run leaves in --out a Hugging Face-style checkpoint
 (config.json, model.safetensors, tokenizer.json), loss.png, max_logits.png, history.jsonl (one line per step), and the
-state from which --resume continues after an interrupt.
+checkpoints from which --resume continues after an interrupt.
+
+torchrun --nproc-per-node N -m k2kernels train ... shares the sequences of a step out over N processes: the losses are
+those of one. A run may be resumed on another number of processes.
 """
 
 from __future__ import annotations
@@ -35,10 +38,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, default=30.0, help="QK-clip threshold on the largest scaled logit")
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=50, metavar="STEPS")
+    add("--ep", type=int, default=1, metavar="RANKS", help="under torchrun: processes that share the experts")
+    add("--no-fsdp", action="store_true", help="under torchrun: every process keeps all weights but the experts'")
+    add("--checkpoint-activations", action="store_true", help="under torchrun: recompute layers in the backward pass")
+    add("--device", default="cpu", help="under torchrun: cpu, or cuda for a GPU per process")
+    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="under torchrun: for a process that is late")
     add("--threads", type=int, help="CPU threads (1: a resumed run is equal bit for bit)")
 
 
 def run(options: argparse.Namespace) -> int:
+    from k2kernels.parallel.launch import launched
     from k2kernels.train.trainer import Trainer, TrainOptions  # after the arguments: it imports much
 
     if options.threads is not None:
@@ -47,46 +56,63 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     if not options.out:
         raise ValueError("--out must name a directory, got an empty name")
+    if not options.timeout > 0:
+        raise ValueError(f"--timeout must be above 0, got {options.timeout}")
     if options.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
     names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed", "fp8")
     chosen = TrainOptions(text=tuple(options.text), **{name: getattr(options, name) for name in names})
-    trainer = Trainer(chosen, Path(options.out), resume=options.resume, save_every=options.save_every)
+    with launched(ep=options.ep, device=options.device, timeout=options.timeout) as ranks:
+        trainer = Trainer(
+            chosen,
+            Path(options.out),
+            resume=options.resume,
+            save_every=options.save_every,
+            ranks=ranks,
+            fsdp=not options.no_fsdp,
+            checkpoint_activations=options.checkpoint_activations,
+        )
+        return _train(trainer)
 
+
+def _train(trainer) -> int:
+    chosen, first = trainer.options, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
     corpus = trainer.corpus
-    print(
+    say = print if trainer.ranks.first else lambda *_, **__: None
+    say(
         f"{parameters / 1e6:.2f} M parameters, {chosen.optimizer}{', FP8 products' if chosen.fp8 else ''}, "
         f"{len(corpus.train)} tokens of text "
         f"({corpus.train_bytes_per_token:.2f} bytes each), {len(corpus.valid)} held out"
-        + (f"; continuing after step {trainer.step}" if trainer.step else "")
+        + (f"; {trainer.ranks.world_size} processes" if trainer.ranks.world_size > 1 else "")
+        + (f"; continuing after step {first}" if first else "")
     )
-    started, first = time.perf_counter(), trainer.step
-    if not _loop(trainer):
-        print(f"\nstopped after step {trainer.step}, saved; --resume continues", file=sys.stderr)
+    started = time.perf_counter()
+    _loop(trainer)
+    if trainer.stopped:
+        say(f"\nstopped after step {trainer.step}, saved; --resume continues", file=sys.stderr)
         return 130
     trainer.finish()
     valid = next(row.valid for row in reversed(trainer.history) if row.valid is not None)
-    print(
+    say(
         f"held-out text: {valid:.3f} bits/byte (xz -9e on the whole text: {trainer.xz:.3f}); "
         f"{chosen.steps - first} steps in {time.perf_counter() - started:.0f} s\n"
-        f"wrote {options.out}: checkpoint, tokenizer.json, loss.png, max_logits.png, history.jsonl"
+        f"wrote {trainer.out}: checkpoint, tokenizer.json, loss.png, max_logits.png, history.jsonl"
     )
     return 0
 
 
-def _loop(trainer) -> bool:
-    """Runs to the end (True), or to the end of the step in which Ctrl-C or SIGTERM came (False)."""
-    stop = False
+def _loop(trainer) -> None:
+    """Runs to the end, or to the end of the step in which Ctrl-C or SIGTERM came."""
 
-    def ask_to_stop(*_) -> None:
-        nonlocal stop
-        if stop:
-            raise KeyboardInterrupt  # the second signal stops at once
-        stop = True
+    def ask_to_stop(number: int, _) -> None:
+        if trainer.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C stops at once; torchrun adds a SIGTERM to the first
+        trainer.stop = True
 
     former = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    terminal = sys.stderr.isatty()
+    first = trainer.ranks.first
+    terminal = first and sys.stderr.isatty()
     clips = sum(row.clipped_heads for row in trainer.history)
     bar = tqdm(
         total=trainer.options.steps,
@@ -109,13 +135,9 @@ def _loop(trainer) -> bool:
             if terminal:
                 if valid:
                     tqdm.write(f"step {row.step}{valid}", file=sys.stderr)
-            elif valid or row.step % 25 == 0:  # a log file: a line now and then
+            elif first and (valid or row.step % 25 == 0):  # a log file: a line now and then
                 print(f"step {row.step}/{trainer.options.steps}: {line}{valid}", file=sys.stderr, flush=True)
-            if stop and row.step < trainer.options.steps:
-                trainer.save()
-                return False
     finally:
         bar.close()
         for number, handler in former.items():
             signal.signal(number, handler)
-    return True

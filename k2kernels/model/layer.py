@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from k2kernels.model.attention import LatentAttention, Step
 from k2kernels.model.config import K2Config
@@ -10,7 +12,12 @@ from k2kernels.model.moe import Mlp, Moe
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then feed-forward, each on the normed input and added to it; `index` counts from the bottom."""
+    """Attention, then feed-forward, each on the normed input and added to it; `index` counts from the bottom.
+
+    With `checkpoints`, a pass whose gradient is needed keeps the input only, and the backward pass runs it again.
+    """
+
+    checkpoints = False
 
     def __init__(self, config: K2Config, index: int):
         super().__init__()
@@ -24,6 +31,13 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
+        if not (self.checkpoints and torch.is_grad_enabled()):
+            return self._halves(x, step)
+        # Not stopped early: an exception would pass by the hooks of modules inside, such as FSDP's.
+        options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
+        return checkpoint(self._halves, x, step, **options)
+
+    def _halves(self, x: Tensor, step: Step) -> Tensor:
         return self.feed_forward(self.attend(x, step))
 
     def attend(self, x: Tensor, step: Step) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.model.config import K2Config
 from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
-from k2kernels.ops.moe import moe_route, moe_sequence_loss, moe_update_bias
+from k2kernels.ops.moe import Routing, moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
 from k2kernels.reference._numeric import wide
 
@@ -62,13 +62,16 @@ class Experts(nn.Module):
 
     Over ranks (`k2kernels.parallel.Layout.shard_experts`) they are DTensors of which this rank has some experts, from
     `first_expert` on, and `ranks` is the Layout. `gradients` is "sum" or "mean", as `expert_parallel` describes, and
-    `divisor` what each backward divides them by.
+    `divisor` what each backward divides them by. `compute_dtype` is what the weights are cast to for the products,
+    None: their own dtype. The weights are used in `forward` only, so that FSDP can gather them for it.
     """
 
     fp8 = False
+    power_of_two = False
     ranks: Any = None
     first_expert = 0
     gradients, divisor = "sum", 1
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: K2Config):
         super().__init__()
@@ -77,6 +80,21 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
         self.register_parameter("gate_up_proj_scale_inv", None)
         self.register_parameter("down_proj_scale_inv", None)
+        self.power_of_two = config.power_of_two_scales
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        *,
+        shared: Tensor | None = None,
+        exchange: Any = None,
+        capacity: int | None = None,
+    ) -> Tensor:
+        """`moe_mlp` with these weights: x [N, hidden] -> [N, hidden]."""
+        options = dict(fp8=True) if self.fp8 else {}
+        options["power_of_two"] = self.fp8 or self.power_of_two
+        return moe_mlp(x, routing, *self.weights(), shared=shared, exchange=exchange, capacity=capacity, **options)
 
     def weights(self) -> tuple:
         """`gate_up` and `down` as `moe_mlp` takes them: of this rank's experts."""
@@ -86,10 +104,11 @@ class Experts(nn.Module):
         return (gate_up, self._here(self.gate_up_proj_scale_inv)), (down, self._here(self.down_proj_scale_inv))
 
     def _here(self, weight: Tensor) -> Tensor:
-        if self.ranks is None:
-            return weight
-        weight = weight.to_local()
-        return _DividedGradient.apply(weight, self.divisor) if self.divisor > 1 and weight.requires_grad else weight
+        if self.ranks is not None:
+            weight = weight.to_local()
+            if self.divisor > 1 and weight.requires_grad:
+                weight = _DividedGradient.apply(weight, self.divisor)
+        return weight if self.compute_dtype is None else weight.to(self.compute_dtype)
 
 
 class _DividedGradient(torch.autograd.Function):
@@ -151,10 +170,7 @@ class Moe(nn.Module):
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
         shared = None if self.shared_experts is None else self.shared_experts(flat)
-        options = dict(fp8=True) if self.experts.fp8 else {}
-        options["power_of_two"] = self.experts.fp8 or config.power_of_two_scales
-        options |= dict(exchange=self.exchange, capacity=self.capacity)
-        out = moe_mlp(flat, routing, *self.experts.weights(), shared=shared, **options)
+        out = self.experts(flat, routing, shared=shared, exchange=self.exchange, capacity=self.capacity)
         return out.view_as(x)
 
     def sequence_loss(self, alpha: float) -> Tensor:

@@ -6,6 +6,7 @@ from k2kernels._backend import PeerTimeout
 from k2kernels.parallel.expert import ExpertParallel
 from k2kernels.parallel.layout import Layout, make_mesh
 from k2kernels.parallel.model import expert_parallel
+from k2kernels.parallel.parallelize import parallelize
 from k2kernels.parallel.virtual import VirtualRanks
 
 __all__ = [
@@ -14,9 +15,13 @@ __all__ = [
     "MuonClip",
     "PeerTimeout",
     "VirtualRanks",
+    "checkpoint_info",
     "expert_parallel",
+    "load_checkpoint",
     "make_mesh",
     "muon_traffic",
+    "parallelize",
+    "save_checkpoint",
     "sum_expert_counts",
 ]
 
@@ -27,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from k2kernels.parallel import muon
 
         return getattr(muon, name)
+    if name in ("save_checkpoint", "load_checkpoint", "checkpoint_info"):
+        from k2kernels.parallel import checkpoint
+
+        return getattr(checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

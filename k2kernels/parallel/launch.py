@@ -48,6 +48,9 @@ class Launched(NamedTuple):
         return values
 
 
+ALONE = Launched(0, 1, torch.device("cpu"), None)
+
+
 @contextlib.contextmanager
 def launched(
     *, pp: int = 1, ep: int | None = 1, device: str = "cpu", timeout: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,6 +183,14 @@ class Layout:
 
         return read
 
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of some numbers over the ranks, in float64."""
+        import torch.distributed as dist
+
+        packed = torch.tensor(values, dtype=torch.float64, device=self._device())
+        dist.all_reduce(packed, group=self.group)
+        return packed.tolist()
+
     @torch.no_grad()
     def reduce_gradients(self, model: nn.Module) -> None:
         """Adds up the gradients over the ranks that share a weight; with gradients="mean" of `expert_parallel`, then
@@ -190,13 +198,16 @@ class Layout:
         that all lack stays None.
 
         Takes the place of DistributedDataParallel, and does what neither that nor `fully_shard(ignored_params=)` does:
-        the experts' over "dp". Gradients of parameters that `fully_shard` has sharded are left alone.
+        the experts' over "dp". Gradients of parameters that `fully_shard` has sharded, among them all of `parallelize`
+        with fsdp, are left alone. Half-precision gradients are added up in float32.
         """
         import torch.distributed as dist
 
         sharded = _sharded_experts(model)
         mean = any(m.gradients == "mean" for m in model.modules() if isinstance(m, Experts))
         ours = [p for p in model.parameters() if p.requires_grad and (id(p) in sharded or not _is_sharded(p))]
+        if not ours:
+            return
         present = torch.tensor([p.grad is not None for p in ours], dtype=torch.int32, device=self._device())
         dist.all_reduce(present, dist.ReduceOp.MAX, group=self.group)
         parameters = [p for p, some in zip(ours, present.tolist()) if some]
@@ -334,6 +345,8 @@ class Layout:
 
         for bucket in _buckets(grads):
             packed = torch.cat([grad.flatten() for grad in bucket]) if len(bucket) > 1 else bucket[0].contiguous()
+            if packed.dtype in (torch.bfloat16, torch.float16):
+                packed = packed.float()  # rounded once, as by fully_shard
             dist.all_reduce(packed, group=group)
             if divisor > 1:
                 packed /= divisor
@@ -424,9 +437,9 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 
 def _sharded_experts(model: nn.Module) -> set[int]:
-    """The ids of the parameters that `Layout.shard_experts` has shared out."""
+    """The ids of the parameters that `Layout.shard_experts` has shared out, and `fully_shard` has not sharded."""
     stacks = (m for m in model.modules() if isinstance(m, Experts) and m.ranks is not None)
-    return {id(p) for stack in stacks for p in stack.parameters(recurse=False)}
+    return {id(p) for m in stacks for p in m.parameters(recurse=False) if p.device_mesh == m.ranks.ep}
 
 
 def _local(tensor: Tensor) -> Tensor:

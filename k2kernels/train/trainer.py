@@ -1,4 +1,8 @@
-"""The training loop: a pure function of its options and the step, so that a resumed run repeats the curve."""
+"""The training loop: a pure function of its options and the step, so that a resumed run repeats the curve.
+
+Over the ranks of torchrun each has its share of the sequences of a step; the losses are those of one process, up to the
+order of sums.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,9 @@ import torch.nn.functional as F
 
 from k2kernels.model import K2Config, K2Model
 from k2kernels.optim import MuonClip, QKClip
+from k2kernels.parallel import Layout, checkpoint_info, load_checkpoint, parallelize, save_checkpoint
+from k2kernels.parallel.checkpoint import replace_file
+from k2kernels.parallel.launch import ALONE, Launched
 from k2kernels.train.data import Corpus, read_text, train_tokenizer, xz_bits_per_byte
 from k2kernels.train.plots import plot_loss, plot_max_logits
 
@@ -25,7 +32,7 @@ WARMUP_STEPS = 10
 DECAY_FRACTION = 0.5  # of the steps, at the end, over which the learning rates fall linearly to zero
 BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
 VALIDATION_TOKENS = 4096  # in one pass
-STATE_FILE = "training_state.pt"
+CHECKPOINTS = "checkpoints"
 HISTORY_FILE = "history.jsonl"
 
 
@@ -86,6 +93,13 @@ class Trainer:
         out: directory of the run.
         resume: continue from the last save in `out`, if there is one.
         save_every: steps between saves.
+        ranks: what `k2kernels.parallel.launch.launched` gives; a run may be resumed on others. Everything here is then
+            collective: every rank does the same.
+        fsdp, checkpoint_activations: as in `k2kernels.parallel.parallelize`, over several ranks.
+
+    Attributes:
+        stop: set on any rank (by a signal), it ends `run` after the present step, which is saved.
+        stopped: whether it did.
 
     Raises:
         ValueError: for bad options or text, or when `out` holds a run that other options made.
@@ -93,8 +107,23 @@ class Trainer:
         NotADirectoryError: when `out` is a file.
     """
 
-    def __init__(self, options: TrainOptions, out: Path, *, resume: bool = False, save_every: int = 50):
-        self.options, self.out, self.save_every = options, Path(out), save_every
+    def __init__(
+        self,
+        options: TrainOptions,
+        out: Path,
+        *,
+        resume: bool = False,
+        save_every: int = 50,
+        ranks: Launched = ALONE,
+        fsdp: bool = True,
+        checkpoint_activations: bool = False,
+    ):
+        self.options, self.out, self.save_every, self.ranks, self.fsdp = options, Path(out), save_every, ranks, fsdp
+        self.stop = self.stopped = False
+        if options.batch_size % ranks.world_size:
+            raise ValueError(
+                f"--batch-size must be a multiple of the {ranks.world_size} processes, got {options.batch_size}"
+            )
         if self.out.exists() and not self.out.is_dir():
             raise NotADirectoryError(f"--out {self.out}: must be a directory, got a file")
         text = read_text([Path(p) for p in options.text])
@@ -112,12 +141,18 @@ class Trainer:
 
         torch.manual_seed(options.seed)
         self.model = K2Model(config).train().use_fp8(options.fp8)
+        self.layout = None
+        if ranks.mesh is not None:
+            self.layout = Layout(ranks.mesh)
+            tokens = options.length * max(options.batch_size // ranks.world_size, self._validation_windows)
+            parallelize(
+                self.model, self.layout, max_tokens=tokens, fsdp=fsdp, checkpoint_activations=checkpoint_activations
+            )
         self.optimizer = self.make_optimizer()
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[Row] = []
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_checkpoint(self.out / CHECKPOINTS, self.model, self.optimizer)
             self.history = [Row(**row) for row in state["history"]]
 
     @property
@@ -126,7 +161,7 @@ class Trainer:
         return len(self.history)
 
     def run(self) -> Iterator[Row]:
-        """Does the remaining steps, one per iteration; saves on the way and at the end."""
+        """Does the remaining steps, or those until `stop`, one per iteration; saves on the way and at the end."""
         self.out.mkdir(parents=True, exist_ok=True)  # so that an error occurs before the first step
         validate_every = max(1, self.options.steps // 6)
         while self.step < self.options.steps:
@@ -134,19 +169,30 @@ class Trainer:
             if row.step % validate_every == 0 or row.step == self.options.steps:
                 row.valid = self.validate()
             self.history.append(row)
-            if self.step % self.save_every == 0 or self.step == self.options.steps:
+            ends = self.step == self.options.steps
+            self.stopped &= not ends
+            if self.step % self.save_every == 0 or ends or self.stopped:
                 self.save()
             yield row
+            if self.stopped:
+                return
 
     def _train_step(self, step: int) -> Row:
         started = time.perf_counter()
         o = self.options
         inputs, targets = self.corpus.batch(step, size=o.batch_size, length=o.length, seed=o.seed)
+        tokens = inputs.numel()
+        inputs, targets = (ids.chunk(self.ranks.world_size)[self.ranks.rank] for ids in (inputs, targets))
         logits = self.model(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         balance = self.model.sequence_loss(o.sequence_loss) if o.sequence_loss else 0.0
         (loss + balance).backward()
-        nats = loss.item()
+        nats, stops = self._sums(loss.item() / self.ranks.world_size, self.stop)
+        self.stopped = stops > 0
+        if self.layout is not None:
+            if not self.fsdp:
+                self.layout.reduce_gradients(self.model)
+            self.layout.reduce_statistics(self.model)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * self._lr_factor(step)
         max_logits = {layer: float(heads.max()) for layer, heads in self.model.max_logits().items()}
@@ -162,7 +208,7 @@ class Trainer:
             max_logits=max_logits,
             clipped_heads=self._clipped_heads(),
             expert_load=max((float(counts.max() / counts.mean()) for counts in load.values()), default=1.0),
-            tokens_per_second=inputs.numel() / (time.perf_counter() - started),
+            tokens_per_second=tokens / (time.perf_counter() - started),
         )
 
     @torch.no_grad()
@@ -170,31 +216,41 @@ class Trainer:
         """Bits per byte of the held-out text."""
         inputs, targets = self.corpus.validation_windows(self.options.length)
         self.model.eval()
-        windows = max(1, VALIDATION_TOKENS // self.options.length)
-        nats = sum(
-            float(F.cross_entropy(self.model(x).flatten(0, 1), y.flatten(), reduction="sum"))
-            for x, y in zip(inputs.split(windows), targets.split(windows))
-        )
+        passes = list(zip(inputs.split(self._validation_windows), targets.split(self._validation_windows)))
+        nats = 0.0
+        for first in range(0, len(passes), self.ranks.world_size):
+            mine = first + self.ranks.rank
+            x, y = passes[min(mine, len(passes) - 1)]  # a rank without a pass takes part, and its result is dropped
+            total = float(F.cross_entropy(self.model(x).flatten(0, 1), y.flatten(), reduction="sum"))
+            nats += total if mine < len(passes) else 0.0
         self.model.train()
+        (nats,) = self._sums(nats)
         return nats / inputs.numel() / math.log(2) / self.corpus.valid_bytes_per_token
+
+    @property
+    def _validation_windows(self) -> int:
+        """In one pass."""
+        return max(1, VALIDATION_TOKENS // self.options.length)
+
+    def _sums(self, *values: float) -> list[float]:
+        """Over the ranks."""
+        return list(values) if self.layout is None else self.layout.sums(values)
 
     def save(self) -> None:
         """Writes the state from which a run resumes; a crash during this leaves the previous one."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        state = {
-            "identity": self.identity,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "history": [dataclasses.asdict(row) for row in self.history],
-        }
-        _replace(self.out / STATE_FILE, lambda file: torch.save(state, file))
-        lines = "".join(json.dumps(row) + "\n" for row in state["history"])
-        _replace(self.out / HISTORY_FILE, lambda file: file.write(lines.encode()))
+        history = [dataclasses.asdict(row) for row in self.history]
+        extra = {"identity": self.identity, "history": history}
+        save_checkpoint(self.out / CHECKPOINTS, self.model, self.optimizer, self.step, extra=extra)
+        if self.ranks.first:
+            lines = "".join(json.dumps(row) + "\n" for row in history)
+            replace_file(self.out / HISTORY_FILE, lambda file: file.write(lines.encode()))
 
     def finish(self) -> None:
         """Writes the results of a finished run: checkpoint, tokenizer, pictures."""
         self.model.save_pretrained(self.out)
-        _replace(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
+        if not self.ranks.first:
+            return
+        replace_file(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
         o, steps = self.options, [row.step for row in self.history]
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         title = f"{o.optimizer}{', FP8 products' if o.fp8 else ''}, {size:.2f} M parameters"
@@ -207,10 +263,13 @@ class Trainer:
     def make_optimizer(self) -> torch.optim.Optimizer:
         o = self.options
         if o.optimizer == "adamw":
-            return torch.optim.AdamW(self.model.parameters(), o.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
+            # Without foreach: it cannot mix parameters on different meshes.
+            options = dict(betas=(0.9, 0.95), weight_decay=0.1, foreach=False if self.layout else None)
+            return torch.optim.AdamW(self.model.parameters(), o.adamw_lr, **options)
         clip = QKClip(threshold=o.threshold) if o.optimizer == "muonclip" else None
         adamw = dict(lr=o.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
-        return MuonClip(self.model, o.lr, adamw=adamw, qk_clip=clip)
+        mesh = {} if self.layout is None else dict(mesh=self.layout)
+        return MuonClip(self.model, o.lr, adamw=adamw, qk_clip=clip, **mesh)
 
     def _clipped_heads(self) -> int:
         if self.options.optimizer != "muonclip":
@@ -223,18 +282,16 @@ class Trainer:
         return min(1.0, (step + 1) / WARMUP_STEPS, (self.options.steps - step) / decay)
 
     def _load_state(self, resume: bool) -> dict[str, Any] | None:
-        path = self.out / STATE_FILE
-        if not path.exists():
+        path = self.out / CHECKPOINTS
+        try:
+            found = checkpoint_info(path)
+        except ValueError as error:
+            raise ValueError(f"--resume: {error}; remove {path} to start over") from error
+        if found is None:
             return None
         if not resume:
             raise FileExistsError(f"--out {self.out}: holds a run already; --resume continues it, or name another")
-        try:
-            state = torch.load(path, weights_only=True)
-            identity = state["identity"]
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise ValueError(
-                f"--resume: {path} cannot be read ({type(error).__name__}); remove it to start over"
-            ) from error
+        state, identity = found["extra"], found["extra"]["identity"]
         differing = [k for k in self.identity if identity.get(k) != self.identity[k]]
         if differing:
             what = ", ".join(f"{k} was {identity.get(k)!r}, is {self.identity[k]!r}" for k in differing)
@@ -253,20 +310,3 @@ def _config(name: str) -> K2Config:
             f"{needed / 2**30:.0f} GiB and activations"
         )
     return config
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file under a temporary name, makes sure that it is on the disk, and renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save turns errors of the file system into a RuntimeError about its own state.
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path}: cannot be written ({reason}); what was there before is unchanged") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ FLOORS = {
     "parallel": {"parallel", "model", "functional", "optim", "ops", "_backend", "reference"},
     "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "ops", "_backend", "reference"},
     "testing": {"testing", "ops", "reference", "_backend"},
-    "train": {"train", "model", "optim"},
+    "train": {"train", "parallel", "model", "optim"},
 }
 EVERYWHERE = {"k2kernels._backend", "k2kernels._backend.UnsupportedError"}
 # K2Model.generate is the engine's function, and from_pretrained(mesh=) asks `parallel` for the ranks. Both import the

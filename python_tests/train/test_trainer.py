@@ -13,8 +13,9 @@ import time
 import pytest
 import torch
 
+from k2kernels.parallel import checkpoint_info
 from k2kernels.train.data import read_text
-from k2kernels.train.trainer import HISTORY_FILE, STATE_FILE, Trainer, TrainOptions
+from k2kernels.train.trainer import CHECKPOINTS, HISTORY_FILE, Trainer, TrainOptions
 
 SIZES = dict(steps=12, batch_size=2, length=32)
 FLAGS = ["--steps", "12", "--batch-size", "2", "--length", "32", "--threads", "1", "--save-every", "4"]
@@ -83,7 +84,7 @@ def test_resume_after_a_signal(number, uninterrupted, text, tmp_path):
     command = [sys.executable, "-m", "k2kernels", "train", "--out", str(tmp_path / "run"), "--text", text, *FLAGS]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / STATE_FILE).exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / CHECKPOINTS / "latest").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
@@ -99,7 +100,7 @@ def test_a_failing_save_keeps_the_former_one(options, tmp_path, monkeypatch):
     trainer = Trainer(options, tmp_path, save_every=1)
     run = trainer.run()
     next(run)
-    before = (tmp_path / STATE_FILE).read_bytes()
+    before = checkpoint_info(tmp_path / CHECKPOINTS)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -107,12 +108,13 @@ def test_a_failing_save_keeps_the_former_one(options, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         next(run)
-    assert (tmp_path / STATE_FILE).read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, HISTORY_FILE}
+    monkeypatch.undo()
+    assert checkpoint_info(tmp_path / CHECKPOINTS) == before
+    assert Trainer(options, tmp_path, resume=True).step == 1
 
 
 def test_a_file_system_that_refuses_ends_with_a_message(text, tmp_path):
-    """No file may exceed a megabyte, which the state does: as on a full disk, torch.save itself fails."""
+    """No file may exceed a megabyte, which the weights do, as on a full disk."""
     out = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-m", "k2kernels", "train", "--text", text, "--out", str(out), *FLAGS],
@@ -121,11 +123,16 @@ def test_a_file_system_that_refuses_ends_with_a_message(text, tmp_path):
         text=True,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(rf"{STATE_FILE}: cannot be written \(.*File too large.*\); what was there before", done.stderr)
-    assert list(out.iterdir()) == []
+    assert re.search(
+        r"step_4 cannot be written \(.*File too large.*\); the checkpoint before is unchanged", done.stderr
+    )
+    assert checkpoint_info(out / CHECKPOINTS) is None
 
 
-def test_a_damaged_state_is_reported(options, tmp_path):
-    (tmp_path / STATE_FILE).write_bytes(b"not a state")
-    with pytest.raises(ValueError, match=r"cannot be read .*; remove it to start over"):
+def test_a_damaged_checkpoint_is_reported(options, tmp_path):
+    folder = tmp_path / CHECKPOINTS / "step_3"
+    folder.mkdir(parents=True)
+    (folder / "state.pt").write_bytes(b"not a state")
+    (tmp_path / CHECKPOINTS / "latest").write_text("step_3")
+    with pytest.raises(ValueError, match=r"cannot be read .*; remove .* to start over"):
         Trainer(options, tmp_path, resume=True)
