@@ -20,7 +20,7 @@ SCENARIOS = [("schedules", 2), ("experts", 4), ("mtp", 2), ("fsdp", 4)]
 
 @pytest.fixture(scope="module")
 def found():
-    names = [*SCENARIOS, ("checkpoints", 2), ("refused", 2)]
+    names = [*SCENARIOS, ("checkpoints", 2), ("refused", 2), ("page", 2)]
     results = run([(f"pipeline_scenarios.{name}", world) for name, world in names])
     return {name.partition(".")[2].partition("/")[0]: result for name, result in results.items()}
 
@@ -68,6 +68,11 @@ def test_messages(found):
         assert results.keys() == MESSAGES.keys()
         for case, message in results.items():
             assert re.match(MESSAGES[case], message), f"rank {rank}, {case}: {message}"
+
+
+def test_the_page(found):
+    losses, others = found["page"]
+    assert losses == others and len(losses) == 3 and losses[2] < losses[0]
 
 
 # ---- without ranks
