@@ -147,10 +147,35 @@ class K2Model(Trunk):
                 "k2kernels.parallel.Layout.reduce_statistics(model) once per step, before it"
             )
 
+    def use_sequence_loss(self, alpha: float | None, scale: float = 1.0) -> K2Model:
+        """Adds the gradient of `scale * sequence_loss(alpha)` in the backward pass of every forward pass in training
+        mode from now on; None ends that. The loss that the caller differentiates does not change.
+
+        Unlike adding `sequence_loss` to the loss, it includes every micro-batch of a pipeline, and any kind of
+        activation checkpointing. `scale` is what else the loss is multiplied by: 1 / n for the mean over n
+        micro-batches, or the factor of a gradient scaler; it holds for the forward passes that follow.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: alpha is below 0.
+        """
+        if alpha is not None and not alpha >= 0:
+            raise ValueError(f"use_sequence_loss: alpha must be at least 0, or None, got {alpha}")
+        for _, layer in self._moe_layers():
+            layer.balance = None if alpha is None else (alpha, scale)
+        return self
+
     def sequence_loss(self, alpha: float | None = None) -> Tensor:
         """The sequence-wise balance loss of the last forward pass in training mode, summed over layers.
 
-        `alpha` is config.aux_loss_alpha by default. Add the result to your loss.
+        `alpha` is config.aux_loss_alpha by default. Add the result to your loss; with `use_sequence_loss`, which has
+        its gradient added already, it is only a number.
+
+        Raises:
+            ValueError: no forward pass in training mode came before; or gradients are enabled, and it has none, as
+                after reentrant activation checkpointing. Under torch.no_grad() its value can be read.
         """
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
         zero = torch.zeros((), device=self.device)

@@ -24,13 +24,12 @@ __all__ = [
     "muon_traffic",
     "parallelize",
     "save_checkpoint",
-    "sum_expert_counts",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Imports what needs torch.distributed when it is used: a torch built without it serves one rank too."""
-    if name in ("MuonClip", "muon_traffic", "sum_expert_counts"):
+    if name in ("MuonClip", "muon_traffic"):
         from k2kernels.parallel import muon
 
         return getattr(muon, name)

@@ -39,11 +39,8 @@ class Run:
             foreach = False if self.layout else None
             self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2, foreach=foreach)
         else:
-            mesh = {} if self.layout is None else dict(mesh=self.layout.flat)
-            make = MuonClip
-            if mesh:
-                from k2kernels.parallel import MuonClip as make
-            self.optimizer = make(self.model, 0.02, qk_clip=QKClip(0.05, mode="smooth", smoothing=0.5), **mesh)
+            clip = QKClip(0.05, mode="smooth", smoothing=0.5)
+            self.optimizer = MuonClip(self.model, 0.02, qk_clip=clip, mesh=self.layout)
 
     def step(self, number):
         generator = torch.Generator().manual_seed(number)
@@ -142,12 +139,12 @@ def refused(rank, world, folder):
         load_checkpoint(_folder("nothing"), run.model)
     assert checkpoint_info(_folder("nothing")) is None
     other = tiny.model("kimi", num_hidden_layers=2, hidden_size=48)
-    with pytest.raises(ValueError, match=r"must be of the same model, but .*\[256, \d+\] in it, \[256, 48\] in the model"):
+    with pytest.raises(ValueError, match=r"must be of the same model, but .*\[256, 96\] in it, \[256, 48\] in the mo"):
         load_checkpoint(_folder("small"), other)
     deeper = tiny.model("kimi", num_hidden_layers=3)
-    with pytest.raises(ValueError, match="layers.2.* is not in it"):
+    with pytest.raises(ValueError, match=r"layers\.2.* is not in it"):
         load_checkpoint(_folder("small"), deeper)
-    with pytest.raises(ValueError, match="must have the 2 parameter groups of .*, got 1"):
+    with pytest.raises(ValueError, match=r"must have the 2 parameter groups of .*, got 1"):
         load_checkpoint(_folder("small"), run.model, torch.optim.AdamW(run.model.parameters(), foreach=False))
     with pytest.raises(ValueError, match="parameters must be the model's, got one of shape"):
         save_checkpoint(_folder("other"), run.model, torch.optim.AdamW(other.parameters()), 1)

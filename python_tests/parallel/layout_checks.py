@@ -42,7 +42,7 @@ def whole_model(**changes):
 
 def split_model(layout, whole, **options):
     model = copy.deepcopy(whole)
-    expert_parallel(model, layout, max_tokens=64, step_timeout=20.0, **options)
+    expert_parallel(model, layout, max_tokens=64, **{"step_timeout": 20.0, **options})
     return model
 
 
