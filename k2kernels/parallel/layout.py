@@ -194,9 +194,9 @@ class Layout:
 
     @torch.no_grad()
     def reduce_gradients(self, model: nn.Module) -> None:
-        """Adds up the gradients over the ranks that share a weight; with gradients="mean" of `expert_parallel`, then
-        divides them, so that all are means over the ranks' losses. A gradient that some ranks lack is zero there; one
-        that all lack stays None.
+        """Adds up the gradients over the ranks that share a weight; with gradients="mean" of `expert_parallel`, and
+        after `parallelize`, then divides them, so that all are means over the ranks' losses. A gradient that some ranks
+        lack is zero there; one that all lack stays None.
 
         Takes the place of DistributedDataParallel, and does what neither that nor `fully_shard(ignored_params=)` does:
         the experts' over "dp". Gradients of parameters that `fully_shard` has sharded, among them all of `parallelize`
@@ -205,7 +205,7 @@ class Layout:
         import torch.distributed as dist
 
         sharded = _sharded_experts(model)
-        mean = any(m.gradients == "mean" for m in model.modules() if isinstance(m, Experts))
+        mean = any(getattr(m, "gradients", None) == "mean" for m in model.modules())
         ours = [p for p in model.parameters() if p.requires_grad and (id(p) in sharded or not _is_sharded(p))]
         if not ours:
             return
