@@ -29,6 +29,7 @@ MICRO_BATCHES, SEQUENCES, LENGTH = 4, 2, 7
 STEPS = 3
 TAU = 0.5
 MTP_WEIGHT = 0.3
+ALPHA = 0.1
 
 
 def whole_model(**changes):
@@ -66,7 +67,7 @@ class Expected:
         for step in range(STEPS):
             ids = tokens(step, pipelines)
             loss = whole_loss(self.whole, ids.flatten(0, 1))
-            loss.backward()
+            (loss + self.whole.sequence_loss(ALPHA)).backward()
             grads = {name: None if p.grad is None else p.grad.clone() for name, p in self.whole.named_parameters()}
             maxima.update(self.whole.max_logits())
             optimizer.step()
@@ -100,6 +101,7 @@ class Run:
                 parallelize(stage, self.layout, **options)
         elif ep > 1:
             expert_parallel(self.model, self.layout, gradients="mean", **options)
+        self.model.use_sequence_loss(ALPHA)
         self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout.flat, qk_clip=QKClip(TAU))
 
     def steps(self):
