@@ -39,6 +39,7 @@ class K2Model(Trunk):
     ranks: Any = None
     statistics_reduced = True  # nothing was recorded since
     from_pretrained = classmethod(checkpoint.from_pretrained)
+    load_pretrained = checkpoint.load_pretrained
     save_pretrained = checkpoint.save_pretrained
     generate = generate
 

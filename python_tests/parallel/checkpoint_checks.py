@@ -142,7 +142,9 @@ def refused(rank, world, folder):
         load_checkpoint(_folder("nothing"), run.model)
     assert checkpoint_info(_folder("nothing")) is None
     other = tiny.model("kimi", num_hidden_layers=2, hidden_size=48)
-    with pytest.raises(ValueError, match=r"must be of the same model, but .*\[256, \d+\] in it, \[256, 48\] in the model"):
+    with pytest.raises(
+        ValueError, match=r"must be of the same model, but .*\[256, \d+\] in it, \[256, 48\] in the model"
+    ):
         load_checkpoint(_folder("small"), other)
     deeper = tiny.model("kimi", num_hidden_layers=3)
     with pytest.raises(ValueError, match="layers.2.* is not in it"):
