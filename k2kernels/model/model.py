@@ -41,6 +41,7 @@ class K2Model(Trunk):
     gradients = "sum"  # of all ranks; `k2kernels.parallel.parallelize`: "mean"
     statistics_reduced = True  # nothing was recorded since
     from_pretrained = classmethod(checkpoint.from_pretrained)
+    load_pretrained = checkpoint.load_pretrained
     save_pretrained = checkpoint.save_pretrained
     generate = generate
 
