@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,27 @@ def test_larger_groups_are_served_by_repeated_scales(tmp_path, monkeypatch, grou
         assert torch.equal(kept(IDS), plain(IDS))
     kept.save_pretrained(tmp_path / "back")
     assert_same(read(tmp_path / "back"), made.tensors)
+
+
+def test_into_a_model_that_is_there(tmp_path):
+    """`load_pretrained`: dequantised into plain experts, packed into packed ones of the same kind."""
+    made = Made(tmp_path, "int4")
+    want = load(made.path, keep_quantized=True)
+    plain = K2Model(replace(want.config, quantization_config=None)).to(torch.bfloat16)
+    plain.load_pretrained(made.path, progress=False)
+    assert_same(plain.state_dict(), load(made.path).state_dict())
+    for kind in KINDS:
+        packed = K2Model(want.config).to(torch.bfloat16)
+        for layer in packed.model.layers[1:]:
+            layer.mlp.experts.use_w4(kind)
+        if kind == "int4":
+            packed.load_pretrained(made.path, progress=False)
+            assert_same(packed.state_dict(), want.state_dict())
+        else:
+            with pytest.raises(ValueError, match=r"experts must be mxfp4 like the model's, got .*down_proj.* \(int4\)"):
+                packed.load_pretrained(made.path, progress=False)
+    with pytest.raises(ValueError, match=r"of the wrong dtype: .* \(wanted packed 4-bit codes, got BF16"):
+        packed.load_pretrained(tmp_path / "plain", progress=False)
 
 
 def test_what_a_kept_model_cannot_do(tmp_path):
