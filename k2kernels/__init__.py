@@ -7,6 +7,7 @@ from k2kernels._backend import PeerTimeout, UnsupportedError, backend, emulated,
 from k2kernels._info import info
 from k2kernels.functional.fp8_linear import fp8_linear, grouped_fp8_linear
 from k2kernels.functional.moe_mlp import moe_mlp
+from k2kernels.functional.w4_linear import fake_quantize_int4, fake_quantize_mxfp4, grouped_w4_linear
 from k2kernels.ops.fp8_gemm import (
     fp8_gemm,
     fp8_gemm_swiglu,
@@ -52,6 +53,8 @@ __all__ = [
     "dequantize",
     "dequantize_w4",
     "emulated",
+    "fake_quantize_int4",
+    "fake_quantize_mxfp4",
     "fp8_gemm",
     "fp8_gemm_swiglu",
     "fp8_linear",
@@ -60,6 +63,7 @@ __all__ = [
     "grouped_fp8_linear",
     "grouped_fp8_wgrad",
     "grouped_w4_gemm",
+    "grouped_w4_linear",
     "info",
     "launch_count",
     "merge_attention_states",

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from k2kernels.functional.fp8_linear import grouped_fp8_linear
+from k2kernels.functional.w4_linear import grouped_w4_linear
 from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_swiglu
 from k2kernels.ops.grouped_gemm import multiply
 from k2kernels.ops.moe import Routing, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE, swiglu
-from k2kernels.ops.w4_gemm import W4
+from k2kernels.ops.w4_gemm import KINDS, W4
 from k2kernels.ops.w4_gemm.packed import check_w4
 from k2kernels.ops.w4_gemm.product import multiply as multiply_w4
 
@@ -49,6 +50,7 @@ def moe_mlp(
     fp8: bool = False,
     out_dtype: torch.dtype | None = None,
     exchange: Any = None,
+    w4: str | None = None,
 ) -> Tensor:
     """The routed experts of a layer: sum over k of weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t).
 
@@ -69,6 +71,8 @@ def moe_mlp(
         power_of_two: how activations are quantised for FP8 weights: once in dispatch, once after SwiGLU.
         fp8: multiply by `grouped_fp8_linear`: weights in high precision (x's dtype or not) are quantised on the fly,
             like activations and gradients. Then power_of_two is of them all.
+        w4: "int4" or "mxfp4": multiply by `grouped_w4_linear`: weights in high precision are quantised to 4 bits on the
+            fly, with straight-through gradients, x is bfloat16. The result has the bits of that with packed weights.
         exchange: what carries rows to experts that are elsewhere, and back: an object with `dispatch` and `combine`, as
             `k2kernels.parallel.ExpertParallel`. E of gate_up and down are then the experts that are here, and
             `capacity` is of the rows that arrive for them.
@@ -86,20 +90,24 @@ def moe_mlp(
     args = Arguments("moe_mlp")
     kind = _kind(gate_up)
     args.require(_kind(down) == kind, "down", f"{kind} like gate_up", type(down).__name__)
-    codes, w4 = kind == _FP8, kind == _W4
+    codes, packed = kind == _FP8, kind == _W4
     args.boolean("fp8", fp8)
     args.require(not fp8 or kind == _DENSE, "gate_up", "a tensor in high precision with fp8=True", kind)
+    if w4 is not None:
+        args.choice("w4", w4, KINDS)
+        args.require(kind == _DENSE, "gate_up", f"a tensor in high precision with w4={w4!r}", kind)
+        args.require(not fp8, "w4", "None with fp8=True", repr(w4))
     if not isinstance(routing, tuple) or len(routing) < 2:
         raise TypeError(f"moe_mlp: routing must be what moe_route returned, got {type(routing).__name__}")
     for name, pair in (("gate_up", gate_up), ("down", down)) if codes else ():
         args.require(len(pair) == 2, name, "a pair (fp8, scales)", f"a {type(pair).__name__} of {len(pair)}")
     indices, weights = routing[:2]
     (gate_up, gate_up_scales), (down, down_scales) = (gate_up, down) if codes else ((gate_up, None), (down, None))
-    x = args.tensor("x", x, ("T", "H"), torch.bfloat16 if w4 else QUANTIZABLE if codes or fp8 else FLOATS)
-    if w4:
+    x = args.tensor("x", x, ("T", "H"), torch.bfloat16 if packed or w4 else QUANTIZABLE if codes or fp8 else FLOATS)
+    if packed:
         experts = _check_w4(args, gate_up, down)
     else:
-        weight_dtype = torch.float8_e4m3fn if codes else QUANTIZABLE if fp8 else x.dtype
+        weight_dtype = torch.float8_e4m3fn if codes else QUANTIZABLE if fp8 or w4 else x.dtype
         gate_up = args.tensor("gate_up", gate_up, ("E", "2I", "H"), weight_dtype)
         experts, double, hidden = gate_up.shape
         args.require(double % 2 == 0, "gate_up", "even in its middle axis", gate_up.shape)
@@ -130,6 +138,10 @@ def moe_mlp(
         inner = swiglu(grouped_fp8_linear(data, gate_up, **groups))
         y = grouped_fp8_linear(inner, down, **groups)
     elif w4:
+        groups |= dict(kind=w4, expected=expected)
+        inner = swiglu(grouped_w4_linear(data, gate_up, **groups))
+        y = grouped_w4_linear(inner, down, **groups)
+    elif packed:
         inner = multiply_w4(data, gate_up, offsets, counts, True, expected)
         y = multiply_w4(inner, down, offsets, counts, False, expected)
     else:

@@ -7,6 +7,7 @@ Source: DeepSeek-V3 (2024), section 2; where implementations differ: transformer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from k2kernels.model.linear import Linear
 from k2kernels.model.moe import Experts, Moe
 from k2kernels.model.trunk import Decoder, Trunk
 from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops.w4_gemm import KINDS
 
 __all__ = ["Decoder", "K2Model"]  # pickled models name both here
 
@@ -38,8 +40,10 @@ class K2Model(Trunk):
     """
 
     ranks: Any = None
+    gradients = "sum"  # of all ranks; `k2kernels.parallel.parallelize`: "mean"
     statistics_reduced = True  # nothing was recorded since
     from_pretrained = classmethod(checkpoint.from_pretrained)
+    load_pretrained = checkpoint.load_pretrained
     save_pretrained = checkpoint.save_pretrained
     generate = generate
 
@@ -89,6 +93,36 @@ class K2Model(Trunk):
             module.fp8 = enabled
         return self
 
+    def use_w4(self, kind: str | None = "int4") -> K2Model:
+        """Quantises the weights of the routed experts to 4 bits in each pass from now on; gradients pass straight
+        through. All else stays as it is.
+
+        Weights keep names and dtype: they are masters, and saved checkpoints are unchanged. The logits are those, to
+        the bit, of the model that `k2kernels convert --to int4` or mxfp4 makes of its checkpoint and that is loaded
+        with keep_quantized. Call it on a bfloat16 model; see `k2kernels.grouped_w4_linear`.
+
+        Args:
+            kind: "int4" or "mxfp4"; None: no longer.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: another kind, the experts are FP8 or 4-bit codes, or their columns are no multiple of 32.
+        """
+        if kind not in (None, *KINDS):
+            raise ValueError(f"use_w4: kind must be None or one of {', '.join(KINDS)}, got {kind!r}")
+        stacks = [module for module in self.modules() if isinstance(module, Experts)]
+        weights = [weight for module in stacks for weight in (module.gate_up_proj, module.down_proj)]
+        for weight in weights if kind else ():
+            if not weight.dtype.is_floating_point or weight.dtype == torch.float8_e4m3fn:
+                raise ValueError("use_w4: experts must be in high precision, got codes; load with keep_quantized=False")
+            if weight.shape[-1] % 32:
+                raise ValueError(f"use_w4: columns of experts must be a multiple of 32, got {list(weight.shape)}")
+        for module in stacks:
+            module.train_w4 = kind
+        return self
+
     def mtp_logits(self, input_ids: Tensor, hidden: Tensor) -> list[Tensor]:
         """What the MTP layers predict beyond the next token; differentiable, also in `hidden`.
 
@@ -111,12 +145,7 @@ class K2Model(Trunk):
         if length <= len(self.mtp_layers):
             raise ValueError(f"mtp_logits: input_ids must have more than {len(self.mtp_layers)} tokens, got {length}")
         self._records()
-        logits = []
-        for k, layer in enumerate(self.mtp_layers):
-            embedded = self.model.embed_tokens(input_ids[:, k + 1 :])
-            hidden = layer(hidden[:, :-1], embedded, self._prefill(batch, length - 1 - k))
-            logits.append(self._logits(hidden))
-        return logits
+        return self._mtp_logits(hidden, lambda first: self.model.embed_tokens(input_ids[:, first:]))
 
     def max_logits(self) -> dict[int, Tensor]:
         """Per layer, MTP layers included: the largest logit of each head, float32 [H], since the last reset."""
@@ -154,13 +183,38 @@ class K2Model(Trunk):
                 "k2kernels.parallel.Layout.reduce_statistics(model) once per step, before it"
             )
 
+    def use_sequence_loss(self, alpha: float | None, scale: float = 1.0) -> K2Model:
+        """Adds the gradient of `scale * sequence_loss(alpha)` in the backward pass of every forward pass in training
+        mode from now on; None ends that. The loss that the caller differentiates does not change.
+
+        Unlike adding `sequence_loss` to the loss, it includes every micro-batch of a pipeline, and any kind of
+        activation checkpointing. `scale` is what else the loss is multiplied by: 1 / n for the mean over n
+        micro-batches, or the factor of a gradient scaler; it holds for the forward passes that follow.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: alpha is below 0.
+        """
+        if alpha is not None and not alpha >= 0:
+            raise ValueError(f"use_sequence_loss: alpha must be at least 0, or None, got {alpha}")
+        for _, layer in self._moe_layers():
+            layer.balance = None if alpha is None else (alpha, scale)
+        return self
+
     def sequence_loss(self, alpha: float | None = None) -> Tensor:
         """The sequence-wise balance loss of the last forward pass in training mode, summed over layers.
 
-        `alpha` is config.aux_loss_alpha by default. Add the result to your loss.
+        `alpha` is config.aux_loss_alpha by default. Add the result to your loss; with `use_sequence_loss`, which has
+        its gradient added already, it is only a number.
+
+        Raises:
+            ValueError: no forward pass in training mode came before; or gradients are enabled, and it has none, as
+                after reentrant activation checkpointing. Under torch.no_grad() its value can be read.
         """
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
-        zero = torch.zeros((), device=self.lm_head.weight.device)
+        zero = torch.zeros((), device=self.device)
         return sum((layer.sequence_loss(alpha) for _, layer in self._moe_layers()), start=zero)
 
     def _records(self) -> None:
@@ -171,11 +225,20 @@ class K2Model(Trunk):
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def _mtp_logits(self, hidden: Tensor, embedded: Callable[[int], Tensor]) -> list[Tensor]:
+        """`embedded` gives the embedding of the ids from a position on."""
+        batch, length, _ = hidden.shape
+        logits = []
+        for k, layer in enumerate(self.mtp_layers):
+            hidden = layer(hidden[:, :-1], embedded(k + 1), self._prefill(batch, length - 1 - k))
+            logits.append(self._logits(hidden))
+        return logits
+
     def _prefill(self, batch: int, length: int) -> Prefill:
-        device = self.lm_head.weight.device
+        device = self.device
         positions = torch.arange(length, device=device).repeat(batch)
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
         return Prefill(self.rope(positions), cu_seqlens)
 
     def _moe_layers(self) -> list[tuple[int, Moe]]:
-        return [(index, layer.mlp) for index, layer in enumerate(self.model.layers) if isinstance(layer.mlp, Moe)]
+        return [(layer.self_attn.layer, layer.mlp) for layer in self.model.layers if isinstance(layer.mlp, Moe)]

@@ -140,8 +140,10 @@ def _info(weight: str, tensors: Mapping[str, TensorInfo], known: set[Scheme], fa
     return PackedInfo(weight, (n, k), kind, grids[scales.shape], codes, scales, shape)
 
 
-def read_packed(info: PackedInfo, reader: Reader, path: str, *, kept: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales of groups of 32, in memory of their own, checked; `kept`: to be packed.
+def read_packed(
+    info: PackedInfo, reader: Reader, path: str, *, kept: bool, rows: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of groups of 32, or some of their rows, in memory of their own, checked; `kept`: to be packed.
 
     Raises:
         ValueError: weight_shape is another, or a scale is NaN or infinite, or, where `kept`, MXFP4's are above 2.
@@ -152,8 +154,8 @@ def read_packed(info: PackedInfo, reader: Reader, path: str, *, kept: bool) -> t
             raise ValueError(
                 f"{path}: {info.stored_shape.name} must be {list(info.shape)} like the codes, got {stored}"
             )
-    codes = reader.get(info.codes).clone()
-    scales = reader.get(info.scales).clone()
+    codes = reader.get(info.codes, rows).clone()
+    scales = reader.get(info.scales, rows).clone()
     if info.dtype == "int4":
         bad = scales[~scales.isfinite()]
         wanted = "finite numbers"

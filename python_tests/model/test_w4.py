@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,27 @@ def test_larger_groups_are_served_by_repeated_scales(tmp_path, monkeypatch, grou
         assert torch.equal(kept(IDS), plain(IDS))
     kept.save_pretrained(tmp_path / "back")
     assert_same(read(tmp_path / "back"), made.tensors)
+
+
+def test_into_a_model_that_is_there(tmp_path):
+    """`load_pretrained`: dequantised into plain experts, packed into packed ones of the same kind."""
+    made = Made(tmp_path, "int4")
+    want = load(made.path, keep_quantized=True)
+    plain = K2Model(replace(want.config, quantization_config=None)).to(torch.bfloat16)
+    plain.load_pretrained(made.path, progress=False)
+    assert_same(plain.state_dict(), load(made.path).state_dict())
+    for kind in KINDS:
+        packed = K2Model(want.config).to(torch.bfloat16)
+        for layer in packed.model.layers[1:]:
+            layer.mlp.experts.use_w4(kind)
+        if kind == "int4":
+            packed.load_pretrained(made.path, progress=False)
+            assert_same(packed.state_dict(), want.state_dict())
+        else:
+            with pytest.raises(ValueError, match=r"experts must be mxfp4 like the model's, got .*down_proj.* \(int4\)"):
+                packed.load_pretrained(made.path, progress=False)
+    with pytest.raises(ValueError, match=r"of the wrong dtype: .* \(wanted packed 4-bit codes, got BF16"):
+        packed.load_pretrained(tmp_path / "plain", progress=False)
 
 
 def test_what_a_kept_model_cannot_do(tmp_path):
@@ -216,6 +238,38 @@ def test_convert_refuses_odd_k(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"down_proj\.weight in .* must hold finite numbers, got NaN or infinity"):
         convert(tmp_path / "odd", tmp_path / "out", "int4", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+@of_each_kind
+def test_training_forward_is_the_served_one(tmp_path, kind):
+    """After some steps of training: exported, loaded again, the same logits to the bit."""
+    Made(tmp_path, kind)
+    model = load(tmp_path / "plain").train().use_w4(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert model.model.layers[1].mlp.experts.gate_up_proj.grad.abs().max() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    with torch.no_grad():
+        trained = model.eval()(IDS)
+    model.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", tmp_path / "served", kind, progress=False)
+    served = load(tmp_path / "served", keep_quantized=True)
+    with torch.no_grad():
+        assert torch.equal(served(IDS), trained)
+        assert not torch.equal(model.use_w4(None)(IDS), trained)
+    with pytest.raises(ValueError, match="use_w4: experts must be in high precision, got codes"):
+        served.use_w4()
+    with pytest.raises(ValueError, match="use_w4: kind must be None or one of int4, mxfp4, got 'int8'"):
+        model.use_w4("int8")
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ def quantize_int4_group32(w: Tensor, *, q_min: int = -7) -> tuple[Tensor, Tensor
 
     Args:
         w: [..., N, K], K a multiple of 32; float32, bfloat16, float16 or float64 (rounded to float32 first).
-        q_min: -7, the grid of Kimi-K2, with which quantising again changes nothing; or -8, that of compressed-tensors.
+        q_min: -7, the grid of Kimi-K2, with which quantising bfloat16 weights again changes nothing; or -8, that of
+            compressed-tensors.
 
     Returns:
         codes int32 [..., N, K/8], q + 8, the code of k at bits 4 (k mod 8) of word k div 8; scales bfloat16
