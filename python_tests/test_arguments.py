@@ -70,13 +70,13 @@ CALLS = {
     "quantize_mxfp4": dict(w=X, scale_rule="floor"),
     "dequantize_w4": dict(codes=CODES, scales=SCALES, dtype=torch.float32),
     "pack_w4": dict(codes=CODES, scales=SCALES, gated=True, out=GATED.data.clone()),
-    "unpack_w4": dict(w=GATED),
+    "unpack_w4": dict(w4=GATED),
     "grouped_w4_gemm": dict(
-        a=X.bfloat16(), w=GATED, swiglu=True, batch_invariant=False, expected=3,
+        a=X.bfloat16(), w4=GATED, swiglu=True, batch_invariant=False, expected=3,
         out=torch.empty(6, 20, dtype=torch.bfloat16), **ROWS,
     ),
     "w4_gemm": dict(
-        a=X.bfloat16(), w=W4, swiglu=False, batch_invariant=True, out=torch.empty(6, 40, dtype=torch.bfloat16)
+        a=X.bfloat16(), w4=W4, swiglu=False, batch_invariant=True, out=torch.empty(6, 40, dtype=torch.bfloat16)
     ),
     "moe_route": dict(
         logits=LOGITS, bias=torch.zeros(8), top_k=2, n_group=2, topk_group=1, score="sigmoid", normalize=True, scale=1.0

@@ -80,24 +80,24 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
     return W4(out, kind, shape, gated)
 
 
-def unpack_w4(w: W4) -> tuple[Tensor, Tensor]:
+def unpack_w4(w4: W4) -> tuple[Tensor, Tensor]:
     """The codes and scales that `pack_w4` was given, one expert after the other.
 
     Raises:
         TypeError, ValueError: for what is no W4.
     """
     args = Arguments("unpack_w4")
-    w = check_w4(args, "w", w)
-    *leading, n, k = w.shape
+    w4 = check_w4(args, "w4", w4)
+    *leading, n, k = w4.shape
     if not leading:
-        return reference.unpack(w.data, w.kind, n, k, w.gated)
+        return reference.unpack(w4.data, w4.kind, n, k, w4.gated)
     codes_dtype, in_code, scale_dtype = (
-        (torch.int32, 8, torch.bfloat16) if w.kind == "int4" else (torch.uint8, 2, torch.uint8)
+        (torch.int32, 8, torch.bfloat16) if w4.kind == "int4" else (torch.uint8, 2, torch.uint8)
     )
-    codes = w.data.new_empty((*leading, n, k // in_code), dtype=codes_dtype)
-    scales = w.data.new_empty((*leading, n, k // reference.GROUP), dtype=scale_dtype)
-    for expert, data in enumerate(w.data):
-        codes[expert], scales[expert] = reference.unpack(data, w.kind, n, k, w.gated)
+    codes = w4.data.new_empty((*leading, n, k // in_code), dtype=codes_dtype)
+    scales = w4.data.new_empty((*leading, n, k // reference.GROUP), dtype=scale_dtype)
+    for expert, data in enumerate(w4.data):
+        codes[expert], scales[expert] = reference.unpack(data, w4.kind, n, k, w4.gated)
     return codes, scales
 
 

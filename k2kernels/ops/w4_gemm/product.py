@@ -18,7 +18,7 @@ from k2kernels.reference import w4_gemm as reference
 
 def grouped_w4_gemm(
     a: Tensor,
-    w: W4,
+    w4: W4,
     *,
     offsets: Tensor,
     counts: Tensor,
@@ -27,14 +27,14 @@ def grouped_w4_gemm(
     expected: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`grouped_gemm` with 4-bit weights: d[r] = a[r] w[g]^T for each row r of group g.
+    """`grouped_gemm` with 4-bit weights: d[r] = a[r] w4[g]^T for each row r of group g.
 
     The weights are `dequantize_w4` of the packed ones, bfloat16; the result has the bits of `grouped_gemm` with those.
     Sums are in float32, in steps of 16 along K in their order.
 
     Args:
         a: [S, K] bfloat16. Rows that belong to no group are not read.
-        w: of shape (G, N, K), as `pack_w4` makes it; packed with `gated=True` for `swiglu`, and only then.
+        w4: of shape (G, N, K), as `pack_w4` makes it; packed with `gated=True` for `swiglu`, and only then.
         offsets: int32 [G+1], rising, at most S: the first row of each group, any row.
         counts: int32 [G]: rows of each group.
         swiglu: the result is `swiglu` of the product, which is rounded to bfloat16 before: the bits are those of the
@@ -52,24 +52,24 @@ def grouped_w4_gemm(
         TypeError, ValueError: for dtypes and shapes, and, on a CPU, for groups out of range.
     """
     args = Arguments("grouped_w4_gemm")
-    a, w = _operands(args, a, w, 3, swiglu)
-    groups = w.shape[0]
+    a, w4 = _operands(args, a, w4, 3, swiglu)
+    groups = w4.shape[0]
     offsets = args.tensor("offsets", offsets, (groups + 1,), torch.int32)
     counts = args.tensor("counts", counts, (groups,), torch.int32)
     args.boolean("batch_invariant", batch_invariant)
     if expected is not None:
         args.integer("expected", expected, 0)
-    return _multiply(args, a, w, offsets, counts, swiglu, batch_invariant, expected, out)
+    return _multiply(args, a, w4, offsets, counts, swiglu, batch_invariant, expected, out)
 
 
 def w4_gemm(
-    a: Tensor, w: W4, *, swiglu: bool = False, batch_invariant: bool = False, out: Tensor | None = None
+    a: Tensor, w4: W4, *, swiglu: bool = False, batch_invariant: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """d = a w^T with 4-bit weights: `grouped_w4_gemm` of one group of all rows.
+    """d = a w4^T with 4-bit weights: `grouped_w4_gemm` of one group of all rows.
 
     Args:
         a: [M, K] bfloat16.
-        w: of shape (N, K), as `pack_w4` makes it of one matrix.
+        w4: of shape (N, K), as `pack_w4` makes it of one matrix.
         swiglu, batch_invariant, out: as `grouped_w4_gemm` takes them; `out` has M rows.
 
     Returns:
@@ -79,23 +79,23 @@ def w4_gemm(
         TypeError, ValueError: for dtypes and shapes.
     """
     args = Arguments("w4_gemm")
-    a, w = _operands(args, a, w, 2, swiglu)
+    a, w4 = _operands(args, a, w4, 2, swiglu)
     args.boolean("batch_invariant", batch_invariant)
     counts = a.new_full((1,), a.shape[0], dtype=torch.int32)
     offsets = torch.cat([counts.new_zeros(1), counts])
-    one = W4(w.data[None], w.kind, (1, *w.shape), w.gated)
+    one = W4(w4.data[None], w4.kind, (1, *w4.shape), w4.gated)
     return _multiply(args, a, one, offsets, counts, swiglu, batch_invariant, None, out)
 
 
 def _operands(args: Arguments, a: Tensor, w: W4, axes: int, swiglu: bool) -> tuple[Tensor, W4]:
     args.boolean("swiglu", swiglu)
     a = args.tensor("a", a, ("S" if axes == 3 else "M", "K"), torch.bfloat16)
-    w = check_w4(args, "w", w)
+    w = check_w4(args, "w4", w)
     wanted = "(G, N, K)" if axes == 3 else "(N, K)"
-    args.require(len(w.shape) == axes, "the shape of w", wanted, lambda: list(w.shape))
-    args.require(w.shape[-1] == a.shape[1], "the K of w", lambda: f"{a.shape[1]} like that of a", w.shape[-1])
+    args.require(len(w.shape) == axes, "the shape of w4", wanted, lambda: list(w.shape))
+    args.require(w.shape[-1] == a.shape[1], "the K of w4", lambda: f"{a.shape[1]} like that of a", w.shape[-1])
     remedy = f"pack it with pack_w4(..., gated={swiglu})"
-    args.require(w.gated == swiglu, "w", f"packed with gated={swiglu} for swiglu={swiglu}", f"gated={w.gated}", remedy)
+    args.require(w.gated == swiglu, "w4", f"packed with gated={swiglu} for swiglu={swiglu}", f"gated={w.gated}", remedy)
     args.no_gradient(a=a)
     return a, w
 
