@@ -164,9 +164,9 @@ def _outputs(
 
 def _rows(x: Tensor) -> Tensor:
     """x [B, s_q, H, D] or [T, H, D] as the kernels take it: contiguous, or [T, H, D]; copied only if it must be."""
-    if x.ndim == 4 and not x.is_contiguous():
-        x = x.flatten(0, 1)
-    return rows_on_16_bytes(x)
+    if x.is_contiguous() and rows_begin_on_16_bytes(x):
+        return x
+    return rows_on_16_bytes(x.flatten(0, 1) if x.ndim == 4 else x)
 
 
 def _launch(
