@@ -7,6 +7,7 @@ Source: DeepSeek-V3 (2024), section 2; where implementations differ: transformer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,12 +109,7 @@ class K2Model(Trunk):
         if length <= len(self.mtp_layers):
             raise ValueError(f"mtp_logits: input_ids must have more than {len(self.mtp_layers)} tokens, got {length}")
         self._records()
-        logits = []
-        for k, layer in enumerate(self.mtp_layers):
-            embedded = self.model.embed_tokens(input_ids[:, k + 1 :])
-            hidden = layer(hidden[:, :-1], embedded, self._prefill(batch, length - 1 - k))
-            logits.append(self._logits(hidden))
-        return logits
+        return self._mtp_logits(hidden, lambda first: self.model.embed_tokens(input_ids[:, first:]))
 
     def max_logits(self) -> dict[int, Tensor]:
         """Per layer, MTP layers included: the largest logit of each head, float32 [H], since the last reset."""
@@ -151,13 +147,38 @@ class K2Model(Trunk):
                 "k2kernels.parallel.Layout.reduce_statistics(model) once per step, before it"
             )
 
+    def use_sequence_loss(self, alpha: float | None, scale: float = 1.0) -> K2Model:
+        """Adds the gradient of `scale * sequence_loss(alpha)` in the backward pass of every forward pass in training
+        mode from now on; None ends that. The loss that the caller differentiates does not change.
+
+        Unlike adding `sequence_loss` to the loss, it includes every micro-batch of a pipeline, and any kind of
+        activation checkpointing. `scale` is what else the loss is multiplied by: 1 / n for the mean over n
+        micro-batches, or the factor of a gradient scaler; it holds for the forward passes that follow.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: alpha is below 0.
+        """
+        if alpha is not None and not alpha >= 0:
+            raise ValueError(f"use_sequence_loss: alpha must be at least 0, or None, got {alpha}")
+        for _, layer in self._moe_layers():
+            layer.balance = None if alpha is None else (alpha, scale)
+        return self
+
     def sequence_loss(self, alpha: float | None = None) -> Tensor:
         """The sequence-wise balance loss of the last forward pass in training mode, summed over layers.
 
-        `alpha` is config.aux_loss_alpha by default. Add the result to your loss.
+        `alpha` is config.aux_loss_alpha by default. Add the result to your loss; with `use_sequence_loss`, which has
+        its gradient added already, it is only a number.
+
+        Raises:
+            ValueError: no forward pass in training mode came before; or gradients are enabled, and it has none, as
+                after reentrant activation checkpointing. Under torch.no_grad() its value can be read.
         """
         alpha = self.config.aux_loss_alpha if alpha is None else alpha
-        zero = torch.zeros((), device=self.lm_head.weight.device)
+        zero = torch.zeros((), device=self.device)
         return sum((layer.sequence_loss(alpha) for _, layer in self._moe_layers()), start=zero)
 
     def _records(self) -> None:
@@ -168,11 +189,20 @@ class K2Model(Trunk):
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def _mtp_logits(self, hidden: Tensor, embedded: Callable[[int], Tensor]) -> list[Tensor]:
+        """`embedded` gives the embedding of the ids from a position on."""
+        batch, length, _ = hidden.shape
+        logits = []
+        for k, layer in enumerate(self.mtp_layers):
+            hidden = layer(hidden[:, :-1], embedded(k + 1), self._prefill(batch, length - 1 - k))
+            logits.append(self._logits(hidden))
+        return logits
+
     def _prefill(self, batch: int, length: int) -> Prefill:
-        device = self.lm_head.weight.device
+        device = self.device
         positions = torch.arange(length, device=device).repeat(batch)
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
         return Prefill(self.rope(positions), cu_seqlens)
 
     def _moe_layers(self) -> list[tuple[int, Moe]]:
-        return [(index, layer.mlp) for index, layer in enumerate(self.model.layers) if isinstance(layer.mlp, Moe)]
+        return [(layer.self_attn.layer, layer.mlp) for layer in self.model.layers if isinstance(layer.mlp, Moe)]

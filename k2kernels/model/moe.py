@@ -124,6 +124,19 @@ class _DividedGradient(torch.autograd.Function):
         return grad / ctx.divisor, None
 
 
+class _WithLoss(torch.autograd.Function):
+    """The same tensor; its backward adds the gradient of `scale` times a loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.options = scale, dict(dtype=loss.dtype, device=loss.device)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full((), ctx.scale, **ctx.options), None
+
+
 class Moe(nn.Module):
     """Each token is processed by its top-k experts and the shared ones.
 
@@ -144,6 +157,7 @@ class Moe(nn.Module):
         self.shared_experts = Mlp(config, shared) if shared else None
         self.exchange: Any = None
         self.capacity: int | None = None
+        self.balance: tuple[float, float] | None = None  # `K2Model.use_sequence_loss`
         self._logits: Tensor | None = None  # [B, T, E] of the last pass in training mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,6 +183,11 @@ class Moe(nn.Module):
         if self.training and not recomputing():
             self.gate.expert_counts += routing.counts
             self._logits = logits.unflatten(0, x.shape[:2])
+        if self.training and self.balance is not None and torch.is_grad_enabled():
+            # In recomputation too: that of reentrant checkpointing makes the only graph there is.
+            alpha, scale = self.balance
+            loss = self._sequence_loss(logits.unflatten(0, x.shape[:2]), alpha)
+            routing = routing._replace(weights=_WithLoss.apply(routing.weights, loss, scale))
         shared = None if self.shared_experts is None else self.shared_experts(flat)
         out = self.experts(flat, routing, shared=shared, exchange=self.exchange, capacity=self.capacity)
         return out.view_as(x)
@@ -180,8 +199,20 @@ class Moe(nn.Module):
         """
         if self._logits is None:
             raise ValueError("sequence_loss: a forward pass in training mode must come first")
-        config, logits = self.config, self._logits.flatten(0, 1)
-        ends = torch.arange(0, len(logits) + 1, self._logits.shape[1], dtype=torch.int32, device=logits.device)
+        if self.balance is not None:
+            return self._sequence_loss(self._logits.detach(), alpha)
+        if torch.is_grad_enabled() and not self._logits.requires_grad:
+            raise ValueError(
+                "sequence_loss: the last forward pass must have a graph (it had none if it ran under torch.no_grad(), "
+                "as in reentrant activation checkpointing), or the loss would have no gradient; call "
+                "K2Model.use_sequence_loss(alpha) before the forward pass, or read the value under torch.no_grad()"
+            )
+        return self._sequence_loss(self._logits, alpha)
+
+    def _sequence_loss(self, logits: Tensor, alpha: float) -> Tensor:
+        """Of logits [B, T, E]."""
+        config, length, logits = self.config, logits.shape[1], logits.flatten(0, 1)
+        ends = torch.arange(0, len(logits) + 1, length, dtype=torch.int32, device=logits.device)
         choice = moe_route(logits.detach(), top_k=config.num_experts_per_tok, score=config.scoring_func)
         return moe_sequence_loss(
             logits,

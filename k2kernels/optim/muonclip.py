@@ -5,6 +5,7 @@ Source: Kimi K2 technical report (2025), section 2.1.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,10 @@ class MuonClip(RuleOptimizer):
         router: the method of the expert router's matrix.
         schedule, steps, momentum_dtype, iterate_dtype, max_elements, master_weights, skip_non_finite, capturable: as in
             `Muon`; AdamW's parameters are treated alike.
-        process_group: must be None; `k2kernels.parallel.MuonClip` works over ranks.
+        process_group: must be None; see `mesh`.
+        mesh: the DeviceMesh or `k2kernels.parallel.Layout` of a model over ranks (`k2kernels.parallel.parallelize`):
+            makes a `k2kernels.parallel.MuonClip`, which shards its matrices over the ranks. That subclass has all
+            process groups; nothing in this package knows any.
 
     The report's Algorithm 1 has no Nesterov momentum and does not cut matrices; by default this class does both. To
     follow it literally, pass nesterov=False and splits of None for each matrix that `routing_table` shows cut.
@@ -48,10 +52,9 @@ class MuonClip(RuleOptimizer):
     When a step is skipped (overflow seen by a torch.amp.GradScaler, or `skip_non_finite`), the maxima are reset and
     nothing else happens; a loop that skips steps itself must call `reset_max_logits()`.
 
-    `k2kernels.parallel.MuonClip` shards this optimizer over ranks. With this one and copies of the parameters on
-    several ranks, average the gradients before the step, and pass QK-Clip the maxima of all ranks; a model's own
-    maxima, which are of one rank, are refused. (Maxima and loads of experts are buffers, which must not be replaced by
-    those of rank 0.)
+    Without `mesh`, and copies of the parameters on several ranks, average the gradients before the step, and pass
+    QK-Clip the maxima of all ranks; a model's own maxima, which are of one rank, are refused. (Maxima and loads of
+    experts are buffers, which must not be replaced by those of rank 0.)
 
         copies = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
@@ -79,6 +82,15 @@ class MuonClip(RuleOptimizer):
 
     _over_ranks = False  # whether `_overflow` takes the largest logits of all ranks
 
+    def __new__(cls, *args: Any, mesh: Any = None, **options: Any) -> MuonClip:
+        if mesh is not None and not cls._over_ranks:
+            if cls is not MuonClip:
+                raise TypeError(
+                    f"{cls.__name__}: mesh must be None; derive from k2kernels.parallel.MuonClip over ranks"
+                )
+            cls = importlib.import_module("k2kernels.parallel").MuonClip  # by name: that package stands above this one
+        return super().__new__(cls)
+
     def __init__(
         self,
         model_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
@@ -102,11 +114,10 @@ class MuonClip(RuleOptimizer):
         skip_non_finite: bool = False,
         capturable: bool | None = None,
         process_group: None = None,
+        mesh: Any = None,
     ):
         if process_group is not None:
-            raise UnsupportedError(
-                "MuonClip: process_group must be None; k2kernels.parallel.MuonClip(mesh=) works over ranks"
-            )
+            raise UnsupportedError("MuonClip: process_group must be None; k2kernels.parallel has the mesh for mesh=")
         name = type(self).__name__
         model = model_or_named_parameters if isinstance(model_or_named_parameters, nn.Module) else None
         named = _named(model_or_named_parameters)

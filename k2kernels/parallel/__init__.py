@@ -7,6 +7,7 @@ from k2kernels.parallel.expert import ExpertParallel
 from k2kernels.parallel.layout import Layout, make_mesh
 from k2kernels.parallel.model import expert_parallel
 from k2kernels.parallel.parallelize import parallelize
+from k2kernels.parallel.pipeline import Pipeline
 from k2kernels.parallel.virtual import VirtualRanks
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Layout",
     "MuonClip",
     "PeerTimeout",
+    "Pipeline",
     "VirtualRanks",
     "checkpoint_info",
     "expert_parallel",
@@ -22,13 +24,12 @@ __all__ = [
     "muon_traffic",
     "parallelize",
     "save_checkpoint",
-    "sum_expert_counts",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Imports what needs torch.distributed when it is used: a torch built without it serves one rank too."""
-    if name in ("MuonClip", "muon_traffic", "sum_expert_counts"):
+    if name in ("MuonClip", "muon_traffic"):
         from k2kernels.parallel import muon
 
         return getattr(muon, name)

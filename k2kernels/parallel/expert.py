@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -173,6 +173,30 @@ class ExpertParallel:
         """
         if self._ranks is not None:
             self._ranks.check()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. One small message; every rank calls it, and the host waits for it.
+
+        Raises:
+            PeerTimeout: a rank did not take part in time.
+        """
+        return flag if self.transport in ALONE else bool(self._peers.largest(int(flag), "which ranks go on"))
+
+    def agree(self, caller: str, error: Exception | None, **same: Any) -> None:
+        """Raises `error` here, and on ranks without one a RuntimeError that says what another rank raised.
+
+        Args:
+            same: values that must be the same on all ranks, by name.
+
+        Raises:
+            ValueError: on every rank, when they differ.
+            PeerTimeout: a rank did not take part within the longer of init_timeout and step_timeout.
+        """
+        if self.transport in ALONE:
+            if error is not None:
+                raise error
+            return
+        self._peers.agree(caller, error, {name: repr(value)[:99] for name, value in same.items()})
 
     def dispatch(
         self,

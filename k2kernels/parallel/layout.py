@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from k2kernels._backend import UnsupportedError
 from k2kernels.model.moe import Experts
 from k2kernels.parallel.split import Split
 
@@ -52,6 +51,10 @@ class Layout:
     Every rank has all weights but the experts', which are shared out over the ranks of "ep"; the ranks of "dp" hold the
     same experts. All methods are collective: every rank of "dp" and "ep" calls them, in the same order.
 
+    With several pipeline stages ("pp") each stage has its own part of the model (see `Pipeline`), and all this is of
+    the ranks of one stage. `clip_grad_norm_`, whose norm is that of all stages, and `check_replicas`, whose errors are
+    all stages', are called by every rank of the mesh.
+
     A step of training, with copies that stay equal to the bit:
 
         layout = Layout(make_mesh(ep=2))
@@ -66,15 +69,14 @@ class Layout:
 
     Args:
         mesh: with the dimensions "ep" and, if experts have replicas, "dp" (see `make_mesh`); or a process group, whose
-            ranks are "ep".
+            ranks are "ep". A dimension "pp" has this rank's place in its pipeline.
 
-    Attributes: mesh; ep, dp: its dimensions (dp may be None); flat: a mesh of one dimension, the ranks of both, which
-    share all weights but the experts' (for `fully_shard`, and optimizers over ranks); group: theirs; world_size: their
-    number; writes: whether this rank writes what all save.
+    Attributes: mesh; ep, dp, pp: its dimensions (dp and pp may be None); flat: a mesh of one dimension, the ranks of ep
+    and dp, which share all weights but the experts' (for `fully_shard`, and optimizers over ranks); group: theirs;
+    world_size: their number; writes: whether this rank writes what all save.
 
     Raises:
         ValueError: the mesh has no dimension "ep", or dimensions of other names.
-        UnsupportedError: the mesh has several pipeline stages.
     """
 
     def __init__(self, mesh: DeviceMesh | ProcessGroup, *, device_type: str | None = None):
@@ -86,14 +88,13 @@ class Layout:
         names = mesh.mesh_dim_names or ()
         if "ep" not in names or not set(names) <= set(DIMENSIONS):
             raise ValueError(
-                f"Layout: mesh must have a dimension 'ep', and may have 'dp', got {list(names) or 'no names'}; see "
-                "k2kernels.parallel.make_mesh"
+                f"Layout: mesh must have a dimension 'ep', and may have 'dp' and 'pp', got "
+                f"{list(names) or 'no names'}; see k2kernels.parallel.make_mesh"
             )
-        if "pp" in names and mesh["pp"].size() > 1:
-            raise UnsupportedError("Layout: mesh must have one pipeline stage: pipelines are not written yet")
         self.mesh = mesh
         self.ep = mesh["ep"]
         self.dp = mesh["dp"] if "dp" in names else None
+        self.pp = mesh["pp"] if "pp" in names else None
         replicas = 1 if self.dp is None else self.dp.size()
         if replicas == 1:
             self.flat = self.ep
@@ -223,7 +224,7 @@ class Layout:
     @torch.no_grad()
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_`, which cannot mix whole parameters and DTensors: the norm is that of the
-        gradients of all experts and of each other parameter once.
+        gradients of all experts and of each other parameter once, in all pipeline stages.
 
         Call it after the gradients have been reduced. Returns the norm, the same on every rank.
         """
@@ -233,8 +234,14 @@ class Layout:
             groups.setdefault((grad.device_mesh, grad.placements) if _is_sharded(grad) else None, []).append(grad)
         norms = [torch.nn.utils.get_total_norm(group, norm_type) for group in groups.values()]
         norms = [norm.full_tensor() if _is_sharded(norm) else norm for norm in norms]
-        device = norms[0].device if norms else "cpu"
-        total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms] or [torch.zeros(())]), norm_type)
+        device = norms[0].device if norms else self._device()
+        total = torch.linalg.vector_norm(
+            torch.stack([n.to(device) for n in norms] or [torch.zeros((), device=device)]), norm_type
+        )
+        if self._stages() > 1:
+            every = [torch.zeros((), dtype=torch.float64, device=self._device()) for _ in range(self._stages())]
+            torch.distributed.all_gather(every, total.to(every[0]), group=self.pp.get_group())
+            total = torch.linalg.vector_norm(torch.stack(every), norm_type).to(total)
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for grad in grads:
             local = _local(grad)
@@ -267,6 +274,10 @@ class Layout:
             differ = [ranks[r] for r in range(self.world_size) if every[r, i] != every[r % apart, i]]
             if differ:
                 faults.append(f"{name} (ranks {differ})")
+        if self._stages() > 1:
+            stages: list[list[str]] = [[] for _ in range(self._stages())]
+            dist.all_gather_object(stages, faults, group=self.pp.get_group())
+            faults = [fault for stage in stages for fault in stage]
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise ValueError(
@@ -324,6 +335,9 @@ class Layout:
                 dist.send(part.contiguous().view(torch.uint8), ranks[0], group=group)
 
     # ---- inside
+
+    def _stages(self) -> int:
+        return 1 if self.pp is None else self.pp.size()
 
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.mesh.device_type == "cuda" else "cpu"

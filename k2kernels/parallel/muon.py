@@ -18,6 +18,7 @@ from k2kernels.optim.base import check_parameters
 from k2kernels.optim.muonclip import MuonClip as OneProcess
 from k2kernels.optim.routing import check_matched
 from k2kernels.optim.rules import Matrices, Member, Step
+from k2kernels.parallel.layout import Layout
 from k2kernels.parallel.owners import Kind, Part, Round, Traffic, assign, cut, held, overlap, rounds, traffic
 
 # How the ranks hold a parameter.
@@ -28,11 +29,12 @@ ELEMENTWISE = "elementwise"  # a DTensor in any other way: for AdamW
 
 
 class MuonClip(OneProcess):
-    """`k2kernels.optim.MuonClip` with its matrices distributed over the ranks of a mesh.
+    """`k2kernels.optim.MuonClip` with its matrices distributed over the ranks of a mesh; its `mesh=` makes this one.
 
     Args:
         model_or_named_parameters, lr, **options: as in `k2kernels.optim.MuonClip`; capturable must not be True.
-        mesh: a DeviceMesh of one dimension: the ranks that share the parameters, each with its own tokens.
+        mesh: the ranks that share the parameters, each with its own tokens: a `Layout` or its mesh (see `make_mesh`),
+            of which they are all ranks of "dp" and "ep"; or a DeviceMesh of one dimension.
         local: glob patterns of the names of plain parameters that every rank has for itself: experts. Those of `Moe`
             layers with an `exchange` are found, and stacks of matrices as DTensors need no pattern.
         bucket_elements: the elements of an owner in one exchange of gradients and weights, or one matrix. Beside the
@@ -42,7 +44,8 @@ class MuonClip(OneProcess):
 
     - plain tensors, equal on all ranks, with gradients that are averaged already (DistributedDataParallel);
     - DTensors of `fully_shard` over `mesh`, Shard(0), with even or uneven shards;
-    - stacks [E, m, n] as DTensors over any mesh, Shard(0) or replicated: whole matrices, which stay where they are.
+    - stacks [E, m, n] as DTensors over any mesh, Shard(0) or replicated in each dimension: whole matrices, which stay
+      where they are. A rank may have none of a stack.
 
     AdamW's parameters may be DTensors in any placement but Partial. All others are refused by name.
 
@@ -83,13 +86,15 @@ class MuonClip(OneProcess):
         model_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
         lr: float,
         *,
-        mesh: DeviceMesh,
+        mesh: DeviceMesh | Layout,
         local: Sequence[str] = (),
         bucket_elements: int = 2**25,
         **options: Any,
     ):
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"MuonClip: mesh must be a DeviceMesh, got {mesh!r}; init_device_mesh makes one")
+        if not isinstance(mesh, (DeviceMesh, Layout)):
+            raise TypeError(f"MuonClip: mesh must be a DeviceMesh or a Layout, got {mesh!r}; make_mesh makes one")
+        if isinstance(mesh, Layout) or "ep" in (mesh.mesh_dim_names or ()):
+            mesh = Layout.of(mesh).flat
         if mesh.ndim != 1:
             raise ValueError(
                 f"MuonClip: mesh must have one dimension, got {mesh.ndim}; pass the one over which parameters are "
@@ -148,7 +153,8 @@ class MuonClip(OneProcess):
             return LOCAL if is_local else REPLICA
         if any(placement.is_partial() for placement in p.placements):
             raise ValueError(f"MuonClip: {name} must be replicated or sharded, got {p.placements}")
-        if p.ndim == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in p.placements):
+        # fully_shard over one dimension of what is sharded over another gives a private kind of Shard.
+        if p.ndim == 3 and all(placement.is_replicate() or placement.dim == 0 for placement in p.placements):
             return LOCAL
         if p.device_mesh.ndim == 1 and p.device_mesh.mesh.tolist() == self.mesh.mesh.tolist():
             if p.placements[0].is_replicate():
@@ -725,22 +731,6 @@ def muon_traffic(
     for kind in kinds:
         totals = [a.plus(*b) for a, b in zip(totals, traffic(kind, ranks))]
     return totals
-
-
-@torch.no_grad()
-def sum_expert_counts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Adds up the tokens that each expert got over the ranks of a mesh, in one all-reduce: before every
-    `K2Model.update_router_bias`, which resets them."""
-    counts = [module.gate.expert_counts for module in model.modules() if isinstance(module, Moe)]
-    if not counts:
-        return
-    flat = torch.cat(counts)
-    dist.all_reduce(flat, dist.ReduceOp.SUM, group=mesh.get_group())
-    for old, new in zip(counts, flat.split([len(count) for count in counts])):
-        old.copy_(new)
-    for module in model.modules():
-        if hasattr(module, "statistics_reduced"):  # a K2Model
-            module.statistics_reduced = True
 
 
 def _experts_of_ranks(model: Any) -> set[str]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store, Work
 
 INIT_TIMEOUT, STEP_TIMEOUT = 30.0, 10.0  # seconds
+MESSAGE_BYTES = 4096  # of a rank's error and arguments, in `agree`
 _made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # number of Peers by group
 _subgroups: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()  # by group and ranks
 
@@ -166,12 +167,52 @@ class Peers:
                 raise
             raise self._fail(error) from error
 
-    def wait(self, work: Work, device: torch.device) -> None:
-        """Waits for a call, at most `step_timeout`. On a GPU the stream waits, and the timeout is that of the group."""
+    def largest(self, number: int, phase: str) -> int:
+        """The largest number of all live ranks."""
+        numbers = torch.tensor([number], dtype=torch.int64, device=self._device())
+        with self.step(phase):
+            work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._live_group(), async_op=True)
+            self.wait(work, numbers.device)
+        return int(numbers)
+
+    def agree(self, caller: str, error: Exception | None, same: dict[str, str]) -> None:
+        """Raises `error` here, and on live ranks without one what another has raised; or ValueError on all, when the
+        texts of `same` differ."""
+        mine = json.dumps([None if error is None else f"{type(error).__name__}: {error}"[:500], same])
+        line = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        line[: len(mine)] = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
+        line = line.to(self._device())
+        lines = line.new_empty(len(self.live), MESSAGE_BYTES)
+        with self.step(f"{caller}, its arguments"):
+            work = dist.all_gather(list(lines), line, group=self._live_group(), async_op=True)
+            self.wait(work, line.device, max(self.init_timeout, self.step_timeout))
+        if error is not None:
+            raise error
+        texts = [json.loads(bytes(line.tolist()).rstrip(b"\0")) for line in lines.cpu()]
+        for rank, (theirs, _) in zip(self.live, texts):
+            if theirs is not None:
+                raise RuntimeError(f"{caller}: rank {rank} raised {theirs}")
+        for name in same:
+            values = {rank: theirs[name] for rank, (_, theirs) in zip(self.live, texts)}
+            if len(set(values.values())) > 1:
+                raise ValueError(f"{caller}: {name} must be the same on all ranks, got {values} by rank")
+
+    def _live_group(self) -> ProcessGroup:
+        """A group of the live ranks."""
+        return self.group if self.group.size() == len(self.live) else self.subgroup(self.live)
+
+    def _device(self) -> torch.device:
+        """Where the group takes tensors."""
+        cpu = "gloo" in str(dist.get_backend_config(self.group))
+        return torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
+
+    def wait(self, work: Work, device: torch.device, seconds: float | None = None) -> None:
+        """Waits for a call, at most `seconds`, or else `step_timeout`. On a GPU the stream waits, and the timeout is
+        that of the group."""
         if device.type != "cpu":
             work.wait()
             return
-        deadline = time.monotonic() + self.step_timeout
+        deadline = time.monotonic() + (self.step_timeout if seconds is None else seconds)
         while True:
             try:
                 work.wait(timedelta(seconds=max(min(self._heartbeat.interval, deadline - time.monotonic()), 0.001)))

@@ -58,6 +58,50 @@ def test_sequence_loss_reaches_the_router_through_checkpointing():
         torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non-reentrant", "layers"])
+def test_sequence_loss_is_part_of_the_backward_pass(checkpointing):
+    """Over two micro-batches of which the mean is taken: gradients are those of a loss with the balance loss added."""
+    model, plain = (tiny.model(num_nextn_predict_layers=1).double().train() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    model.use_sequence_loss(3.0, scale=0.5)
+    for layer in model.model.layers[:4]:
+        if checkpointing == "layers":
+            layer.checkpoints = True
+        elif checkpointing != "none":
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=checkpointing == "reentrant")
+
+    def loss(m, ids):
+        logits, hidden = m(ids, return_hidden=True)
+        return logits.square().mean() + m.mtp_logits(ids, hidden)[0].square().mean()
+
+    gates, without = [gate.weight for gate in routers(plain).values()], 0
+    for ids in IDS[:2].split(1):
+        (loss(model, ids) / 2).backward()
+        assert not model.sequence_loss(3.0).requires_grad  # it would be added twice
+        out = loss(plain, ids) / 2
+        without = without + torch.stack(torch.autograd.grad(out, gates, retain_graph=True))
+        (out + plain.sequence_loss(3.0) / 2).backward()
+    for x, y in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-14)
+    for gate, grad in zip(gates, without):
+        assert (gate.grad - grad).norm() > 1e-2 * grad.norm()
+    assert not any(layer.balance for _, layer in model.use_sequence_loss(None)._moe_layers())
+    with pytest.raises(ValueError, match="alpha must be at least 0"):
+        model.use_sequence_loss(-1.0)
+
+
+def test_sequence_loss_without_a_graph():
+    """It raises where adding it would change nothing."""
+    model = tiny.model().train()
+    for layer in model.model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=True)
+    model(IDS)
+    with pytest.raises(ValueError, match=r"must have a graph .* call K2Model\.use_sequence_loss"):
+        model.sequence_loss(0.1)
+    with torch.no_grad():
+        assert model.sequence_loss(0.1) > 0
+
+
 def test_update_moves_the_bias_against_the_load():
     model = tiny.model().train()
     model(IDS)

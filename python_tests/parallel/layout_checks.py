@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from k2kernels._backend import UnsupportedError
 from k2kernels.model import K2Model
 from k2kernels.model.shards import Reader, Writer, scan
 from k2kernels.optim import MuonClip, QKClip
@@ -43,7 +42,7 @@ def whole_model(**changes):
 
 def split_model(layout, whole, **options):
     model = copy.deepcopy(whole)
-    expert_parallel(model, layout, max_tokens=64, step_timeout=20.0, **options)
+    expert_parallel(model, layout, max_tokens=64, **{"step_timeout": 20.0, **options})
     return model
 
 
@@ -499,10 +498,13 @@ def check_meshes(rank, world, folder):
     with pytest.raises(ValueError, match=rf"must be the world size {world}, got 1 \* 1 \* 3"):
         make_mesh(ep=3, dp=1)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
-    with pytest.raises(ValueError, match="mesh must have a dimension 'ep', and may have 'dp', got no names"):
+    with pytest.raises(ValueError, match="mesh must have a dimension 'ep', and may have 'dp' and 'pp', got no"):
         Layout(mesh)
-    with pytest.raises(UnsupportedError, match="pipelines are not written yet"):
-        Layout(make_mesh(pp=2, device_type="cpu"))
+    stage = Layout(make_mesh(pp=2, device_type="cpu"))
+    here, each = rank // (world // 2), world // 2
+    assert (stage.world_size, stage.pp.size(), stage.pp.get_local_rank()) == (each, 2, here)
+    assert stage.flat.mesh.tolist() == list(range(here * each, here * each + each))
+    assert stage.writes == (rank % each == 0)
     group = Layout(dist.group.WORLD)
     assert group.world_size == group.ep.size() == world and group.dp is None
     layout = Layout(make_mesh(ep=2, device_type="cpu"))

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from k2kernels import optim
 from k2kernels.model import K2Config, K2Model
 from k2kernels.optim import QKClip
-from k2kernels.parallel import MuonClip, expert_parallel, muon, muon_traffic, sum_expert_counts
+from k2kernels.parallel import Layout, MuonClip, expert_parallel, make_mesh, muon, muon_traffic
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 HEADS = 3
@@ -295,11 +295,12 @@ def make_model(name):
 
 def check_model(rank, world, name, how):
     """Three steps on the tokens of all ranks: the largest difference of a weight from one process, and more."""
-    mesh = init_device_mesh("cpu", (world,))
+    layout = Layout(make_mesh(ep=world if how == "experts" else 1, device_type="cpu"))
+    mesh = layout.flat
     model, want = make_model(name), make_model(name)
     tau = 0.1 if name == "tiny" else 0.5
     if how == "experts":
-        expert_parallel(model, dist.group.WORLD, max_tokens=256, row_dtype=F64)
+        expert_parallel(model, layout, max_tokens=256, row_dtype=F64)
     experts = {p for n, p in model.named_parameters() if ".mlp.experts." in n} if how == "experts" else set()
     if how != "replicas":
         for layer in model.model.layers:
@@ -326,7 +327,7 @@ def check_model(rank, world, name, how):
         for layer, report in expected.last_clip.items():
             assert torch.equal(report.gamma < 1, optimizer.last_clip[layer].gamma < 1), "other heads were clipped"
             clips += int((report.gamma < 1).sum())
-        sum_expert_counts(model, mesh)
+        layout.reduce_statistics(model)  # the counts; the optimizer has reduced the maxima that it needs itself
         loads = model.expert_load(), want.expert_load()
         assert all(torch.equal(loads[0][layer], load) for layer, load in loads[1].items()), "loads"
         for one, other in ((model, optimizer), (want, expected)):
@@ -529,6 +530,8 @@ def refused(rank, world, folder):
     found["capturable"] = message(make, [("a", plain)], capturable=True)
     found["local"] = message(make, [("a", plain)], local=["b.*"])
     found["optim"] = message(optim.MuonClip, [("a", parameter([Shard(0)]))], 0.1, qk_clip=None)
+    derived = type("Derived", (optim.MuonClip,), {})
+    found["derived"] = message(derived, [("a", plain)], 0.1, mesh=mesh)
     optimizer = make([("a", plain), ("b", nn.Parameter(torch.ones(8, 6)))])
     found["add"] = message(optimizer.add_param_group, dict(params=[], method="muon"))
     plain.grad = torch.ones(8, 6) if rank == 0 else None

@@ -81,10 +81,11 @@ MESSAGES = {
     "partial": r"ValueError: MuonClip: a must be replicated or sharded, got \(Partial",
     "fsdp1": "ValueError: MuonClip: a must be a whole parameter, got a shard",
     "mesh": r"ValueError: MuonClip: mesh must have one dimension, got 2",
-    "no mesh": "TypeError: MuonClip: mesh must be a DeviceMesh, got",
+    "no mesh": "TypeError: MuonClip: mesh must be a DeviceMesh or a Layout, got",
     "capturable": "UnsupportedError: MuonClip: capturable must not be True over ranks",
     "local": r"ValueError: MuonClip: local match no parameter: 'b\.\*'",
     "optim": r"ValueError: MuonClip: a must be a whole parameter.* take k2kernels.parallel.MuonClip",
+    "derived": "TypeError: Derived: mesh must be None; derive from k2kernels.parallel.MuonClip",
     "add": "UnsupportedError: MuonClip.add_param_group: owners are chosen on construction",
     "gradient on some ranks": "ValueError: MuonClip: a must have an averaged gradient on every rank",
 }
