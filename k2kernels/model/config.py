@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k2kernels._backend import UnsupportedError
+from k2kernels.model.files import OLD, PREFIX, finish_exchange
 from k2kernels.model.normalise import check, check_number, is_int, normalise_quantization, normalise_rope, rope_fields
 from k2kernels.model.presets import PRESETS
 
@@ -312,9 +313,17 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """The parsed `path`/config.json, or `path` itself if it is a file."""
     path = Path(path)
     file = path if path.is_file() else path / "config.json"
+    if not file.is_file() and path.is_dir():
+        finish_exchange(path)
     if not file.is_file():
-        raise FileNotFoundError(f"K2Config: no config.json in {path}")
+        raise FileNotFoundError(f"K2Config: no config.json in {path}{_interrupted(path)}")
     return _read_json(file)
+
+
+def _interrupted(path: Path) -> str:
+    for folder in path.glob(f"{PREFIX}replacing-*"):
+        return f"; a save was interrupted or is under way: {folder} holds the new files, {OLD} in it the old ones"
+    return ""
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -21,6 +21,7 @@ from k2kernels.model.checkpoint import (
     read_weight,
 )
 from k2kernels.model.config import K2Config, read_config_file, text_part
+from k2kernels.model.files import remove_leftovers
 from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
 from k2kernels.reference.quant import quantize_128x128
 
@@ -70,8 +71,10 @@ def convert(
     if scale_fmt not in (None, "ue8m0") or (scale_fmt and to != "fp8"):
         raise ValueError(f"convert: scale_fmt must be None, or 'ue8m0' with to='fp8', got {scale_fmt!r} with to={to!r}")
     src, dst = Path(src), Path(dst)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds something")
+    if dst.is_dir():
+        remove_leftovers(dst)
+    if dst.exists() and (held := [dst.name] if not dst.is_dir() else sorted(file.name for file in dst.iterdir())):
+        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds {some(held, 3)}")
     raw = read_config_file(src)
     block = K2Config.from_dict(raw).weight_block_size
     prefix = text_part(raw)[1]
