@@ -22,7 +22,7 @@ from k2kernels._backend import UnsupportedError
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
 from k2kernels.model.moe import Experts
-from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
 from k2kernels.reference.quant import dequantize
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,6 +99,7 @@ def _read(
     config = K2Config.from_pretrained(path)
     tensors = _named_as_in_model(scan(path), text_part(raw)[1])
     config = _with_mtp_layers_found(config, tensors, path)
+    _check_number_of_tensors(config, tensors, path)
     if keep_fp8:
         _check_keep_fp8(config, path)
     dtype = dtype or _stored_dtype(text_part(raw)[0], config, tensors)
@@ -159,7 +160,7 @@ def save_pretrained(
     new = functools.partial(Writer, path, max_shard_size)
     with new() if ranks is None else ranks.writer(new) as writer:
         writer.write_text("config.json", config.to_json())
-        for name, tensor in tqdm(tensors.items(), desc="saving", disable=not (progress and writes)):
+        for name, tensor in tqdm(tensors.items(), desc="saving") if progress and writes else tensors.items():
             whole = writer.experts(tensor) if name in experts else tensor.detach()
             for piece_name, piece in pieces(name, whole):
                 writer.add(piece_name, piece)
@@ -228,6 +229,16 @@ def _stored_dtype(raw: Any, config: K2Config, tensors: dict[str, TensorInfo]) ->
     if not (raw.get("dtype") or raw.get("torch_dtype")) and embedding and DTYPES.get(embedding.dtype) in _FLOATS:
         return DTYPES[embedding.dtype]
     return getattr(torch, config.dtype)
+
+
+def _check_number_of_tensors(config: K2Config, tensors: dict[str, TensorInfo], path: str | Path) -> None:
+    """Raises ValueError where the files lack most of the model, before that is built."""
+    wanted = sum(count for count, _, _ in config.tensors())
+    if wanted > 2 * len(tensors) + 1000:
+        raise ValueError(
+            f"{path}: the checkpoint does not fit config.json: num_hidden_layers={config.num_hidden_layers} and "
+            f"n_routed_experts={config.n_routed_experts} make {wanted} tensors, the files hold {len(tensors)}"
+        )
 
 
 def _check_keep_fp8(config: K2Config, path: str | Path) -> None:
@@ -378,7 +389,7 @@ def _load(
     owners, wanted, tied = _unique(model), _wanted(model), _tied(model)
     targets: dict[str, Tensor] = {}  # where the pieces of the owners created so far go
     total = sum(tensors[name].nbytes for name in wanted)
-    bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(total, "loading", progress)
     with bar, torch.no_grad(), Reader(tensors.values()) as weights, Reader(tensors.values()) as scales:
         for name, info in tensors.items():
             if name not in wanted:

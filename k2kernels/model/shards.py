@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from k2kernels.model import files
 
@@ -241,6 +242,24 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+class Progress:
+    """A bar on stderr that counts bytes; without `shown` none is made, as tqdm takes locks and starts a thread."""
+
+    def __init__(self, total: int, what: str, shown: bool):
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True) if shown else None
+
+    def update(self, size: int) -> None:
+        if self._bar is not None:
+            self._bar.update(size)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def some(items: Iterable[str], most: int = 10) -> str:
     """The first items of a list, for a message."""
     items = list(items)
@@ -249,6 +268,12 @@ def some(items: Iterable[str], most: int = 10) -> str:
 
 
 def _open(file: Path) -> Any:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{os.fsencode(file)!r}: safetensors takes paths in UTF-8 only; rename the directory"
+        ) from None
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except SafetensorError as error:
@@ -268,7 +293,7 @@ def _weight_map(file: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         good = all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: must be a JSON object with a weight_map ({error!r})") from error
     if not good:
         raise ValueError(f"{file}: weight_map must name files of the same directory")
