@@ -6,10 +6,11 @@ directions. Every name, shape and dtype is checked from the files' headers befor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -116,8 +117,75 @@ def _read(
     _check(_wanted(model), tensors, set(_tied(model)), block, str(path))
     if ranks is not None:
         ranks.shard_experts(model)  # after the check: every rank finds what is wrong with any expert
-    _load(model, tensors, block, str(path), dtype, device, progress)
+    tied = _tied(model)
+    _load(model, tensors, block, str(path), progress, lambda name, t: _create(model, name, t, dtype, device))
+    for alias, name in tied.items():
+        _put(model, alias, model.get_parameter(name))
+    _fill_unsaved_buffers(model, device)
     return model.eval()
+
+
+def load_pretrained(
+    model: nn.Module, path: str | Path, *, device: str | torch.device | None = None, progress: bool = True
+) -> None:
+    """Fills the weights of a model from the Hugging Face checkpoint in the directory `path`, in their dtypes.
+
+    The second half of `from_pretrained`, for a model that is distributed already: of each DTensor, by
+    `k2kernels.parallel.parallelize` or `fully_shard`, a rank reads the rows that it keeps, of experts and of other
+    weights, and decodes them if they are FP8. So no process ever holds the model:
+
+        with torch.device("meta"):
+            model = K2Model(K2Config.from_pretrained(path))
+        model = parallelize(model.to(torch.bfloat16), mesh, max_tokens=4096)
+        model.load_pretrained(path)
+
+    Every rank calls it; with a `k2kernels.parallel.Layout`, which `parallelize` gives the model, an error of one rank
+    is raised on all.
+
+    Args:
+        device: where to make tensors of a model on the meta device; None: where its mesh is, or the CPU.
+        progress: show a progress bar, on the rank that writes.
+
+    Raises:
+        ValueError: the files do not fit the model, or hold impossible values, as in `from_pretrained`; some of the
+            model's tensors are on the meta device, others not.
+        UnsupportedError: a tensor is divided along another axis than its first.
+    """
+    ranks = getattr(model, "ranks", None)
+    with contextlib.nullcontext() if ranks is None else ranks.together("load_pretrained"):
+        config = K2Config.from_pretrained(path)
+        tensors = _named_as_in_model(scan(path), text_part(read_config_file(path))[1])
+        _with_mtp_layers_found(model.config, tensors, path)
+        tied = _tied(model)
+        _check(_wanted(model), tensors, set(tied), config.weight_block_size, str(path))
+        _leave_meta(model, device)
+        _load(model, tensors, config.weight_block_size, str(path), progress and (ranks is None or ranks.writes), _same)
+        with torch.no_grad():
+            now = model.state_dict(keep_vars=True)
+            for alias, name in tied.items():
+                if now[alias] is not now[name] and _in_parts(now[name]):
+                    now[alias].to_local().copy_(now[name].to_local())
+                elif now[alias] is not now[name]:
+                    _put(model, alias, now[name])
+
+
+def _same(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _leave_meta(model: nn.Module, device: str | torch.device | None) -> None:
+    """Gives a model on the meta device memory: of DTensors, their part of this rank."""
+    tensors = model.state_dict(keep_vars=True)
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if not meta:
+        return
+    if len(meta) < len(tensors):
+        raise ValueError(f"load_pretrained: all weights or none must be on the meta device, got {some(meta)} there")
+    if device is None:
+        device = next((t.device_mesh.device_type for t in tensors.values() if _in_parts(t)), "cpu")
+        if device == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+    model.to_empty(device=_device(device))
 
 
 def save_pretrained(
@@ -128,8 +196,9 @@ def save_pretrained(
     Either all files are written or none: see `shards.Writer`. Tied weights are written once; MTP layers without the
     copies of embedding and head that DeepSeek's own files contain.
 
-    Of a model over ranks (`k2kernels.parallel`) every rank calls it, with the same path: one rank gets each expert in
-    turn and writes all, so that the files are those of a whole model. An error is raised on every rank.
+    Of a model over ranks (`k2kernels.parallel`) every rank calls it, with the same path: one rank gets each expert, and
+    each other weight that is in parts, in turn and writes all. The files are those of a whole model, to the bit. An
+    error is raised on every rank.
 
     Args:
         max_shard_size: bytes; a larger model is split into shards with an index.
@@ -141,13 +210,13 @@ def save_pretrained(
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"save_pretrained: every weight must hold data, got {some(meta)} on the meta device")
-    experts = {name for name in tensors if _is_sharded_stack(model, name)}
-    parts = [name for name, tensor in tensors.items() if hasattr(tensor, "to_local") and name not in experts]
-    if parts:
+    ranks = getattr(model, "ranks", None)
+    tensors = {n: t.to_local() if _in_parts(t) and t.device_mesh.size() == 1 else t for n, t in tensors.items()}
+    parts = {name: tensor for name, tensor in tensors.items() if _in_parts(tensor)}
+    if parts and ranks is None:
         raise ValueError(
-            f"save_pretrained: every weight but the experts must be whole, got {some(parts)} in parts (FSDP); load "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(options=StateDictOptions("
-            "full_state_dict=True)) into a whole model and save that"
+            f"save_pretrained: the ranks of weights in parts must be known, got {some(parts)} in parts; distribute the "
+            "model with k2kernels.parallel.parallelize, or call Layout.shard_experts(model) before fully_shard"
         )
     fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
     config = replace(
@@ -155,15 +224,22 @@ def save_pretrained(
         dtype=_dtype_name(tensors["model.embed_tokens.weight"].dtype),
         quantization_config=model.config.quantization_config if fp8 else None,
     )
-    ranks = getattr(model, "ranks", None)
     writes = ranks is None or ranks.writes
     new = functools.partial(Writer, path, max_shard_size)
     with new() if ranks is None else ranks.writer(new) as writer:
         writer.write_text("config.json", config.to_json())
+        if parts:
+            writer.share({name: (first_row(name, t), len(t.to_local())) for name, t in parts.items()})
         for name, tensor in tqdm(tensors.items(), desc="saving") if progress and writes else tensors.items():
-            whole = writer.experts(tensor) if name in experts else tensor.detach()
-            for piece_name, piece in pieces(name, whole):
-                writer.add(piece_name, piece)
+            if name not in parts:
+                wholes = [tensor.detach()]
+            elif is_stack(name):
+                wholes = [writer.experts(name, tensor)]
+            else:
+                wholes = writer.whole(name, tensor)
+            for whole in wholes:
+                for piece_name, piece in pieces(name, whole):
+                    writer.add(piece_name, piece)
 
 
 def pieces(name: str, tensor: Tensor | Iterable[Tensor], first: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -173,7 +249,7 @@ def pieces(name: str, tensor: Tensor | Iterable[Tensor], first: int = 0) -> Iter
     numbered from `first` on. Scales follow their weights.
     """
     parent, _, leaf = name.rpartition(".")
-    if parent.endswith(".mlp.experts"):
+    if is_stack(name):
         projection, scale = (leaf.removesuffix(SCALE), SCALE) if leaf.endswith(SCALE) else (leaf, "")
         for expert, part in enumerate(tensor, first):
             yield from _halves(f"{parent}.{expert}.{projection}", f"weight{scale}", part)
@@ -279,11 +355,11 @@ def _unique(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _wanted(model: nn.Module) -> dict[str, _Piece]:
-    """What the files must hold of the weights that are here, by name in the files."""
+    """What the files must hold of the whole model, by name in the files."""
     return {
         name: _Piece(owner, like)
-        for owner, whole in _unique(model).items()
-        for name, like in pieces(owner, _here(whole), _first_expert(model, owner))
+        for owner, tensor in _unique(model).items()
+        for name, like in pieces(owner, _like_whole(tensor))
     }
 
 
@@ -295,20 +371,50 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return {name: first_name[id(tensor)] for name, tensor in tensors.items() if name not in owners}
 
 
-def _here(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank; shares its memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def kept(name: str, tensor: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """What of each of the model tensor's `pieces` is on this rank: its name, the number of the first row that is here,
+    and the rows, which share the tensor's memory. Pieces of which nothing is here are left out."""
+    if not _in_parts(tensor):
+        for piece, whole in pieces(name, tensor):
+            yield piece, 0, whole
+        return
+    first, local = first_row(name, tensor), tensor.to_local()
+    if is_stack(name):
+        for piece, whole in pieces(name, local, first):
+            yield piece, 0, whole
+        return
+    row = 0
+    for piece, like in pieces(name, _like_whole(tensor)):
+        start, end = max(first, row), min(first + len(local), row + len(like))
+        if start < end:
+            yield piece, start - row, local[start - first : end - first]
+        row += len(like)
 
 
-def _first_expert(model: nn.Module, name: str) -> int:
-    """The number of the first expert that the model's tensor `name` holds here."""
-    return getattr(model.get_submodule(name.rpartition(".")[0]), "first_expert", 0)
+def first_row(name: str, tensor: Tensor) -> int:
+    """The number of the first row of a DTensor that is here.
+
+    Raises:
+        UnsupportedError: it is divided along another axis than the first, or the rows here are not consecutive.
+    """
+    (chunk,) = tensor.__create_chunk_list__()
+    if tuple(chunk.sizes) != tuple(tensor.to_local().shape) or tuple(chunk.sizes[1:]) != tuple(tensor.shape[1:]):
+        raise UnsupportedError(f"{name}: must be divided along its first axis, got {list(tensor.placements)}")
+    return chunk.offsets[0]
 
 
-def _is_sharded_stack(model: nn.Module, name: str) -> bool:
-    """Whether the model's tensor `name` is a stack of experts that are shared out over ranks."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(module, Experts) and module.ranks is not None
+def is_stack(name: str) -> bool:
+    """Whether the model's tensor `name` is a stack of experts, which are pieces of their own."""
+    return name.rpartition(".")[0].endswith(".mlp.experts")
+
+
+def _in_parts(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _like_whole(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, of which this rank may have only a part."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if _in_parts(tensor) else tensor
 
 
 def _is_fp8(name: str, tensors: dict[str, TensorInfo]) -> bool:
@@ -381,47 +487,56 @@ def _load(
     tensors: dict[str, TensorInfo],
     block: tuple[int, int] | None,
     path: str,
-    dtype: torch.dtype,
-    device: torch.device,
     progress: bool,
+    create: Callable[[str, Tensor], Tensor],
 ) -> None:
-    """Gives `model`, which is on the meta device, memory and fills it with what is here of its weights."""
-    owners, wanted, tied = _unique(model), _wanted(model), _tied(model)
-    targets: dict[str, Tensor] = {}  # where the pieces of the owners created so far go
-    total = sum(tensors[name].nbytes for name in wanted)
+    """Fills `model` with what is here of its weights; `create` gives one memory, in the order of the files."""
+    owners = _unique(model)
+    lengths = {name: (owner, len(part)) for owner, t in owners.items() for name, _, part in kept(owner, t)}
+    total = sum(_nbytes(tensors[name], length) for name, (_, length) in lengths.items())
+    targets: dict[str, tuple[int, Tensor]] = {}  # where the parts of the owners created so far go
     bar = Progress(total, "loading", progress)
     with bar, torch.no_grad(), Reader(tensors.values()) as weights, Reader(tensors.values()) as scales:
         for name, info in tensors.items():
-            if name not in wanted:
+            if name not in lengths:
                 continue
             if name not in targets:
-                owner = wanted[name].owner
-                new = _create(model, owner, owners[owner], dtype, device)
-                targets.update(pieces(owner, _here(new), _first_expert(model, owner)))
-            target = targets.pop(name)
+                owner = lengths[name][0]
+                new = create(owner, owners[owner])
+                targets.update((piece, (first, part)) for piece, first, part in kept(owner, new))
+            first, target = targets.pop(name)
+            rows = None if len(target) == info.shape[0] else (first, first + len(target))
             scale = tensors.get(name + SCALE)
             if info.dtype == "F8_E4M3" and target.dtype != torch.float8_e4m3fn:
-                factors = read_scales(scale, scales, path)
-                dequantize_into(target, read_codes(info, weights, path), factors, block)
+                skip, grid = 0, None  # the rows of the scales
+                if rows is not None:
+                    skip, grid = first % block[0], (first // block[0], -(-rows[1] // block[0]))
+                factors = read_scales(scale, scales, path, grid)
+                dequantize_into(target, read_codes(info, weights, path, rows), factors, block, skip)
             elif name.endswith(SCALE):
-                target.copy_(read_scales(info, scales, path))
+                target.copy_(read_scales(info, scales, path, rows))
             elif info.dtype == "F8_E4M3":
-                target.copy_(read_codes(info, weights, path))
+                target.copy_(read_codes(info, weights, path, rows))
             else:
-                target.copy_(read_weight(name, info, weights, path))
-            bar.update(info.nbytes)
-    for alias, name in tied.items():
-        _put(model, alias, model.get_parameter(name))
-    _fill_unsaved_buffers(model, device)
+                target.copy_(read_weight(name, info, weights, path, rows))
+            bar.update(_nbytes(info, len(target)))
 
 
-def read_weight(name: str, info: TensorInfo, reader: Reader, path: str) -> Tensor:
-    """A weight in high precision, which is `name` in the model.
+def _nbytes(info: TensorInfo, rows: int) -> int:
+    """Of some rows of a tensor of the files."""
+    return info.nbytes // max(info.shape[0], 1) * rows
+
+
+Rows = tuple[int, int]  # the first, and the one after the last
+
+
+def read_weight(name: str, info: TensorInfo, reader: Reader, path: str, rows: Rows | None = None) -> Tensor:
+    """A weight in high precision, which is `name` in the model; or some of its rows.
 
     NaN and infinity raise ValueError where the check is cheap and such a value would go unnoticed or affect every
     token: in the router, which would choose an expert never or always, and in vectors (its bias, norms).
     """
-    weight = reader.get(info)
+    weight = reader.get(info, rows)
     if name.startswith("model.") and (weight.dim() < 2 or ".mlp.gate." in name):
         bad = weight.numel() - int(weight.isfinite().sum())
         if bad:
@@ -429,9 +544,9 @@ def read_weight(name: str, info: TensorInfo, reader: Reader, path: str) -> Tenso
     return weight
 
 
-def read_codes(info: TensorInfo, reader: Reader, path: str) -> Tensor:
-    """An FP8 weight; a NaN among its codes is an error."""
-    codes = reader.get(info)
+def read_codes(info: TensorInfo, reader: Reader, path: str, rows: Rows | None = None) -> Tensor:
+    """An FP8 weight, or some of its rows; a NaN among its codes is an error."""
+    codes = reader.get(info, rows)
     some_bytes = codes.view(torch.uint8).flatten().split(ELEMENTS_AT_ONCE)
     bad = sum(int(((part & 0x7F) == 0x7F).sum()) for part in some_bytes)
     if bad:
@@ -439,9 +554,9 @@ def read_codes(info: TensorInfo, reader: Reader, path: str) -> Tensor:
     return codes
 
 
-def read_scales(info: TensorInfo, reader: Reader, path: str) -> Tensor:
-    """The scales of an FP8 weight in float32; they must be finite and not negative."""
-    scales = reader.get(info).float()
+def read_scales(info: TensorInfo, reader: Reader, path: str, rows: Rows | None = None) -> Tensor:
+    """The scales of an FP8 weight in float32, or some of their rows; they must be finite and not negative."""
+    scales = reader.get(info, rows).float()
     bad = int((~scales.isfinite() | (scales < 0)).sum())
     if bad:
         raise ValueError(
@@ -450,14 +565,16 @@ def read_scales(info: TensorInfo, reader: Reader, path: str) -> Tensor:
     return scales
 
 
-def dequantize_into(target: Tensor, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
-    """target [rows, columns] = codes * scales of their blocks, a few rows of blocks at a time."""
+def dequantize_into(target: Tensor, codes: Tensor, scales: Tensor, block: tuple[int, int], skip: int = 0) -> None:
+    """target [rows, columns] = codes * scales of their blocks, a few rows of blocks at a time. The first row is number
+    `skip` of its block."""
     rows, columns = codes.shape
-    step = max(1, ELEMENTS_AT_ONCE // max(1, block[0] * columns))  # rows of blocks
-    for i in range(0, -(-rows // block[0]), step):
-        part = slice(i * block[0], (i + step) * block[0])
-        device_codes, device_scales = codes[part].to(target.device), scales[i : i + step].to(target.device)
-        target[part] = dequantize(device_codes, device_scales, *block, target.dtype)
+    step = block[0] * max(1, ELEMENTS_AT_ONCE // max(1, block[0] * columns))
+    starts = [0, *range(block[0] - skip if skip else step, rows, step)]
+    for start, end in zip(starts, [*starts[1:], rows]):
+        grid = slice((start + skip) // block[0], -(-(end + skip) // block[0]))
+        device_codes, device_scales = codes[start:end].to(target.device), scales[grid].to(target.device)
+        target[start:end] = dequantize(device_codes, device_scales, *block, target.dtype)
 
 
 def _create(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

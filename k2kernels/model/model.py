@@ -38,8 +38,10 @@ class K2Model(Trunk):
     """
 
     ranks: Any = None
+    gradients = "sum"  # of all ranks; `k2kernels.parallel.parallelize`: "mean"
     statistics_reduced = True  # nothing was recorded since
     from_pretrained = classmethod(checkpoint.from_pretrained)
+    load_pretrained = checkpoint.load_pretrained
     save_pretrained = checkpoint.save_pretrained
     generate = generate
 

@@ -101,12 +101,18 @@ class Reader:
         self._handle: Any = None
         self._mapped = 0
 
-    def get(self, info: TensorInfo) -> Tensor:
-        if info.file != self._file or self._mapped + info.nbytes > self.window:
+    def get(self, info: TensorInfo, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor; or some of its rows, from the first to before the second: nothing else is read then."""
+        size = info.nbytes
+        if rows is not None:
+            size = size // max(info.shape[0], 1) * (rows[1] - rows[0])
+        if info.file != self._file or self._mapped + size > self.window:
             self.close()
             self._file, self._handle = info.file, _open(info.file)
-        self._mapped += info.nbytes
-        return self._handle.get_tensor(info.name)
+        self._mapped += size
+        if rows is None:
+            return self._handle.get_tensor(info.name)
+        return self._handle.get_slice(info.name)[rows[0] : rows[1]]
 
     def close(self) -> None:
         if self._handle is not None:

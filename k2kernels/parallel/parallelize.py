@@ -81,6 +81,8 @@ def parallelize(
     for module in model.modules():
         if isinstance(module, DecoderLayer):
             module.checkpoints = checkpoint_activations
+        elif hasattr(module, "statistics_reduced"):  # a K2Model
+            module.gradients = "mean"  # a stage of a pipeline may have no experts
     if fsdp:
         _fully_shard(model, layout, compute_dtype)
     return model

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k2kernels._backend import UnsupportedError
 from k2kernels.model.config import K2Config
 from k2kernels.model.model import K2Model
 from k2kernels.model.stage import K2Stage, K2Stages
@@ -29,15 +30,16 @@ class Schedule(NamedTuple):
     style: str  # "loop" or "v", see `stages_of_rank`
     single: bool = False  # one stage on each rank; else two by default
     two: bool = False  # always two
+    delays: bool = False  # gradients of weights are computed apart from those of inputs
 
 
 SCHEDULES = {
     "GPipe": Schedule("loop", single=True),
     "1F1B": Schedule("loop", single=True),
     "Interleaved1F1B": Schedule("loop"),
-    "InterleavedZeroBubble": Schedule("loop"),
-    "ZBVZeroBubble": Schedule("v", two=True),
-    "DualPipeV": Schedule("v", two=True),
+    "InterleavedZeroBubble": Schedule("loop", delays=True),
+    "ZBVZeroBubble": Schedule("v", two=True, delays=True),
+    "DualPipeV": Schedule("v", two=True, delays=True),
 }
 
 
@@ -165,6 +167,7 @@ class Pipeline:
 
     Raises:
         ValueError: for what does not fit together.
+        UnsupportedError: in the first step, for checkpointed layers with a schedule that delays gradients of weights.
     """
 
     def __init__(
@@ -230,7 +233,7 @@ class Pipeline:
         args = Arguments("Pipeline.step")
         for name, ids in (("input_ids", input_ids), ("targets", targets)):
             args.tensor(name, ids, shape, torch.int64)
-        self.stages[0].check_ids("Pipeline.step: targets as", targets)
+        self.stages[0].check_ids("Pipeline.step: targets as input_ids", targets)
         if self._schedule is None:
             self._schedule = self._make_schedule()
         ids = (input_ids,) if any(stage.is_first for stage in self.stages) else ()
@@ -260,6 +263,13 @@ class Pipeline:
 
         made = []
         for index, stage in zip(self._indices, self.stages):
+            if SCHEDULES[self.schedule].delays:
+                if any(layer.checkpoints for layer in stage.model.layers):
+                    raise UnsupportedError(
+                        f"Pipeline: with {self.schedule} no layer may be checkpointed: the gradient of each weight is "
+                        "computed apart, and would run its layer's forward pass again; take 1F1B or Interleaved1F1B"
+                    )
+                _keep_gathered(stage)
             taken, given = self._shapes(stage)
             if not stage.is_last:
                 stage.register_forward_hook(_check_given(given))
@@ -290,6 +300,16 @@ class Pipeline:
             for k in range(1 + config.num_nextn_predict_layers)
         )
         return (ids,) if stage.is_first else between, logits if stage.is_last else between
+
+
+def _keep_gathered(stage: K2Stage) -> None:
+    """Weights of `fully_shard` stay gathered until their gradients are reduced: a schedule that computes these later
+    looks them up by the stage's parameters, and must find those of the forward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False, recurse=False)
 
 
 def _check_given(given: tuple[Tensor, ...]) -> Any:

@@ -142,6 +142,7 @@ class Trainer:
 
         torch.manual_seed(options.seed)
         self.model = K2Model(config).train().use_fp8(options.fp8)
+        self.model.use_sequence_loss(options.sequence_loss or None)
         self.layout = None
         if ranks.mesh is not None:
             self.layout = Layout(ranks.mesh)
@@ -188,8 +189,7 @@ class Trainer:
         inputs, targets = (ids.chunk(self.ranks.world_size)[self.ranks.rank] for ids in (inputs, targets))
         logits = self.model(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        balance = self.model.sequence_loss(o.sequence_loss) if o.sequence_loss else 0.0
-        (loss + balance).backward()
+        loss.backward()  # with the gradient of the balance loss
         nats, stops = self._sums(loss.item() / self.ranks.world_size, self.stop)
         self.stopped = stops > 0
         if self.layout is not None:
@@ -274,8 +274,7 @@ class Trainer:
             return torch.optim.AdamW(self.model.parameters(), o.adamw_lr, **options)
         clip = QKClip(threshold=o.threshold) if o.optimizer == "muonclip" else None
         adamw = dict(lr=o.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
-        mesh = {} if self.layout is None else dict(mesh=self.layout)
-        return MuonClip(self.model, o.lr, adamw=adamw, qk_clip=clip, **mesh)
+        return MuonClip(self.model, o.lr, adamw=adamw, qk_clip=clip, mesh=self.layout)
 
     def _clipped_heads(self) -> int:
         if self.options.optimizer != "muonclip":

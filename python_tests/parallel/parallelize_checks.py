@@ -10,6 +10,7 @@ Both are float64, so that they differ by the order of sums only. Bounds, from th
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny
@@ -309,8 +310,37 @@ def check_bfloat16(rank, world, ep):
 
 def more(rank, world, folder):
     join(rank, world, folder)
-    checks = [check_refused] if world == 2 else [check_state]
-    return {check.__name__: attempt(check, rank, world) for check in checks}
+    checks = [check_refused, check_documentation] if world == 2 else [check_state]
+    found = {check.__name__: attempt(check, rank, world) for check in checks}
+    return found | {"check_loaded": attempt(check_loaded, rank, folder)}
+
+
+def check_documentation(rank, world):
+    """The program of docs/training.md."""
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    program = text.split("## Training over ranks")[1].split("```python\n")[1].split("```")[0]
+    batches = [tokens(step, world)[ROWS * rank : ROWS * (rank + 1)].split(1) for step in range(2)]
+    names = dict(globals(), config=tiny.config(num_hidden_layers=2), batches=batches, MuonClip=optim.MuonClip)
+    exec(program, names)
+    model = names["model"]
+    start = K2Model(model.config).requires_grad_(False)  # of the same shapes
+    assert names["optimizer"].param_groups[0]["step"] == 2 and names["loss"].isfinite()
+    for p, q in zip(model.parameters(), start.parameters()):
+        assert isinstance(p, DTensor) and p.shape == q.shape and p.full_tensor().isfinite().all()
+    names["layout"].check_replicas(model)
+    assert not any(load.any() for load in model.expert_load().values())  # the router's biases took it
+
+
+def check_loaded(rank, folder):
+    """A model whose experts were loaded in parts."""
+    want, layout = whole_model(), Layout(make_mesh(ep=2, device_type="cpu"))
+    if rank == 0:
+        want.save_pretrained(f"{folder}/model")
+    dist.barrier()
+    model = K2Model.from_pretrained(f"{folder}/model", progress=False, mesh=layout, dtype=torch.float64)
+    model = parallelize(model, layout, **OPTIONS)
+    for (name, p), q in zip(model.named_parameters(), want.parameters()):
+        assert torch.equal(whole(p.detach()), q), name
 
 
 def check_state(rank, world):

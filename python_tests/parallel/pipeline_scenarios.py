@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import tiny
 import torch
@@ -13,12 +14,22 @@ from torch.distributed.tensor import DTensor
 
 from k2kernels import optim
 from k2kernels.optim import QKClip
-from k2kernels.parallel import Layout, MuonClip, Pipeline, expert_parallel, make_mesh, parallelize
+from k2kernels.parallel import (
+    Layout,
+    MuonClip,
+    Pipeline,
+    expert_parallel,
+    load_checkpoint,
+    make_mesh,
+    parallelize,
+    save_checkpoint,
+)
 
 MICRO_BATCHES, SEQUENCES, LENGTH = 4, 2, 7
 STEPS = 3
 TAU = 0.5
 MTP_WEIGHT = 0.3
+ALPHA = 0.1
 
 
 def whole_model(**changes):
@@ -56,7 +67,7 @@ class Expected:
         for step in range(STEPS):
             ids = tokens(step, pipelines)
             loss = whole_loss(self.whole, ids.flatten(0, 1))
-            loss.backward()
+            (loss + self.whole.sequence_loss(ALPHA)).backward()
             grads = {name: None if p.grad is None else p.grad.clone() for name, p in self.whole.named_parameters()}
             maxima.update(self.whole.max_logits())
             optimizer.step()
@@ -90,6 +101,7 @@ class Run:
                 parallelize(stage, self.layout, **options)
         elif ep > 1:
             expert_parallel(self.model, self.layout, gradients="mean", **options)
+        self.model.use_sequence_loss(ALPHA)
         self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout.flat, qk_clip=QKClip(TAU))
 
     def steps(self):
@@ -181,7 +193,7 @@ def experts(rank, world, folder):
 def mtp(rank, world, folder):
     join(rank, world, folder)
     expected = Expected(1, num_nextn_predict_layers=2)
-    names = "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"
+    names = "1F1B", "ZBVZeroBubble"
     return {name: against(expected, pp=2, schedule=name) for name in names}
 
 
@@ -191,5 +203,82 @@ def fsdp(rank, world, folder):
     expected = Expected(2)
     return {
         f"{name}, ep {ep}": against(expected, pp=2, ep=ep, schedule=name, fsdp=True)
-        for name, ep in (("1F1B", 1), ("1F1B", 2), ("Interleaved1F1B", 2), ("ZBVZeroBubble", 2))
+        for name, ep in (("1F1B", 1), ("ZBVZeroBubble", 2))
     }
+
+
+def checkpoints(rank, world, folder):
+    """A step of two stages saved, and loaded by one process and by stages of another schedule, which has the layers
+    otherwise; then both go on alike."""
+    join(rank, world, folder)
+    expected = Expected(1)
+    first = Run(expected, pp=2, schedule="1F1B")
+    first.step(0, expected.steps[0])
+    save_checkpoint(folder, first.model, first.optimizer, 1)
+    then = Run(expected, pp=2, schedule="ZBVZeroBubble")
+    assert load_checkpoint(folder, then.model, then.optimizer) == 1
+    for step in (1, 2):
+        then.step(step, expected.steps[step])
+    return then.finish()
+
+
+def refused(rank, world, folder):
+    """What is raised, by case."""
+    join(rank, world, folder)
+    layout, config = Layout(make_mesh(pp=2, device_type="cpu")), tiny.config("kimi")
+    sizes = dict(micro_batches=MICRO_BATCHES, micro_batch=(SEQUENCES, LENGTH))
+    ids = tokens(0, 1)[0]
+    x, y = ids[:, :-1], ids[:, 1:]
+    found = {}
+
+    def note(case, call):
+        try:
+            call()
+            found[case] = "nothing raised"
+        except Exception as error:
+            found[case] = f"{type(error).__name__}: {error}"
+
+    def make(changes=None, **options):
+        return Pipeline(tiny.config("kimi", **(changes or {})), layout, **{**sizes, **options})
+
+    note("schedule", lambda: make(schedule="2F2B"))
+    note("each", lambda: make(schedule="ZBVZeroBubble", each=3))
+    note("each of 1F1B", lambda: make(each=2))
+    note("each of interleaved", lambda: make(schedule="Interleaved1F1B", each=1))
+    note("layers", lambda: make(schedule="Interleaved1F1B", each=3))
+    note("tied", lambda: make(dict(tie_word_embeddings=True)))
+    note("no pp", lambda: Pipeline(config, dist.group.WORLD, **sizes))
+    pipeline = make()
+    note("tokens", lambda: pipeline.step(x[1:], y[1:]))
+    note("target", lambda: pipeline.step(x, y - 1000))
+    note("generate", lambda: pipeline.model.generate(x, max_new_tokens=1))
+    note("save", lambda: pipeline.model.save_pretrained(folder))
+    note("dtype", lambda: _given_in_another_dtype(pipeline, x))
+    several = make(schedule="ZBVZeroBubble")
+    note("forward", lambda: several.model(x))
+    for layer in several.model.model.layers:
+        layer.checkpoints = True
+    note("checkpointed", lambda: several.step(x, y))
+    whole = tiny.model("kimi")
+    one = Pipeline(config, layout, **sizes).model
+    one.load_whole(whole.state_dict())
+    layout.check_replicas(one)
+    return found
+
+
+def _given_in_another_dtype(pipeline, x):
+    """Only the first stage can notice, before it sends."""
+    pipeline._make_schedule()
+    stage = pipeline.stages[0]
+    if not stage.is_first:
+        raise ValueError("Pipeline: a stage must give torch.float32")
+    stage.bfloat16()(x[:SEQUENCES])
+
+
+def page(rank, world, folder):
+    """The example of docs/pipelines.md: its losses."""
+    join(rank, world, folder)
+    text = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    names: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    return names["losses"]
