@@ -166,3 +166,15 @@ def test_a_copy_is_made_only_where_it_must_be(dtype):
         assert torch.equal(copy.float(), bad.float())
     copy = rows_on_16_bytes(shared, distinct=True)
     assert 0 not in copy.stride() and torch.equal(copy.float(), shared.float())
+
+
+@pytest.mark.parametrize("op", ["quantize_1x128", "rms_norm_quantize", "swiglu", "swiglu_quantize", "mla_prefill"])
+def test_freed_storage_is_a_message(op):
+    """As fully_shard frees parameters; a kernel would get a null pointer."""
+    arguments = calls()[op]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name not in ("offsets", "counts", "cu_seqlens_q", "cu_seqlens_k"):
+            freed = value.clone()
+            freed.untyped_storage().resize_(0)
+            with k.emulated("sm_80"), pytest.raises(ValueError, match="a tensor without memory: its storage was freed"):
+                results(op, {**arguments, name: freed})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -143,16 +144,21 @@ def is_int(value: Any) -> bool:
 
 def check_number(name: str, value: Any, positive: bool = False) -> None:
     """Raises ValueError unless `value`, of a JSON file, is a number that float32 computes with."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    good = good and (LEAST <= value <= MOST or (value == 0 and not positive))
-    wanted = f"a finite number from {LEAST} to {MOST}" + ("" if positive else ", or 0")
-    check.require(good, name, wanted, _brief(value))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (LEAST <= value <= MOST or (value == 0 and not positive)):
+        return
+    wanted = "a finite number above 0" if positive else "a finite number of 0 or more"
+    if number and 0 < value < math.inf:
+        wanted += f", from {LEAST} to {MOST}"
+    check.require(False, name, wanted, _brief(value))
 
 
 def check_size(name: str, value: Any, low: int) -> None:
     """Raises ValueError unless `value` is an int of at least `low` and no more than any model may have."""
-    good = is_int(value) and low <= value <= LARGEST.get(name, LARGEST_OTHER)
-    check.require(good, name, f"an int in {low} .. {LARGEST.get(name, LARGEST_OTHER)}", _brief(value))
+    most = LARGEST.get(name, LARGEST_OTHER)
+    if not (is_int(value) and low <= value <= most):
+        too_large = is_int(value) and value > most
+        check.require(False, name, f"an int in {low} .. {most}" if too_large else f"an int >= {low}", _brief(value))
 
 
 def _brief(value: Any) -> str:

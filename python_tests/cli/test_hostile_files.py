@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 import tiny
 
 HUGE = (2**31, 10**15, 2**63, 10**40, 10**400)
-SECONDS = 20  # for a call; without bounds these take minutes and all memory
+SECONDS = 20  # of this process for a call; without bounds these take minutes and all memory
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ COMMANDS = {
 def refused(path, capsys, *commands, message=""):
     """Each command ends with a message and exit code 2."""
     for command in commands:
-        started = time.perf_counter()
+        started = time.process_time()
         code = main(COMMANDS[command](path))
         error = capsys.readouterr().err
         assert code == 2 and f"k2kernels {command}: " in error and message in error, (command, code, error)
-        assert time.perf_counter() - started < SECONDS
+        assert time.process_time() - started < SECONDS
         assert not path.with_name("converted").exists()
 
 
@@ -110,6 +110,7 @@ def test_numbers_have_bounds(field, model, capsys):
         ("mscale_all_dim", 10**300), ("attention_factor", 1e308), ("attention_factor", 10**400),
         ("original_max_position_embeddings", 10**40), ("original_max_position_embeddings", 2**63),
     ],
+    ids=range(10),
 )  # fmt: skip
 def test_numbers_of_yarn_have_bounds(key, value, model, capsys):
     change_text(model, "rope_scaling", {**tiny.YARN_STEP, key: value})
