@@ -23,7 +23,7 @@ from k2kernels._backend import UnsupportedError
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
 from k2kernels.model.moe import Experts
-from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
 from k2kernels.reference.quant import dequantize
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -100,6 +100,7 @@ def _read(
     config = K2Config.from_pretrained(path)
     tensors = _named_as_in_model(scan(path), text_part(raw)[1])
     config = _with_mtp_layers_found(config, tensors, path)
+    _check_number_of_tensors(config, tensors, path)
     if keep_fp8:
         _check_keep_fp8(config, path)
     dtype = dtype or _stored_dtype(text_part(raw)[0], config, tensors)
@@ -233,7 +234,7 @@ def save_pretrained(
         writer.write_text("config.json", config.to_json())
         if parts:
             writer.share({name: (first_row(name, t), len(t.to_local())) for name, t in parts.items()})
-        for name, tensor in tqdm(tensors.items(), desc="saving", disable=not (progress and writes)):
+        for name, tensor in tqdm(tensors.items(), desc="saving") if progress and writes else tensors.items():
             if name not in parts:
                 wholes = [tensor.detach()]
             elif is_stack(name):
@@ -308,6 +309,16 @@ def _stored_dtype(raw: Any, config: K2Config, tensors: dict[str, TensorInfo]) ->
     if not (raw.get("dtype") or raw.get("torch_dtype")) and embedding and DTYPES.get(embedding.dtype) in _FLOATS:
         return DTYPES[embedding.dtype]
     return getattr(torch, config.dtype)
+
+
+def _check_number_of_tensors(config: K2Config, tensors: dict[str, TensorInfo], path: str | Path) -> None:
+    """Raises ValueError where the files lack most of the model, before that is built."""
+    wanted = sum(count for count, _, _ in config.tensors())
+    if wanted > 2 * len(tensors) + 1000:
+        raise ValueError(
+            f"{path}: the checkpoint does not fit config.json: num_hidden_layers={config.num_hidden_layers} and "
+            f"n_routed_experts={config.n_routed_experts} make {wanted} tensors, the files hold {len(tensors)}"
+        )
 
 
 def _check_keep_fp8(config: K2Config, path: str | Path) -> None:
@@ -488,7 +499,7 @@ def _load(
     lengths = {name: (owner, len(part)) for owner, t in owners.items() for name, _, part in kept(owner, t)}
     total = sum(_nbytes(tensors[name], length) for name, (_, length) in lengths.items())
     targets: dict[str, tuple[int, Tensor]] = {}  # where the parts of the owners created so far go
-    bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(total, "loading", progress)
     with bar, torch.no_grad(), Reader(tensors.values()) as weights, Reader(tensors.values()) as scales:
         for name, info in tensors.items():
             if name not in lengths:

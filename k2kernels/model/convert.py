@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from k2kernels.model.checkpoint import (
     ELEMENTS_AT_ONCE,
@@ -21,7 +20,8 @@ from k2kernels.model.checkpoint import (
     read_weight,
 )
 from k2kernels.model.config import K2Config, read_config_file, text_part
-from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.files import remove_leftovers
+from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
 from k2kernels.reference.quant import quantize_128x128
 
 # What DeepSeek quantises: attention and feed-forward projections, routed and shared experts. Embedding, head, norms,
@@ -70,8 +70,10 @@ def convert(
     if scale_fmt not in (None, "ue8m0") or (scale_fmt and to != "fp8"):
         raise ValueError(f"convert: scale_fmt must be None, or 'ue8m0' with to='fp8', got {scale_fmt!r} with to={to!r}")
     src, dst = Path(src), Path(dst)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds something")
+    if dst.is_dir():
+        remove_leftovers(dst)
+    if dst.exists() and (held := [dst.name] if not dst.is_dir() else sorted(file.name for file in dst.iterdir())):
+        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds {some(held, 3)}")
     raw = read_config_file(src)
     block = K2Config.from_dict(raw).weight_block_size
     prefix = text_part(raw)[1]
@@ -79,13 +81,7 @@ def convert(
     _check(src, tensors, to, block)
 
     infos = tensors.values()
-    bar = tqdm(
-        total=sum(info.nbytes for info in infos),
-        desc=f"converting to {to}",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )
+    bar = Progress(sum(info.nbytes for info in infos), f"converting to {to}", progress)
     with bar, torch.no_grad(), Reader(infos) as weights, Reader(infos) as scales, Writer(dst, max_shard_size) as out:
         for name, info in tensors.items():
             bar.update(info.nbytes)
@@ -152,7 +148,7 @@ def _new_config(raw: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str
     """config.json with or without the block-FP8 entry, and BF16 as the dtype of the other weights."""
     new = {key: value for key, value in raw.items() if key != "quantization_config"}
     decoder = new
-    if "text_config" in raw:
+    if text_part(raw)[1]:
         decoder = {key: value for key, value in raw["text_config"].items() if key != "quantization_config"}
         new["text_config"] = decoder
     decoder[next((key for key in ("dtype", "torch_dtype") if key in decoder), "torch_dtype")] = "bfloat16"
