@@ -132,7 +132,8 @@ def load_pretrained(
 
     The second half of `from_pretrained`, for a model that is distributed already: of each DTensor, by
     `k2kernels.parallel.parallelize` or `fully_shard`, a rank reads the rows that it keeps, of experts and of other
-    weights, and decodes them if they are FP8. So no process ever holds the model:
+    weights, and decodes them if they are FP8; and a stage of a `k2kernels.parallel.Pipeline` its own layers. So no
+    process ever holds the model:
 
         with torch.device("meta"):
             model = K2Model(K2Config.from_pretrained(path))
@@ -156,8 +157,11 @@ def load_pretrained(
         config = K2Config.from_pretrained(path)
         tensors = _named_as_in_model(scan(path), text_part(read_config_file(path))[1])
         _with_mtp_layers_found(model.config, tensors, path)
-        tied = _tied(model)
-        _check(_wanted(model), tensors, set(tied), config.weight_block_size, str(path))
+        tied, wanted = _tied(model), _wanted(model)
+        if hasattr(model, "whole_on_meta"):  # a stage of a pipeline: the other layers are on other ranks
+            elsewhere = _wanted(model.whole_on_meta()).keys() - wanted.keys()
+            tensors = {n: info for n, info in tensors.items() if n.removesuffix(SCALE) not in elsewhere}
+        _check(wanted, tensors, set(tied), config.weight_block_size, str(path))
         _leave_meta(model, device)
         _load(model, tensors, config.weight_block_size, str(path), progress and (ranks is None or ranks.writes), _same)
         with torch.no_grad():
