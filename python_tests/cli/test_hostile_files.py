@@ -176,7 +176,7 @@ def bpe(**changes):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "cannot be used"),
+        ("{", "cannot be read"),
         (bpe(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}), "cannot be used"),
         (
             bpe(
