@@ -29,7 +29,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--ep", type=int, metavar="N", help="processes that share the experts, under torchrun (default: all of them)")
     add("--cache-dtype", default="auto", help="auto (the model's dtype) or fp8 (the 656-byte layout)")
     add("--prefill-chunk", type=int, metavar="N", help="take in N tokens of the prompt at a time: bounded memory")
-    add("--keep-fp8", action="store_true", help="run the linears of an FP8 checkpoint in FP8")
+    add(
+        "--keep-quantized",
+        "--keep-fp8",
+        action="store_true",
+        help="keep FP8 and 4-bit weights as they are, and multiply by them",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
     with launched(ep=options.ep, device=options.device) as here:
         model = K2Model.from_pretrained(
-            path, device=str(here.device), keep_fp8=options.keep_fp8, mesh=here.mesh, progress=here.first
+            path, device=str(here.device), keep_quantized=options.keep_quantized, mesh=here.mesh, progress=here.first
         )
         shares = [prompts[rank :: here.world_size] for rank in range(here.world_size)]
         if here.mesh is not None:

@@ -1,4 +1,4 @@
-"""Weights of a model from and to Hugging Face checkpoints, BF16 or block FP8, one tensor at a time.
+"""Weights of a model from and to Hugging Face checkpoints, BF16, block FP8 or 4-bit, one tensor at a time.
 
 Tensors that are fused or stacked in the model are separate in the files: `pieces` defines the mapping for both
 directions. Every name, shape and dtype is checked from the files' headers before the first weight is read.
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from k2kernels._backend import UnsupportedError
+from k2kernels.model.compressed_tensors import schemes
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
 from k2kernels.model.moe import Experts
+from k2kernels.model.packed import PackedInfo, dequantize_packed_into, file_tensors, joined, read_packed
 from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
+from k2kernels.ops.w4_gemm import pack_w4, unpack_w4
 from k2kernels.reference.quant import dequantize
+from k2kernels.reference.w4_gemm import GROUP
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,6 +54,7 @@ def from_pretrained(
     keep_fp8: bool = False,
     progress: bool = True,
     mesh: Any = None,
+    keep_quantized: bool | None = None,
 ) -> Model:
     """Loads the Hugging Face checkpoint in the directory `path`. Weights are read one at a time.
 
@@ -57,8 +62,12 @@ def from_pretrained(
         path: directory with config.json and safetensors files.
         dtype: float dtype of the weights; None takes the one config.json names, or else that of the embedding.
             The router's bias and the scales stay float32.
-        keep_fp8: keep a block-FP8 checkpoint's weights and scales as they are instead of dequantising them. Scales of
-            activations are powers of two where its quantization_config has `scale_fmt: ue8m0`.
+        keep_quantized: keep weights as they are, for inference, instead of dequantising them: block FP8 with its
+            scales (those of activations are powers of two where quantization_config has `scale_fmt: ue8m0`); 4-bit
+            weights of the routed experts (compressed-tensors' INT4 and MXFP4) packed by `pack_w4`, one expert at a
+            time, in a model that is bfloat16 otherwise. Dequantised, 4-bit weights take 3.5 times the memory: Kimi-K2's
+            2 TB.
+        keep_fp8: the older name of keep_quantized.
         progress: show a progress bar.
         mesh: a `k2kernels.parallel.Layout`, or a DeviceMesh with dimensions "dp" and "ep" (see
             `k2kernels.parallel.make_mesh`). Each rank then reads and keeps its own experts, and all other weights. Call
@@ -71,18 +80,22 @@ def from_pretrained(
     Raises:
         FileNotFoundError: the directory, config.json or a shard is missing (named).
         ValueError: tensors are missing, unexpected, of the wrong shape or dtype (listed), or hold impossible values:
-            FP8 weights with NaN, scales below 0, and NaN or infinity in scales, norms and the router.
+            FP8 weights with NaN, scales below 0, and NaN or infinity in scales, norms and the router; keep_quantized
+            with a checkpoint that is not quantised.
         UnsupportedError: a kind of checkpoint that is recognised but not supported.
     """
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"from_pretrained: dtype must be a float dtype or None, got {dtype!r}")
+    keep = keep_fp8 if keep_quantized is None else keep_quantized
+    if not isinstance(keep, bool):
+        raise TypeError(f"from_pretrained: keep_quantized must be True or False, got {keep!r}")
     if mesh is not None:
         from k2kernels.parallel.layout import Layout
 
         ranks = Layout.of(mesh)
         with ranks.together("from_pretrained"):
-            return _read(cls, path, dtype, device, keep_fp8, progress and ranks.writes, ranks)
-    return _read(cls, path, dtype, device, keep_fp8, progress, None)
+            return _read(cls, path, dtype, device, keep, progress and ranks.writes, ranks)
+    return _read(cls, path, dtype, device, keep, progress, None)
 
 
 def _read(
@@ -90,7 +103,7 @@ def _read(
     path: str | Path,
     dtype: torch.dtype | None,
     device: str | torch.device,
-    keep_fp8: bool,
+    keep: bool,
     progress: bool,
     ranks: Any,
 ) -> Model:
@@ -98,21 +111,27 @@ def _read(
     device = _device(device)
     raw = read_config_file(path)
     config = K2Config.from_pretrained(path)
-    tensors = _named_as_in_model(scan(path), text_part(raw)[1])
-    config = _with_mtp_layers_found(config, tensors, path)
+    found = _named_as_in_model(scan(path), text_part(raw)[1])
+    config = _with_mtp_layers_found(config, found, path)
+    tensors = joined(found, config.quantization_config, str(path))
     _check_number_of_tensors(config, tensors, path)
-    if keep_fp8:
-        _check_keep_fp8(config, path)
     dtype = dtype or _stored_dtype(text_part(raw)[0], config, tensors)
     block = config.weight_block_size
+    w4 = any(isinstance(info, PackedInfo) for info in tensors.values())
+    if keep and w4:
+        _check_keep_w4(dtype, path)
+    elif keep:
+        _check_keep_fp8(config, path)
     config = replace(
         config,
         dtype=_dtype_name(dtype),
-        quantization_config=config.quantization_config if keep_fp8 else None,
+        quantization_config=config.quantization_config if keep else None,
     )
     with torch.device("meta"):
         model = cls(config)
-        if keep_fp8:
+        if keep and w4:
+            _use_w4_experts(model, tensors, str(path))
+        elif keep:
             _use_fp8_modules(model, tensors, config.power_of_two_scales)
     _check(_wanted(model), tensors, set(_tied(model)), block, str(path))
     if ranks is not None:
@@ -132,8 +151,8 @@ def load_pretrained(
 
     The second half of `from_pretrained`, for a model that is distributed already: of each DTensor, by
     `k2kernels.parallel.parallelize` or `fully_shard`, a rank reads the rows that it keeps, of experts and of other
-    weights, and decodes them if they are FP8; and a stage of a `k2kernels.parallel.Pipeline` its own layers. So no
-    process ever holds the model:
+    weights, and decodes them if they are FP8 or 4-bit; and a stage of a `k2kernels.parallel.Pipeline` its own layers.
+    So no process ever holds the model:
 
         with torch.device("meta"):
             model = K2Model(K2Config.from_pretrained(path))
@@ -155,8 +174,9 @@ def load_pretrained(
     ranks = getattr(model, "ranks", None)
     with contextlib.nullcontext() if ranks is None else ranks.together("load_pretrained"):
         config = K2Config.from_pretrained(path)
-        tensors = _named_as_in_model(scan(path), text_part(read_config_file(path))[1])
-        _with_mtp_layers_found(model.config, tensors, path)
+        found = _named_as_in_model(scan(path), text_part(read_config_file(path))[1])
+        _with_mtp_layers_found(model.config, found, path)
+        tensors = joined(found, config.quantization_config, str(path))
         tied, wanted = _tied(model), _wanted(model)
         if hasattr(model, "whole_on_meta"):  # a stage of a pipeline: the other layers are on other ranks
             elsewhere = _wanted(model.whole_on_meta()).keys() - wanted.keys()
@@ -222,11 +242,11 @@ def save_pretrained(
             f"save_pretrained: the ranks of weights in parts must be known, got {some(parts)} in parts; distribute the "
             "model with k2kernels.parallel.parallelize, or call Layout.shard_experts(model) before fully_shard"
         )
-    fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
+    quantized = any(tensor.dtype in (torch.float8_e4m3fn, torch.uint8) for tensor in tensors.values())
     config = replace(
         model.config,
         dtype=_dtype_name(tensors["model.embed_tokens.weight"].dtype),
-        quantization_config=model.config.quantization_config if fp8 else None,
+        quantization_config=model.config.quantization_config if quantized else None,
     )
     writes = ranks is None or ranks.writes
     new = functools.partial(Writer, path, max_shard_size)
@@ -242,7 +262,8 @@ def save_pretrained(
             else:
                 wholes = writer.whole(name, tensor)
             for whole in wholes:
-                for piece_name, piece in pieces(name, whole):
+                stored = _w4_pieces(model, name, whole) if _is_w4(model, name) else pieces(name, whole)
+                for piece_name, piece in stored:
                     writer.add(piece_name, piece)
 
 
@@ -259,6 +280,27 @@ def pieces(name: str, tensor: Tensor | Iterable[Tensor], first: int = 0) -> Iter
             yield from _halves(f"{parent}.{expert}.{projection}", f"weight{scale}", part)
     else:
         yield from _halves(parent, leaf, tensor)
+
+
+def _w4_pieces(model: nn.Module, name: str, stack: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The files' tensors of a stack of packed experts, one expert after the other."""
+    parent, _, leaf = name.rpartition(".")
+    experts = model.get_submodule(parent)
+    for number, data in enumerate(stack):
+        codes, scales = unpack_w4(experts.packed(leaf, data[None]))
+        both = (dict(_halves(f"{parent}.{number}.{leaf}", "weight", x[0])) for x in (codes, scales))
+        for weight, (half_codes, half_scales) in _zipped(*both):
+            yield from file_tensors(weight, half_codes, half_scales, _w4_group_size(model.config, experts.w4))
+
+
+def _zipped(first: dict[str, Tensor], second: dict[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    return ((name, (first[name], second[name])) for name in first)
+
+
+def _w4_group_size(config: K2Config, kind: str) -> int:
+    """Of the files that were loaded: 32, 64 or 128."""
+    sizes = {scheme.group_size for scheme in schemes(config.quantization_config) if scheme.kind == kind}
+    return sizes.pop() if len(sizes) == 1 else GROUP
 
 
 def _halves(module: str, leaf: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -311,7 +353,7 @@ def _stored_dtype(raw: Any, config: K2Config, tensors: dict[str, TensorInfo]) ->
     return getattr(torch, config.dtype)
 
 
-def _check_number_of_tensors(config: K2Config, tensors: dict[str, TensorInfo], path: str | Path) -> None:
+def _check_number_of_tensors(config: K2Config, tensors: dict[str, Any], path: str | Path) -> None:
     """Raises ValueError where the files lack most of the model, before that is built."""
     wanted = sum(count for count, _, _ in config.tensors())
     if wanted > 2 * len(tensors) + 1000:
@@ -321,16 +363,50 @@ def _check_number_of_tensors(config: K2Config, tensors: dict[str, TensorInfo], p
         )
 
 
+def _check_keep_w4(dtype: torch.dtype, path: str | Path) -> None:
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"{path}: keep_quantized of 4-bit weights must go with dtype torch.bfloat16, in which they are multiplied, "
+            f"got {dtype}; leave dtype out, or load with keep_quantized=False"
+        )
+
+
+def _use_w4_experts(model: nn.Module, tensors: dict[str, Any], path: str) -> None:
+    """Makes room for packed weights in the stacks of experts that the files hold in 4 bits."""
+    served = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            weights = dict(module.named_parameters(recurse=False))
+            names = [piece for leaf, weight in weights.items() for piece, _ in pieces(f"{name}.{leaf}", weight)]
+            found = [tensors[n] for n in names if n in tensors]
+            kinds = {info.dtype if isinstance(info, PackedInfo) else "others" for info in found}
+            if kinds <= {"others"}:
+                continue
+            if len(kinds) > 1:
+                raise UnsupportedError(
+                    f"{path}: keep_quantized needs experts of one kind in a layer, got {' and '.join(sorted(kinds))} "
+                    f"in {name}; load with keep_quantized=False"
+                )
+            module.use_w4(kinds.pop())
+            served |= set(names)
+    others = [name for name, info in tensors.items() if isinstance(info, PackedInfo) and name not in served]
+    if others:
+        raise UnsupportedError(
+            f"{path}: keep_quantized needs the routed experts alone to be packed, got {some(others)}; load with "
+            "keep_quantized=False"
+        )
+
+
 def _check_keep_fp8(config: K2Config, path: str | Path) -> None:
     if config.weight_block_size is None:
         raise ValueError(
-            f"{path}: keep_fp8 must go with a block-FP8 checkpoint, got one without quantization_config; load it "
-            "without keep_fp8, or convert it with `k2kernels convert SRC DST --to fp8`"
+            f"{path}: keep_quantized must go with a block-FP8 or 4-bit checkpoint, got one of neither; load it "
+            "without, or convert it with `k2kernels convert SRC DST --to fp8`, int4 or mxfp4"
         )
 
     def require(good: bool, wanted: str, got: Any) -> None:
         if not good:
-            raise UnsupportedError(f"{path}: keep_fp8 needs {wanted}, got {got}; load without keep_fp8")
+            raise UnsupportedError(f"{path}: keep_quantized needs {wanted}, got {got}; load without keep_quantized")
 
     block, scale_fmt = list(config.weight_block_size), config.quantization_config.get("scale_fmt")
     require(block == list(FP8_BLOCK), f"weight_block_size {list(FP8_BLOCK)}", block)
@@ -363,8 +439,22 @@ def _wanted(model: nn.Module) -> dict[str, _Piece]:
     return {
         name: _Piece(owner, like)
         for owner, tensor in _unique(model).items()
-        for name, like in pieces(owner, _like_whole(tensor))
+        for name, like in pieces(owner, _as_in_files(model, owner, tensor))
     }
+
+
+def _as_in_files(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The whole of `tensor` as `pieces` takes it: of packed experts, uint8 of the shape of their weights."""
+    if not _is_w4(model, name):
+        return _like_whole(tensor)
+    parent, _, leaf = name.rpartition(".")
+    return torch.empty(model.get_submodule(parent).packed(leaf, tensor).shape, dtype=torch.uint8, device="meta")
+
+
+def _is_w4(model: nn.Module, name: str) -> bool:
+    """Whether the model's tensor `name` is a stack of packed experts."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, Experts) and module.w4 is not None
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -468,9 +558,12 @@ def faults_of(
     dtype, shape = "of the wrong dtype", "of the wrong shape"
     if info.shape != tuple(like.shape):
         yield shape, f"{name} (wanted {list(like.shape)}, got {list(info.shape)})"
-    elif like.dtype == torch.float8_e4m3fn:
-        if info.dtype != "F8_E4M3":
-            yield dtype, f"{name} (wanted F8_E4M3, got {info.dtype}; load without keep_fp8)"
+    elif isinstance(info, PackedInfo):
+        pass  # its tensors were checked when they were joined
+    elif like.dtype in (torch.float8_e4m3fn, torch.uint8):
+        wanted = "packed 4-bit codes" if like.dtype == torch.uint8 else "F8_E4M3"
+        if info.dtype != wanted:
+            yield dtype, f"{name} (wanted {wanted}, got {info.dtype}; load without keep_quantized)"
     elif info.dtype == "F8_E4M3":
         if block is None:
             yield dtype, f"{name} (F8_E4M3, but config.json has no quantization_config with weight_block_size)"
@@ -496,22 +589,35 @@ def _load(
 ) -> None:
     """Fills `model` with what is here of its weights; `create` gives one memory, in the order of the files."""
     owners = _unique(model)
-    lengths = {name: (owner, len(part)) for owner, t in owners.items() for name, _, part in kept(owner, t)}
+    lengths = {  # of what is here of each piece
+        name: (owner, tensors[name].shape[0] if isinstance(part, _PackedTarget) else len(part))
+        for owner, t in owners.items()
+        for name, _, part in _targets(model, owner, t)
+    }
     total = sum(_nbytes(tensors[name], length) for name, (_, length) in lengths.items())
-    targets: dict[str, tuple[int, Tensor]] = {}  # where the parts of the owners created so far go
+    targets: dict[str, tuple[int, Tensor | _PackedTarget]] = {}  # where the parts of the owners created so far go
+    packed: set[str] = set()  # pieces that were packed together with another
     bar = Progress(total, "loading", progress)
-    with bar, torch.no_grad(), Reader(tensors.values()) as weights, Reader(tensors.values()) as scales:
+    with bar, torch.no_grad(), Reader(_parts(tensors)) as weights, Reader(_parts(tensors)) as scales:
         for name, info in tensors.items():
-            if name not in lengths:
+            if name not in lengths or name in packed:
                 continue
             if name not in targets:
                 owner = lengths[name][0]
                 new = create(owner, owners[owner])
-                targets.update((piece, (first, part)) for piece, first, part in kept(owner, new))
+                targets.update((piece, (first, part)) for piece, first, part in _targets(model, owner, new))
             first, target = targets.pop(name)
+            if isinstance(target, _PackedTarget):
+                packed.update(target.names)
+                _pack(target, tensors, weights, path)
+                bar.update(sum(_nbytes(tensors[piece], lengths[piece][1]) for piece in target.names))
+                continue
             rows = None if len(target) == info.shape[0] else (first, first + len(target))
             scale = tensors.get(name + SCALE)
-            if info.dtype == "F8_E4M3" and target.dtype != torch.float8_e4m3fn:
+            if isinstance(info, PackedInfo):
+                parts = read_packed(info, weights, path, kept=False, rows=rows)
+                dequantize_packed_into(target, *parts, ELEMENTS_AT_ONCE)
+            elif info.dtype == "F8_E4M3" and target.dtype != torch.float8_e4m3fn:
                 skip, grid = 0, None  # the rows of the scales
                 if rows is not None:
                     skip, grid = first % block[0], (first // block[0], -(-rows[1] // block[0]))
@@ -524,6 +630,43 @@ def _load(
             else:
                 target.copy_(read_weight(name, info, weights, path, rows))
             bar.update(_nbytes(info, len(target)))
+
+
+class _PackedTarget(NamedTuple):
+    """Where one expert's packed bytes of a stack go, and the weights of the files that they are made of."""
+
+    names: list[str]
+    data: Tensor
+    kind: str
+
+
+def _targets(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, int, Tensor | _PackedTarget]]:
+    """As `kept`; of a stack of packed experts the targets, which gate and up of one have in common."""
+    if not _is_w4(model, name):
+        yield from kept(name, tensor)
+        return
+    parent, _, leaf = name.rpartition(".")
+    kind = model.get_submodule(parent).w4
+    first, here = (first_row(name, tensor), tensor.to_local()) if _in_parts(tensor) else (0, tensor)
+    for number, data in enumerate(here, first):
+        names = [piece for piece, _ in _halves(f"{parent}.{number}.{leaf}", "weight", torch.empty(2, device="meta"))]
+        target = _PackedTarget(names, data, kind)
+        yield from ((piece, 0, target) for piece in names)
+
+
+def _pack(target: _PackedTarget, tensors: dict[str, Any], reader: Reader, path: str) -> None:
+    """Reads the codes of one expert, to its device, and packs them there."""
+    others = [f"{name} ({tensors[name].dtype})" for name in target.names if tensors[name].dtype != target.kind]
+    if others:
+        raise ValueError(f"{path}: experts must be {target.kind} like the model's, got {some(others)}")
+    parts = [read_packed(tensors[name], reader, path, kept=True) for name in target.names]
+    codes, scales = (torch.cat([x.to(target.data.device) for x in both]) for both in zip(*parts))
+    pack_w4(codes, scales, gated=len(parts) == 2, out=target.data)
+
+
+def _parts(tensors: dict[str, Any]) -> list[TensorInfo]:
+    """The tensors of the files, those of packed weights one by one."""
+    return [part for info in tensors.values() for part in (info.parts if isinstance(info, PackedInfo) else [info])]
 
 
 def _nbytes(info: TensorInfo, rows: int) -> int:

@@ -85,7 +85,7 @@ class K2Config:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     dtype: str = "bfloat16"  # of the weights on disk that are not quantised
-    quantization_config: dict[str, Any] | None = None  # None, or block FP8
+    quantization_config: dict[str, Any] | None = None  # None, block FP8, or compressed-tensors' 4-bit weights
 
     def __post_init__(self) -> None:
         self.n_shared_experts = self.n_shared_experts or 0
@@ -141,7 +141,8 @@ class K2Config:
 
     @classmethod
     def preset(cls, name: str) -> K2Config:
-        """A published model ("kimi-k2", "deepseek-v3", "moonlight-16b-a3b") or "tiny", K2 in miniature for a laptop."""
+        """A published model ("kimi-k2", "kimi-k2-thinking", "deepseek-v3", "moonlight-16b-a3b") or "tiny", K2 in
+        miniature for a laptop. Published weights in another form than BF16 are not part of it."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"K2Config.preset: name must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])
@@ -210,8 +211,9 @@ class K2Config:
 
     @property
     def weight_block_size(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not quantised."""
-        return tuple(self.quantization_config["weight_block_size"]) if self.quantization_config else None
+        """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not in FP8."""
+        block = (self.quantization_config or {}).get("weight_block_size")
+        return None if block is None else tuple(block)
 
     @property
     def power_of_two_scales(self) -> bool:
@@ -234,7 +236,7 @@ class K2Config:
 
     def tensors(self) -> Iterator[tuple[int, tuple[int, ...], str]]:
         """Every tensor of a checkpoint without MTP layers: the number of such tensors, their shape, and "plain",
-        "quantised" (in FP8 files) or "float32"."""
+        "quantised" (in FP8 files), "expert" (in FP8 and 4-bit files) or "float32"."""
         hidden, heads, layers = self.hidden_size, self.num_attention_heads, self.num_hidden_layers
         moe = sum(self.is_moe_layer(layer) for layer in range(layers))
         yield 1 if self.tie_word_embeddings else 2, (self.vocab_size, hidden), "plain"
@@ -253,13 +255,13 @@ class K2Config:
 
         shared = self.moe_intermediate_size * self.n_shared_experts
         mlps = [
-            (layers - moe, self.intermediate_size),
-            (moe * self.n_routed_experts, self.moe_intermediate_size),
-            (moe if shared else 0, shared),
+            (layers - moe, self.intermediate_size, "quantised"),
+            (moe * self.n_routed_experts, self.moe_intermediate_size, "expert"),
+            (moe if shared else 0, shared, "quantised"),
         ]
-        for count, width in mlps:
-            yield 2 * count, (width, hidden), "quantised"
-            yield count, (hidden, width), "quantised"
+        for count, width, kind in mlps:
+            yield 2 * count, (width, hidden), kind
+            yield count, (hidden, width), kind
         yield moe, (self.n_routed_experts, hidden), "plain"
         yield moe, (self.n_routed_experts,), "float32"
 

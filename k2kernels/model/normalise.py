@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2kernels._backend import UnsupportedError
+from k2kernels.model import compressed_tensors
 from k2kernels.ops._check import Arguments
 
 check = Arguments("K2Config")
@@ -112,18 +113,18 @@ def normalise_rope(rope: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """None, or block FP8 as DeepSeek writes it."""
+    """None, block FP8 as DeepSeek writes it, or 4-bit weights as compressed-tensors writes them."""
     if quantization is None:
         return None
     check.require(isinstance(quantization, Mapping), "quantization_config", "an object or null", repr(quantization))
     method = quantization.get("quant_method")
-    if method == "compressed-tensors":
-        raise UnsupportedError(
-            "K2Config: quantization_config 'compressed-tensors' (the INT4 weights of Kimi-K2-Thinking and later) is "
-            "recognised and not yet supported; use a BF16 or block-FP8 copy of the checkpoint"
-        )
+    if method == compressed_tensors.METHOD:
+        compressed_tensors.schemes(quantization)
+        return dict(quantization)
     if method != "fp8":
-        raise UnsupportedError(f"K2Config: quantization_config.quant_method must be 'fp8', got {method!r}")
+        raise UnsupportedError(
+            f"K2Config: quantization_config.quant_method must be 'fp8' or '{compressed_tensors.METHOD}', got {method!r}"
+        )
     if quantization.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise UnsupportedError(f"K2Config: quantization_config.fmt must be 'e4m3', got {quantization['fmt']!r}")
     block = quantization.get("weight_block_size")

@@ -25,7 +25,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 
-# safetensors' codes of what a model's weights and scales may be
+# safetensors' codes of what a model's weights and scales may be, those of packed codes included
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,6 +33,10 @@ DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 
