@@ -25,7 +25,7 @@ from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
 from k2kernels.model.moe import Experts
 from k2kernels.model.packed import PackedInfo, dequantize_packed_into, file_tensors, joined, read_packed
-from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
 from k2kernels.ops.w4_gemm import pack_w4, unpack_w4
 from k2kernels.reference.quant import dequantize
 from k2kernels.reference.w4_gemm import GROUP
@@ -114,6 +114,7 @@ def _read(
     found = _named_as_in_model(scan(path), text_part(raw)[1])
     config = _with_mtp_layers_found(config, found, path)
     tensors = joined(found, config.quantization_config, str(path))
+    _check_number_of_tensors(config, tensors, path)
     dtype = dtype or _stored_dtype(text_part(raw)[0], config, tensors)
     block = config.weight_block_size
     w4 = any(isinstance(info, PackedInfo) for info in tensors.values())
@@ -150,7 +151,8 @@ def load_pretrained(
 
     The second half of `from_pretrained`, for a model that is distributed already: of each DTensor, by
     `k2kernels.parallel.parallelize` or `fully_shard`, a rank reads the rows that it keeps, of experts and of other
-    weights, and decodes them if they are FP8 or 4-bit. So no process ever holds the model:
+    weights, and decodes them if they are FP8 or 4-bit; and a stage of a `k2kernels.parallel.Pipeline` its own layers.
+    So no process ever holds the model:
 
         with torch.device("meta"):
             model = K2Model(K2Config.from_pretrained(path))
@@ -175,8 +177,11 @@ def load_pretrained(
         found = _named_as_in_model(scan(path), text_part(read_config_file(path))[1])
         _with_mtp_layers_found(model.config, found, path)
         tensors = joined(found, config.quantization_config, str(path))
-        tied = _tied(model)
-        _check(_wanted(model), tensors, set(tied), config.weight_block_size, str(path))
+        tied, wanted = _tied(model), _wanted(model)
+        if hasattr(model, "whole_on_meta"):  # a stage of a pipeline: the other layers are on other ranks
+            elsewhere = _wanted(model.whole_on_meta()).keys() - wanted.keys()
+            tensors = {n: info for n, info in tensors.items() if n.removesuffix(SCALE) not in elsewhere}
+        _check(wanted, tensors, set(tied), config.weight_block_size, str(path))
         _leave_meta(model, device)
         _load(model, tensors, config.weight_block_size, str(path), progress and (ranks is None or ranks.writes), _same)
         with torch.no_grad():
@@ -249,7 +254,7 @@ def save_pretrained(
         writer.write_text("config.json", config.to_json())
         if parts:
             writer.share({name: (first_row(name, t), len(t.to_local())) for name, t in parts.items()})
-        for name, tensor in tqdm(tensors.items(), desc="saving", disable=not (progress and writes)):
+        for name, tensor in tqdm(tensors.items(), desc="saving") if progress and writes else tensors.items():
             if name not in parts:
                 wholes = [tensor.detach()]
             elif is_stack(name):
@@ -346,6 +351,16 @@ def _stored_dtype(raw: Any, config: K2Config, tensors: dict[str, TensorInfo]) ->
     if not (raw.get("dtype") or raw.get("torch_dtype")) and embedding and DTYPES.get(embedding.dtype) in _FLOATS:
         return DTYPES[embedding.dtype]
     return getattr(torch, config.dtype)
+
+
+def _check_number_of_tensors(config: K2Config, tensors: dict[str, Any], path: str | Path) -> None:
+    """Raises ValueError where the files lack most of the model, before that is built."""
+    wanted = sum(count for count, _, _ in config.tensors())
+    if wanted > 2 * len(tensors) + 1000:
+        raise ValueError(
+            f"{path}: the checkpoint does not fit config.json: num_hidden_layers={config.num_hidden_layers} and "
+            f"n_routed_experts={config.n_routed_experts} make {wanted} tensors, the files hold {len(tensors)}"
+        )
 
 
 def _check_keep_w4(dtype: torch.dtype, path: str | Path) -> None:
@@ -582,7 +597,7 @@ def _load(
     total = sum(_nbytes(tensors[name], length) for name, (_, length) in lengths.items())
     targets: dict[str, tuple[int, Tensor | _PackedTarget]] = {}  # where the parts of the owners created so far go
     packed: set[str] = set()  # pieces that were packed together with another
-    bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(total, "loading", progress)
     with bar, torch.no_grad(), Reader(_parts(tensors)) as weights, Reader(_parts(tensors)) as scales:
         for name, info in tensors.items():
             if name not in lengths or name in packed:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.model.normalise import check, check_number, is_int, normalise_quantization, normalise_rope, rope_fields
+from k2kernels.model.files import OLD, PREFIX, finish_exchange
+from k2kernels.model.normalise import (
+    check,
+    check_number,
+    check_size,
+    is_int,
+    normalise_quantization,
+    normalise_rope,
+    rope_fields,
+)
 from k2kernels.model.presets import PRESETS
 
 # Kimi-K2.5 and later keep the decoder, of type kimi_k2, in `text_config` beside a vision tower.
@@ -262,7 +271,7 @@ class K2Config:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type == "int" or (name == "q_lora_rank" and value is not None):
-                check.integer(name, value, 0 if name in _MAY_BE_ZERO else 1)
+                check_size(name, value, 0 if name in _MAY_BE_ZERO else 1)
             elif field.type == "bool":
                 check.require(isinstance(value, bool), name, "true or false", repr(value))
             elif field.type == "float":
@@ -314,9 +323,17 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """The parsed `path`/config.json, or `path` itself if it is a file."""
     path = Path(path)
     file = path if path.is_file() else path / "config.json"
+    if not file.is_file() and path.is_dir():
+        finish_exchange(path)
     if not file.is_file():
-        raise FileNotFoundError(f"K2Config: no config.json in {path}")
+        raise FileNotFoundError(f"K2Config: no config.json in {path}{_interrupted(path)}")
     return _read_json(file)
+
+
+def _interrupted(path: Path) -> str:
+    for folder in path.glob(f"{PREFIX}replacing-*"):
+        return f"; a save was interrupted or is under way: {folder} holds the new files, {OLD} in it the old ones"
+    return ""
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -327,7 +344,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets
         raise ValueError(f"K2Config: {file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"K2Config: {file} must hold a JSON object, got {type(values).__name__}")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from k2kernels.model.checkpoint import (
     ELEMENTS_AT_ONCE,
@@ -22,8 +21,9 @@ from k2kernels.model.checkpoint import (
 )
 from k2kernels.model.compressed_tensors import quantization_config
 from k2kernels.model.config import K2Config, read_config_file, text_part
+from k2kernels.model.files import remove_leftovers
 from k2kernels.model.packed import PackedInfo, dequantize_packed_into, file_tensors, joined, read_packed
-from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
 from k2kernels.ops.w4_gemm import KINDS, quantize_int4_group32, quantize_mxfp4
 from k2kernels.reference.quant import quantize_128x128
 
@@ -86,8 +86,10 @@ def convert(
     if scale_fmt not in (None, "ue8m0") or (scale_fmt and to != "fp8"):
         raise ValueError(f"convert: scale_fmt must be None, or 'ue8m0' with to='fp8', got {scale_fmt!r} with to={to!r}")
     src, dst = Path(src), Path(dst)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds something")
+    if dst.is_dir():
+        remove_leftovers(dst)
+    if dst.exists() and (held := [dst.name] if not dst.is_dir() else sorted(file.name for file in dst.iterdir())):
+        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds {some(held, 3)}")
     raw = read_config_file(src)
     config = K2Config.from_dict(raw)
     block = config.weight_block_size
@@ -96,13 +98,7 @@ def convert(
     _check(src, tensors, to, block, prefix)
 
     infos = [part for info in tensors.values() for part in getattr(info, "parts", [info])]
-    bar = tqdm(
-        total=sum(info.nbytes for info in infos),
-        desc=f"converting to {to}",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )
+    bar = Progress(sum(info.nbytes for info in infos), f"converting to {to}", progress)
     with bar, torch.no_grad(), Reader(infos) as weights, Reader(infos) as scales, Writer(dst, max_shard_size) as out:
         for name, info in tensors.items():
             bar.update(info.nbytes)
@@ -212,7 +208,7 @@ def _new_config(raw: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str
     """config.json with the entry of quantised weights, if any, and BF16 as the dtype of the others."""
     new = {key: value for key, value in raw.items() if key != "quantization_config"}
     decoder = new
-    if "text_config" in raw:
+    if text_part(raw)[1]:
         decoder = {key: value for key, value in raw["text_config"].items() if key != "quantization_config"}
         new["text_config"] = decoder
     decoder[next((key for key in ("dtype", "torch_dtype") if key in decoder), "torch_dtype")] = "bfloat16"

@@ -33,7 +33,7 @@ def test_train_leaves_what_it_promises(checkpoint):
         "loss.png",
         "max_logits.png",
         "history.jsonl",
-        "training_state.pt",
+        "checkpoints",
     }
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from k2kernels import UnsupportedError
 from k2kernels.model import K2Config, K2Model
 from k2kernels.model.shards import Reader, Writer, scan
-from k2kernels.parallel import Layout, make_mesh, parallelize
+from k2kernels.parallel import Layout, Pipeline, make_mesh, parallelize
 
 # Shards of 2 and 4 ranks are uneven, cut blocks of 128 rows, and contain the boundary of gate and up.
 SIZES = dict(checkpoints.PARTIAL, intermediate_size=335, moe_intermediate_size=159)
@@ -172,6 +172,40 @@ def load(rank, world, folder, ep=1):
             if rank == 0:
                 print(f"{how}, ep {ep}: {check.__name__}: {time.monotonic() - begun:.1f} s", file=sys.stderr)
     return found
+
+
+def stages(rank, world, folder):
+    """A stage reads its layers alone, and on four ranks its experts and its shards of them."""
+    join(rank, world, folder)
+    path = Path(folder)
+
+    def make():
+        torch.manual_seed(0)
+        checkpoints.fp8_checkpoint(path, SIZES, shards=3)
+
+    on_rank_0(rank, make)
+    layout = Layout(make_mesh(pp=2, ep=world // 2, device_type="cpu"))
+    for file, dtype in (("float", torch.float32), ("fp8", torch.bfloat16)):
+        whole = K2Model.from_pretrained(path / file, dtype=dtype, progress=False)
+        with torch.device("meta"):
+            sizes = dict(micro_batches=2, micro_batch=(1, 8))
+            stage = Pipeline(K2Config.from_pretrained(path / file), layout, **sizes).model.to(dtype)
+        parallelize(stage, layout, max_tokens=64)
+        with Reads() as reads:
+            stage.load_pretrained(path / file, progress=False)
+        want, got = whole.state_dict(), stage.state_dict()
+        for name, tensor in got.items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            assert torch.equal(full, want[name]), name
+        every = [None] * world
+        dist.all_gather_object(every, (list(got), reads.experts + reads.others - reads.scales))
+        assert {name for names, _ in every for name in names} == set(want)
+        # Each weight is read once; the router's bias, a buffer, by all ranks of its stage.
+        stored = {name: i.nbytes for name, i in scan(path / file).items() if not name.endswith("_scale_inv")}
+        biases = sum(nbytes for name, nbytes in stored.items() if name.endswith("e_score_correction_bias"))
+        stored = sum(stored.values()) + (world // 2 - 1) * biases
+        assert sum(read for _, read in every) == stored, (every, stored)
+    return "read"
 
 
 def load_ep_2(rank, world, folder):

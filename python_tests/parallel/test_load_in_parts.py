@@ -9,7 +9,7 @@ RUNS = [("load_scenarios.load", 2), ("load_scenarios.load_ep_2", 2), ("load_scen
 
 @pytest.fixture(scope="module")
 def found():
-    return run(RUNS)
+    return run([*RUNS, ("load_scenarios.stages", 2), ("load_scenarios.stages", 4)])
 
 
 @pytest.mark.parametrize("check", ["check_load", "check_errors"])
@@ -20,3 +20,8 @@ def test_parts(found, scenario, world, how, check):
         assert isinstance(results, dict), f"rank {rank} {results}"
         result = results.get(f"{how}: {check}", "not run: an earlier check failed")
         assert result is None, f"rank {rank}: {result}"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_stages_of_a_pipeline(found, world):
+    assert found[f"load_scenarios.stages/{world}"] == ["read"] * world
