@@ -242,6 +242,21 @@ def test_offsets_that_make_no_sense_reach_no_memory(kind):
         multiply(a, w, groups, SCHEDULES[2])
 
 
+def test_experts_of_a_moe_layer():
+    """Dispatch, both products and combine by kernels: the bits of the layer with decoded weights."""
+    experts, hidden, width = 6, 96, 64
+    for kind in QUANTIZERS:
+        x, routing = torch.randn(21, hidden).bfloat16(), k2kernels.moe_route(torch.randn(21, experts), top_k=2)
+        gate_up, down = random_w4(kind, experts, 2 * width, hidden), random_w4(kind, experts, hidden, width)
+        packed = pack_w4(*gate_up, gated=True), pack_w4(*down)
+        before = k2kernels.launch_count("grouped_w4_gemm")
+        with emulated(SCHEDULES[1]):
+            got = k2kernels.moe_mlp(x, routing, *packed)
+            want = k2kernels.moe_mlp(x, routing, dequantize_w4(*gate_up), dequantize_w4(*down))
+        assert k2kernels.launch_count("grouped_w4_gemm") == before + 2
+        assert torch.equal(bits(got), bits(want))
+
+
 def test_decoding_reads_weights_once():
     """For up to 16 rows a group, 16 bytes at a time."""
     groups, n, k = Groups([16, 0, 5, 1]), 256, 192

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_groups
-from k2kernels.ops._launch import chip, launch
+from k2kernels.ops._launch import chip, launch, rows_on_16_bytes
 from k2kernels.ops._register import declare
-from k2kernels.ops.grouped_gemm import _rows_on_16_bytes
 from k2kernels.ops.w4_gemm.packed import W4, check_w4
 from k2kernels.reference import w4_gemm as reference
 
@@ -136,8 +135,7 @@ def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> T
 def _launch(
     d: Tensor, a: Tensor, data: Tensor, offsets: Tensor, counts: Tensor, kind: str, swiglu: bool, expected: int | None
 ) -> None:
-    data = data.contiguous()
-    operands = _rows_on_16_bytes(a), data if data.data_ptr() % 16 == 0 else data.clone()
+    operands = rows_on_16_bytes(a), rows_on_16_bytes(data.contiguous())
     groups, rows = (offsets.contiguous(), counts.contiguous()), a.shape[0] if expected is None else expected
     into = d if d.stride(-1) == 1 else d.contiguous()  # rows of no group keep what they hold
     # K is not cut into parts: every call is batch_invariant.
