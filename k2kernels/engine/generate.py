@@ -69,7 +69,8 @@ def generate(
 
     Raises:
         TypeError, ValueError: for any argument of another type or out of range; a sequence longer than
-            config.max_position_embeddings; `speculative` without MTP layers or with a temperature.
+            config.max_position_embeddings; `speculative` without MTP layers or with a temperature; logits that are NaN
+            or infinite.
         UnsupportedError: weights other than the experts are in parts (FSDP).
         RuntimeError: says what another rank raised, before anything was computed.
         PeerTimeout: a rank that shares the experts did not take part in time.
@@ -112,8 +113,12 @@ def generate(
 
     generator = None if seed is None else torch.Generator(prompts.device).manual_seed(seed)
 
-    def pick(logits: Tensor) -> Tensor:
-        return sample(logits.float(), temperature, top_k, top_p, generator) if temperature else logits.argmax(dim=-1)
+    def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
+        finite = logits.amax(dim=-1).isfinite()
+        if not temperature:
+            return logits.argmax(dim=-1), finite
+        usable = torch.where(finite[..., None], logits.float(), 0.0)  # a draw from NaN would end a GPU's context
+        return sample(usable, temperature, top_k, top_p, generator), finite
 
     result = _Result(len(lengths), max_new_tokens, stops, model.config.pad_token_id, on_token)
     with torch.no_grad(), _evaluating(model):
@@ -125,21 +130,28 @@ def _passes(
     session: Session,
     prompts: Tensor,
     chunks: list[Spans] | None,
-    pick: Callable[[Tensor], Tensor],
+    pick: Callable[[Tensor], tuple[Tensor, Tensor]],
     result: _Result,
 ) -> Generator[None, None, Exception | None]:
-    """The passes of one call, for `Lockstep.run`. An error of `on_token` is returned: other ranks are not stopped."""
+    """The passes of one call, for `Lockstep.run`. An error of `on_token` or of the logits is returned: other ranks are
+    not stopped."""
     model, speculative = session.model, session.drafts > 0
     rows = list(range(len(session.prompt_lengths)))  # those that continue; the tensors below have one entry for each
 
     hidden, following, last, step = yield from _prefill(session, prompts, chunks)
-    newest = pick(model.lm_head(hidden.flatten(0, 1)[last]))  # chosen, not yet in the cache
+    newest, finite = pick(model.lm_head(hidden.flatten(0, 1)[last]))  # chosen, not yet in the cache
     following.view(-1)[last] = newest
     drafts = draft(model, hidden, following, last, step) if speculative else prompts[:, :0]
-    ready = [[token] for token in newest.tolist()]
+    chosen = torch.stack([newest, finite], dim=1).tolist()
     session.check()
+    ready, broken = [[token] for token, _ in chosen], [row for row, (_, good) in enumerate(chosen) if not good]
 
     while True:
+        if broken:
+            return ValueError(
+                f"generate: logits must be finite, got NaN or infinity in rows {broken} of input_ids; look for such "
+                f"weights, or ones that are too large for {model.lm_head.weight.dtype}"
+            )
         try:
             going = result.add(rows, ready)
         except Exception as error:
@@ -151,15 +163,17 @@ def _passes(
             keep = torch.tensor(going, device=prompts.device)
             rows, newest, drafts = [rows[i] for i in going], newest[keep], drafts[keep]
         decode = session.decode(rows, torch.cat([newest[:, None], drafts], dim=1))
-        chosen = pick(decode.logits)  # after each of its tokens
+        chosen, finite = pick(decode.logits)  # after each of its tokens
         # A draft is accepted if it and all drafts before it equal the model's own choices.
         last = (decode.tokens[:, 1:] == chosen[:, :-1]).cumprod(dim=1).sum(dim=1)
         newest = chosen.gather(1, last[:, None]).squeeze(1)
         places = last + torch.arange(0, chosen.numel(), chosen.shape[1], device=last.device)
         drafts = draft(model, decode.hidden, chosen, places, decode.step) if speculative else chosen[:, :0]
-        accepted = torch.cat([chosen, last[:, None] + 1], dim=1)[: len(rows)].tolist()
+        good = finite.long().cumprod(dim=1).sum(dim=1) > last  # of the accepted ones
+        accepted = torch.cat([chosen, last[:, None] + 1, good[:, None]], dim=1)[: len(rows)].tolist()
         session.check()  # before tokens of a faulty pass are reported
-        ready = [tokens[:count] for *tokens, count in accepted]
+        ready = [tokens[:count] for *tokens, count, _ in accepted]
+        broken = [row for row, (*_, good) in zip(rows, accepted) if not good]
         session.advance(rows, [len(tokens) for tokens in ready])
 
 

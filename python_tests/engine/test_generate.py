@@ -272,3 +272,26 @@ def test_bad_arguments(changes, message):
 def test_preset_generates():
     model = K2Model(K2Config.preset("tiny"))
     assert model.generate(ids(1, 5).int(), max_new_tokens=3, eos_token_ids=[]).shape == (1, 8)
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=1.0), dict(speculative=True)], ids=["greedy", "drawn", "drafts"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_reported(value, how):
+    """Of a row that comes to a token whose embedding is broken; and of a prompt with it, at once."""
+    model = tiny.model(num_nextn_predict_layers=1).eval()
+    options = dict(max_new_tokens=9, eos_token_ids=[], seed=1, **how)
+    prompt = ids(2, 6)
+    tokens = model.generate(prompt, **options)
+    others = set(tokens[0].tolist())
+    new = tokens[1, 6:-1].tolist()
+    at = next(i for i, token in enumerate(new) if i and token not in others | set(tokens[1, : 6 + i].tolist()))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[new[at]] = value
+    seen = []
+    with pytest.raises(ValueError, match=r"logits must be finite, got NaN or infinity in rows \[1\] of input_ids"):
+        model.generate(prompt, on_token=seen.append, **options)
+    assert torch.equal(torch.stack(seen, dim=1), tokens[:, 6 : 6 + len(seen)])
+    assert len(seen) == at + 1 or (how.get("speculative") and len(seen) <= at + 1)
+    prompt[1, 0] = new[at]
+    with pytest.raises(ValueError, match=r"rows \[1\] of input_ids"):
+        model.generate(prompt, **options)
