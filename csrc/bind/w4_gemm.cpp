@@ -1,6 +1,7 @@
 #include <string>
 
 #include "bind/run.h"
+#include "w4_gemm/config.h"
 #include "w4_gemm/launch.h"
 
 namespace k2k::bind {
@@ -31,6 +32,9 @@ long grouped_w4_gemm(const Chip& chip, const Tensor& a, const Tensor& w, const T
 
 }  // namespace
 
-void bind_w4_gemm(py::module_& m) { m.def("grouped_w4_gemm", &grouped_w4_gemm); }
+void bind_w4_gemm(py::module_& m) {
+    m.def("grouped_w4_gemm", &grouped_w4_gemm);
+    constant(m, "W4_CODE_BYTES", kCodeBytes);
+}
 
 }  // namespace k2k::bind

@@ -8,7 +8,7 @@ import pytest
 
 from k2kernels import _C, _emu
 from k2kernels.ops._constants import constants
-from k2kernels.reference import mla_cache, mla_prefill
+from k2kernels.reference import mla_cache, mla_prefill, w4_gemm
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted((ROOT / "k2kernels" / "ops").rglob("*.py"))
@@ -26,6 +26,7 @@ DEFINED_TWICE = {
     "LATENT": (mla_cache.LATENT, "MLA_LATENT"),
     "ROPE": (mla_cache.ROPE, "MLA_ROPE"),
     "ROW_BYTES": (mla_cache.ROW_BYTES, "MLA_ROW_BYTES"),
+    "CODE_BYTES": (w4_gemm.CODE_BYTES, "W4_CODE_BYTES"),
 }
 
 
