@@ -102,7 +102,7 @@ class Run:
         elif ep > 1:
             expert_parallel(self.model, self.layout, gradients="mean", **options)
         self.model.use_sequence_loss(ALPHA)
-        self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout.flat, qk_clip=QKClip(TAU))
+        self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout, qk_clip=QKClip(TAU))
 
     def steps(self):
         for step, want in enumerate(self.expected.steps):
@@ -188,6 +188,34 @@ def experts(rank, world, folder):
     join(rank, world, folder)
     expected = Expected(2)
     return {name: against(expected, pp=2, ep=2, schedule=name) for name in ("1F1B", "ZBVZeroBubble")}
+
+
+def overflow(rank, world, folder):
+    """What is skipped by each of two stages with one matrix each, and which weights are changed, by what is infinite or
+    not a number where; `flat`: without the other stage's flag."""
+    join(rank, world, folder)
+    layout = Layout(make_mesh(pp=world, device_type="cpu"))
+    found = {}
+    for case, mesh, bad, scaled in [
+        ("nothing", layout, {}, False),
+        ("first", layout, {0: torch.nan}, False),
+        ("last, by the mesh", layout.mesh, {1: torch.inf}, False),
+        ("scaler", layout, {1: torch.nan}, True),
+        ("no gradient", layout, {0: None, 1: torch.nan}, False),
+        ("flat", layout.flat, {0: torch.nan}, False),
+    ]:
+        torch.manual_seed(rank)
+        w = torch.nn.Parameter(torch.randn(5, 4))
+        optimizer = MuonClip([("w", w)], 0.1, mesh=mesh, qk_clip=None, skip_non_finite=not scaled)
+        before, value = w.detach().clone(), bad.get(rank, 1.0)
+        if value is not None:
+            w.grad = torch.randn(5, 4)
+            w.grad[1, 2] = value
+        if scaled:  # as torch.amp.GradScaler sets it
+            optimizer.found_inf = torch.tensor(float(rank in bad))
+        optimizer.step()
+        found[case] = [optimizer.last_skipped, not torch.equal(w, before)]
+    return found
 
 
 def mtp(rank, world, folder):
