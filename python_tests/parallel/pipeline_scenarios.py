@@ -13,6 +13,7 @@ from rank_scenarios import join
 from torch.distributed.tensor import DTensor
 
 from k2kernels import optim
+from k2kernels.model.moe import exchanges
 from k2kernels.optim import QKClip
 from k2kernels.parallel import (
     Layout,
@@ -80,7 +81,7 @@ class Expected:
 class Run:
     """A pipeline over all ranks."""
 
-    def __init__(self, expected, *, pp, ep=1, schedule="1F1B", each=None, fsdp=False):
+    def __init__(self, expected, *, pp, ep=1, schedule="1F1B", each=None, fsdp=False, halves=False):
         self.expected, self.clips = expected, 0
         self.layout = Layout(make_mesh(pp=pp, ep=ep, device_type="cpu"))
         assert expected.pipelines == self.layout.world_size
@@ -100,7 +101,8 @@ class Run:
             for stage in self.pipeline.stages:
                 parallelize(stage, self.layout, **options)
         elif ep > 1:
-            expert_parallel(self.model, self.layout, gradients="mean", **options)
+            expert_parallel(self.model, self.layout, gradients="mean", micro_batches=1 + halves, **options)
+            assert len(exchanges(self.model)) == 1 + halves
         self.model.use_sequence_loss(ALPHA)
         self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout, qk_clip=QKClip(TAU))
 
@@ -188,6 +190,13 @@ def experts(rank, world, folder):
     join(rank, world, folder)
     expected = Expected(2)
     return {name: against(expected, pp=2, ep=2, schedule=name) for name in ("1F1B", "ZBVZeroBubble")}
+
+
+def halves(rank, world, folder):
+    """The same, with two halves of each micro-batch in flight in a stage."""
+    join(rank, world, folder)
+    expected = Expected(2, num_nextn_predict_layers=1)
+    return {name: against(expected, pp=2, ep=2, schedule=name, halves=True) for name in ("1F1B", "ZBVZeroBubble")}
 
 
 def overflow(rank, world, folder):

@@ -15,7 +15,7 @@ from k2kernels.model import K2Config, K2Model
 from k2kernels.model.stage import K2Stage, K2Stages
 from k2kernels.parallel.pipeline import costs, split_layers, stages_of_rank
 
-SCENARIOS = [("schedules", 2), ("experts", 4), ("mtp", 2), ("fsdp", 4)]
+SCENARIOS = [("schedules", 2), ("experts", 4), ("halves", 4), ("mtp", 2), ("fsdp", 4)]
 
 
 @pytest.fixture(scope="module")
