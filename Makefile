@@ -4,6 +4,7 @@
 # make lint    formatters and linters            make bench    the benchmarks
 # make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
+# make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
 # make clean   removes build outputs (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
@@ -23,7 +24,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -80,6 +81,9 @@ sanitize: env
 	    LD_PRELOAD="$(call library,libasan.so) $(call library,libstdc++.so)" $(PY) $(KERNEL_TESTS)
 	K2K_SANITIZE=thread TSAN_OPTIONS=handle_segv=0 OPENBLAS_NUM_THREADS=1 \
 	    LD_PRELOAD=$(call library,libtsan.so) $(PY) $(KERNEL_TESTS) -k "not faults and not refused and not portable"
+
+kills: env
+	K2K_KILLS=30 timeout 900 $(PY) -m pytest -q -s python_tests/test_kills.py
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out

@@ -7,6 +7,7 @@ from k2kernels._backend import PeerTimeout, UnsupportedError, backend, emulated,
 from k2kernels._info import info
 from k2kernels.functional.fp8_linear import fp8_linear, grouped_fp8_linear
 from k2kernels.functional.moe_mlp import moe_mlp
+from k2kernels.functional.w4_linear import fake_quantize_int4, fake_quantize_mxfp4, grouped_w4_linear
 from k2kernels.ops.fp8_gemm import (
     fp8_gemm,
     fp8_gemm_swiglu,
@@ -28,10 +29,21 @@ from k2kernels.ops.moe import (
 )
 from k2kernels.ops.newton_schulz import newton_schulz, newton_schulz_grouped
 from k2kernels.ops.quant import dequantize, quantize_1x128, quantize_128x128, rms_norm_quantize, swiglu, swiglu_quantize
+from k2kernels.ops.w4_gemm import (
+    W4,
+    dequantize_w4,
+    grouped_w4_gemm,
+    pack_w4,
+    quantize_int4_group32,
+    quantize_mxfp4,
+    unpack_w4,
+    w4_gemm,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "W4",
     "Dispatched",
     "MlaOutput",
     "PeerTimeout",
@@ -39,7 +51,10 @@ __all__ = [
     "UnsupportedError",
     "backend",
     "dequantize",
+    "dequantize_w4",
     "emulated",
+    "fake_quantize_int4",
+    "fake_quantize_mxfp4",
     "fp8_gemm",
     "fp8_gemm_swiglu",
     "fp8_linear",
@@ -47,6 +62,8 @@ __all__ = [
     "grouped_fp8_gemm_swiglu",
     "grouped_fp8_linear",
     "grouped_fp8_wgrad",
+    "grouped_w4_gemm",
+    "grouped_w4_linear",
     "info",
     "launch_count",
     "merge_attention_states",
@@ -63,11 +80,16 @@ __all__ = [
     "moe_update_bias",
     "newton_schulz",
     "newton_schulz_grouped",
+    "pack_w4",
     "quantize_1x128",
     "quantize_128x128",
+    "quantize_int4_group32",
+    "quantize_mxfp4",
     "rms_norm_quantize",
     "swiglu",
     "swiglu_quantize",
+    "unpack_w4",
+    "w4_gemm",
 ]
 
 _SUBPACKAGES = ("engine", "integrations", "model", "optim", "parallel", "testing", "train")

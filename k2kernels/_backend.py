@@ -2,6 +2,9 @@
 
 The device of the tensors decides (`auto`): CPU tensors get the reference, CUDA tensors the kernel. `backend()` and
 `emulated()` override that for the calls inside a `with` block.
+
+A mode belongs to the context (`contextvars`) that entered it: a thread of its own starts with `auto`, also those of a
+pool. `asyncio.to_thread` and `contextvars.copy_context().run` carry the mode along.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import contextlib
 import contextvars
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_120")
@@ -45,17 +48,29 @@ class Mode(NamedTuple):
 
 
 _mode: contextvars.ContextVar[Mode] = contextvars.ContextVar("k2kernels_mode", default=Mode())  # noqa: B039 (immutable)
+_outer: contextvars.ContextVar[tuple[Mode, ...]] = contextvars.ContextVar("k2kernels_outer_modes", default=())
 _launches: Counter[str] = Counter()
 _warned: set[tuple[str, str]] = set()
 
 
-@contextlib.contextmanager
-def _entered(mode: Mode) -> Iterator[None]:
-    token = _mode.set(mode)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+class _Entered(contextlib.ContextDecorator):
+    """A `with` block of a mode; the same object may be entered again, also inside its own block."""
+
+    def __init__(self, mode: Mode):
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        _outer.set((*_outer.get(), _mode.get()))
+        _mode.set(self.mode)
+
+    def __exit__(self, *_: object) -> None:
+        if not _outer.get():
+            raise RuntimeError(
+                "a block of backend() or emulated() must be left in the thread, or the task, that entered it"
+            )
+        *outer, mode = _outer.get()
+        _outer.set(tuple(outer))
+        _mode.set(mode)
 
 
 def backend(name: str) -> contextlib.AbstractContextManager[None]:
@@ -66,7 +81,7 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """
     if name not in ("auto", "reference", "cuda"):
         raise ValueError(f"backend: name must be 'auto', 'reference' or 'cuda', got {name!r}")
-    return _entered(Mode(name))
+    return _Entered(Mode(name))
 
 
 def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextManager[None]:
@@ -80,6 +95,10 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
             bugs; of every eight seeds, with the seventh (6, 14, ...) they complete at any time, with the eighth (7, 15,
             ...) at once.
 
+    The block applies to the thread, or asyncio task, that entered it, and not to threads that are started inside.
+    Several threads may emulate at once. Until the last of their launches ends, SIGSEGV, SIGBUS, SIGFPE and SIGILL are
+    the emulator's; a fault outside kernels reaches the handler from before.
+
     Raises:
         ValueError: for any other arch, or a seed that is no int.
     """
@@ -87,7 +106,7 @@ def emulated(arch: str = "sm_80", seed: int = 0) -> contextlib.AbstractContextMa
         raise ValueError(f"emulated: arch must be one of {ARCHS}, got {arch!r}")
     if not isinstance(seed, int):
         raise ValueError(f"emulated: seed must be an int, got {seed!r}")
-    return _entered(Mode("emulated", arch, seed))
+    return _Entered(Mode("emulated", arch, seed))
 
 
 def mode() -> Mode:

@@ -19,6 +19,8 @@ LOGITS = torch.randn(6, 8)
 ROUTING = k.moe_route(LOGITS, top_k=2)
 DISPATCHED = k.moe_dispatch(X, ROUTING.indices, ROUTING.weights, num_experts=8)
 ROWS = dict(offsets=ints(0, 3, 6), counts=ints(3, 2))
+CODES, SCALES = k.quantize_int4_group32(torch.randn(2, 40, 256))
+W4, GATED = k.pack_w4(CODES[0], SCALES[0]), k.pack_w4(CODES, SCALES, gated=True)
 
 # op -> the arguments of a good call, optional ones included
 CALLS = {
@@ -64,6 +66,18 @@ CALLS = {
         a=TOKENS, a_scales=TOKEN_SCALES, b=TOKENS, b_scales=TOKEN_SCALES, offsets=ints(0, 128, 256),
         counts=ints(100, 128), out_dtype=torch.float32, accumulate=torch.zeros(2, 5, 5),
     ),
+    "quantize_int4_group32": dict(w=X, q_min=-8),
+    "quantize_mxfp4": dict(w=X, scale_rule="floor"),
+    "dequantize_w4": dict(codes=CODES, scales=SCALES, dtype=torch.float32),
+    "pack_w4": dict(codes=CODES, scales=SCALES, gated=True, out=GATED.data.clone()),
+    "unpack_w4": dict(w4=GATED),
+    "grouped_w4_gemm": dict(
+        a=X.bfloat16(), w4=GATED, swiglu=True, batch_invariant=False, expected=3,
+        out=torch.empty(6, 20, dtype=torch.bfloat16), **ROWS,
+    ),
+    "w4_gemm": dict(
+        a=X.bfloat16(), w4=W4, swiglu=False, batch_invariant=True, out=torch.empty(6, 40, dtype=torch.bfloat16)
+    ),
     "moe_route": dict(
         logits=LOGITS, bias=torch.zeros(8), top_k=2, n_group=2, topk_group=1, score="sigmoid", normalize=True, scale=1.0
     ),
@@ -79,6 +93,7 @@ CALLS = {
     "newton_schulz": dict(x=X, steps=5, schedule="quintic", algorithm="auto", iterate_dtype=torch.float32),
 }  # fmt: skip
 WRITTEN = [("mla_append", "kv_cache"), ("mla_decode", "out"), ("fp8_gemm", "out"), ("grouped_fp8_gemm", "out")]
+WRITTEN += [("grouped_w4_gemm", "out"), ("w4_gemm", "out"), ("pack_w4", "out")]
 BIG, FRACTION = 10**30, 1.5
 ABSURD = ("7", float("nan"), BIG, FRACTION, object(), [], torch.int64, X.to_sparse(), X.to(torch.complex64))
 OPTIONS = [(op, name) for op, arguments in CALLS.items() for name in arguments]

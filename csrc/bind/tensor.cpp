@@ -27,6 +27,12 @@ bool Tensor::read(py::handle object) {
     if (object.is_none()) return false;
     none_ = exchange_api().dltensor_from_py_object_no_sync(object.ptr(), &t_) != 0;
     if (none_) PyErr_Clear();
+    if (!none_ && t_.data == nullptr && numel() > 0) {
+        throw py::value_error(
+            "a kernel was given a tensor without memory: its storage was freed, as fully_shard "
+            "frees "
+            "parameters outside their module's forward and backward");
+    }
     return !none_;
 }
 

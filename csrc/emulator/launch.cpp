@@ -7,6 +7,7 @@
 #include <cstring>
 #include <exception>
 #include <map>
+#include <mutex>
 
 #include "emulator/machine.h"
 
@@ -34,14 +35,28 @@ thread_local std::vector<GridRun>* t_together = nullptr;
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 
-// Runs on the signal stack; returns by switching to the fiber of launch().
-void on_signal(int signal, siginfo_t* info, void*) {
-    Machine* machine = g_machine;
-    if (!machine || !g_current) {
-        ::signal(signal, SIG_DFL);
-        raise(signal);
-        return;
+// Handlers belong to the process, launches to threads of it: the first launch installs them and the
+// last one restores what was there before.
+std::mutex g_fault_mutex;
+std::size_t g_fault_users = 0;  // launches that run
+struct sigaction g_former[std::size(kSignals)];
+
+// A fault outside kernels, of any thread: as if there were no emulator.
+void forward(int signal, siginfo_t* info, void* context) {
+    const auto* place = std::find(std::begin(kSignals), std::end(kSignals), signal);
+    const struct sigaction& former = g_former[place - std::begin(kSignals)];
+    if (former.sa_flags & SA_SIGINFO) return former.sa_sigaction(signal, info, context);
+    if (former.sa_handler != SIG_DFL && former.sa_handler != SIG_IGN) {
+        return former.sa_handler(signal);
     }
+    ::signal(signal, SIG_DFL);              // the faulting instruction is executed again
+    if (info->si_code <= 0) raise(signal);  // sent by a process: no instruction will repeat it
+}
+
+// Runs on the signal stack; returns by switching to the fiber of launch().
+void on_signal(int signal, siginfo_t* info, void* context) {
+    Machine* machine = g_machine;
+    if (!machine || !g_current) return forward(signal, info, context);
     const Thread& thread = *self();
     const char* what = signal == SIGFPE   ? "integer division by zero"
                        : signal == SIGILL ? "undefined behaviour: a misaligned vector access, an "
@@ -58,7 +73,11 @@ void on_signal(int signal, siginfo_t* info, void*) {
     back_to_launch(message + describe(thread));
 }
 
-// Directs faults to on_signal while it exists.
+bool is_ours(const struct sigaction& action) {
+    return action.sa_flags & SA_SIGINFO && action.sa_sigaction == on_signal;
+}
+
+// Directs faults in kernels to on_signal while there is one, in any thread.
 class FaultHandlers {
   public:
     FaultHandlers() {
@@ -66,25 +85,41 @@ class FaultHandlers {
         stack_t stack = {};
         stack.ss_sp = stack_.data();
         stack.ss_size = stack_.size();
-        sigaltstack(&stack, &old_stack_);
+        sigaltstack(&stack, &old_stack_);  // of this thread
+        const std::lock_guard<std::mutex> lock(g_fault_mutex);
+        if (g_fault_users++ > 0) return;
         struct sigaction action = {};
         action.sa_sigaction = on_signal;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         for (std::size_t i = 0; i < std::size(kSignals); ++i) {
-            sigaction(kSignals[i], &action, &old_actions_[i]);
+            struct sigaction found = {};
+            sigaction(kSignals[i], nullptr, &found);
+            if (is_ours(found)) continue;  // restored by one who had installed another over it
+            g_former[i] = found;
+            sigaction(kSignals[i], &action, nullptr);
         }
     }
     ~FaultHandlers() {
-        for (std::size_t i = 0; i < std::size(kSignals); ++i) {
-            sigaction(kSignals[i], &old_actions_[i], nullptr);
+        {
+            const std::lock_guard<std::mutex> lock(g_fault_mutex);
+            if (--g_fault_users == 0) restore();
         }
         sigaltstack(&old_stack_, nullptr);
     }
+    FaultHandlers(const FaultHandlers&) = delete;
+    FaultHandlers& operator=(const FaultHandlers&) = delete;
 
   private:
+    static void restore() {
+        for (std::size_t i = 0; i < std::size(kSignals); ++i) {
+            struct sigaction found = {};
+            sigaction(kSignals[i], nullptr, &found);
+            if (is_ours(found)) sigaction(kSignals[i], &g_former[i], nullptr);
+        }
+    }
+
     std::vector<char> stack_;
     stack_t old_stack_ = {};
-    struct sigaction old_actions_[std::size(kSignals)] = {};
 };
 
 // ---- the life of a thread

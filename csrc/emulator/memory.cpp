@@ -291,10 +291,13 @@ void release(void* pointer) {
 
 const char* explain_address(const void* address) {
     const auto* byte = static_cast<const char*>(address);
-    for (const auto& [pointer, allocation] : g_allocations) {
-        if (byte < allocation.map || byte >= allocation.map + allocation.map_bytes) continue;
-        return byte < pointer ? "access before a global allocation"
-                              : "access beyond a global allocation";
+    {
+        const std::lock_guard<std::mutex> lock(g_mutex);  // no kernel holds it
+        for (const auto& [pointer, allocation] : g_allocations) {
+            if (byte < allocation.map || byte >= allocation.map + allocation.map_bytes) continue;
+            return byte < pointer ? "access before a global allocation"
+                                  : "access beyond a global allocation";
+        }
     }
     for (std::size_t i = 0; i < g_machine->resident_blocks; ++i) {
         const Block& block = *g_machine->blocks[i];

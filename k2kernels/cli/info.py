@@ -1,6 +1,7 @@
 """Print parameters, cache bytes per token and what fits where, of a preset or a checkpoint.
 
-With --gpus, --gpu and --train or --serve: which layouts over these GPUs fit, and what each rank holds.
+With --gpus and --gpu: which kinds of weights (BF16, FP8, INT4, MXFP4) fit there, and what is left for the cache. With
+--train or --serve too: which layouts over these GPUs fit, and what each rank holds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", metavar="DIR|PRESET", help="kimi-k2, deepseek-v3, moonlight-16b-a3b, tiny, or a directory"
+        "model", metavar="DIR|PRESET", help="kimi-k2, kimi-k2-thinking, deepseek-v3 ..., or a directory"
     )
     command.add_argument("--gpus", type=int, metavar="N", help="plan for N GPUs")
     command.add_argument("--gpu", metavar="NAME|GB", help="h100, h200, b200, a100-80, 4090 ..., or its memory in GB")
@@ -39,12 +40,15 @@ def run(options: argparse.Namespace) -> int:
     if options.gpus is None and options.gpu is None and options.mode is None:
         print(capacity(config).format())
         return 0
-    for name, value in (("--gpus", options.gpus), ("--gpu", options.gpu), ("--train or --serve", options.mode)):
+    for name, value in (("--gpus", options.gpus), ("--gpu", options.gpu)):
         if value is None:
             raise ValueError(f"info: {name} must be given for a plan, got none; see k2kernels info --help")
-    from k2kernels.parallel.planner import Workload, plan
+    from k2kernels.parallel.planner import Workload, gpu_bytes, plan
     from k2kernels.parallel.planner_table import table
 
+    if options.mode is None:
+        print(capacity(config).format_on(options.gpus, gpu_bytes(options.gpu, "info")))
+        return 0
     serve = options.mode == "serve"
     workload = Workload(
         mode=options.mode,

@@ -46,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         message = str(error) or type(error).__name__
-    except RuntimeError as error:
-        if "memory" not in str(error):  # PyTorch has no exception class for running out of CPU memory
+    except RuntimeError as error:  # PyTorch has no classes of its own for these
+        if "probability tensor contains" in str(error):
+            message = "the model's logits are NaN or infinite; weights or numbers in config.json are damaged"
+        elif "memory" in str(error):
+            message = str(error).splitlines()[0]
+        else:
             raise
-        message = str(error).splitlines()[0]
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

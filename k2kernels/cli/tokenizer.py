@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 RESERVED_TOKENS = 256  # ids behind the ranks of tiktoken.model; tokenizer_config.json names some of them
+LARGEST_ID = 2**31
 # How Kimi's tokenizers cut text before the merges (tokenization_kimi.py of the K2 checkpoints): runs of Han,
 # words with their apostrophe endings, numbers of at most three digits, punctuation, line ends, white space.
 _WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -51,42 +52,95 @@ class _HuggingFace:
     def __init__(self, path: Path):
         from tokenizers import Tokenizer
 
-        try:
+        self.path = path
+        with _naming(path, "read"):
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for a file that it cannot parse
-            raise ValueError(f"{path}: cannot be read: {error}") from None
+            self._tokenizer.no_padding()  # to a length that the file chooses
+            self._tokenizer.no_truncation()
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _naming(self.path):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+        with _naming(self.path):
+            return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
 class _Tiktoken:
     def __init__(self, path: Path):
         import tiktoken
 
-        try:  # not by tiktoken's own reader, which in some versions needs the package blobfile for local paths
-            lines = path.read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-        except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{path}: must hold lines of base64 token and rank: {error}") from None
+        self.path = path
+        ranks = _ranks(path)
         first = len(ranks)
         special = {i: f"<|reserved_token_{i}|>" for i in range(first, first + RESERVED_TOKENS)}
         config = path.with_name("tokenizer_config.json")
         if config.is_file():
-            added = json.loads(config.read_text()).get("added_tokens_decoder", {})
-            special.update({int(i): entry["content"] for i, entry in added.items()})
-        self._encoding = tiktoken.Encoding(
-            name=path.parent.name,
-            pat_str=KIMI_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={token: i for i, token in special.items()},
-        )
+            special.update(_added_tokens(config, first))
+        with _naming(path):
+            self._encoding = tiktoken.Encoding(
+                name=path.parent.name,
+                pat_str=KIMI_PATTERN,
+                mergeable_ranks=ranks,
+                special_tokens={token: i for i, token in special.items()},
+            )
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode(text, allowed_special="all")  # a prompt may hold <|im_user|> and the like
+        with _naming(self.path):
+            return self._encoding.encode(text, allowed_special="all")  # a prompt may hold <|im_user|> and the like
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._encoding.decode(list(tokens))
+        try:
+            return self._encoding.decode(list(tokens))
+        except KeyError:  # an id of the model that is no token
+            return "".join(self._decoded(token) for token in tokens)
+
+    def _decoded(self, token: int) -> str:
+        try:
+            return self._encoding.decode([token])
+        except KeyError:
+            return "\ufffd"
+
+
+@contextlib.contextmanager
+def _naming(path: Path, done: str = "used") -> Iterator[None]:
+    """Turns what a tokenizer's library raises into ValueError with the name of its file.
+
+    The libraries raise plain Exception, KeyError, OverflowError ..., and for what their Rust code does not expect
+    PanicException, which is no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path}: cannot be {done}: {error or type(error).__name__}") from None
+
+
+def _ranks(path: Path) -> dict[bytes, int]:
+    """The tokens of a tiktoken.model."""
+    try:  # not by tiktoken's own reader, which in some versions needs the package blobfile for local paths
+        lines = [line for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+    except ValueError as error:
+        raise ValueError(f"{path}: must hold lines of base64 token and rank: {error}") from None
+    if len(ranks) != len(lines) or set(ranks.values()) != set(range(len(ranks))):
+        raise ValueError(f"{path}: must hold each token once, with the ranks from 0 to {len(lines) - 1}")
+    if b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError(f"{path}: must hold every single byte as a token, and no empty one")
+    return ranks
+
+
+def _added_tokens(path: Path, first: int) -> dict[int, str]:
+    """Special tokens by id, of tokenizer_config.json; the first may be `first`."""
+    try:
+        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        tokens = {int(i): entry["content"] for i, entry in added.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: added_tokens_decoder must be an object of id: {{content}}: {error!r}") from None
+    for i, token in tokens.items():
+        if not first <= i < LARGEST_ID or not isinstance(token, str) or not token:
+            wanted = f"a text for ids from {first} to {LARGEST_ID - 1}"
+            raise ValueError(f"{path}: added_tokens_decoder must hold {wanted}, got {token!r} for {i}")
+    return tokens

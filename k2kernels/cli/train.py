@@ -48,7 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from k2kernels.parallel.launch import launched
-    from k2kernels.train.trainer import Trainer, TrainOptions  # after the arguments: it imports much
+    from k2kernels.train.trainer import Trainer, TrainOptions, only_run  # after the arguments: it imports much
 
     if options.threads is not None:
         if not 1 <= options.threads <= MAX_THREADS:
@@ -62,7 +62,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
     names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed", "fp8")
     chosen = TrainOptions(text=tuple(options.text), **{name: getattr(options, name) for name in names})
-    with launched(ep=options.ep, device=options.device, timeout=options.timeout) as ranks:
+    with (
+        launched(ep=options.ep, device=options.device, timeout=options.timeout) as ranks,
+        only_run(Path(options.out), ranks),
+    ):
         trainer = Trainer(
             chosen,
             Path(options.out),

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.model.normalise import check, check_number, is_int, normalise_quantization, normalise_rope, rope_fields
+from k2kernels.model.files import OLD, PREFIX, finish_exchange
+from k2kernels.model.normalise import (
+    check,
+    check_number,
+    check_size,
+    is_int,
+    normalise_quantization,
+    normalise_rope,
+    rope_fields,
+)
 from k2kernels.model.presets import PRESETS
 
 # Kimi-K2.5 and later keep the decoder, of type kimi_k2, in `text_config` beside a vision tower.
@@ -76,7 +85,7 @@ class K2Config:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     dtype: str = "bfloat16"  # of the weights on disk that are not quantised
-    quantization_config: dict[str, Any] | None = None  # None, or block FP8
+    quantization_config: dict[str, Any] | None = None  # None, block FP8, or compressed-tensors' 4-bit weights
 
     def __post_init__(self) -> None:
         self.n_shared_experts = self.n_shared_experts or 0
@@ -132,7 +141,8 @@ class K2Config:
 
     @classmethod
     def preset(cls, name: str) -> K2Config:
-        """A published model ("kimi-k2", "deepseek-v3", "moonlight-16b-a3b") or "tiny", K2 in miniature for a laptop."""
+        """A published model ("kimi-k2", "kimi-k2-thinking", "deepseek-v3", "moonlight-16b-a3b") or "tiny", K2 in
+        miniature for a laptop. Published weights in another form than BF16 are not part of it."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"K2Config.preset: name must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])
@@ -201,8 +211,9 @@ class K2Config:
 
     @property
     def weight_block_size(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not quantised."""
-        return tuple(self.quantization_config["weight_block_size"]) if self.quantization_config else None
+        """Rows and columns that share a scale in a block-FP8 checkpoint; None if the checkpoint is not in FP8."""
+        block = (self.quantization_config or {}).get("weight_block_size")
+        return None if block is None else tuple(block)
 
     @property
     def power_of_two_scales(self) -> bool:
@@ -225,7 +236,7 @@ class K2Config:
 
     def tensors(self) -> Iterator[tuple[int, tuple[int, ...], str]]:
         """Every tensor of a checkpoint without MTP layers: the number of such tensors, their shape, and "plain",
-        "quantised" (in FP8 files) or "float32"."""
+        "quantised" (in FP8 files), "expert" (in FP8 and 4-bit files) or "float32"."""
         hidden, heads, layers = self.hidden_size, self.num_attention_heads, self.num_hidden_layers
         moe = sum(self.is_moe_layer(layer) for layer in range(layers))
         yield 1 if self.tie_word_embeddings else 2, (self.vocab_size, hidden), "plain"
@@ -244,13 +255,13 @@ class K2Config:
 
         shared = self.moe_intermediate_size * self.n_shared_experts
         mlps = [
-            (layers - moe, self.intermediate_size),
-            (moe * self.n_routed_experts, self.moe_intermediate_size),
-            (moe if shared else 0, shared),
+            (layers - moe, self.intermediate_size, "quantised"),
+            (moe * self.n_routed_experts, self.moe_intermediate_size, "expert"),
+            (moe if shared else 0, shared, "quantised"),
         ]
-        for count, width in mlps:
-            yield 2 * count, (width, hidden), "quantised"
-            yield count, (hidden, width), "quantised"
+        for count, width, kind in mlps:
+            yield 2 * count, (width, hidden), kind
+            yield count, (hidden, width), kind
         yield moe, (self.n_routed_experts, hidden), "plain"
         yield moe, (self.n_routed_experts,), "float32"
 
@@ -260,7 +271,7 @@ class K2Config:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type == "int" or (name == "q_lora_rank" and value is not None):
-                check.integer(name, value, 0 if name in _MAY_BE_ZERO else 1)
+                check_size(name, value, 0 if name in _MAY_BE_ZERO else 1)
             elif field.type == "bool":
                 check.require(isinstance(value, bool), name, "true or false", repr(value))
             elif field.type == "float":
@@ -312,9 +323,17 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """The parsed `path`/config.json, or `path` itself if it is a file."""
     path = Path(path)
     file = path if path.is_file() else path / "config.json"
+    if not file.is_file() and path.is_dir():
+        finish_exchange(path)
     if not file.is_file():
-        raise FileNotFoundError(f"K2Config: no config.json in {path}")
+        raise FileNotFoundError(f"K2Config: no config.json in {path}{_interrupted(path)}")
     return _read_json(file)
+
+
+def _interrupted(path: Path) -> str:
+    for folder in path.glob(f"{PREFIX}replacing-*"):
+        return f"; a save was interrupted or is under way: {folder} holds the new files, {OLD} in it the old ones"
+    return ""
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -325,7 +344,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets
         raise ValueError(f"K2Config: {file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"K2Config: {file} must hold a JSON object, got {type(values).__name__}")

@@ -1,4 +1,4 @@
-"""Checkpoints from block FP8 to BF16 and back, on a CPU, one tensor at a time and without building the model."""
+"""Checkpoints between BF16, block FP8 and 4-bit experts, on a CPU, one tensor at a time, without building the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from k2kernels.model.checkpoint import (
     ELEMENTS_AT_ONCE,
@@ -20,8 +19,12 @@ from k2kernels.model.checkpoint import (
     read_scales,
     read_weight,
 )
+from k2kernels.model.compressed_tensors import quantization_config
 from k2kernels.model.config import K2Config, read_config_file, text_part
-from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.files import remove_leftovers
+from k2kernels.model.packed import PackedInfo, dequantize_packed_into, file_tensors, joined, read_packed
+from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
+from k2kernels.ops.w4_gemm import KINDS, quantize_int4_group32, quantize_mxfp4
 from k2kernels.reference.quant import quantize_128x128
 
 # What DeepSeek quantises: attention and feed-forward projections, routed and shared experts. Embedding, head, norms,
@@ -30,6 +33,8 @@ _QUANTIZED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
     r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate_proj|up_proj|down_proj))\.weight"
 )
+# What Kimi quantises to 4 bits: the routed experts.
+_EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
 _QUANTIZATION_CONFIG = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -47,11 +52,16 @@ def convert(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
     scale_fmt: str | None = None,
+    q_min: int = -7,
+    scale_rule: str = "even",
 ) -> None:
-    """Writes the checkpoint directory `src` to the new directory `dst` as "bf16" or "fp8".
+    """Writes the checkpoint directory `src` to the new directory `dst` as "bf16", "fp8", "int4" or "mxfp4".
 
     "fp8" is DeepSeek's format: the projections of attention and feed-forward in e4m3 with a float32 scale per 128x128
-    block, all other weights in BF16. To "bf16", FP8 and FP32 weights become BF16. The router's bias stays float32.
+    block, all other weights in BF16. "int4" and "mxfp4" are the formats of Kimi-K2-Thinking and Kimi-K3: the routed
+    experts in compressed-tensors' 4 bits with a scale for 32 weights, all others in BF16 (see `quantize_int4_group32`,
+    which takes `q_min`, and `quantize_mxfp4`, which takes `scale_rule`). To "bf16", all weights become BF16. What is
+    quantised in `src` is dequantised to BF16 first. The router's bias stays float32.
     With `scale_fmt` "ue8m0", as in DeepSeek-V3.1, scales are rounded up to powers of two, still stored in float32, and
     config.json requires the same of activations' scales.
 
@@ -59,64 +69,94 @@ def convert(
     all; no more than about one shard is in memory.
 
     Raises:
-        ValueError: `to` or `scale_fmt` is unknown, or the two cannot be combined; `src` is of that kind already or is
-            damaged; `dst` exists and is not empty.
+        ValueError: an option is unknown, or two cannot be combined; `src` is of that kind already or is damaged, or the
+            K of an expert's weight is no multiple of 32; `dst` exists and is not empty.
         FileNotFoundError: `src`, its config.json or a shard is missing.
         UnsupportedError: a kind of checkpoint that is recognised but not supported.
         OSError: `dst` could not be written.
     """
-    if to not in ("bf16", "fp8"):
-        raise ValueError(f"convert: to must be 'bf16' or 'fp8', got {to!r}")
+    if to not in ("bf16", "fp8", *KINDS):
+        raise ValueError(f"convert: to must be 'bf16', 'fp8', 'int4' or 'mxfp4', got {to!r}")
+    if q_min not in (-7, -8) or (q_min != -7 and to != "int4"):
+        raise ValueError(f"convert: q_min must be -7, or -8 with to='int4', got {q_min!r} with to={to!r}")
+    if scale_rule not in ("even", "floor") or (scale_rule != "even" and to != "mxfp4"):
+        raise ValueError(
+            f"convert: scale_rule must be 'even', or 'floor' with to='mxfp4', got {scale_rule!r} with to={to!r}"
+        )
     if scale_fmt not in (None, "ue8m0") or (scale_fmt and to != "fp8"):
         raise ValueError(f"convert: scale_fmt must be None, or 'ue8m0' with to='fp8', got {scale_fmt!r} with to={to!r}")
     src, dst = Path(src), Path(dst)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds something")
+    if dst.is_dir():
+        remove_leftovers(dst)
+    if dst.exists() and (held := [dst.name] if not dst.is_dir() else sorted(file.name for file in dst.iterdir())):
+        raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds {some(held, 3)}")
     raw = read_config_file(src)
-    block = K2Config.from_dict(raw).weight_block_size
+    config = K2Config.from_dict(raw)
+    block = config.weight_block_size
     prefix = text_part(raw)[1]
-    tensors = scan(src)
-    _check(src, tensors, to, block)
+    tensors = joined(scan(src), config.quantization_config, str(src))
+    _check(src, tensors, to, block, prefix)
 
-    infos = tensors.values()
-    bar = tqdm(
-        total=sum(info.nbytes for info in infos),
-        desc=f"converting to {to}",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )
+    infos = [part for info in tensors.values() for part in getattr(info, "parts", [info])]
+    bar = Progress(sum(info.nbytes for info in infos), f"converting to {to}", progress)
     with bar, torch.no_grad(), Reader(infos) as weights, Reader(infos) as scales, Writer(dst, max_shard_size) as out:
         for name, info in tensors.items():
             bar.update(info.nbytes)
-            if info.dtype == "F8_E4M3":
+            model_name = name.removeprefix(prefix)
+            if name.endswith(SCALE):
+                continue
+            if isinstance(info, PackedInfo):
+                weight = torch.empty(info.shape, dtype=torch.bfloat16)
+                codes = read_packed(info, weights, str(src), kept=False)
+                dequantize_packed_into(weight, *codes, ELEMENTS_AT_ONCE)
+            elif info.dtype == "F8_E4M3":
                 weight = torch.empty(info.shape, dtype=torch.bfloat16)
                 factors = read_scales(tensors[name + SCALE], scales, str(src))
                 dequantize_into(weight, read_codes(info, weights, str(src)), factors, block)
-                out.add(name, weight)
-            elif name.endswith(SCALE):
-                continue
-            elif to == "fp8" and _QUANTIZED.fullmatch(name.removeprefix(prefix)):
-                codes, factors = _quantize(weights.get(info), info, scale_fmt == "ue8m0")
+            else:
+                weight = read_weight(model_name, info, weights, str(src))
+            if to == "fp8" and _QUANTIZED.fullmatch(model_name):
+                codes, factors = _quantize(weight, info, scale_fmt == "ue8m0")
                 out.add(name, codes)
                 out.add(name + SCALE, factors)
+            elif to in KINDS and _EXPERTS.fullmatch(model_name):
+                for part_name, part in file_tensors(name, *_quantize_w4(weight, info, to, q_min, scale_rule)):
+                    out.add(part_name, part)
             else:
-                tensor = read_weight(name.removeprefix(prefix), info, weights, str(src))
                 # Copied, as one page held keeps all of the file mapped.
-                out.add(name, tensor.to(torch.bfloat16 if name.endswith(".weight") else None, copy=True))
+                out.add(name, weight.to(torch.bfloat16 if name.endswith(".weight") else None, copy=True))
+            del weight
         out.write_text("config.json", json.dumps(_new_config(raw, to, scale_fmt), indent=2) + "\n")
         for file in sorted(src.iterdir()):
             if file.is_file() and file.suffix in _COPIED and file.name not in ("config.json", INDEX):
                 out.copy(file)
 
 
-def _check(src: Path, tensors: dict[str, TensorInfo], to: str, block: tuple[int, int] | None) -> None:
+def _check(
+    src: Path,
+    tensors: dict[str, TensorInfo | PackedInfo],
+    to: str,
+    block: tuple[int, int] | None,
+    prefix: str,
+) -> None:
     """Raises ValueError unless `src` can be converted, judging by the headers of its files."""
     quantized = {name for name, info in tensors.items() if info.dtype == "F8_E4M3"}
+    experts = {name: info for name, info in tensors.items() if _EXPERTS.fullmatch(name.removeprefix(prefix))}
+    if to in KINDS and not experts:
+        raise ValueError(f"convert: src must have routed experts to become {to}, got none in {src}")
+    if to in KINDS and all(info.dtype == to for info in experts.values()):
+        raise ValueError(
+            f"convert: src must have experts of another kind to become {to}, got {src}, which is {to} already"
+        )
+    odd = [f"{name} {list(info.shape)}" for name, info in experts.items() if len(info.shape) != 2 or info.shape[1] % 32]
+    if to in KINDS and odd:
+        raise ValueError(f"convert: K of a weight must be a multiple of 32 to become {to}, got {some(odd)}")
     if to == "fp8" and (quantized or block):
         raise ValueError(f"convert: src must be BF16 or FP32 to become fp8, got {src}, which is FP8 already")
     if to == "bf16" and not any(_casts(name, info) for name, info in tensors.items()):
-        raise ValueError(f"convert: src must hold FP8 or FP32 weights to become bf16, got {src}, which is BF16 already")
+        raise ValueError(
+            f"convert: src must hold quantised or FP32 weights to become bf16, got {src}, which is BF16 already"
+        )
     if quantized and block is None:
         raise ValueError(f"convert: config.json of {src} must have a quantization_config, as {min(quantized)} is FP8")
     faults = []
@@ -148,14 +188,32 @@ def _quantize(weight: Tensor, info: TensorInfo, power_of_two: bool) -> tuple[Ten
     return torch.cat([c.view(torch.uint8) for c in codes]).view(torch.float8_e4m3fn), torch.cat(scales)
 
 
+def _quantize_w4(
+    weight: Tensor, info: TensorInfo | PackedInfo, kind: str, q_min: int, scale_rule: str
+) -> tuple[Tensor, Tensor]:
+    """4-bit codes and scales, computed a few rows at a time."""
+    parts = []
+    for part in weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1])):
+        if not part.isfinite().all():
+            raise ValueError(f"convert: {info.name} in {info.file} must hold finite numbers, got NaN or infinity")
+        if kind == "int4":
+            parts.append(quantize_int4_group32(part, q_min=q_min))
+        else:
+            parts.append(quantize_mxfp4(part, scale_rule=scale_rule))
+    codes, scales = zip(*parts)
+    return torch.cat(codes), torch.cat(scales)
+
+
 def _new_config(raw: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str, Any]:
-    """config.json with or without the block-FP8 entry, and BF16 as the dtype of the other weights."""
+    """config.json with the entry of quantised weights, if any, and BF16 as the dtype of the others."""
     new = {key: value for key, value in raw.items() if key != "quantization_config"}
     decoder = new
-    if "text_config" in raw:
+    if text_part(raw)[1]:
         decoder = {key: value for key, value in raw["text_config"].items() if key != "quantization_config"}
         new["text_config"] = decoder
     decoder[next((key for key in ("dtype", "torch_dtype") if key in decoder), "torch_dtype")] = "bfloat16"
     if to == "fp8":
         decoder["quantization_config"] = _QUANTIZATION_CONFIG | ({"scale_fmt": scale_fmt} if scale_fmt else {})
+    elif to in KINDS:
+        decoder["quantization_config"] = quantization_config(to)
     return new

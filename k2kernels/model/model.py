@@ -21,6 +21,7 @@ from k2kernels.model.micro_batch import MicroBatch, alternately, divide
 from k2kernels.model.moe import Experts, Moe
 from k2kernels.model.trunk import Decoder, Trunk
 from k2kernels.ops._check import FLOATS, Arguments
+from k2kernels.ops.w4_gemm import KINDS
 
 __all__ = ["Decoder", "K2Model"]  # pickled models name both here
 
@@ -28,7 +29,8 @@ __all__ = ["Decoder", "K2Model"]  # pickled models name both here
 class K2Model(Trunk):
     """A language model; weights are random (normal, standard deviation config.initializer_range) until loaded.
 
-    Loading with keep_fp8 replaces the weights of linear layers and experts by e4m3 codes and scales, for inference.
+    Loading with keep_quantized replaces the weights of linear layers and experts by e4m3 codes and scales, or those of
+    experts by packed 4-bit codes, for inference.
     To train with FP8 products on weights in high precision, see `use_fp8`.
 
     In training mode a forward pass records, per layer, the largest attention logit of each head (`max_logits`, for
@@ -42,6 +44,7 @@ class K2Model(Trunk):
     gradients = "sum"  # of all ranks; `k2kernels.parallel.parallelize`: "mean"
     statistics_reduced = True  # nothing was recorded since
     from_pretrained = classmethod(checkpoint.from_pretrained)
+    load_pretrained = checkpoint.load_pretrained
     save_pretrained = checkpoint.save_pretrained
     generate = generate
 
@@ -76,17 +79,49 @@ class K2Model(Trunk):
             The model.
 
         Raises:
-            ValueError: the weights are FP8 codes (keep_fp8) or float64.
+            ValueError: the weights are FP8 or 4-bit codes (keep_quantized) or float64.
 
         Source: DeepSeek-V3 (2024), section 3.3: which parts are FP8 and which are not.
         """
         modules = [module for module in self.modules() if isinstance(module, (Linear, Experts))]
         dtypes = {p.dtype for module in self.modules() for p in module.parameters(recurse=False)}
-        if enabled and dtypes & {torch.float8_e4m3fn, torch.float64}:
-            got = "FP8 codes; load it without keep_fp8" if torch.float8_e4m3fn in dtypes else "float64"
+        if enabled and dtypes & {torch.float8_e4m3fn, torch.uint8, torch.float64}:
+            kinds = {torch.float8_e4m3fn: "FP8 codes", torch.uint8: "4-bit codes", torch.float64: "float64"}
+            got = next(text for dtype, text in kinds.items() if dtype in dtypes)
+            got += "; load it with keep_quantized=False" if "codes" in got else ""
             raise ValueError(f"use_fp8: weights must be bfloat16, float16 or float32, got {got}")
         for module in modules:
             module.fp8 = enabled
+        return self
+
+    def use_w4(self, kind: str | None = "int4") -> K2Model:
+        """Quantises the weights of the routed experts to 4 bits in each pass from now on; gradients pass straight
+        through. All else stays as it is.
+
+        Weights keep names and dtype: they are masters, and saved checkpoints are unchanged. The logits are those, to
+        the bit, of the model that `k2kernels convert --to int4` or mxfp4 makes of its checkpoint and that is loaded
+        with keep_quantized. Call it on a bfloat16 model; see `k2kernels.grouped_w4_linear`.
+
+        Args:
+            kind: "int4" or "mxfp4"; None: no longer.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: another kind, the experts are FP8 or 4-bit codes, or their columns are no multiple of 32.
+        """
+        if kind not in (None, *KINDS):
+            raise ValueError(f"use_w4: kind must be None or one of {', '.join(KINDS)}, got {kind!r}")
+        stacks = [module for module in self.modules() if isinstance(module, Experts)]
+        weights = [weight for module in stacks for weight in (module.gate_up_proj, module.down_proj)]
+        for weight in weights if kind else ():
+            if not weight.dtype.is_floating_point or weight.dtype == torch.float8_e4m3fn:
+                raise ValueError("use_w4: experts must be in high precision, got codes; load with keep_quantized=False")
+            if weight.shape[-1] % 32:
+                raise ValueError(f"use_w4: columns of experts must be a multiple of 32, got {list(weight.shape)}")
+        for module in stacks:
+            module.train_w4 = kind
         return self
 
     def mtp_logits(self, input_ids: Tensor, hidden: Tensor) -> list[Tensor]:

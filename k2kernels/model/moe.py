@@ -19,6 +19,7 @@ from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
 from k2kernels.model.micro_batch import MicroBatch
 from k2kernels.ops.moe import Routing, moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
+from k2kernels.ops.w4_gemm import W4, empty_w4
 from k2kernels.reference._numeric import wide
 
 
@@ -59,7 +60,9 @@ class Experts(nn.Module):
 
     In a model kept in FP8 they are e4m3, with float32 scales [E, ceil(2I/128), ceil(hidden/128)] and so on in
     `gate_up_proj_scale_inv` and `down_proj_scale_inv`. With `fp8`, which `K2Model.use_fp8` sets, their products are FP8
-    and their dtype is unchanged.
+    and their dtype is unchanged. In a model kept in 4 bits they are the bytes of `pack_w4`, uint8 [E, ceil(2I/64),
+    ceil(hidden/64), C] and so on, gate_up_proj gated, and `w4` is their kind: see `use_w4`. With
+    `train_w4`, a kind, which `K2Model.use_w4` sets, they are quantised to 4 bits in each pass.
 
     Over ranks (`k2kernels.parallel.Layout.shard_experts`) they are DTensors of which this rank has some experts, from
     `first_expert` on, and `ranks` is the Layout. `gradients` is "sum" or "mean", as `expert_parallel` describes, and
@@ -69,6 +72,8 @@ class Experts(nn.Module):
 
     fp8 = False
     power_of_two = False
+    w4: str | None = None
+    train_w4: str | None = None
     ranks: Any = None
     first_expert = 0
     gradients, divisor = "sum", 1
@@ -82,6 +87,19 @@ class Experts(nn.Module):
         self.register_parameter("gate_up_proj_scale_inv", None)
         self.register_parameter("down_proj_scale_inv", None)
         self.power_of_two = config.power_of_two_scales
+        self._shapes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
+
+    def use_w4(self, kind: str) -> None:
+        """Replaces the weights by packed 4-bit ones of a kind, whose bytes are still to be set: for inference."""
+        for name in self._shapes:
+            like = getattr(self, name)
+            empty = empty_w4((len(like), *self._shapes[name]), kind, gated=name == "gate_up_proj", device=like.device)
+            setattr(self, name, nn.Parameter(empty.data, requires_grad=False))
+        self.w4 = kind
+
+    def packed(self, name: str, data: Tensor) -> W4:
+        """The W4 of the bytes of some experts of the parameter `name`, of a model kept in 4 bits."""
+        return W4(data, self.w4, (len(data), *self._shapes[name]), name == "gate_up_proj")
 
     def forward(
         self,
@@ -95,11 +113,15 @@ class Experts(nn.Module):
         """`moe_mlp` with these weights: x [N, hidden] -> [N, hidden]."""
         options = dict(fp8=True) if self.fp8 else {}
         options["power_of_two"] = self.fp8 or self.power_of_two
+        if self.train_w4:
+            options["w4"] = self.train_w4
         return moe_mlp(x, routing, *self.weights(), shared=shared, exchange=exchange, capacity=capacity, **options)
 
     def weights(self) -> tuple:
         """`gate_up` and `down` as `moe_mlp` takes them: of this rank's experts."""
         gate_up, down = self._here(self.gate_up_proj), self._here(self.down_proj)
+        if self.w4:
+            return self.packed("gate_up_proj", gate_up), self.packed("down_proj", down)
         if self.gate_up_proj_scale_inv is None:
             return gate_up, down
         return (gate_up, self._here(self.gate_up_proj_scale_inv)), (down, self._here(self.down_proj_scale_inv))
@@ -109,7 +131,8 @@ class Experts(nn.Module):
             weight = weight.to_local()
             if self.divisor > 1 and weight.requires_grad:
                 weight = _DividedGradient.apply(weight, self.divisor)
-        return weight if self.compute_dtype is None else weight.to(self.compute_dtype)
+        cast = self.compute_dtype is not None and weight.dtype.is_floating_point
+        return weight.to(self.compute_dtype) if cast else weight
 
 
 class _DividedGradient(torch.autograd.Function):

@@ -7,9 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2kernels._backend import UnsupportedError
+from k2kernels.model import compressed_tensors
 from k2kernels.ops._check import Arguments
 
 check = Arguments("K2Config")
+LEAST, MOST = 1e-30, 1e30  # of numbers that are no sizes
+# The largest sizes, far above every model's: a damaged file must not make loops and tensors without end. The products
+# of several stay below 2**63 bytes.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**22,
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 1_000,
+    "num_attention_heads": 2**16,
+    "q_lora_rank": 2**22,
+    "kv_lora_rank": 2**22,
+    "qk_nope_head_dim": 2**16,
+    "qk_rope_head_dim": 2**16,
+    "v_head_dim": 2**16,
+    "intermediate_size": 2**24,
+    "moe_intermediate_size": 2**22,
+    "n_routed_experts": 2**14,
+    "n_shared_experts": 2**10,
+}
+LARGEST_OTHER = 2**31 - 1
+
 _ROPE_KEYS = {
     "factor",
     "original_max_position_embeddings",
@@ -83,7 +105,7 @@ def normalise_rope(rope: Mapping[str, Any] | None) -> dict[str, Any] | None:
         check_number("rope_scaling.attention_factor", result["attention_factor"], positive=True)
     check_number("rope_scaling.factor", result["factor"])
     check.require(result["factor"] >= 1, "rope_scaling.factor", "1 or more", result["factor"])
-    check.integer("rope_scaling.original_max_position_embeddings", result["original_max_position_embeddings"], 1)
+    check_size("rope_scaling.original_max_position_embeddings", result["original_max_position_embeddings"], 1)
     check.require(
         isinstance(result["truncate"], bool), "rope_scaling.truncate", "true or false", repr(result["truncate"])
     )
@@ -91,18 +113,18 @@ def normalise_rope(rope: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """None, or block FP8 as DeepSeek writes it."""
+    """None, block FP8 as DeepSeek writes it, or 4-bit weights as compressed-tensors writes them."""
     if quantization is None:
         return None
     check.require(isinstance(quantization, Mapping), "quantization_config", "an object or null", repr(quantization))
     method = quantization.get("quant_method")
-    if method == "compressed-tensors":
-        raise UnsupportedError(
-            "K2Config: quantization_config 'compressed-tensors' (the INT4 weights of Kimi-K2-Thinking and later) is "
-            "recognised and not yet supported; use a BF16 or block-FP8 copy of the checkpoint"
-        )
+    if method == compressed_tensors.METHOD:
+        compressed_tensors.schemes(quantization)
+        return dict(quantization)
     if method != "fp8":
-        raise UnsupportedError(f"K2Config: quantization_config.quant_method must be 'fp8', got {method!r}")
+        raise UnsupportedError(
+            f"K2Config: quantization_config.quant_method must be 'fp8' or '{compressed_tensors.METHOD}', got {method!r}"
+        )
     if quantization.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise UnsupportedError(f"K2Config: quantization_config.fmt must be 'e4m3', got {quantization['fmt']!r}")
     block = quantization.get("weight_block_size")
@@ -111,7 +133,7 @@ def normalise_quantization(quantization: Mapping[str, Any] | None) -> dict[str, 
             "K2Config: quantization_config.weight_block_size must be given, e.g. [128, 128]; FP8 with one scale per "
             "tensor or per row is not supported"
         )
-    good = isinstance(block, (list, tuple)) and len(block) == 2 and all(is_int(b) and b > 0 for b in block)
+    good = isinstance(block, (list, tuple)) and len(block) == 2 and all(is_int(b) and 0 < b < 2**31 for b in block)
     check.require(good, "quantization_config.weight_block_size", "two positive integers", block)
     return {**quantization, "weight_block_size": list(block)}
 
@@ -122,7 +144,25 @@ def is_int(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, positive: bool = False) -> None:
-    """Raises ValueError unless `value`, of a JSON file, is a finite number of at least 0, or above it."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Raises ValueError unless `value`, of a JSON file, is a number that float32 computes with."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (LEAST <= value <= MOST or (value == 0 and not positive)):
+        return
     wanted = "a finite number above 0" if positive else "a finite number of 0 or more"
-    check.require(good and (value > 0 if positive else value >= 0), name, wanted, repr(value))
+    if number and 0 < value < math.inf:
+        wanted += f", from {LEAST} to {MOST}"
+    check.require(False, name, wanted, _brief(value))
+
+
+def check_size(name: str, value: Any, low: int) -> None:
+    """Raises ValueError unless `value` is an int of at least `low` and no more than any model may have."""
+    most = LARGEST.get(name, LARGEST_OTHER)
+    if not (is_int(value) and low <= value <= most):
+        too_large = is_int(value) and value > most
+        check.require(False, name, f"an int in {low} .. {most}" if too_large else f"an int >= {low}", _brief(value))
+
+
+def _brief(value: Any) -> str:
+    if is_int(value) and abs(value) >= 10**40:  # Python refuses to print the largest
+        return f"an int of {value.bit_length()} bits"
+    return repr(value)

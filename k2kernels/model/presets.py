@@ -34,6 +34,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         eos_token_id=163585,
         pad_token_id=163839,
     ),
+    # Kimi-K2-Thinking, November 2025; published in INT4
+    "kimi-k2-thinking": dict(
+        vocab_size=163840,
+        num_attention_heads=64,
+        max_position_embeddings=262144,
+        first_k_dense_replace=1,
+        n_routed_experts=384,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.827,
+        rms_norm_eps=1e-5,
+        rope_theta=50000.0,
+        rope_scaling=_yarn(64.0, 4096, 1.0, 1.0),
+        bos_token_id=163584,
+        eos_token_id=163586,
+        pad_token_id=163839,
+    ),
     "deepseek-v3": dict(
         max_position_embeddings=163840,
         rope_scaling=_yarn(40.0, 4096, 32.0, 1.0),

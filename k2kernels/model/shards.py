@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,12 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
+
+from k2kernels.model import files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 
-# safetensors' codes of what a model's weights and scales may be
+# safetensors' codes of what a model's weights and scales may be, those of packed codes included
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,6 +33,10 @@ DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 
@@ -99,12 +105,18 @@ class Reader:
         self._handle: Any = None
         self._mapped = 0
 
-    def get(self, info: TensorInfo) -> Tensor:
-        if info.file != self._file or self._mapped + info.nbytes > self.window:
+    def get(self, info: TensorInfo, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor; or some of its rows, from the first to before the second: nothing else is read then."""
+        size = info.nbytes
+        if rows is not None:
+            size = size // max(info.shape[0], 1) * (rows[1] - rows[0])
+        if info.file != self._file or self._mapped + size > self.window:
             self.close()
             self._file, self._handle = info.file, _open(info.file)
-        self._mapped += info.nbytes
-        return self._handle.get_tensor(info.name)
+        self._mapped += size
+        if rows is None:
+            return self._handle.get_tensor(info.name)
+        return self._handle.get_slice(info.name)[rows[0] : rows[1]]
 
     def close(self) -> None:
         if self._handle is not None:
@@ -123,8 +135,9 @@ class Writer:
 
     Shards are written under another name, flushed to the disk, and renamed at the end. A new directory is created by
     one rename. In an existing one the old checkpoint's files are moved aside first, and back if anything fails; other
-    files are not touched. `config.json` is moved aside first and written last: loading fails after a power failure in
-    between, instead of reading a mixture.
+    files are not touched. `config.json` is moved aside first and written last: whatever kills the process in between,
+    no mixture is read, and the next load or save finishes the exchange (`files.finish_exchange`). What a process that
+    was killed earlier had written is removed by the next save, with a warning.
 
     Tensors are referenced (not copied, if they are contiguous on the CPU) until their shard is full.
     """
@@ -143,7 +156,12 @@ class Writer:
         self._fresh = not self.path.exists()
         home = self.path.absolute().parent if self._fresh else self.path
         home.mkdir(parents=True, exist_ok=True)
-        self.directory = _new_directory(home, "saving")
+        with _writing(self.path):
+            if not self._fresh:
+                files.finish_exchange(self.path)
+            files.remove_leftovers(home)
+            self.directory, self._lock = files.new_folder(home)
+        self._exchanging = False
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -171,7 +189,10 @@ class Writer:
                 with _writing(self.path):
                     self._finish()
         finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            if not self._exchanging:  # else moving back has failed too, and it holds the old checkpoint
+                shutil.rmtree(self.directory, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def _flush(self) -> None:
         file = self.directory / f"shard-{len(self._shards)}"
@@ -193,34 +214,27 @@ class Writer:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             self.write_text(INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
         for file in self.directory.iterdir():
-            _fsync(file)
+            files.sync(file)
         if self._fresh:
             os.rename(self.directory, self.path)
         else:
             self._replace()
         with contextlib.suppress(OSError):  # not supported by every file system; the files themselves are flushed
-            _fsync(self.path)
-            _fsync(self.path.absolute().parent)
+            files.sync(self.path)
+            files.sync(self.path.absolute().parent)
 
     def _replace(self) -> None:
         """Replaces the old checkpoint's files by the staged ones; restores them on any error."""
-        new = sorted((file.name for file in self.directory.iterdir()), key=lambda name: name == "config.json")
+        new = {file.name for file in self.directory.iterdir()}
         old = [f.name for f in self.path.iterdir() if f.is_file() and (f.name in new or _belongs_to_checkpoint(f.name))]
-        old.sort(key=lambda name: name != "config.json")
-        aside = _new_directory(self.path, "replaced")
-        moves = [(self.path / name, aside / name) for name in old]
-        moves += [(self.directory / name, self.path / name) for name in new]
-        done: list[tuple[Path, Path]] = []
+        self.directory = files.begin_exchange(self.directory, old)
         try:
-            for source, target in moves:
-                os.rename(source, target)
-                done.append((source, target))
+            self._exchanging = True
+            files.exchange(self.directory)
+            self._exchanging = False
         except BaseException:
-            for source, target in reversed(done):
-                os.rename(target, source)
-            aside.rmdir()
+            self._exchanging = any((self.directory / files.OLD).iterdir())
             raise
-        shutil.rmtree(aside)
 
 
 @contextlib.contextmanager
@@ -238,6 +252,24 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+class Progress:
+    """A bar on stderr that counts bytes; without `shown` none is made, as tqdm takes locks and starts a thread."""
+
+    def __init__(self, total: int, what: str, shown: bool):
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True) if shown else None
+
+    def update(self, size: int) -> None:
+        if self._bar is not None:
+            self._bar.update(size)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def some(items: Iterable[str], most: int = 10) -> str:
     """The first items of a list, for a message."""
     items = list(items)
@@ -246,6 +278,12 @@ def some(items: Iterable[str], most: int = 10) -> str:
 
 
 def _open(file: Path) -> Any:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{os.fsencode(file)!r}: safetensors takes paths in UTF-8 only; rename the directory"
+        ) from None
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except SafetensorError as error:
@@ -265,7 +303,7 @@ def _weight_map(file: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         good = all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: must be a JSON object with a weight_map ({error!r})") from error
     if not good:
         raise ValueError(f"{file}: weight_map must name files of the same directory")
@@ -278,17 +316,3 @@ def _whereabouts(name: str, headers: dict[str, dict[str, TensorInfo]]) -> str:
 
 def _belongs_to_checkpoint(name: str) -> bool:
     return name in (INDEX, "config.json") or re.fullmatch(r"model.*\.safetensors", name) is not None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _new_directory(parent: Path, purpose: str) -> Path:
-    directory = parent / f".k2kernels-{purpose}-{secrets.token_hex(4)}"
-    directory.mkdir()
-    return directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from k2kernels._backend import UnsupportedError
@@ -24,17 +25,22 @@ class _Part(K2Model):
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """Raises UnsupportedError: the other layers are elsewhere."""
         raise UnsupportedError(
-            "save_pretrained: the model must be whole, got a part of it; save parts by torch.distributed.checkpoint, "
-            "and load that into a whole model"
+            "save_pretrained: the model must be whole, got a part of it; save parts by "
+            "k2kernels.parallel.save_checkpoint, and load that into a model of parallelize"
         )
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """Raises UnsupportedError."""
         raise UnsupportedError(
-            f"{cls.__name__}.from_pretrained: files of a whole model are read by K2Model; give its state_dict() to "
-            "load_whole, or load a checkpoint of torch.distributed.checkpoint"
+            f"{cls.__name__}.from_pretrained: a part of a model must be made from its config; load_pretrained fills it "
+            "from files of the whole model"
         )
+
+    def whole_on_meta(self) -> K2Model:
+        """The model that this is a part of, without data: its names and shapes."""
+        with torch.device("meta"):
+            return K2Model(self.config)
 
     def load_whole(self, state_dict: dict[str, Tensor]) -> None:
         """Takes what is here of a whole model's `state_dict()`; that of parameters that are whole here.

@@ -106,6 +106,40 @@ def matrices(x: Tensor) -> Tensor:
     return x if x.ndim <= 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
+def rows_begin_on_16_bytes(x: Tensor) -> bool:
+    """Whether all rows of x, which lie along its last axis, begin at multiples of 16 bytes.
+
+    `is_contiguous` says nothing of it: a contiguous view into a larger tensor begins anywhere.
+    """
+    places, size = x.data_ptr(), x.element_size()
+    for stride in x.stride()[:-1]:
+        places |= stride * size
+    return places % 16 == 0
+
+
+def rows_on_16_bytes(x: Tensor, *, distinct: bool = False) -> Tensor:
+    """x [..., rows, columns] as kernels take it that copy 16 bytes at a time: stride 1 along columns, rows that begin
+    at multiples of 16 bytes.
+
+    It is copied only if it must be; where a row is no multiple of 16 bytes, the copy has the rest behind each.
+
+    Args:
+        distinct: rows may not share memory (a stride of 0), which a tensor map does not take.
+    """
+    strides, size = x.stride(), x.element_size()
+    places = x.data_ptr()  # as rows_begin_on_16_bytes, whose call would cost as much
+    for stride in strides[:-1]:
+        places |= stride * size
+    if places % 16 == 0 and strides[-1] == 1 and not (distinct and 0 in strides):
+        return x
+    columns, in_16_bytes = x.shape[-1], 16 // size
+    copy = x.new_empty((*x.shape[:-1], -(-columns // in_16_bytes) * in_16_bytes))[..., :columns]
+    if x.dtype == torch.float8_e4m3fn:
+        copy.view(torch.uint8).copy_(x.view(torch.uint8))
+        return copy
+    return copy.copy_(x)
+
+
 def why_not_emulated() -> str | None:
     """What keeps kernels from being emulated, if anything."""
     try:

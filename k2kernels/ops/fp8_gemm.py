@@ -19,7 +19,7 @@ from k2kernels.ops._fp8_plan import (  # noqa: F401 (public here)
     pinned_plan,
     plans_on,
 )
-from k2kernels.ops._launch import chip, launch, module
+from k2kernels.ops._launch import chip, launch, module, rows_on_16_bytes
 from k2kernels.ops._register import declare
 from k2kernels.ops.quant import empty_codes, launch_swiglu_quantize
 from k2kernels.reference import fp8_gemm as reference
@@ -359,24 +359,6 @@ def _out(args: Arguments, out: Tensor, shape: tuple, out_dtype: torch.dtype, **i
     return out
 
 
-def _aligned(codes: Tensor) -> Tensor:
-    """Codes [..., rows, K], or a copy, whose rows begin at multiples of 16 bytes, as the kernels copy them.
-
-    Rows do not share memory (stride 0): a tensor map takes no stride of 0.
-    """
-    *leading, k = codes.shape
-    *strides, column = codes.stride()
-    places = codes.data_ptr()
-    for size, stride in zip(leading, strides):
-        if size > 1:
-            places |= stride
-    if places % 16 == 0 and column == 1 and (strides[-1] or leading[-1] <= 1):
-        return codes
-    copy = codes.new_empty((*leading, -(-k // 16) * 16))[..., :k]
-    copy.view(torch.uint8).copy_(codes.view(torch.uint8))
-    return copy
-
-
 def _with_rows(x: Tensor) -> Tensor:
     """x, or a copy, with adjacent columns."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -407,8 +389,9 @@ def _launch(
     offsets, counts, bias, row_weights = (None if x is None else x.contiguous() for x in tensors)
     accumulate = None if accumulate is None else _with_rows(accumulate)
     target = _with_rows(out)
+    a, b = rows_on_16_bytes(a, distinct=True), rows_on_16_bytes(b, distinct=True)
     launch(
-        "fp8_gemm", _aligned(a), a_scales, _aligned(b), b_scales, offsets, counts, expected_m, bias, accumulate,
+        "fp8_gemm", a, a_scales, b, b_scales, offsets, counts, expected_m, bias, accumulate,
         row_weights, b_row_offset, batch_invariant, target, scales, power_of_two, plan or forced_plan(), chip(a.device),
         op=op,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_groups
-from k2kernels.ops._launch import chip, launch
+from k2kernels.ops._launch import chip, launch, rows_on_16_bytes
 from k2kernels.ops._register import declare
 from k2kernels.reference import grouped_gemm as reference
 
@@ -56,18 +56,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
     return d_a, d_b, None, None, None
 
 
-def _rows_on_16_bytes(x: Tensor) -> Tensor:
-    """x, copied only if rows do not begin at multiples of 16 bytes or columns are not adjacent."""
-    *rows, column = x.stride()
-    if column == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in rows):
-        return x
-    width = x.shape[-1]
-    return x.new_empty((*x.shape[:-1], -(-width // 8) * 8))[..., :width].copy_(x)
-
-
 def _launching(function: str) -> Callable:
     def launch_into(d: Tensor, a: Tensor, b: Tensor, offsets: Tensor, counts: Tensor, expected: int | None = None):
-        operands = _rows_on_16_bytes(a), _rows_on_16_bytes(b), offsets.contiguous(), counts.contiguous()
+        operands = rows_on_16_bytes(a), rows_on_16_bytes(b), offsets.contiguous(), counts.contiguous()
         launch(function, chip(a.device), *operands, a.shape[0] if expected is None else expected, d)
 
     return launch_into

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
-from k2kernels.ops._launch import chip, launch, module
+from k2kernels.ops._launch import chip, launch, module, rows_begin_on_16_bytes, rows_on_16_bytes
 from k2kernels.ops._register import declare
 from k2kernels.ops.mla_cache import LATENT, ROW_BYTES, check_cache, check_pages
 from k2kernels.reference import mla_decode as reference
@@ -147,7 +147,7 @@ def _unserved(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
         return f"kernels take {LATENT} latent and {ROPE} rope dims, not {head_dim_v} and {q.shape[-1] - head_dim_v}"
     if kv_cache.stride(-1) != 1:
         return f"kv_cache must have stride 1 in its last axis, got {kv_cache.stride(-1)}"
-    if not _on_16_bytes(kv_cache):
+    if not rows_begin_on_16_bytes(kv_cache):
         return "the rows of kv_cache must begin at multiples of 16 bytes"
     return None
 
@@ -162,20 +162,11 @@ def _outputs(
     return out, q.new_empty(*rows, dtype=dtype), max_logits
 
 
-def _on_16_bytes(x: Tensor) -> bool:
-    """Whether all rows of x, whose last axis has stride 1, begin at multiples of 16 bytes."""
-    places, size = x.data_ptr(), x.element_size()
-    for stride in x.stride()[:-1]:
-        places |= stride * size
-    return places % 16 == 0
-
-
 def _rows(x: Tensor) -> Tensor:
     """x [B, s_q, H, D] or [T, H, D] as the kernels take it: contiguous, or [T, H, D]; copied only if it must be."""
-    if x.is_contiguous() and _on_16_bytes(x):
+    if x.is_contiguous() and rows_begin_on_16_bytes(x):
         return x
-    x = x.flatten(0, 1) if x.ndim == 4 else x
-    return x if x.stride(-1) == 1 and _on_16_bytes(x) else x.contiguous()
+    return rows_on_16_bytes(x.flatten(0, 1) if x.ndim == 4 else x)
 
 
 def _launch(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from k2kernels.ops._check import FLOATS, Arguments, check_cu_seqlens
 from k2kernels.ops._constants import constants
-from k2kernels.ops._launch import chip, launch, module
+from k2kernels.ops._launch import chip, launch, module, rows_on_16_bytes
 from k2kernels.ops._register import declare
 from k2kernels.ops.mla_decode import MlaOutput
 from k2kernels.reference import mla_prefill as reference
@@ -198,12 +198,8 @@ def _piece_outputs(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [T, ..., D] with stride 1 along D, no stride 0, rows at multiples of 16 bytes; copied only if it must be."""
-    places, strides = x.data_ptr(), x.stride()
-    for stride in strides[:-1]:
-        places |= stride * x.element_size()
-    good = strides[-1] == 1 and places % 16 == 0 and 0 not in strides
-    return x if good else x.clone(memory_format=torch.contiguous_format)
+    """x [T, ..., D] as the kernels take it; copied only if it must be."""
+    return rows_on_16_bytes(x, distinct=True)
 
 
 def _operands(

@@ -13,15 +13,17 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+
+from k2kernels.model.files import reason, replace_file, sync
 
 LATEST, STATE = "latest", "state.pt"
 
@@ -75,7 +77,7 @@ def save_checkpoint(
     if ranks.rank == 0:
         try:
             replace_file(folder / STATE, lambda f: torch.save({"step": step, "options": options, "extra": extra}, f))
-            _sync(folder)
+            sync(folder)
             previous = _latest(path)
             replace_file(path / LATEST, lambda f: f.write(f"{name}\n".encode()))
             _remove(old for old in path.glob("step_*") if old.name not in (name, previous))
@@ -298,42 +300,10 @@ def _remove(folders: Iterable[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file under a temporary name, makes sure that it is on the disk, and renames it.
-
-    Raises:
-        OSError: the file of that name, if any, is unchanged.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path}: cannot be written ({_reason(error)}); what was there before is unchanged") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Makes sure that a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _reason(error: BaseException) -> str:
     """The cause that a user can act on: the first rank's, and an error of the file system where there is one."""
     rank, failures = "", getattr(error, "failures", None)  # of torch.distributed.checkpoint
     if failures:
         number, (error, _) = next(iter(failures.items()))
         rank = f"rank {number}: "
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return f"{rank}{cause}" if cause is not None else f"{rank}{type(error).__name__}: {error}"
+    return rank + reason(error)

@@ -72,7 +72,7 @@ def launched(
         for name, size in (("pp", pp), ("ep", ep)):
             if size not in (1, None):
                 raise ValueError(f"{name} must be 1 in one process, got {size}; start several with torchrun")
-        yield Launched(0, 1, torch.device(device), None)
+        yield Launched(0, 1, _device(device), None)
         return
     import torch.distributed as dist
 
@@ -82,8 +82,8 @@ def launched(
     ep = world // pp if ep is None else ep
     if ep < 1 or world // pp % ep:
         raise ValueError(f"ep must divide the {world // pp} processes of a pipeline stage, got {ep}")
-    kind = torch.device(device).type
-    if kind not in BACKENDS or torch.device(device).index is not None:
+    kind = _device(device).type
+    if kind not in BACKENDS or _device(device).index is not None:
         raise ValueError(f"device must be 'cpu' or 'cuda' for several processes, got {device!r}")
     place = torch.device(kind)
     if kind == "cuda":
@@ -97,3 +97,10 @@ def launched(
     dist.init_process_group(BACKENDS[kind], timeout=None if timeout is None else timedelta(seconds=timeout))
     yield Launched(rank, world, place, make_mesh(pp=pp, ep=ep, device_type=kind))
     dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:  # an unknown name
+        raise ValueError(f"device must be one of this machine, got {name!r}") from error

@@ -323,24 +323,45 @@ class Layout:
         """A checkpoint's writer for all ranks; `make` makes the one of the rank that writes."""
         return RankWriter(self, make)
 
-    def collect(self, stack: Tensor) -> Iterator[Tensor]:
-        """On the rank that writes: each expert's part of a sharded stack in order, one at a time in memory. Other ranks
-        yield nothing and send theirs."""
+    def gather(self, value: Any) -> list:
+        """The values of all ranks, on every rank: small objects."""
         import torch.distributed as dist
 
-        local = stack.to_local().detach()
-        group = self.ep.get_group()
-        ranks = dist.get_process_group_ranks(group)
-        if self.writes:
-            yield from local
-            for rank in ranks[1:]:
-                for _ in range(len(local)):
-                    part = torch.empty_like(local[0], memory_format=torch.contiguous_format)
-                    dist.recv(part.view(torch.uint8), rank, group=group)
-                    yield part
-        elif dist.get_process_group_ranks(self.group)[0] in ranks:
-            for part in local:
-                dist.send(part.contiguous().view(torch.uint8), ranks[0], group=group)
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def collect(self, tensor: Tensor, rows: list[tuple[int, int]], step: int) -> Iterator[Tensor]:
+        """On the rank that writes: a DTensor's rows in order, `step` at a time in memory, one of replicas. Other ranks
+        yield nothing and send theirs.
+
+        Args:
+            rows: the first row of each rank, and how many it has.
+        """
+        import torch.distributed as dist
+
+        ranks, me = dist.get_process_group_ranks(self.group), self.group.rank()
+        local, length = tensor.to_local().detach(), len(tensor)
+        for first in range(0, length, step):
+            end = min(first + step, length)
+            whole = local.new_empty(end - first, *local.shape[1:]) if self.writes else None
+            row = first
+            while row < end:
+                # The writing rank's own, or else the first that has the row.
+                owner = next(r for r, (start, count) in enumerate(rows) if start <= row < start + count)
+                start, count = rows[owner]
+                stop = min(end, start + count)
+                if owner == me:
+                    part = local[row - start : stop - start]
+                    if self.writes:
+                        whole[row - first : stop - first] = part
+                    else:
+                        dist.send(part.contiguous().view(torch.uint8), ranks[0], group=self.group)
+                elif self.writes:
+                    dist.recv(whole[row - first : stop - first].view(torch.uint8), ranks[owner], group=self.group)
+                row = stop
+            if self.writes:
+                yield whole
 
     # ---- inside
 
@@ -388,6 +409,7 @@ class RankWriter:
         self._make = make
         self._writer: Any = None
         self._error: Exception | None = None
+        self._rows: dict[str, list[tuple[int, int]]] = {}  # of each rank
 
     def __enter__(self) -> RankWriter:
         if self.layout.writes:
@@ -404,10 +426,20 @@ class RankWriter:
     def write_text(self, name: str, text: str) -> None:
         self._try(lambda writer: writer.write_text(name, text))
 
-    def experts(self, stack: Tensor) -> Iterator[Tensor]:
-        """As `Layout.collect`; the parts must be passed to `add` one by one."""
-        yield from self.layout.collect(stack)
+    def share(self, rows: dict[str, tuple[int, int]]) -> None:
+        """Tells all ranks the rows of each DTensor that are here: the first, and their number."""
+        every = self.layout.gather(rows)
+        self._rows = {name: [of_rank[name] for of_rank in every] for name in rows}
+
+    def experts(self, name: str, stack: Tensor) -> Iterator[Tensor]:
+        """On the rank that writes: each expert in order; they must be passed to `add` one by one."""
+        for part in self.layout.collect(stack, self._rows[name], 1):
+            yield part[0]
         self._agree()
+
+    def whole(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
+        """On the rank that writes: the whole of another DTensor."""
+        yield from self.layout.collect(tensor, self._rows[name], max(len(tensor), 1))
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
         if self._writer is not None:

@@ -171,7 +171,7 @@ def plan(
     """
     workload = Workload() if workload is None else workload
     args = Arguments("plan")
-    gpu_bytes = _gpu_bytes(args, gpu)
+    memory = gpu_bytes(gpu)
     args.integer("gpus", gpus, 1)
     args.integer("pp", pp, 1)
     _check(args, config, workload)
@@ -192,7 +192,7 @@ def plan(
         args.choice("sharding", sharding, ("replicated",) if serve else tuple(SHARDINGS))
     every = footprint.weights(config)
     holdings = [hold(config, layout, workload, every) for layout in _layouts(ranks, pp, experts, serve)]
-    made = Plan(config, workload, gpus, gpu, gpu_bytes, holdings, holdings[0])
+    made = Plan(config, workload, gpus, gpu, memory, holdings, holdings[0])
     asked = [h for h in holdings if ep in (None, h.layout.ep) and sharding in (None, h.layout.sharding)]
     return replace(made, chosen=_choose(made, asked))
 
@@ -381,7 +381,8 @@ def _choose(made: Plan, asked: list[Holding]) -> Holding:
     return min(fitting, key=lambda h: (order.index(h.layout.sharding), h.total))
 
 
-def _gpu_bytes(args: Arguments, gpu: str) -> int:
+def gpu_bytes(gpu: str, op: str = "plan") -> int:
+    """The memory of a GPU of a name of `GPUS`, or of a size in GB such as "141"; `op` is named in errors."""
     text = str(gpu).lower()
     if text in GPUS:
         return GPUS[text] * 10**9
@@ -390,7 +391,7 @@ def _gpu_bytes(args: Arguments, gpu: str) -> int:
     except ValueError:
         size = math.nan
     wanted = f"one of {', '.join(GPUS)}, or a size in GB"
-    args.require(0 < size < math.inf, "gpu", wanted, repr(gpu), "a GPU that is not listed: its memory, as 141")
+    Arguments(op).require(0 < size < math.inf, "gpu", wanted, repr(gpu), "a GPU that is not listed: its memory, as 141")
     return math.floor(size * 10**9)
 
 

@@ -60,5 +60,5 @@ def in_range(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     if bad.numel() == 0:
         return indices, indices.new_zeros(3)
     first = bad.flatten().int().argmax()
-    value = indices.flatten()[first]
+    value = indices.take(first)  # [first] would be read by the host
     return indices.masked_fill(bad, -1), torch.stack([bad.any().long(), first // indices.shape[1], value])

@@ -2,7 +2,7 @@
 
 Dispatch is three all-to-alls: the numbers of rows and pairs; their experts; the rows, packed with their scales (or, in
 the backward of combine, weights) into bytes, as gloo does not support float8. The host waits for the first one, which
-determines the sizes of buffers.
+determines the sizes of buffers, and for nothing else: one read in a dispatch, none in combine and the backward passes.
 
 Bytes per token: dispatch, for each rank that has an expert of it, 4 K + the row (+ 4 for each 128 columns when
 quantised), each part rounded up to 16; combine, the row in y's dtype for each of its K experts. Backward the same with
@@ -158,14 +158,14 @@ class Hop:
             [line[i] for line in side] for side in (sent, arrived) for i in (0, 1)
         )
 
-        sent_part, sent_tokens = wanted.t().nonzero(as_tuple=True)
+        sent_part, sent_tokens = torch.nonzero_static(wanted.t(), size=sum(sent_rows)).unbind(1)
         home_pairs = part.flatten().argsort(stable=True)[: sum(home_counts)]
         home_slot_of = torch.full((part.numel(),), -1, dtype=torch.int32, device=device)
         home_slot_of[home_pairs] = torch.arange(len(home_pairs), dtype=torch.int32, device=device)
         experts = torch.where(part[sent_tokens] == sent_part[:, None], local[sent_tokens], -1).int()
         beside = [_selected(b, sent_tokens) for b in beside]
         experts, *beside = self._carry([experts, *beside], sent_rows, arrived_rows, "dispatch")
-        arrived_pairs = (experts >= 0).flatten().nonzero()[:, 0]
+        arrived_pairs = torch.nonzero_static((experts >= 0).flatten(), size=sum(arrived_counts))[:, 0]
         leg = Leg(
             sent_tokens,
             sent_rows,

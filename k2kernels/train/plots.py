@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from k2kernels.model.files import replace_file
+
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d8dee4"
 BLUE, ORANGE = "#0b62c4", "#c2410c"
 LABEL = dict(textcoords="offset points", fontsize=9)
@@ -39,10 +41,8 @@ def save(figure, path: Path) -> None:
     """Writes the picture whole or not at all."""
     import matplotlib.pyplot as plt
 
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
-    temporary.replace(path)
 
 
 def plot_loss(

@@ -6,6 +6,7 @@ order of sums.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from k2kernels.model import K2Config, K2Model
+from k2kernels.model.files import lock, replace_file
 from k2kernels.optim import MuonClip, QKClip
 from k2kernels.parallel import Layout, checkpoint_info, load_checkpoint, parallelize, save_checkpoint
-from k2kernels.parallel.checkpoint import replace_file
 from k2kernels.parallel.launch import ALONE, Launched
 from k2kernels.train.data import Corpus, read_text, train_tokenizer, xz_bits_per_byte
 from k2kernels.train.plots import plot_loss, plot_max_logits
@@ -164,6 +165,8 @@ class Trainer:
     def run(self) -> Iterator[Row]:
         """Does the remaining steps, or those until `stop`, one per iteration; saves on the way and at the end."""
         self.out.mkdir(parents=True, exist_ok=True)  # so that an error occurs before the first step
+        if self.history:  # a kill between the checkpoint and the history leaves the latter behind
+            self._write_history()
         validate_every = max(1, self.options.steps // 6)
         while self.step < self.options.steps:
             row = self._train_step(self.step)
@@ -241,8 +244,11 @@ class Trainer:
         history = [dataclasses.asdict(row) for row in self.history]
         extra = {"identity": self.identity, "history": history}
         save_checkpoint(self.out / CHECKPOINTS, self.model, self.optimizer, self.step, extra=extra)
+        self._write_history()
+
+    def _write_history(self) -> None:
         if self.ranks.first:
-            lines = "".join(json.dumps(row) + "\n" for row in history)
+            lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in self.history)
             replace_file(self.out / HISTORY_FILE, lambda file: file.write(lines.encode()))
 
     def finish(self) -> None:
@@ -296,6 +302,39 @@ class Trainer:
             what = ", ".join(f"{k} was {identity.get(k)!r}, is {self.identity[k]!r}" for k in differing)
             raise ValueError(f"--resume: the run in {self.out} had other options: {what}")
         return state
+
+
+@contextlib.contextmanager
+def only_run(out: Path, ranks: Launched = ALONE) -> Iterator[None]:
+    """Keeps other runs out of the directory `out` for the block: rank 0 holds it locked. Collective.
+
+    Without a lock where the file system has none.
+
+    Raises:
+        BlockingIOError: on every rank, when another process holds it.
+    """
+    out, made, descriptor, fault = Path(out), False, None, None
+    if ranks.first and (out.is_dir() or not out.exists()):
+        with contextlib.suppress(OSError):  # the run will say what is wrong with the directory
+            made = not out.exists()
+            out.mkdir(parents=True, exist_ok=True)
+            descriptor = lock(out)
+            if descriptor is None:
+                fault = (
+                    f"--out {out}: another run is at work in this directory, and two would overwrite each other's "
+                    "files; wait until it has ended, or name another directory"
+                )
+    fault = ranks.gather(fault)[0]
+    if fault is not None:
+        raise BlockingIOError(fault)
+    try:
+        yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _config(name: str) -> K2Config:

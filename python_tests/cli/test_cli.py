@@ -1,7 +1,11 @@
 """The commands: output and error messages."""
 
+import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +33,7 @@ def test_train_leaves_what_it_promises(checkpoint):
         "loss.png",
         "max_logits.png",
         "history.jsonl",
-        "training_state.pt",
+        "checkpoints",
     }
 
 
@@ -40,6 +44,49 @@ def test_generate_continues_the_prompt(checkpoint, capsys):
     assert first.out.startswith("The with statement") and "[5 tokens" in first.err
     assert main(arguments) == 0
     assert capsys.readouterr().out == first.out  # the seed is fixed
+
+
+@pytest.fixture(scope="module")
+def of_torchrun(checkpoint):
+    """README's `torchrun` command, with another directory: the arguments of `k2kernels`, and how to start it."""
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    command = shlex.split(re.search(r"^torchrun .*k2kernels generate .*$", readme, re.MULTILINE)[0])
+    assert command[:5] == ["torchrun", "--nproc-per-node", "2", "-m", "k2kernels"]
+    command[command.index("out/demo")] = str(checkpoint)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+
+    def start(more):
+        arguments = [sys.executable, "-m", "torch.distributed.run", *command[1:], *more]
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=180, env=environment)
+
+    return command[5:], start
+
+
+def test_torchrun_prints_the_text_of_one_process(of_torchrun, tmp_path, capsys):
+    """More prompts than processes, of other lengths; and one prompt for two processes."""
+    arguments, start = of_torchrun
+    (tmp_path / "more.txt").write_text("An import statement\n\nx\n", encoding="utf-8")
+    more = ["--prompts-file", str(tmp_path / "more.txt"), "--max-new-tokens", "12", "--prefill-chunk", "3"]
+    assert main([*arguments, *more]) == 0
+    want = capsys.readouterr()
+    done = start(more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == want.out and "[48 tokens" in done.stderr
+    texts = ["The with", "A class is", "An import statement", "x"]
+    assert [done.stdout.find(text) for text in texts] == sorted(done.stdout.find(text) for text in texts)
+    for text in texts:  # the text of each prompt alone
+        one = [*arguments[:4], "--prompt", text, *more[2:]]
+        assert main(one) == 0
+        assert capsys.readouterr().out.strip() in done.stdout
+
+
+def test_an_error_ends_all_processes_of_torchrun(of_torchrun):
+    _, start = of_torchrun
+    done = start(["--ep", "3"])
+    assert done.returncode != 0
+    assert "k2kernels generate: ep must divide the 2 processes" in done.stderr
+    assert "ValueError" not in done.stderr  # a message, no traceback
 
 
 def test_convert_and_info(checkpoint, tmp_path, capsys):
@@ -77,6 +124,10 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
         ("generate", str(tmp_path), "--prompt", "x"): "tokenizer.json",
         ("generate", str(checkpoint), "--prompt", ""): "--prompt must hold text",
         ("generate", str(checkpoint), "--prompt", "\udcff"): "--prompt must be UTF-8 text",
+        ("generate", str(checkpoint)): "--prompt or --prompts-file must give a prompt, got none",
+        ("generate", str(checkpoint), "--prompts-file", str(tmp_path / "binary")): "--prompts-file must be UTF-8 text",
+        ("generate", str(checkpoint), "--prompt", "x", "--device", "abacus"): "device must be one of this machine",
+        ("generate", str(checkpoint), "--prompt", "x", "--ep", "2"): "ep must be 1 in one process, got 2",
         (
             "generate",
             str(checkpoint),

@@ -2,8 +2,10 @@
 
 import pytest
 
+from k2kernels.cli import main
 from k2kernels.model import K2Config
 from k2kernels.model.capacity import GPU_COUNTS, GPU_GB, capacity
+from k2kernels.model.presets import PRESETS
 
 
 def test_kimi_k2():
@@ -31,6 +33,42 @@ def test_deepseek_v3_and_moonlight():
     assert c.weights_bf16 == 2 * 15_960_110_208 + 2 * 26 * 64
 
 
+@pytest.mark.parametrize("name", ["kimi-k2", "kimi-k2-thinking"])
+def test_four_bit_experts(name):
+    c = capacity(K2Config.preset(name))
+    experts = 60 * 384 * 3 * 7168 * 2048
+    rest = c.weights_bf16 - 2 * experts
+    assert c.weights_int4 == rest + experts // 2 + experts // 32 * 2
+    assert c.weights_mxfp4 == rest + experts // 2 + experts // 32
+    assert (c.weights_int4 // 10**9, c.weights_mxfp4 // 10**9) == (594, 562)
+
+
+def test_four_bit_experts_are_filled_up_to_chunks():
+    """gate and up to 32 rows each, rows of down and all columns to 64."""
+    config = K2Config(**{**PRESETS["tiny"], "moe_intermediate_size": 40, "hidden_size": 96})
+    c = capacity(config)
+    layers, chunks = 3, 2 * 2 + 2 * 1  # (2 * 64) x 128 and 128 x 64
+    experts = layers * 8 * 3 * 96 * 40
+    assert c.weights_int4 == c.weights_bf16 - 2 * experts + layers * 8 * chunks * 2304
+    assert c.weights_mxfp4 == c.weights_bf16 - 2 * experts + layers * 8 * chunks * 2176
+
+
+def test_what_fits_on_some_gpus(capsys):
+    assert main(["info", "kimi-k2-thinking", "--gpus", "8", "--gpu", "h200"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "1,015.2 GB" in rows["8"]
+    assert "short 1,037" in rows["BF16"] and "short" in rows["FP8"]
+    c = capacity(K2Config.preset("kimi-k2-thinking"))
+    left = 8 * 141 * 10**9 * 9 // 10 - c.weights_int4
+    assert f"594.2 GB          421.0 GB{left // 70_272:>16,}{left // 40_016:>16,}" in rows["INT4"]
+    assert "452.7 GB" in rows["MXFP4"]
+    assert main(["info", "kimi-k2-thinking", "--gpus", "8", "--gpu", "80"]) == 0
+    assert "short 18.2 GB" in capsys.readouterr().out
+    for arguments, message in ((("0", "h200"), "gpus must be an int >= 1"), (("8", "h900"), "gpu must be one of a100")):
+        assert main(["info", "tiny", "--gpus", arguments[0], "--gpu", arguments[1]]) == 2
+        assert f"info: {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["kimi-k2", "deepseek-v3", "moonlight-16b-a3b", "tiny"])
 def test_weights_are_all_parameters(name):
     config = K2Config.preset(name)
@@ -48,7 +86,7 @@ def test_no_fp8_cache_for_other_sizes():
 
 def test_fits():
     c = capacity(K2Config.preset("kimi-k2"))
-    assert len(c.fits) == len(GPU_GB) * len(GPU_COUNTS) * 2
+    assert len(c.fits) == len(GPU_GB) * len(GPU_COUNTS) * 4
     fits = {(fit.gpus, fit.gpu_gb, fit.weights): fit for fit in c.fits}
     assert not fits[8, 80, "fp8"].fits and not fits[8, 141, "fp8"].fits  # 0.58 and 1.02 TB for 1.03 TB of weights
     fit = fits[16, 141, "fp8"]
@@ -65,7 +103,8 @@ def test_table():
         assert part in text
     rows = [line.split() for line in text.splitlines()[-6:]]
     assert [row[0] for row in rows] == [str(count) for count in GPU_COUNTS]
-    assert rows[3] == ["8", "-", "-", "-", "-"] and rows[4][1] == "-" and rows[4][2] != "-"
+    mxfp4 = (8 * 80 * 10**9 * 9 // 10 - capacity(K2Config.preset("kimi-k2")).weights_mxfp4) // 70_272
+    assert rows[3][:7] == ["8", "-", "-", "-", f"{mxfp4:,}", "-", "-"] and rows[4][1] == "-" and rows[4][2] != "-"
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -413,27 +413,32 @@ def test_keep_fp8_computes_nearly_the_same(tmp_path):
             PARTIAL,
             {},
             UnsupportedError,
-            "moe_intermediate_size to be a multiple of 128.*got 160; load without keep_fp8",
+            "moe_intermediate_size to be a multiple of 128.*got 160; load without keep_quantized",
         ),
         (
             {**ALIGNED, "intermediate_size": 336},
             {},
             UnsupportedError,
-            "intermediate_size to be a multiple of 128.*got 336; load without keep_fp8",
+            "intermediate_size to be a multiple of 128.*got 336; load without keep_quantized",
         ),
         (
             ALIGNED,
             {"quantization_config": {**FP8_CONFIG, "weight_block_size": [64, 64]}},
             UnsupportedError,
-            r"weight_block_size \[128, 128\], got \[64, 64\]; load without keep_fp8",
+            r"weight_block_size \[128, 128\], got \[64, 64\]; load without keep_quantized",
         ),
         (
             ALIGNED,
             {"quantization_config": {**FP8_CONFIG, "scale_fmt": "ue5m3"}},
             UnsupportedError,
-            "scale_fmt 'ue8m0' or none, got 'ue5m3'; load without keep_fp8",
+            "scale_fmt 'ue8m0' or none, got 'ue5m3'; load without keep_quantized",
         ),
-        (ALIGNED, {"quantization_config": None}, ValueError, "keep_fp8 must go with a block-FP8 checkpoint.*convert"),
+        (
+            ALIGNED,
+            {"quantization_config": None},
+            ValueError,
+            "keep_quantized must go with a block-FP8 or 4-bit checkpoint.*convert",
+        ),
     ],
 )
 def test_keep_fp8_refused(tmp_path, sizes, changes, error, message):
@@ -667,14 +672,6 @@ def test_no_checkpoint(tmp_path, plain):
     for file in path.glob("*.safetensors*"):
         file.unlink()
     with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor"):
-        load(path)
-
-
-def test_int4_is_recognised(plain):
-    path, _, config = plain
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"INT4.*recognised and not yet supported"):
         load(path)
 
 

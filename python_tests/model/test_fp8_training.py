@@ -235,5 +235,5 @@ def test_other_weights_are_refused():
         made().double().use_fp8()
     model = made()
     model.model.layers[0].self_attn.o_proj = Fp8Linear(192, 192)
-    with pytest.raises(ValueError, match=r"use_fp8: weights must .* got FP8 codes; load it without keep_fp8"):
+    with pytest.raises(ValueError, match=r"use_fp8: weights must .* got FP8 codes; load it with keep_quantized=False"):
         model.use_fp8()

@@ -134,14 +134,6 @@ def test_rows_that_lie_apart_or_off_16_bytes(counts, kind):
         check(kind, groups, a_too, b_too, SCHEDULES[3])
 
 
-def test_rows_on_16_bytes_are_not_copied():
-    x = torch.zeros(5, 7, 64, dtype=BF16)
-    for served in (x, x[..., :37], x[1:, 2:, 8:], x.expand(5, 7, 64), x[:1, :1]):
-        assert grouped_gemm._rows_on_16_bytes(served) is served
-    for apart in (x[..., 1:], x.mT, x[..., ::2], torch.zeros(4, 12, dtype=BF16)):
-        assert grouped_gemm._rows_on_16_bytes(apart) is not apart
-
-
 @of_each_kind
 def test_offsets_that_make_no_sense_reach_no_memory(kind):
     """The host does not look into a GPU's offsets: what comes out means nothing, but nothing else is touched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import k2kernels
@@ -279,6 +281,53 @@ def check_nodes_are_learnt(rank, world):
     assert len(make(ranks_per_node=0)._torch.hops) == 1
     with pytest.raises(ValueError, match=r"the ranks must agree on ranks_per_node, got 0 on rank 0; 2 on ranks 1"):
         make(ranks_per_node=0 if rank == 0 else 2)
+
+
+class HostReads(TorchDispatchMode):
+    """Operations for which the host waits for a device, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        for part in ("_local_scalar_dense", "nonzero.", "is_nonzero", "masked_select", "unique", "aten.equal."):
+            self.seen[name] += part in name
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        tolist, seen = Tensor.tolist, self.seen
+
+        def counted(tensor):
+            seen["tolist"] += 1
+            return tolist(tensor)
+
+        self.patch = mock.patch.object(Tensor, "tolist", counted)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+
+def check_host_reads(rank, world):
+    """One of each hop in dispatch, the numbers of rows; none in combine, and none backward."""
+    ep = make()
+    for quantize in (False, True):
+        x = torch.randn(TOKENS[rank], 40, requires_grad=not quantize)
+        indices = torch.randint(-1, EXPERTS, (TOKENS[rank], TOP_K))
+        weights = torch.randn(TOKENS[rank], TOP_K, requires_grad=True)
+        with HostReads() as reads:
+            sent = ep.dispatch(x, indices, weights, quantize=quantize)
+            rows = sent.data.float().requires_grad_() if quantize else sent.data
+            out = ep.combine(rows, sent.handle)
+        hops = 2 if NODES.get("ranks_per_node", 0) not in (0, world) else 1
+        assert +reads.seen == ({} if ep.transport == "local" else {"tolist": hops}), reads.seen
+        with HostReads() as reads:
+            out.sum().backward()
+        assert +reads.seen == {}, reads.seen
 
 
 def check_recomputation(rank, world):

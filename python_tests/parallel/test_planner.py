@@ -212,7 +212,7 @@ def test_command(capsys):
     assert "pp 2, edp 2, ep 2, replicated" in capsys.readouterr().out
     for arguments, message in {
         ("--gpus", "16"): "info: --gpu must be given for a plan, got none",
-        ("--gpus", "16", "--gpu", "h200"): "info: --train or --serve must be given",
+        ("--gpu", "h200", "--serve"): "info: --gpus must be given for a plan, got none",
         (
             "--gpus",
             "10",

@@ -13,9 +13,12 @@ import time
 import pytest
 import torch
 
+from k2kernels.cli import main
 from k2kernels.parallel import checkpoint_info
+from k2kernels.parallel.checkpoint import replace_file
+from k2kernels.parallel.launch import Launched
 from k2kernels.train.data import read_text
-from k2kernels.train.trainer import CHECKPOINTS, HISTORY_FILE, Trainer, TrainOptions
+from k2kernels.train.trainer import CHECKPOINTS, HISTORY_FILE, Trainer, TrainOptions, only_run
 
 SIZES = dict(steps=12, batch_size=2, length=32)
 FLAGS = ["--steps", "12", "--batch-size", "2", "--length", "32", "--threads", "1", "--save-every", "4"]
@@ -136,3 +139,73 @@ def test_a_damaged_checkpoint_is_reported(options, tmp_path):
     (tmp_path / CHECKPOINTS / "latest").write_text("step_3")
     with pytest.raises(ValueError, match=r"cannot be read .*; remove .* to start over"):
         Trainer(options, tmp_path, resume=True)
+
+
+# ---- two runs, and what a kill leaves
+
+
+def test_a_second_run_in_the_same_directory_is_refused(options, tmp_path, text, capsys):
+    out = tmp_path / "run"
+    with only_run(out):
+        for more in ([], ["--resume"]):
+            assert main(["train", "--out", str(out), "--text", text, *FLAGS, *more]) == 2
+            assert f"--out {out}: another run is at work in this directory" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
+    assert not out.exists()  # made by the lock, and empty
+    with only_run(out):
+        for _ in Trainer(options, out).run():
+            pass
+    assert out.exists()
+
+
+def test_every_rank_hears_of_the_other_run(tmp_path):
+    class Second(Launched):
+        def gather(self, value):
+            assert value is None  # only rank 0 locks
+            return ["--out: another run", None]
+
+    with (
+        pytest.raises(BlockingIOError, match="another run"),
+        only_run(tmp_path, Second(1, 2, torch.device("cpu"), None)),
+    ):
+        pass
+    with only_run(tmp_path):
+        pass
+
+
+def test_one_file_written_by_two_processes_is_whole_at_any_time(tmp_path):
+    path, size = tmp_path / "file", 200_000
+    writers = []
+    for letter in (b"a", b"b"):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                end = time.monotonic() + 1.5
+                while time.monotonic() < end:
+                    replace_file(path, lambda file, letter=letter: [file.write(letter * (size // 4)) for _ in range(4)])
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        writers.append(pid)
+    deadline = time.monotonic() + 30
+    reads, codes = 0, []
+    while len(codes) < 2 and time.monotonic() < deadline:
+        if path.exists():
+            assert path.read_bytes() in (b"a" * size, b"b" * size)
+            reads += 1
+        for pid in writers[:]:
+            if (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                codes.append(os.waitstatus_to_exitcode(ended[1]))
+                writers.remove(pid)
+    assert codes == [0, 0] and reads > 10
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_history_is_that_of_the_checkpoint(uninterrupted, options, tmp_path):
+    """A kill between the two leaves the history behind; --resume writes it even where no step remains."""
+    for _ in Trainer(options, tmp_path).run():
+        pass
+    lines = (tmp_path / HISTORY_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / HISTORY_FILE).write_text("".join(lines[:8]))
+    assert list(Trainer(options, tmp_path, resume=True).run()) == []
+    assert curve(tmp_path) == uninterrupted
