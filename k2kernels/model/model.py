@@ -238,7 +238,7 @@ class K2Model(Trunk):
 
     def _steps(self, batch: int, length: int) -> Prefill | list[Prefill]:
         """Of all sequences; or of each micro-batch, where the layers have exchanges for several."""
-        count = 1 + max((len(layer.more_exchanges) for _, layer in self._moe_layers()), default=0)
+        count = 1 + max([0, *(len(layer.more_exchanges) for _, layer in self._moe_layers())])
         if min(count, batch) == 1:
             return self._prefill(batch, length)
         return [self._prefill(size, length, part) for size, part in divide(batch, count)]
