@@ -73,8 +73,8 @@ gpu:
 KERNEL_TESTS := -m pytest -q -s -p no:faulthandler $(addprefix python_tests/,emulator/test_kernels.py \
     emulator/test_conformance.py ops/test_quant.py ops/test_mla_cache.py ops/test_moe_route_kernel.py \
     ops/test_moe_dispatch_kernel.py ops/test_moe_balance.py ops/test_exchange.py ops/test_grouped_gemm.py \
-    ops/test_mla_prefill_kernel.py ops/test_mla_prefill_sm90.py ops/test_mla_prefill_dkv_sm90.py \
-    functional/test_moe_mlp_kernel.py ops/test_newton_schulz_update.py)
+    ops/test_w4_gemm_kernel.py ops/test_mla_prefill_kernel.py ops/test_mla_prefill_sm90.py \
+    ops/test_mla_prefill_dkv_sm90.py functional/test_moe_mlp_kernel.py ops/test_newton_schulz_update.py)
 library = $(shell $(or $(CXX),g++) -print-file-name=$(1))
 sanitize: env
 	K2K_SANITIZE=address ASAN_OPTIONS=detect_leaks=0,handle_segv=0 \

@@ -26,6 +26,7 @@ MATRIX, STEP = torch.randn(24, 40), [[torch.randn(1, 24, 40)] for _ in range(3)]
 SLOTS = k.moe_dispatch(X, INDICES, WEIGHTS, num_experts=8)
 EXPERTS, PLACES = torch.randn(8, 128, 256).bfloat16(), (SLOTS.offsets, SLOTS.counts)
 COUNTS = torch.ones(8, dtype=torch.int64)
+PACKED = k.pack_w4(*k.quantize_int4_group32(EXPERTS))
 PREFILL_Q, PREFILL_KV, ROPE_KEY = (
     torch.randn(1, 2, 192).bfloat16(),
     torch.randn(1, 2, 256).bfloat16(),
@@ -77,6 +78,7 @@ CALLS = {
     "moe_update_bias": (lambda: k.moe_update_bias(BIAS, COUNTS, rate=1e-3), 26, set()),
     "grouped_gemm": (lambda: multiply(SLOTS.data, EXPERTS, *PLACES, None), 27, set()),
     "grouped_gemm_wgrad": (lambda: torch.ops.k2kernels.grouped_gemm_wgrad(SLOTS.data, SLOTS.data, *PLACES), 25, set()),
+    "grouped_w4_gemm": (lambda: k.grouped_w4_gemm(SLOTS.data, PACKED, offsets=PLACES[0], counts=PLACES[1]), 52, set()),
     "moe_sequence_loss": (
         lambda: k.moe_sequence_loss(LOGITS, INDICES, top_k=2, alpha=0.1),
         33,

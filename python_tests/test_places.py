@@ -53,6 +53,7 @@ def calls() -> dict[str, Callable]:
     sent = k.moe_dispatch(x, routing.indices, routing.weights, num_experts=8)
     dense = dict(a=a, a_scales=a_scales, b=b[0], b_scales=b_scales[0])
     groups = dict(a=a, a_scales=a_scales, b=b, b_scales=b_scales, expected_m=3, **rows)
+    int4, mxfp4 = k.quantize_int4_group32(torch.randn(2, 80, 256)), k.quantize_mxfp4(torch.randn(48, 256))
     return {
         "mla_decode": dict(decode, kv_cache=cache, out=torch.empty(2, 1, 16, 512, dtype=BF16)),
         "mla_decode of 656 bytes": dict(decode, kv_cache=quantised),
@@ -83,6 +84,10 @@ def calls() -> dict[str, Callable]:
             a=tokens, a_scales=token_scales, b=tokens, b_scales=token_scales, offsets=ints(0, 128, 256),
             counts=ints(100, 128), accumulate=torch.zeros(2, 16, 16),
         ),
+        "grouped_w4_gemm": dict(
+            a=x, w4=k.pack_w4(*int4, gated=True), swiglu=True, out=torch.zeros(6, 40, dtype=BF16), **rows
+        ),
+        "w4_gemm": dict(a=x, w4=k.pack_w4(*mxfp4)),
         "moe_mlp": dict(
             x=x, routing=routing, gate_up=torch.randn(8, 128, 256).to(BF16),
             down=torch.randn(8, 256, 64).to(BF16),
@@ -136,9 +141,11 @@ def test_any_place_gives_the_same_bits(op):
 
 
 def test_every_public_op_is_among_them():
-    composed = {"fp8_linear", "grouped_fp8_linear"}  # of quantize_1x128 and fp8_gemm
+    composed = {"fp8_linear", "grouped_fp8_linear", "grouped_w4_linear"}  # of quantisation and a product
+    formats = {"dequantize_w4", "pack_w4", "unpack_w4", "W4"}  # without kernels
+    formats |= {"quantize_int4_group32", "quantize_mxfp4", "fake_quantize_int4", "fake_quantize_mxfp4"}
     no_ops = {"Dispatched", "MlaOutput", "PeerTimeout", "Routing", "UnsupportedError", "backend", "emulated", "info"}
-    assert {name.partition(" ")[0] for name in NAMES} == set(k.__all__) - composed - no_ops - {"launch_count"}
+    assert {name.partition(" ")[0] for name in NAMES} == set(k.__all__) - composed - formats - no_ops - {"launch_count"}
 
 
 @pytest.mark.parametrize("op", UNMOVED)

@@ -36,6 +36,7 @@ void bind_mla_prefill(py::module_& m);
 void bind_fp8_gemm(py::module_& m);
 void bind_newton_schulz(py::module_& m);
 void bind_grouped_gemm(py::module_& m);
+void bind_w4_gemm(py::module_& m);
 void bind_moe(py::module_& m);
 void bind_exchange(py::module_& m);
 void bind_conformance(py::module_& m);

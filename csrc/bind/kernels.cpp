@@ -23,6 +23,7 @@ void bind_kernels(py::module_& m) {
     bind_fp8_gemm(m);
     bind_newton_schulz(m);
     bind_grouped_gemm(m);
+    bind_w4_gemm(m);
     bind_moe(m);
     bind_exchange(m);
     bind_conformance(m);

@@ -11,6 +11,7 @@
 #include "arch/ldst.cuh"
 #include "arch/matrix.cuh"
 #include "arch/mbarrier.cuh"
+#include "arch/packed.cuh"
 #include "arch/smem.cuh"
 #include "arch/warp.cuh"
 #include "conformance/shared.cuh"
@@ -295,6 +296,20 @@ __global__ void __launch_bounds__(256) convert_kernel(const uint32_t* input, uin
     out(arch::to_float(bf16{static_cast<uint16_t>(input[i] >> 16)}));
     out(arch::to_float(fp16{static_cast<uint16_t>(input[i])}));
     out(arch::to_float(e4m3{static_cast<uint8_t>(i)}));
+}
+
+// Input: 3 x 256 words; output: rows of a word per thread.
+__global__ void __launch_bounds__(256) packed_kernel(const uint32_t* input, uint32_t* output) {
+    const uint32_t a = input[threadIdx.x], b = input[256 + threadIdx.x];
+    const uint32_t c = input[512 + threadIdx.x];
+    Rows out(output);
+    out(arch::fma_bf16x2(a, b, c));
+    out(arch::mul_bf16x2(a, b));
+    for (const uint32_t selector : {0x3210u, 0x7654u, 0x0404u, 0x3232u, 0x6325u}) {
+        out(arch::byte_permute(a, b, selector));
+    }
+    out(arch::and_or(a, b, c));
+    out(arch::kept(a));
 }
 
 // Input: 256 floats; output: three rows.

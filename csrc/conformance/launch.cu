@@ -30,6 +30,7 @@ const Launches& launches() {
         {"mbarrier", start<mbarrier_kernel, 32, sizeof(MbarrierStorage)>},
         {"mma_bf16", start<mma_kernel<bf16>, 32>},
         {"mma_fp16", start<mma_kernel<fp16>, 32>},
+        {"packed", start<packed_kernel, 256>},
         {"redux", start<redux_kernel, 32>},
         {"shuffles", start<shuffles_kernel, 32>},
         {"time", start<time_kernel, 32>},

@@ -276,6 +276,13 @@ def fences_in_gmma_loops(code: Code) -> list[Instruction]:
     return [code[i] for loop in code.gmma_loops for i in sorted(loop) if is_fence(code[i])]
 
 
+def loop_of_all(code: Code, opcode: str) -> list[Instruction]:
+    """The innermost loop that holds every instruction whose opcode begins so: what a pipeline stage issues."""
+    all_of_them = {i for i, one in enumerate(code.instructions) if one.opcode.startswith(opcode)}
+    around = [loop for loop in code.loops if all_of_them and all_of_them <= loop]
+    return [code[i] for i in sorted(min(around, key=len, default=())) if code[i].opcode != "NOP"]
+
+
 def touched_early(code: Code) -> list[tuple[Instruction, Instruction]]:
     """(GMMA, instruction): instructions that access the accumulators of a GMMA in flight, or write its A in registers.
 

@@ -8,7 +8,7 @@ flight. Each check is also run on a listing with the fault. test_sass.py counts 
 from collections import Counter
 
 import pytest
-from sass import Code, fences, fences_in_gmma_loops, loads_in_flight, touched_early
+from sass import Code, fences, fences_in_gmma_loops, is_fence, loads_in_flight, loop_of_all, touched_early
 from test_sass import KERNELS, needs_kernels, short
 
 PREFILL = ("mla_prefill_forward_sm90", "mla_prefill_dq_sm90", "mla_prefill_dkv_sm90")
@@ -72,6 +72,20 @@ ON_SM_120 = {f"moe_combine_backward_kernel<{x}>": (4, 0) for x in VECTORS}
 ON_SM_120["moe_move_kernel<float, true, false>"] = (4, 0)
 ON_SM_120["mla_prefill_preprocess_kernel<bf16>"] = (5, 0)
 
+# The most issue slots of a warp for 64 of K of a tile, 8,192 weights of four warps, where decoding is bound by them:
+# the instructions of the loop around the products, and how many times 64 of K it takes. An A100's HBM brings so many
+# weights in 344 clocks (int4; mxfp4: 325). With 64 tokens the products alone take 512.
+SLOTS = {
+    f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tile}>": (most, steps)
+    for swiglu in ("false", "true")
+    for kind, tile, most, steps in (
+        ("Int4", "16, 2, 3, 4", 180, 2),
+        ("Mxfp4", "16, 2, 3, 4", 220, 2),
+        ("Int4", "64, 1, 3, 3", 280, 1),
+        ("Mxfp4", "64, 1, 3, 3", 316, 1),
+    )
+}
+
 
 def row(table, name):
     """Of the longest key that the name begins with."""
@@ -134,6 +148,27 @@ def test_loads_are_in_flight_together(name, listings):
         code = Code(listings[kernel["arch"], kernel["symbol"]])
         assert loads_in_flight(code, "LDG", ".128") >= vectors, kernel["arch"]
         assert loads_in_flight(code, "LDG") >= vectors + others, kernel["arch"]
+
+
+def too_slow(code, most, steps=1):
+    """What is wrong with the loop around a kernel's HMMAs, as words."""
+    loop = loop_of_all(code, "HMMA")
+    wrong = [one.opcode for one in loop if is_fence(one) or one.is_a("LDL") or one.is_a("STL")]
+    if not 0 < len(loop) <= most * steps:
+        wrong.append(f"{len(loop)} issue slots")
+    if sum(one.is_a("LDS.128") for one in loop) != 2 * steps:  # the codes of 2 x 16 rows
+        wrong.append("codes are not loaded by 16 bytes")
+    return wrong
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", SLOTS)
+def test_a_stage_takes_few_issue_slots(name, listings):
+    kernels = [kernel for kernel in KERNELS if short(kernel).startswith(name)]
+    assert kernels, "no kernel has this name"
+    for kernel in kernels:
+        code = Code(listings[kernel["arch"], kernel["symbol"]])
+        assert too_slow(code, *SLOTS[name]) == [], kernel["arch"]
 
 
 # ---- the checks themselves, on short listings
@@ -235,6 +270,23 @@ def test_a_written_operand_of_a_product_in_flight_is_found():
     wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
     assert touched_early(Code(listing(product, "FADD R4, R155, R155", wait, "EXIT"))) == []
     assert touched_early(Code(listing(product, "FADD R155, R4, R4", wait, "EXIT")))
+
+
+def test_a_longer_or_slower_stage_is_found():
+    stage = ["LDS.128 R4, [R2]", "LDS.128 R8, [R2+0x200]", "HMMA.16816.F32.BF16 R12, R16, R4, R12", "NOP"]
+    outer = ["MOV R1, R2", *stage, "@P0 BRA 0x10", "STG.E R3, R12", "@P1 BRA 0x0", "EXIT"]
+    assert len(loop_of_all(Code(listing(*outer)), "HMMA")) == 4
+    assert too_slow(Code(listing(*outer)), 4) == []
+    assert too_slow(Code(listing(*outer)), 3) == ["4 issue slots"]
+    for place, line, found in (
+        (1, "LDS.64 R4, [R2]", "codes are not loaded by 16 bytes"),
+        (4, "MEMBAR.ALL.GPU", "MEMBAR.ALL.GPU"),
+        (4, "STL [R1], R4", "STL"),
+    ):
+        code = Code(listing(*outer[:place], line, *outer[place + 1 :]))
+        assert too_slow(code, 5) == [found]
+    assert too_slow(Code(listing(*outer)), 2, 2) == ["codes are not loaded by 16 bytes"]
+    assert too_slow(Code(listing(*stage, "EXIT")), 4)[0] == "0 issue slots"
 
 
 def test_loads_that_wait_for_one_another_are_not_in_flight_together():

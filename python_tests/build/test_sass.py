@@ -20,7 +20,7 @@ needs_kernels = pytest.mark.skipif(
 # loads gate and up, its gradient a third operand); and what else must be there, by architecture.
 PORTABLE = ("sm_80", "sm_90a", "sm_120")
 # Registers on sm_120, whose code takes some more: a step more, which its SMs of 1,536 threads have; K2K_RESIDENT.
-SM_120 = {32: 40, 48: 64, 64: 80, 80: 128, 96: 104, 152: 160, 196: 208}
+SM_120 = {32: 40, 48: 64, 64: 80, 80: 128, 96: 104, 152: 160, 170: 208, 196: 208}
 ENCODE = {arch: {"F2FP.SATFINITE.E4M3": 8} for arch in ("sm_90a", "sm_120")}
 PLANS = {
     "quantize_rows_kernel<bf16, false>": (48, 2, 1, ENCODE),
@@ -226,6 +226,17 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
             PLANS[f"grouped_gemm_kernel<{dtype}, GroupedGemmTile<{tile}>, {columns}>"] = (
                 registers, copies, stores, dict.fromkeys(PORTABLE, others),
             )  # fmt: skip
+# With 4-bit weights: copies stand in the same three places; the codes of 64 of K are two loads of 16 bytes, the 16
+# products for 16 tokens take four ldmatrix; a stage is 128 or 64 of K. Four CTAs of 128 threads an SM (128 registers),
+# or three (170).
+for kind, scales in (("Int4", "LDS.64"), ("Mxfp4", "LDS")):
+    for tile, registers, copies, tokens, steps in (("16, 2, 3, 4", 128, 8, 16, 2), ("64, 1, 3, 3", 170, 7, 64, 1)):
+        others = {"HMMA.16816.F32.BF16": tokens * steps, "LDSM.16.M88.4": tokens // 4 * steps}
+        others |= {"LDGSTS.E.BYPASS.128": 3 * copies, "LDS.128": 2 * steps, scales: 2 * steps}
+        for swiglu in ("false", "true"):  # whose results are stored by 4 bytes
+            PLANS[f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tile}> >"] = (
+                registers, 3 * copies, 0 if swiglu == "true" else tokens // 8, dict.fromkeys(PORTABLE, others),
+            )  # fmt: skip
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in PORTABLE})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 # Between ranks: 2 KiB a warp. A wait looks at a flag and the abort word, and each acquire invalidates L1 (CCTL.IVALL):
@@ -298,6 +309,13 @@ SHARED = {
         for t in ("bf16", "fp16")
         for columns in ("false, false", "false, true", "true, true")
         for tile, size in (("128, 128, 32, 64, 4, 2", 4 * 32 * 256 * 2), ("16, 128, 64, 16, 4, 2", 4 * 64 * 144 * 2))
+    },
+    # Three stages: once or twice 16 or 64 tokens, 128 bytes each, and two chunks of packed weights.
+    **{
+        f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tokens}, {steps}, 3, {ctas}> >": 3 * steps * (128 * tokens + chunks)
+        for kind, chunks in (("Int4", 2 * 2304), ("Mxfp4", 2 * 2176))
+        for swiglu in ("false", "true")
+        for tokens, steps, ctas in ((16, 2, 4), (64, 1, 3))
     },
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
     # Sums of eight warps; three stages of two panels of 128 x 32.

@@ -6,9 +6,11 @@ inputs and outputs are 32-bit words; products have small integers, so sums are e
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +287,57 @@ def convert(rng):
         (bits & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32),
         decoded,
     )
+
+
+@conformance()
+def packed(rng):
+    half = rng.integers(0, 2**16, (3, 512), dtype=np.uint32)  # any bits
+    near = rng.integers(0x3E00, 0x4200, (3, 384), dtype=np.uint32) | rng.integers(0, 2, (3, 384), dtype=np.uint32) << 15
+    half[:, :384] = near  # sums that cancel and round
+    half[2, 128:256] ^= rng.integers(0, 80, 128, dtype=np.uint32) << 7  # far apart: what is left behind decides
+    half[0, 256:320] = rng.integers(1, 128, 64)  # subnormal, times any
+    half[1, 256:320] = rng.integers(0x3F00, 0x4500, 64)
+    half[2, 256:320] = rng.integers(0, 128, 64)
+    # A tie of the product, of whose sides a far smaller addend chooses one: 1.0078125 * 1.5 +- 2^-120 and so on.
+    half[0, 320:352], half[1, 320:352] = 0x3F81 + 2 * np.arange(32), 0x3FC0
+    half[2, 320:352] = np.where(np.arange(32) % 2, 0x0380, 0x8380)
+    special = np.array([0, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0x3F80, 0xBF80, 0x7F7F], dtype=np.uint32)
+    half[0, 448:], half[1, 448:] = np.tile(special, 8), np.repeat(special, 8)
+    half[2, 448:] = rng.choice(special, 64)
+
+    def value(bits):
+        return np.float64(np.array(bits << 16, dtype=np.uint32).view(np.float32))
+
+    def rounded(exact, negative_zero):
+        """The bits of the bf16 next to a fraction, half to even."""
+        if exact == 0:
+            return 0x8000 * negative_zero
+        magnitude = abs(exact)
+        exponent = max(math.frexp(magnitude)[1] - 1, -126)
+        steps = round(magnitude / Fraction(2) ** (exponent - 7))  # half to even
+        bits = min(((exponent + 126) << 7) + steps, 0x7F80)
+        return bits | 0x8000 * (exact < 0)
+
+    def fma(a, b, c):
+        x, y, z = value(a), value(b), value(c)
+        with np.errstate(all="ignore"):
+            special = x * y + z  # a product is exact
+        if not np.isfinite([x, y, z]).all():
+            return 0x7FFF if np.isnan(special) else int(np.float32(special).view(np.uint32)) >> 16
+        return rounded(Fraction(x) * Fraction(y) + Fraction(z), bool(np.signbit(special)))
+
+    def pairs(bits):
+        return (bits[..., 0::2] | bits[..., 1::2] << 16).astype(np.uint32)
+
+    sums = np.array([fma(*one) for one in half.T], dtype=np.uint32)
+    products = np.array([fma(a, b, np.uint32(0x8000)) for a, b in half[:2].T], dtype=np.uint32)
+    a, b, c = words = pairs(half)
+    of_both = np.stack([a, b], 1).view(np.uint8).reshape(256, 8)
+    permuted = [
+        np.ascontiguousarray(of_both[:, list(order)]).view(np.uint32)
+        for order in ((0, 1, 2, 3), (4, 5, 6, 7), (4, 0, 4, 0), (2, 3, 2, 3), (5, 2, 3, 6))
+    ]
+    return written(words, pairs(sums), pairs(products), *permuted, a & b | c, a)
 
 
 @conformance()

@@ -315,7 +315,17 @@ def routed(*names):
     values.update(slot_of=slot_of, token_of_slot=token_of_slot, rows=d.data, one=torch.ones(()))
     values.update(narrow=d.data[:, :200].contiguous(), experts=torch.randn(KIMI_K2.experts, 264, 200).bfloat16())
     values.update(grad=torch.randn(len(d.data), 264).bfloat16(), ends=torch.tensor([0, 7, 7, 300]))
+    if "packed" in names:
+        codes = torch.randint(256, (KIMI_K2.experts, 72, 96), dtype=torch.uint8).view(torch.int32)
+        values.update(columns=d.data[:, :192].contiguous())
+        values.update(packed=k.pack_w4(codes, torch.rand(KIMI_K2.experts, 72, 6).bfloat16()).data)
     return tuple(values[name] for name in names)
+
+
+def w4_gemm_into(*args):
+    out = args[0].new_zeros(len(args[0]), 72)
+    OPS.grouped_w4_gemm_out(*args, "int4", 72, 192, False, False, None, out)
+    return out
 
 
 def dispatched(*args, **options):
@@ -343,6 +353,12 @@ for op, function, names in (
     ("grouped_gemm", lambda *args: OPS.grouped_gemm(*args, None), ("narrow", "experts", "offsets", "counts")),
     ("grouped_gemm_dgrad", lambda *args: OPS.grouped_gemm_dgrad(*args, None), ("grad", "experts", "offsets", "counts")),
     ("grouped_gemm_wgrad", OPS.grouped_gemm_wgrad, ("grad", "narrow", "offsets", "counts")),
+    (
+        "grouped_w4_gemm",
+        lambda *args: OPS.grouped_w4_gemm(*args, "int4", 72, 192, False, False, None),
+        ("columns", "packed", "offsets", "counts"),
+    ),
+    ("grouped_w4_gemm_out", w4_gemm_into, ("columns", "packed", "offsets", "counts")),
     (
         "moe_sequence_loss",
         lambda *args: OPS.moe_sequence_loss(*args, 0.1, "sigmoid"),

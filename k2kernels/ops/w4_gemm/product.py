@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_groups
+from k2kernels.ops._launch import chip, launch, rows_on_16_bytes
 from k2kernels.ops._register import declare
 from k2kernels.ops.w4_gemm.packed import W4, check_w4
 from k2kernels.reference import w4_gemm as reference
@@ -131,9 +132,22 @@ def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> T
     return a.new_empty((a.shape[0], n // 2 if swiglu else n)) if out is None else out
 
 
+def _launch(
+    d: Tensor, a: Tensor, data: Tensor, offsets: Tensor, counts: Tensor, kind: str, swiglu: bool, expected: int | None
+) -> None:
+    operands = rows_on_16_bytes(a), rows_on_16_bytes(data.contiguous())
+    groups, rows = (offsets.contiguous(), counts.contiguous()), a.shape[0] if expected is None else expected
+    into = d if d.stride(-1) == 1 else d.contiguous()  # rows of no group keep what they hold
+    # K is not cut into parts: every call is batch_invariant.
+    launch("grouped_w4_gemm", chip(a.device), *operands, *groups, kind, swiglu, rows, into)
+    if into is not d:
+        d.copy_(into)
+
+
 _grouped_w4_gemm = declare(
     reference.grouped_w4_gemm,
     outputs=_outputs,
+    launch=_launch,
     validate=lambda a, offsets, counts: check_groups("grouped_w4_gemm", offsets, counts, a.shape[0]),
     out=(),
     out_reference=reference.grouped_w4_gemm_out,

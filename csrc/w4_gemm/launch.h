@@ -1,0 +1,11 @@
+#pragma once
+
+#include "common/chip.h"
+#include "w4_gemm/params.h"
+
+namespace k2k {
+
+// Starts one kernel on `stream`, of the current device, which is `chip`; none for an empty D.
+void launch_w4_gemm(const W4GemmParams& params, const Chip& chip, void* stream);
+
+}  // namespace k2k
