@@ -23,8 +23,8 @@ MESSAGES = {
 @pytest.fixture(scope="module")
 def found():
     names = "values", "losses", "faults", "refused"
-    results = run([(f"overlap_scenarios.{name}", 2) for name in names])
-    return {name: results[f"overlap_scenarios.{name}/2"] for name in names}
+    results = run([(f"micro_batch_scenarios.{name}", 2) for name in names])
+    return {name: results[f"micro_batch_scenarios.{name}/2"] for name in names}
 
 
 def test_two_micro_batches_are_two_passes(found):
