@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from k2kernels.model.config import K2Config
 from k2kernels.model.extend import Absorbed, Expanded, Extend
 from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
+from k2kernels.model.micro_batch import MicroBatch
 from k2kernels.model.rope import apply_rope
 from k2kernels.ops.mla_cache import mla_append, mla_gather
 from k2kernels.ops.mla_decode import mla_decode
@@ -36,6 +37,7 @@ class Prefill:
     pages: Tensor | None = None  # of the cache, for all layers: [layers, P, page size, C + R]
     block_table: Tensor | None = None  # int32 [B, pages per row]
     positions: Tensor | None = None  # of each token's row in its sequence [N]; -1: not written
+    micro_batch: MicroBatch | None = None  # where the pass has several; a step is then of its sequences alone
 
 
 @dataclass
@@ -124,8 +126,14 @@ class LatentAttention(Float32Buffers):
         )
         if self.training:
             peak = result.max_logits.detach().amax(dim=0).float()
-            self.max_logit.copy_(torch.maximum(self.max_logit, peak))
+            if step.micro_batch is None:
+                self._record(peak)
+            else:
+                step.micro_batch.later(self._record, peak)
         return result.out
+
+    def _record(self, peak: Tensor) -> None:
+        self.max_logit.copy_(torch.maximum(self.max_logit, peak))
 
     def _in_pieces(self, q: Tensor, step: Extend, part: Expanded) -> Tensor:
         """Attention over the cache, whose keys and values are expanded piece by piece -> [N, H, V]."""

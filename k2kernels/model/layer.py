@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from k2kernels.model.attention import LatentAttention, Step
+from k2kernels.model.attention import LatentAttention, Prefill, Step
 from k2kernels.model.config import K2Config
 from k2kernels.model.moe import Mlp, Moe
 
@@ -38,12 +38,15 @@ class DecoderLayer(nn.Module):
         return checkpoint(self._halves, x, step, **options)
 
     def _halves(self, x: Tensor, step: Step) -> Tensor:
-        return self.feed_forward(self.attend(x, step))
+        return self.feed_forward(self.attend(x, step), step)
 
     def attend(self, x: Tensor, step: Step) -> Tensor:
         """The first half of `forward`."""
         return x + self.self_attn(self.input_layernorm(x), step)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, step: Step | None = None) -> Tensor:
         """The second half."""
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if isinstance(step, Prefill) and step.micro_batch is not None and isinstance(self.mlp, Moe):
+            return x + self.mlp(normed, step.micro_batch)
+        return x + self.mlp(normed)

@@ -17,6 +17,7 @@ from k2kernels.engine.generate import generate
 from k2kernels.model import checkpoint
 from k2kernels.model.attention import Prefill
 from k2kernels.model.linear import Linear
+from k2kernels.model.micro_batch import MicroBatch, alternately, divide
 from k2kernels.model.moe import Experts, Moe
 from k2kernels.model.trunk import Decoder, Trunk
 from k2kernels.ops._check import FLOATS, Arguments
@@ -62,7 +63,7 @@ class K2Model(Trunk):
         """
         self.check_ids("K2Model", input_ids)
         self._records()
-        hidden = self.model(input_ids, self._prefill(*input_ids.shape))
+        hidden = self.model(input_ids, self._steps(*input_ids.shape))
         logits = self._logits(hidden)
         return (logits, hidden) if return_hidden else logits
 
@@ -230,15 +231,23 @@ class K2Model(Trunk):
         batch, length, _ = hidden.shape
         logits = []
         for k, layer in enumerate(self.mtp_layers):
-            hidden = layer(hidden[:, :-1], embedded(k + 1), self._prefill(batch, length - 1 - k))
+            step, given = self._steps(batch, length - 1 - k), (hidden[:, :-1], embedded(k + 1))
+            hidden = alternately([layer], step, *given) if isinstance(step, list) else layer(*given, step)
             logits.append(self._logits(hidden))
         return logits
 
-    def _prefill(self, batch: int, length: int) -> Prefill:
+    def _steps(self, batch: int, length: int) -> Prefill | list[Prefill]:
+        """Of all sequences; or of each micro-batch, where the layers have exchanges for several."""
+        count = 1 + max([0, *(len(layer.more_exchanges) for _, layer in self._moe_layers())])
+        if min(count, batch) == 1:
+            return self._prefill(batch, length)
+        return [self._prefill(size, length, part) for size, part in divide(batch, count)]
+
+    def _prefill(self, batch: int, length: int, micro_batch: MicroBatch | None = None) -> Prefill:
         device = self.device
         positions = torch.arange(length, device=device).repeat(batch)
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
-        return Prefill(self.rope(positions), cu_seqlens)
+        return Prefill(self.rope(positions), cu_seqlens, micro_batch=micro_batch)
 
     def _moe_layers(self) -> list[tuple[int, Moe]]:
         return [(layer.self_attn.layer, layer.mlp) for layer in self.model.layers if isinstance(layer.mlp, Moe)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.model.config import K2Config
 from k2kernels.model.linear import Float32Buffers, Fp8Linear, Linear
+from k2kernels.model.micro_batch import MicroBatch
 from k2kernels.ops.moe import Routing, moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
 from k2kernels.ops.w4_gemm import W4, empty_w4
@@ -168,7 +169,8 @@ class Moe(nn.Module):
 
     If some experts are on other ranks, `exchange` sends rows to them (see `moe_mlp`), and `experts` holds the others;
     `capacity` is then how many rows these take, None: as many as could arrive. `exchange.check()` raises faults that an
-    exchange detects after it has returned.
+    exchange detects after it has returned. Where a pass has several micro-batches, the first one takes `exchange`, the
+    others those of `more_exchanges`: which one comes with the call, and stays with its backward pass.
     """
 
     def __init__(self, config: K2Config):
@@ -179,11 +181,12 @@ class Moe(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = Mlp(config, shared) if shared else None
         self.exchange: Any = None
+        self.more_exchanges: tuple[Any, ...] = ()
         self.capacity: int | None = None
         self.balance: tuple[float, float] | None = None  # `K2Model.use_sequence_loss`
         self._logits: Tensor | None = None  # [B, T, E] of the last pass in training mode
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, micro_batch: MicroBatch | None = None) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         config = self.config
         if self.experts.ranks is not None and self.exchange is None:
@@ -204,16 +207,28 @@ class Moe(nn.Module):
             scale=config.routed_scaling_factor,
         )
         if self.training and not recomputing():
-            self.gate.expert_counts += routing.counts
-            self._logits = logits.unflatten(0, x.shape[:2])
+            seen = routing.counts, logits.unflatten(0, x.shape[:2])
+            if micro_batch is None:
+                self._record(*seen)
+            else:
+                micro_batch.later(self._record, *seen, micro_batch.number > 0)
         if self.training and self.balance is not None and torch.is_grad_enabled():
             # In recomputation too: that of reentrant checkpointing makes the only graph there is.
             alpha, scale = self.balance
+            scale *= 1.0 if micro_batch is None else micro_batch.share  # losses are means over sequences
             loss = self._sequence_loss(logits.unflatten(0, x.shape[:2]), alpha)
             routing = routing._replace(weights=_WithLoss.apply(routing.weights, loss, scale))
         shared = None if self.shared_experts is None else self.shared_experts(flat)
-        out = self.experts(flat, routing, shared=shared, exchange=self.exchange, capacity=self.capacity)
+        exchange = self.exchange
+        if micro_batch is not None and micro_batch.number > 0:
+            exchange = self.more_exchanges[micro_batch.number - 1]
+        out = self.experts(flat, routing, shared=shared, exchange=exchange, capacity=self.capacity)
         return out.view_as(x)
+
+    def _record(self, counts: Tensor, logits: Tensor, more: bool = False) -> None:
+        """Of a pass, or, with `more`, of a later micro-batch of it."""
+        self.gate.expert_counts += counts
+        self._logits = torch.cat([self._logits, logits]) if more else logits
 
     def sequence_loss(self, alpha: float) -> Tensor:
         """The balance loss of each sequence of the last pass in training mode; differentiable.
@@ -260,7 +275,7 @@ class Moe(nn.Module):
 def exchanges(model: nn.Module) -> list[Any]:
     """The exchanges of a model, each once."""
     layers = (module for module in model.modules() if isinstance(module, Moe) and module.exchange is not None)
-    return list({id(layer.exchange): layer.exchange for layer in layers}.values())
+    return list({id(e): e for layer in layers for e in (layer.exchange, *layer.more_exchanges)}.values())
 
 
 def check_exchanges(found: list[Any]) -> None:

@@ -103,7 +103,7 @@ class K2Stage(_Part):
         elif self.config.num_nextn_predict_layers and not self.is_last:
             embedded = embedded.clone()  # an output must be neither an input nor a view
         self._records()
-        x = self.model(x, self._prefill(*x.shape[:2]))
+        x = self.model(x, self._steps(*x.shape[:2]))
         if not self.is_last:
             return (x, embedded) if self.config.num_nextn_predict_layers else x
         logits = self._logits(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from k2kernels.model.attention import Step
 from k2kernels.model.config import K2Config
 from k2kernels.model.layer import DecoderLayer
+from k2kernels.model.micro_batch import alternately
 from k2kernels.model.mtp import MtpLayer
 from k2kernels.model.rope import Rope
 
@@ -46,13 +47,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(stack) if layers is None else Layers(stack)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if count - 1 in here else None
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, step: Step | list[Step]) -> Tensor:
         """Ids [B, T], or hidden states [B, T, hidden] where the first layer is elsewhere -> [B, T, hidden], after the
-        final norm if that is here."""
+        final norm if that is here. With a list of steps, of micro-batches, these run through the layers alternately."""
         if not x.is_floating_point():
             x = self.embed_tokens(x)
-        for layer in self.layers[: self.depth]:
-            x = layer(x, step)
+        if isinstance(step, list):
+            x = alternately(self.layers[: self.depth], step, x)
+        else:
+            for layer in self.layers[: self.depth]:
+                x = layer(x, step)
         return x if self.norm is None else self.norm(x)
 
 

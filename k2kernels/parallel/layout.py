@@ -112,6 +112,14 @@ class Layout:
     def __deepcopy__(self, memo: dict) -> Layout:
         return self  # a copied model is on the same ranks
 
+    def another_ep(self) -> ProcessGroup:
+        """A new process group of the ranks of "ep". Only these call this."""
+        import torch.distributed as dist
+
+        group = self.ep.get_group()
+        ranks, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
+        return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+
     # ---- weights
 
     def shard_experts(self, model: nn.Module) -> None:

@@ -34,7 +34,8 @@ class MuonClip(OneProcess):
     Args:
         model_or_named_parameters, lr, **options: as in `k2kernels.optim.MuonClip`; capturable must not be True.
         mesh: the ranks that share the parameters, each with its own tokens: a `Layout` or its mesh (see `make_mesh`),
-            of which they are all ranks of "dp" and "ep"; or a DeviceMesh of one dimension.
+            of which they are all ranks of "dp" and "ep"; or a DeviceMesh of one dimension. With pipeline stages ("pp")
+            pass the former: then all stages skip the same steps.
         local: glob patterns of the names of plain parameters that every rank has for itself: experts. Those of `Moe`
             layers with an `exchange` are found, and stacks of matrices as DTensors need no pattern.
         bucket_elements: the elements of an owner in one exchange of gradients and weights, or one matrix. Beside the
@@ -61,7 +62,9 @@ class MuonClip(OneProcess):
 
     One all-reduce (MAX) in every step takes the largest logits of QK-Clip, overflow, and which parameters have a
     gradient, over the ranks; the host waits for it. `last_clip` shows the maxima of all ranks, +inf for NaN. A shard
-    without a gradient counts as zeros where another rank has one.
+    without a gradient counts as zeros where another rank has one. Where overflow is checked (`skip_non_finite`, or a
+    GradScaler) and there are pipeline stages, one more all-reduce, of one number, makes all of these skip a step that
+    one of them skips. A GradScaler's own scale is not exchanged: over ranks take torch's ShardedGradScaler.
 
     `state_dict` and `load_state_dict` are collective: every rank must call them. Momenta and masters are DTensors
     there, so that torch.distributed.checkpoint (`get_state_dict`, `set_state_dict`) saves one copy and loads it at any
@@ -93,8 +96,10 @@ class MuonClip(OneProcess):
     ):
         if not isinstance(mesh, (DeviceMesh, Layout)):
             raise TypeError(f"MuonClip: mesh must be a DeviceMesh or a Layout, got {mesh!r}; make_mesh makes one")
+        stages = None
         if isinstance(mesh, Layout) or "ep" in (mesh.mesh_dim_names or ()):
-            mesh = Layout.of(mesh).flat
+            layout = Layout.of(mesh)
+            mesh, stages = layout.flat, layout.pp
         if mesh.ndim != 1:
             raise ValueError(
                 f"MuonClip: mesh must have one dimension, got {mesh.ndim}; pass the one over which parameters are "
@@ -110,6 +115,7 @@ class MuonClip(OneProcess):
             model_or_named_parameters = list(model_or_named_parameters)
         self.mesh, self.bucket_elements = mesh, bucket_elements
         self._ranks, self._rank, self._group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+        self._pipeline = None if stages is None or stages.size() == 1 else stages.get_group()
         self._local = tuple(local)
         self._local_names = _experts_of_ranks(model_or_named_parameters)
         self._held: dict[Tensor, str] = {}  # how the ranks hold a parameter
@@ -266,6 +272,9 @@ class MuonClip(OneProcess):
         self._maxima = {
             layer: new.to(old.device, old.dtype).view_as(old) for (layer, old), new in zip(maxima.items(), reduced)
         }
+        checked = self._skip_non_finite or getattr(self, "found_inf", None) is not None
+        if checked and self._pipeline is not None:
+            dist.all_reduce(flags[:1], dist.ReduceOp.MAX, group=self._pipeline)  # a view of flags
         overflow, *flags = flags.tolist()
         has_any, lacks_any, written_any = (flags[i * len(params) :][: len(params)] for i in range(3))
         partly = []
@@ -280,7 +289,7 @@ class MuonClip(OneProcess):
             raise ValueError(
                 f"MuonClip: {', '.join(partly[:5])} must have an averaged gradient on every rank, got one on some only"
             )
-        return None if here is None else torch.tensor(bool(overflow))
+        return torch.tensor(bool(overflow)) if checked else None
 
     def _maxima_of_all(self) -> Mapping[Any, Tensor]:
         return self._maxima

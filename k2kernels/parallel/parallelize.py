@@ -62,7 +62,8 @@ def parallelize(
             weights that are rounded when they are gathered, gradients are added up over the ranks in float32, and the
             weights stay float32 (MuonClip needs no other masters). The router is computed in float32 from its float32
             weight. Gradients of bfloat16 weights are added up in float32 over the ranks too, but kept in bfloat16.
-        options: capacity, transport and others of `expert_parallel`, but gradients, which is "mean".
+        options: capacity, transport and others of `expert_parallel`, but gradients, which is "mean"; micro_batches is
+            for fsdp=False.
 
     Returns:
         The model.
@@ -70,10 +71,15 @@ def parallelize(
     Raises:
         ValueError: the model is distributed already, or its weights are not of one floating-point dtype; and what
             `expert_parallel` and `Layout` raise.
-        UnsupportedError: other compute dtypes, and MTP layers with tied embeddings under fsdp.
+        UnsupportedError: other compute dtypes, and MTP layers with tied embeddings or several micro-batches under fsdp.
     """
     layout = Layout.of(mesh)
     _check(model, fsdp, compute_dtype)
+    if fsdp and options.get("micro_batches", 1) != 1:
+        raise UnsupportedError(
+            "parallelize: micro_batches must be 1 with fsdp, whose gathered weights belong to one stream, got "
+            f"{options['micro_batches']}; pass fsdp=False"
+        )
     if any(isinstance(module, Moe) for module in model.modules()):
         expert_parallel(model, layout, max_tokens=max_tokens, gradients="mean", **options)
     else:

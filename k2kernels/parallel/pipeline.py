@@ -130,7 +130,7 @@ class Pipeline:
         layout = Layout(mesh)
         pipeline = Pipeline(config, layout, micro_batches=8, micro_batch=(1, 4096), schedule="ZBVZeroBubble")
         expert_parallel(pipeline.model, layout, max_tokens=4096, gradients="mean")
-        optimizer = MuonClip(pipeline.model, 1e-3, mesh=layout.flat)
+        optimizer = MuonClip(pipeline.model, 1e-3, mesh=layout)
         ...
         loss = pipeline.step(ids[:, :-1], ids[:, 1:])
         layout.reduce_gradients(pipeline.model)
@@ -145,8 +145,8 @@ class Pipeline:
     that statistics count each token once.
 
     Gradients are those of the mean over all tokens of the micro-batches, which have equally many. An optimizer without
-    a process group, and `k2kernels.parallel.MuonClip` over `layout.flat`, update this rank's part: nothing of a step
-    needs the other stages but `clip_grad_norm_`.
+    a process group, and `k2kernels.parallel.MuonClip` over `layout`, update this rank's part: nothing of a step needs
+    the other stages but `clip_grad_norm_`, and whether a step is skipped, on which that MuonClip agrees.
 
     Args:
         config: of the whole model.

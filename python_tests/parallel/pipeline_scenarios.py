@@ -13,6 +13,7 @@ from rank_scenarios import join
 from torch.distributed.tensor import DTensor
 
 from k2kernels import optim
+from k2kernels.model.moe import exchanges
 from k2kernels.optim import QKClip
 from k2kernels.parallel import (
     Layout,
@@ -80,7 +81,7 @@ class Expected:
 class Run:
     """A pipeline over all ranks."""
 
-    def __init__(self, expected, *, pp, ep=1, schedule="1F1B", each=None, fsdp=False):
+    def __init__(self, expected, *, pp, ep=1, schedule="1F1B", each=None, fsdp=False, halves=False):
         self.expected, self.clips = expected, 0
         self.layout = Layout(make_mesh(pp=pp, ep=ep, device_type="cpu"))
         assert expected.pipelines == self.layout.world_size
@@ -100,9 +101,10 @@ class Run:
             for stage in self.pipeline.stages:
                 parallelize(stage, self.layout, **options)
         elif ep > 1:
-            expert_parallel(self.model, self.layout, gradients="mean", **options)
+            expert_parallel(self.model, self.layout, gradients="mean", micro_batches=1 + halves, **options)
+            assert len(exchanges(self.model)) == 1 + halves
         self.model.use_sequence_loss(ALPHA)
-        self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout.flat, qk_clip=QKClip(TAU))
+        self.optimizer = MuonClip(self.model, 0.02, mesh=self.layout, qk_clip=QKClip(TAU))
 
     def steps(self):
         for step, want in enumerate(self.expected.steps):
@@ -188,6 +190,41 @@ def experts(rank, world, folder):
     join(rank, world, folder)
     expected = Expected(2)
     return {name: against(expected, pp=2, ep=2, schedule=name) for name in ("1F1B", "ZBVZeroBubble")}
+
+
+def halves(rank, world, folder):
+    """The same, with two halves of each micro-batch in flight in a stage."""
+    join(rank, world, folder)
+    expected = Expected(2, num_nextn_predict_layers=1)
+    return {name: against(expected, pp=2, ep=2, schedule=name, halves=True) for name in ("1F1B", "ZBVZeroBubble")}
+
+
+def overflow(rank, world, folder):
+    """What is skipped by each of two stages with one matrix each, and which weights are changed, by what is infinite or
+    not a number where; `flat`: without the other stage's flag."""
+    join(rank, world, folder)
+    layout = Layout(make_mesh(pp=world, device_type="cpu"))
+    found = {}
+    for case, mesh, bad, scaled in [
+        ("nothing", layout, {}, False),
+        ("first", layout, {0: torch.nan}, False),
+        ("last, by the mesh", layout.mesh, {1: torch.inf}, False),
+        ("scaler", layout, {1: torch.nan}, True),
+        ("no gradient", layout, {0: None, 1: torch.nan}, False),
+        ("flat", layout.flat, {0: torch.nan}, False),
+    ]:
+        torch.manual_seed(rank)
+        w = torch.nn.Parameter(torch.randn(5, 4))
+        optimizer = MuonClip([("w", w)], 0.1, mesh=mesh, qk_clip=None, skip_non_finite=not scaled)
+        before, value = w.detach().clone(), bad.get(rank, 1.0)
+        if value is not None:
+            w.grad = torch.randn(5, 4)
+            w.grad[1, 2] = value
+        if scaled:  # as torch.amp.GradScaler sets it
+            optimizer.found_inf = torch.tensor(float(rank in bad))
+        optimizer.step()
+        found[case] = [optimizer.last_skipped, not torch.equal(w, before)]
+    return found
 
 
 def mtp(rank, world, folder):

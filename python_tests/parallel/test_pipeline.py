@@ -15,12 +15,12 @@ from k2kernels.model import K2Config, K2Model
 from k2kernels.model.stage import K2Stage, K2Stages
 from k2kernels.parallel.pipeline import costs, split_layers, stages_of_rank
 
-SCENARIOS = [("schedules", 2), ("experts", 4), ("mtp", 2), ("fsdp", 4)]
+SCENARIOS = [("schedules", 2), ("experts", 4), ("halves", 4), ("mtp", 2), ("fsdp", 4)]
 
 
 @pytest.fixture(scope="module")
 def found():
-    names = [*SCENARIOS, ("checkpoints", 2), ("refused", 2), ("page", 2)]
+    names = [*SCENARIOS, ("checkpoints", 2), ("refused", 2), ("overflow", 2), ("page", 2)]
     results = run([(f"pipeline_scenarios.{name}", world) for name, world in names])
     return {name.partition(".")[2].partition("/")[0]: result for name, result in results.items()}
 
@@ -42,6 +42,14 @@ def test_a_pipeline_is_one_process(found, scenario, world):
 def test_a_checkpoint_goes_on_in_other_stages(found):
     for rank, seen in enumerate(found["checkpoints"]):
         assert isinstance(seen, dict) and seen["worst"] < tolerance(seen["longest"]), f"rank {rank}: {seen}"
+
+
+def test_all_stages_skip_the_same_steps(found):
+    for rank, seen in enumerate(found["overflow"]):
+        assert isinstance(seen, dict), f"rank {rank}: {seen}"
+        assert seen.pop("nothing") == [False, True], f"rank {rank}"
+        assert seen.pop("flat") == [rank == 0, rank == 1]  # on one stage only, where the mesh has no others
+        assert len(seen) == 4 and all(case == [True, False] for case in seen.values()), f"rank {rank}: {seen}"
 
 
 MESSAGES = {
