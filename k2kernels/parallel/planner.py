@@ -9,6 +9,7 @@ Arithmetic on `footprint`, nothing is allocated. A plan says of each number whet
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from k2kernels.ops._check import Arguments
 from k2kernels.ops._constants import constants
 from k2kernels.parallel import footprint
 from k2kernels.parallel.footprint import EMBEDDING, HEAD, Pass, Weight
+from k2kernels.parallel.pipeline import costs, split_layers
 
 # Memory in units of 10^9 bytes as NVIDIA's data sheets name it. (Some GPUs have that many GiB; a plan stays below.)
 GPUS = {
@@ -162,7 +164,8 @@ def plan(
         gpus: how many.
         gpu: a name of `GPUS`, or a memory size in GB such as "141".
         workload: training by default.
-        pp: pipeline stages. Layers are divided evenly; embedding and head are in the first and the last stage.
+        pp: pipeline stages. Layers are divided by cost, as `Pipeline` does; embedding and head are in the first and
+            the last stage.
         ep, sharding: the layout to show; by default the fitting one that shards least, and of those the one with the
             most room. If none fits, the one that is nearest.
 
@@ -227,11 +230,15 @@ def _total(items: Sequence[Item]) -> int:
 
 
 def stage_layers(config: K2Config, pp: int, stage: int) -> range:
-    """The layers of a stage: evenly, the first stages have one more; MTP layers are in the last."""
-    each, more = divmod(config.num_hidden_layers, pp)
-    first = stage * each + min(stage, more)
-    end = first + each + (stage < more)
-    return range(first, end + config.num_nextn_predict_layers if stage == pp - 1 else end)
+    """The layers of a stage, as `Pipeline` divides them with one stage on each rank; MTP layers are in the last."""
+    layers, last = costs(config)
+    part = _divided(tuple(layers), pp, last)[stage]
+    return range(part.start, part.stop + config.num_nextn_predict_layers) if stage == pp - 1 else part
+
+
+@functools.cache
+def _divided(layers: tuple[float, ...], pp: int, last: float) -> list[range]:
+    return split_layers(list(layers), pp, last)
 
 
 def local_shape(weight: Weight, layout: RankGrid) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 from k2kernels.cli.main import main
 from k2kernels.model import K2Config, K2Model
 from k2kernels.optim import MuonClip
-from k2kernels.parallel import footprint, planner
+from k2kernels.parallel import footprint, pipeline, planner
 from k2kernels.parallel.planner import GPUS, SHARDINGS, RankGrid, Workload, hold, plan
 from k2kernels.parallel.planner_table import table
 from k2kernels.parallel.split import Split
@@ -92,10 +92,10 @@ def test_stages_have_every_weight_once(pp):
     names = [w.name for stage in stages for w in stage]
     assert sorted(names) == sorted(w.name for w in every)
     assert "model.embed_tokens.weight" in names[: len(stages[0])] and "lm_head.weight" in names[-len(stages[-1]) :]
-    layers = [len(planner.stage_layers(K2, pp, stage)) for stage in range(pp)]
-    assert sum(layers) == 61 and max(layers) - min(layers) <= 1
+    layers, last = pipeline.costs(K2)
+    assert [planner.stage_layers(K2, pp, stage) for stage in range(pp)] == pipeline.split_layers(layers, pp, last)
     mtp = K2Config.preset("deepseek-v3")
-    assert planner.stage_layers(mtp, 16, 15) == range(58, 62) and planner.stage_layers(mtp, 1, 0) == range(62)
+    assert planner.stage_layers(mtp, 16, 15)[-1] == 61 and planner.stage_layers(mtp, 1, 0) == range(62)
 
 
 def test_serving_kimi_k2():
@@ -131,9 +131,12 @@ def test_a_stage_keeps_the_micro_batches_in_flight():
     items = [planner._trained(K2, RankGrid(4, 1, 8), stage, workload, every, False) for stage in range(4)]
     first, last = sizes(items[0])["activations"], sizes(items[3])["activations"]
     p = footprint.Pass(4096, slots=40960, experts=48)
-    assert last == 15 * footprint.layer_bytes(K2, 60, p) + footprint.stem_bytes(K2, p)
-    dense = footprint.layer_bytes(K2, 60, p) - footprint.layer_bytes(K2, 0, p)
-    assert first == 4 * (last + footprint.layer_bytes(K2, 60, p) - dense)
+    of_first, of_last = (len(planner.stage_layers(K2, 4, stage)) for stage in (0, 3))
+    assert (of_first, of_last) == (16, 13)
+    layer, stem = footprint.layer_bytes(K2, 60, p), footprint.stem_bytes(K2, p)
+    assert last == of_last * layer + stem
+    dense = layer - footprint.layer_bytes(K2, 0, p)
+    assert first == 4 * (of_first * layer - dense + stem)
 
 
 def test_sharding_never_takes_more():
