@@ -40,8 +40,8 @@ class MicroBatch:
 
 
 def divide(batch: int, count: int) -> list[tuple[int, MicroBatch]]:
-    """`batch` sequences in up to `count` parts, the first ones longer by one if need be: the size of each, and what
-    the layers are told."""
+    """`batch` sequences in up to `count` parts, the first ones longer by one if need be: the size of each, and the
+    object that comes to the layers."""
     count = min(batch, count)
     sizes = [batch // count + (number < batch % count) for number in range(count)]
     return [(size, MicroBatch(number, size / batch)) for number, size in enumerate(sizes)]
