@@ -207,11 +207,7 @@ def _empty_state(
             f"{len(optimizer.param_groups)}"
         )
     own, _ = _optimizer_state(model, optimizer)
-    keys: dict[str, list[str]] = {}
-    for name in saved:
-        if name.startswith("optimizer."):
-            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
-            keys.setdefault(parameter, []).append(key)
+    keys = _keys_of(saved)
     entries = {}
     for _, name, p in _names(model, optimizer):
         for key in keys.get(name, ()):
@@ -235,13 +231,23 @@ def _load_optimizer(
         kept = {"param_names": group["param_names"]} if "param_names" in group else {}
         groups.append({**saved, **kept, "params": list(range(number, number + count))})
         number += count
-    states: dict[int, dict[str, Tensor]] = {}
-    for number, name, _ in _names(model, optimizer):
-        prefix = f"optimizer.{name}."
-        some = {key.removeprefix(prefix): t for key, t in entries.items() if key.rpartition(".")[0] + "." == prefix}
-        if some:
-            states[number] = some
+    keys = _keys_of(entries)
+    states = {
+        number: {key: entries[f"optimizer.{name}.{key}"] for key in keys[name]}
+        for number, name, _ in _names(model, optimizer)
+        if name in keys
+    }
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _keys_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Parameter -> the keys of its state, of the names optimizer.PARAMETER.KEY among `names`."""
+    keys: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith("optimizer."):
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            keys.setdefault(parameter, []).append(key)
+    return keys
 
 
 def _check_model(folder: Path, tensors: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -276,9 +282,7 @@ def _no_warning() -> Iterator[None]:
 def _latest(path: Path) -> str | None:
     try:
         name = (path / LATEST).read_text().strip()
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return name if name and (path / name).is_dir() else None
 
