@@ -145,7 +145,9 @@ K2K_DEVICE void load_few(FewStorage<Kind, Tile>& smem, const W4GemmParams& p,
                 arch::mbarrier_arrive_expect_tx(full, Storage::kTokenBytes + rows * w_bytes);
                 arch::tma_load_3d(smem.a[at.slot], tokens, full, 0, token, chunk * kChunkGroups,
                                   arch::CacheHint::kEvictLast);
-                for (int i = 0; i < rows; ++i) {
+                K2K_UNROLL
+                for (int i = 0; i < Tile::kWarpgroups; ++i) {
+                    if (i >= rows) break;
                     arch::bulk_load(smem.w[at.slot][i], w + i * row_bytes, w_bytes, full,
                                     arch::CacheHint::kEvictFirst);
                 }
