@@ -48,7 +48,7 @@ def test_many_experts():
 def integers(kind, groups, n, k):
     """Weights and rows whose products and sums are exact, in any order."""
     codes, scales = random_w4(kind, len(groups.counts), n, k)
-    scales = torch.ones_like(scales) if kind == "int4" else torch.full_like(scales, 128)
+    scales = torch.full_like(scales, 0.25) if kind == "int4" else torch.full_like(scales, 128)
     a = groups.random(k)
     a[groups.real] = torch.randint(-2, 3, (int(groups.real.sum()), k)).bfloat16()
     return a, codes, scales
@@ -74,9 +74,9 @@ def test_parts_of_k_add_up(split, schedule):
 @pytest.mark.parametrize("tokens", [8, 32])
 def test_parts_are_added_in_their_order(tokens):
     """In float32, with parts of two equal numbers whose sum depends on the order and on where K is cut."""
-    k, n, big = 2048, 64, 2.0**24
-    orders = torch.tensor([[big, 2, -big, 0], [2, big, -big, 2], [big, 2, 2, -big], [big, -big, 2, 2]])
-    parts = orders[torch.arange(n) % 4]
+    k, n, big = 2048, 64, 2.0**24  # and 1: all times 2^-26, as scales of int4 are below 1/2
+    orders = torch.tensor([[big, 2, -big, 0], [2, big, -big, 1], [big, 1, 1, -big], [big, -big, 1, 2]])
+    parts = orders[torch.arange(n) % 4] * 2.0**-26
     codes = torch.full((1, n, k // 8), -0x77777778, dtype=torch.int32)  # 8 everywhere: zeros
     codes[0, :, k // 64 :: k // 32] += 0x11  # the first two of a part are 1
     scales = torch.zeros(1, n, k // 32, dtype=torch.bfloat16)
@@ -84,7 +84,8 @@ def test_parts_are_added_in_their_order(tokens):
     in_parts, whole = torch.zeros(n), torch.zeros(n)
     for part in parts.T:
         in_parts, whole = in_parts + part, whole + part / 2 + part / 2
-    assert not torch.equal(in_parts, whole)
+    from_the_last = parts.flip(1).cumsum(1)[:, -1]
+    assert not torch.equal(in_parts, whole) and not torch.equal(in_parts, from_the_last)
     groups, w = Groups([1]), pack_w4(codes, scales)
     for batch_invariant, want in ((False, in_parts), (True, whole)):
         d = multiply(torch.ones(1, k).bfloat16(), w, groups, SEEDS[1], expected=tokens, batch_invariant=batch_invariant)
