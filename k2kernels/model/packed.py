@@ -21,7 +21,7 @@ from k2kernels.model import compressed_tensors
 from k2kernels.model.compressed_tensors import Scheme
 from k2kernels.model.shards import Reader, TensorInfo, some
 from k2kernels.ops.w4_gemm import dequantize_w4
-from k2kernels.reference.w4_gemm import GROUP, LARGEST_E8M0
+from k2kernels.reference.w4_gemm import GROUP, INT4_SCALES_BELOW, LARGEST_E8M0
 
 CODES, SCALES, SHAPE = "_packed", "_scale", "_shape"  # behind <module>.weight
 _DTYPES = {  # of codes, of scales, and the codes in an element
@@ -146,7 +146,7 @@ def read_packed(
     """Codes and scales of groups of 32, or some of their rows, in memory of their own, checked; `kept`: to be packed.
 
     Raises:
-        ValueError: weight_shape is another, or a scale is NaN or infinite, or, where `kept`, MXFP4's are above 2.
+        ValueError: weight_shape is another, or a scale is NaN or infinite, or, where `kept`, too large for `pack_w4`.
     """
     if info.stored_shape is not None and info.stored_shape.shape == (2,):
         stored = reader.get(info.stored_shape).tolist()
@@ -157,8 +157,8 @@ def read_packed(
     codes = reader.get(info.codes, rows).clone()
     scales = reader.get(info.scales, rows).clone()
     if info.dtype == "int4":
-        bad = scales[~scales.isfinite()]
-        wanted = "finite numbers"
+        bad = scales[~(scales.abs() < (INT4_SCALES_BELOW if kept else torch.inf))]
+        wanted = f"numbers below {INT4_SCALES_BELOW} in magnitude, to be kept" if kept else "finite numbers"
     else:
         codes, scales = codes.view(torch.uint8), scales.view(torch.uint8)
         bad = scales[scales > (LARGEST_E8M0 if kept else 254)]
