@@ -189,3 +189,12 @@ def file_tensors(weight: str, codes: Tensor, scales: Tensor, group_size: int = G
     yield weight + SCALES, scales[:, :: group_size // GROUP]
     if codes.dtype == torch.int32:
         yield weight + SHAPE, torch.tensor([codes.shape[0], 8 * codes.shape[1]])
+
+
+def packed_tensors(weight: str, kind: str, n: int, k: int) -> Iterator[TensorInfo]:
+    """The names, shapes and dtypes of `file_tensors` of an [N, K] weight in groups of 32."""
+    codes, scales, in_code = _DTYPES[kind]
+    yield TensorInfo(Path(), weight + CODES, (n, k // in_code), codes[0])
+    yield TensorInfo(Path(), weight + SCALES, (n, k // GROUP), scales[0])
+    if kind == "int4":
+        yield TensorInfo(Path(), weight + SHAPE, (2,), "I64")
