@@ -24,7 +24,15 @@ from k2kernels.model.checkpoint import (
 from k2kernels.model.compressed_tensors import quantization_config
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.files import conversions, remove_leftovers
-from k2kernels.model.packed import PackedInfo, dequantize_packed_into, file_tensors, joined, packed_tensors, read_packed
+from k2kernels.model.packed import (
+    PackedInfo,
+    dequantize_packed_into,
+    file_tensors,
+    joined,
+    name_in_model,
+    packed_tensors,
+    read_packed,
+)
 from k2kernels.model.resume import ResumableWriter
 from k2kernels.model.shards import DTYPES, INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, scan, some
 from k2kernels.ops.w4_gemm import KINDS, quantize_int4_group32, quantize_mxfp4
@@ -104,7 +112,7 @@ def convert(
 
     infos = [part for info in tensors.values() for part in getattr(info, "parts", [info])]
     planned = {
-        name: list(_outputs(name, info, name.removeprefix(prefix), to))
+        name: list(_outputs(name, info, name_in_model(name, prefix), to))
         for name, info in tensors.items()
         if not name.endswith(SCALE)
     }
@@ -126,7 +134,7 @@ def convert(
             bar.update(info.nbytes)
             if name.endswith(SCALE) or all(output.name in out for output in planned[name]):
                 continue
-            model_name = name.removeprefix(prefix)
+            model_name = name_in_model(name, prefix)
             if isinstance(info, PackedInfo):
                 weight = torch.empty(info.shape, dtype=torch.bfloat16)
                 codes = read_packed(info, weights, str(src), kept=False)
@@ -199,7 +207,7 @@ def _check(
 ) -> None:
     """Raises ValueError unless `src` can be converted, judging by the headers of its files."""
     quantized = {name for name, info in tensors.items() if info.dtype == "F8_E4M3"}
-    experts = {name: info for name, info in tensors.items() if _EXPERTS.fullmatch(name.removeprefix(prefix))}
+    experts = {name: info for name, info in tensors.items() if _EXPERTS.fullmatch(name_in_model(name, prefix))}
     if to in KINDS and not experts:
         raise ValueError(f"convert: src must have routed experts to become {to}, got none in {src}")
     if to in KINDS and all(info.dtype == to for info in experts.values()):
