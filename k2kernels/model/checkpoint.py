@@ -29,6 +29,7 @@ from k2kernels.model.packed import (
     dequantize_packed_into,
     file_tensors,
     joined,
+    name_in_model,
     quantize_w4,
     read_packed,
 )
@@ -377,9 +378,12 @@ def _halves(module: str, leaf: str, tensor: Tensor) -> Iterator[tuple[str, Tenso
 
 def _named_as_in_model(tensors: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
     """Without the decoder's prefix and a vision tower beside it."""
-    return {
-        name.removeprefix(prefix): info for name, info in tensors.items() if not (prefix and name.startswith(_VISION))
-    }
+    decoder = [name for name in tensors if not (prefix and name.startswith(_VISION))]
+    found = {name_in_model(name, prefix): tensors[name] for name in decoder}
+    if len(found) < len(decoder):
+        twice = [name for name in decoder if tensors[name] is not found[name_in_model(name, prefix)]]
+        raise ValueError(f"{tensors[twice[0]].file.parent}: tensors must be there once, got others for {some(twice)}")
+    return found
 
 
 def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], path: str | Path) -> K2Config:

@@ -26,6 +26,7 @@ from k2kernels.model.convert import convert
 
 KINDS = ["int4", "mxfp4"]
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
+WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
 IDS = torch.tensor([[3, 141, 59, 26, 53, 58, 97, 93], [2, 71, 82, 81, 82, 84, 59, 4]])
 
 
@@ -143,6 +144,59 @@ def test_what_a_kept_model_cannot_do(tmp_path):
         load(made.path, keep_quantized="yes")
     with pytest.raises(ValueError, match="keep_quantized must go with a block-FP8 or 4-bit checkpoint"):
         load(tmp_path / "plain", keep_quantized=True)
+
+
+K3_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def as_in_k3(tensors, config):
+    """Experts, router and shared experts of Kimi-K3's names; only routed experts have w1, w2 and w3."""
+    for name in [name for name in tensors if ".mlp.experts." in name or ".mlp.gate." in name or ".shared_" in name]:
+        new = name.replace(".mlp.", K3_NAMES[".mlp."])
+        for ours, theirs in K3_NAMES.items():
+            new = new.replace(ours, theirs) if ".experts." in new else new
+        tensors[new] = tensors.pop(name)
+
+
+def test_names_of_kimi_k3(tmp_path):
+    """In a model of this architecture they are read, and written under its own; `convert` keeps them."""
+    made = Made(tmp_path, "mxfp4", nested=True)
+    want, plain = load(made.path, keep_quantized=True), load(made.path)
+    path = made.rewrite(as_in_k3)
+    assert f"{PREFIX}model.layers.1.block_sparse_moe.experts.3.w2.weight_packed" in read(path)
+    kept = load(path, keep_quantized=True)
+    assert_same(kept.state_dict(), want.state_dict())
+    kept.save_pretrained(tmp_path / "back")
+    assert_same(read(tmp_path / "back"), made.tensors)
+    convert(path, tmp_path / "bf16", "bf16", progress=False)
+    assert f"{PREFIX}model.layers.1.block_sparse_moe.experts.3.w2.weight" in read(tmp_path / "bf16")
+    assert_same(load(tmp_path / "bf16").state_dict(), plain.state_dict())
+    convert(tmp_path / "bf16", tmp_path / "again", "mxfp4", progress=False)
+    assert_same(read(tmp_path / "again"), read(path))
+    name = f"{PREFIX}{WEIGHT.removesuffix('weight')}weight_scale"
+    both = made.rewrite(lambda t, c: (as_in_k3(t, c), t.update({name: torch.zeros(96, 4, dtype=torch.uint8)})))
+    with pytest.raises(ValueError, match=r"tensors must be there once, got others for .*w3\.weight_scale"):
+        load(both)
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(4, 192, 4, 16, dtype=torch.uint8), "gpt-oss"),
+        ("model.layers.1.mlp.experts.down_proj_scales", torch.zeros(4, 128, 3, dtype=torch.uint8), "gpt-oss"),
+        ("model.layers.1.ffn.experts.0.w1.weight", torch.zeros(96, 64, dtype=torch.int8), "DeepSeek-V4"),
+        ("model.layers.1.ffn.experts.0.w1.scale", torch.ones(96, 4).to(torch.float8_e8m0fnu), "DeepSeek-V4"),
+    ],
+)
+def test_codes_of_other_models(tmp_path, name, tensor, message):
+    """The message names what was found, and what is served."""
+    path = Made(tmp_path, "mxfp4").rewrite(lambda t, c: t.update({name: tensor}))
+    for call in (load, lambda path: convert(path, tmp_path / "out", "bf16", progress=False)):
+        with pytest.raises(
+            UnsupportedError, match=rf"{message} are not served, got {name}; served are .*weight_packed"
+        ):
+            call(path)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- conversion -------------------------------------------------------------------------------------------------
@@ -321,7 +375,7 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
 
 # ---- what is refused --------------------------------------------------------------------------------------------
 
-WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
 SHARED = "model.layers.1.mlp.shared_experts.down_proj.weight"
 
 
