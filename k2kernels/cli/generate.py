@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
@@ -38,6 +36,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
+
     from k2kernels.cli.tokenizer import load_tokenizer
     from k2kernels.model import K2Model
     from k2kernels.parallel import expert_parallel

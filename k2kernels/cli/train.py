@@ -19,9 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 MAX_THREADS = 1024
 
 
@@ -52,6 +49,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
+
     from k2kernels.parallel.launch import launched
     from k2kernels.train.trainer import Trainer, TrainOptions, only_run  # after the arguments: it imports much
 
@@ -113,6 +112,7 @@ def _train(trainer) -> int:
 
 def _loop(trainer) -> None:
     """Runs to the end, or to the end of the step in which Ctrl-C or SIGTERM came."""
+    from tqdm import tqdm
 
     def ask_to_stop(number: int, _) -> None:
         if trainer.stop and number == signal.SIGINT:
