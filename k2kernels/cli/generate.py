@@ -38,10 +38,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from k2kernels.cli.tokenizer import load_tokenizer
     from k2kernels.model import K2Model
     from k2kernels.parallel import expert_parallel
     from k2kernels.parallel.launch import launched
+    from k2kernels.text.tokenizer import load_tokenizer
 
     path = Path(options.checkpoint)
     if not path.is_dir():
