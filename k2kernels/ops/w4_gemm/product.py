@@ -135,7 +135,7 @@ def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> T
 def _launch(
     d: Tensor, a: Tensor, data: Tensor, offsets: Tensor, counts: Tensor, kind: str, swiglu: bool, expected: int | None
 ) -> None:
-    operands = rows_on_16_bytes(a), rows_on_16_bytes(data.contiguous())
+    operands = rows_on_16_bytes(a, distinct=True), rows_on_16_bytes(data.contiguous())
     groups, rows = (offsets.contiguous(), counts.contiguous()), a.shape[0] if expected is None else expected
     into = d if d.stride(-1) == 1 else d.contiguous()  # rows of no group keep what they hold
     # K is not cut into parts: every call is batch_invariant.
