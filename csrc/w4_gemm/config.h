@@ -43,7 +43,7 @@ using W4Tile16 = W4Tile<16, 2, 3, 4>;
 using W4Tile64 = W4Tile<64, 1, 3, 3>;
 
 // The small tile serves up to so many rows per group on average. Each tile decodes its weights:
-// with 17 rows, two small tiles take 355 issue slots for 64 of K, one large tile 270.
+// with 17 rows, two small tiles take 280 issue slots for 64 of K, one large tile 231.
 constexpr int64_t kFewTokens = 16;
 constexpr bool takes_few_tokens(const W4GemmParams& p) {
     return p.expected <= kFewTokens * p.groups.number;

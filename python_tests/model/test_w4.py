@@ -142,6 +142,10 @@ def test_what_a_kept_model_cannot_do(tmp_path):
         load(made.path, keep_fp8=True).use_fp8()
     with pytest.raises(TypeError, match="keep_quantized must be True or False, got 'yes'"):
         load(made.path, keep_quantized="yes")
+    large = made.rewrite(lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), -0.5)))
+    with pytest.raises(ValueError, match=r"numbers below 0.5 in magnitude, to be kept, got 4 others \(-0.5\)"):
+        load(large, keep_quantized=True)
+    load(large)
     with pytest.raises(ValueError, match="keep_quantized must go with a block-FP8 or 4-bit checkpoint"):
         load(tmp_path / "plain", keep_quantized=True)
 
@@ -400,7 +404,7 @@ def renamed(tensors, name, end, change):
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x[:, :3].contiguous()), ValueError,
          r"weight_scale \(wanted \[96, 4\] for groups of \[32\], got \[96, 3\]\)"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), torch.inf)),
-         ValueError, r"weight_scale must hold finite numbers, got 4 others \(inf\)"),
+         ValueError, r"weight_scale must hold (finite numbers|.* below 0.5 .*), got 4 others \(inf\)"),
         ("mxfp4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(1, torch.tensor([0]), 255)),
          ValueError, r"weight_scale must hold .* 255, got 96 others \(255\)|bytes of at most 128.* 96 others"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_shape", lambda x: torch.tensor([128, 96])), ValueError,
