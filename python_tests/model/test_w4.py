@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from w4_checkpoints import EXPERT, PREFIX, SIZES, Made
 import k2kernels
 from k2kernels import UnsupportedError
 from k2kernels.cli import main
-from k2kernels.model import K2Config, K2Model, checkpoint, compressed_tensors, packed
+from k2kernels.model import K2Config, K2Model, capacity, checkpoint, compressed_tensors, packed
 from k2kernels.model.convert import convert
 
 KINDS = ["int4", "mxfp4"]
@@ -559,6 +560,46 @@ def test_configurations_that_are_served(tmp_path):
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@of_each_kind
+def test_weights_that_do_not_fit(tmp_path, monkeypatch, kind):
+    """Of a device that holds the packed model and not the dequantised one."""
+    path = Made(tmp_path, kind).path
+    sizes = {
+        keep: sum(t.nbytes for t in load(path, keep_quantized=keep).state_dict().values()) for keep in (True, False)
+    }
+    asked = []
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: asked.append(device.type) or sizes[True])
+    load(path, keep_quantized=True)
+    message = (
+        rf"{path}: weights must fit into the {sizes[True] / 1e6:.1f} MB of 'cpu', got {sizes[False] / 1e6:.1f} MB in "
+        rf"bfloat16; load with keep_quantized=True \(--keep-quantized\), as the files have them: \d\.\d MB in all"
+    )
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=message):
+        patch.setattr(checkpoint, "_load", None)  # not reached
+        load(path)
+    with pytest.raises(MemoryError, match=r"got \d\.\d MB in float32"):
+        load(path, dtype=torch.float32)
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: sizes[True] - 1)
+    with pytest.raises(MemoryError, match=r"in bfloat16; divide the experts among more GPUs \(mesh, torchrun\)"):
+        load(path, keep_quantized=True)
+    with pytest.raises(MemoryError, match="or convert the checkpoint: k2kernels convert"):
+        load(tmp_path / "plain")
+    assert set(asked) == {"cpu"}
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: sizes[False])
+    load(path)
+
+
+def test_the_memory_of_this_machine(monkeypatch):
+    here = capacity.device_bytes(torch.device("cpu"))
+    assert here is None or 10**8 < here < 10**15
+    assert capacity.device_bytes(torch.device("meta")) is None
+    read_text = Path.read_text
+    limits = {"/sys/fs/cgroup/memory.max": "max", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000"}
+    limits["/proc/meminfo"] = "MemTotal: 5 kB\nSwapTotal:  2 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: limits.get(str(path)) or read_text(path))
+    assert capacity.device_bytes(torch.device("cpu")) == 1_000_000 + 2048
 
 
 @pytest.mark.skipif(
