@@ -243,7 +243,10 @@ class Engine:
                 self._end_all("error", f"{type(error).__name__}: {error}")
                 raise
             self._notify()
-            return bool(self.scheduler.running or self.scheduler.waiting or self._inbox)
+            return self._remain()
+
+    def _remain(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting or self._inbox)
 
     def _receive(self) -> None:
         while self._inbox:
@@ -419,7 +422,7 @@ class Engine:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed or self._inbox)
+                    self._changed.wait_for(lambda: self._closed or self._remain())
                 while not self._closed and self.step():
                     pass
                 if self._closed:
