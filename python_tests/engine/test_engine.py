@@ -110,9 +110,10 @@ def test_replayed_passes(speculative, model):
 
 def test_draws_depend_on_seed_sample_and_position(model):
     options = dict(temperature=1.3, top_p=0.95, seed=4)
-    drawn = [texts(Engine(model, cache_tokens=512), [prompt], **options)[0] for prompt in PROMPTS[:6]]
-    assert texts(Engine(model, cache_tokens=4096, max_batch_tokens=40, speculative=True), **options)[:6] == drawn
-    assert len({tuple(text[:3]) for text in drawn}) > 3
+    drawn = [texts(Engine(model, cache_tokens=512), [prompt], **options)[0] for prompt in PROMPTS[:4]]
+    engine = Engine(model, cache_tokens=4096, max_batch_tokens=40, speculative=True)
+    assert texts(engine, PROMPTS[7:3:-1] + PROMPTS[:4], **options)[4:] == drawn
+    assert len(set(map(tuple, drawn))) == 4
     engine = Engine(model, cache_tokens=512)
     requests = [engine.submit(PROMPTS[1], sampling=sampling(**options), n=n) for n in (1, 4)]
     for step in range(20):
@@ -218,7 +219,7 @@ def test_ends(model, alone):
     request = engine.submit(ids(63, 0), sampling=sampling(max_new_tokens=1))
     assert len(list(request)) == 1
     tiny_cache = Engine(model, cache_tokens=70)
-    assert len(list(tiny_cache.submit([1], sampling=sampling(max_new_tokens=None)))) == 63
+    assert len(list(tiny_cache.submit([1] * 60, sampling=sampling(max_new_tokens=None)))) == 4
     finish(engine)
     finish(tiny_cache)
 
@@ -382,15 +383,15 @@ def test_few_pages_do_not_thrash(model):
 
 
 def test_the_oldest_request_is_never_preempted(model):
-    engine = Hashing(model, cache_tokens=8 * PAGE_SIZE, max_batch_tokens=8)
-    requests = [engine.submit(ids(10, k), sampling=sampling(max_new_tokens=300)) for k in range(8)]
+    engine = Hashing(model, cache_tokens=6 * PAGE_SIZE, max_batch_tokens=8)
+    requests = [engine.submit(ids(10, k), sampling=sampling(max_new_tokens=150)) for k in range(8)]
     while any(not request.done for request in requests):
         oldest = next(request.samples[0] for request in requests if not request.done)
         engine.step()
         engine.check()
         assert oldest.row >= 0 or oldest.finish_reason
     assert engine.stats()["preemptions"] > 0
-    assert [request.samples[0].tokens for request in requests] == [continued(ids(10, k), 300) for k in range(8)]
+    assert [request.samples[0].tokens for request in requests] == [continued(ids(10, k), 150) for k in range(8)]
 
 
 REQUESTS = st.lists(
@@ -408,7 +409,7 @@ REQUESTS = st.lists(
 TEXTS = [ids(150, 0), ids(150, 0)[:100] + ids(50, 1), ids(150, 2)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=REQUESTS, pages=st.integers(5, 14), batch=st.integers(3, 90), speculative=st.booleans())
 def test_any_schedule(requests, pages, batch, speculative, model):
     engine = Hashing(model, cache_tokens=pages * PAGE_SIZE, max_batch_tokens=batch, speculative=speculative)
