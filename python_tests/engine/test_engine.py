@@ -1,8 +1,10 @@
 """Many requests at a time: the texts of `generate`, whatever is scheduled, shared, preempted or cancelled."""
 
 import copy
+import re
 import threading
 import zlib
+from pathlib import Path
 
 import pytest
 import tiny
@@ -532,3 +534,13 @@ def test_several_samples_are_iterated_one_by_one(model):
     with pytest.raises(ValueError, match="iterate over one of the 2 samples"):
         iter(request)
     assert len(list(request.samples[1])) == NEW
+
+
+def test_the_example_of_the_page(capsys):
+    page = Path(__file__).parents[2].joinpath("docs/engine.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    assert names["request"].done and names["other"].samples[0].finish_reason == "cancelled"
+    assert [sample.finish_reason for sample in names["four"].samples] == ["length"] * 4
+    assert len(capsys.readouterr().out.splitlines()) == 8 + 4 + 1
+    assert names["engine"].stats()["pages_held"] == 0
