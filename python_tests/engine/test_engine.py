@@ -536,11 +536,14 @@ def test_several_samples_are_iterated_one_by_one(model):
     assert len(list(request.samples[1])) == NEW
 
 
-def test_the_example_of_the_page(capsys):
+def test_the_examples_of_the_page(capsys):
     page = Path(__file__).parents[2].joinpath("docs/engine.md").read_text()
     names = {}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(first, names)
     assert names["request"].done and names["other"].samples[0].finish_reason == "cancelled"
     assert [sample.finish_reason for sample in names["four"].samples] == ["length"] * 4
     assert len(capsys.readouterr().out.splitlines()) == 8 + 4 + 1
     assert names["engine"].stats()["pages_held"] == 0
+    exec(second, names)
+    assert names["request"].cached_tokens == 128
