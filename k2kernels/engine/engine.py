@@ -99,7 +99,8 @@ class Engine:
         self._numbers = itertools.count()
         self._inbox: deque[Request] = deque()
         self._updated: dict[Request, None] = {}
-        self._stepping, self._changed = threading.Lock(), threading.Condition()
+        self.stepping = threading.Lock()  # held in a step, and by what else changes the pool
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._counts = dict.fromkeys(
@@ -200,7 +201,7 @@ class Engine:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        with self._stepping:
+        with self.stepping:
             self._end_all("cancelled")
 
     __enter__ = start
@@ -210,7 +211,7 @@ class Engine:
 
     def forget(self) -> None:
         """Lets no later request find pages that were computed before: for changed weights."""
-        with self._stepping, torch.no_grad():
+        with self.stepping, torch.no_grad():
             self.pool.forget()
             self._passes.clear()
             layers, dtype = self.model.model.layers[: len(self.absorbed)], self.model.lm_head.weight.dtype
@@ -218,7 +219,7 @@ class Engine:
 
     def check(self) -> None:
         """Raises AssertionError unless every page is free, idle, or held by the running samples that list it."""
-        with self._stepping:
+        with self.stepping:
             self.pool.check(sample.pages for sample in self.scheduler.running)
 
     # ---- steps --------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class Engine:
         Raises:
             What a pass raises. All requests then end with "error".
         """
-        with self._stepping:
+        with self.stepping:
             try:
                 with torch.no_grad():
                     self._receive()
@@ -243,7 +244,10 @@ class Engine:
                 self._end_all("error", f"{type(error).__name__}: {error}")
                 raise
             self._notify()
-            return bool(self.scheduler.running or self.scheduler.waiting or self._inbox)
+            return self._remain()
+
+    def _remain(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting or self._inbox)
 
     def _receive(self) -> None:
         while self._inbox:
@@ -419,7 +423,7 @@ class Engine:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed or self._inbox)
+                    self._changed.wait_for(lambda: self._closed or self._remain())
                 while not self._closed and self.step():
                     pass
                 if self._closed:
@@ -427,7 +431,7 @@ class Engine:
         except BaseException as error:
             with self._changed:  # no request comes after this
                 self.error = error
-            with self._stepping:
+            with self.stepping:
                 self._end_all("error", f"{type(error).__name__}: {error}")
 
 
