@@ -169,7 +169,8 @@ class Trainer:
         self.xz = xz_bits_per_byte(text)
 
         torch.manual_seed(options.seed)
-        self.model = K2Model(config).to(options.torch_dtype).train().use_fp8(options.fp8).use_w4(options.w4)
+        self.model = K2Model(config).to(options.torch_dtype).train().use_fp8(options.fp8)
+        self.model.use_w4(options.w4, pack_once=True)
         self.model.use_sequence_loss(options.sequence_loss or None)
         self.layout = None
         if ranks.mesh is not None:

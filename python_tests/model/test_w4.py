@@ -1,5 +1,6 @@
 """4-bit checkpoints: loaded, kept packed, saved and converted as compressed-tensors and transformers read them."""
 
+import copy
 import json
 import os
 import re
@@ -22,8 +23,9 @@ from w4_checkpoints import EXPERT, PREFIX, SIZES, Made
 import k2kernels
 from k2kernels import UnsupportedError
 from k2kernels.cli import main
-from k2kernels.model import K2Config, K2Model, capacity, checkpoint, compressed_tensors, packed
+from k2kernels.model import K2Config, K2Model, capacity, checkpoint, compressed_tensors, moe, packed
 from k2kernels.model.convert import convert
+from k2kernels.ops.w4_gemm.gradient import pack_masters
 
 KINDS = ["int4", "mxfp4"]
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -304,7 +306,8 @@ def test_convert_refuses_odd_k(tmp_path, monkeypatch):
 
 
 def contents(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    return {**files, "config.json": json.loads(files["config.json"])}
 
 
 def test_export_in_shards_of_another_dtype(tmp_path):
@@ -376,6 +379,44 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
         served.use_w4()
     with pytest.raises(ValueError, match="use_w4: kind must be None or one of int4, mxfp4, got 'int8'"):
         model.use_w4("int8")
+
+
+def test_micro_batches_share_one_packing(tmp_path, monkeypatch):
+    """With `pack_once` the bits are the same; weights are packed once in a step, and after any change that counts."""
+    Made(tmp_path, "int4")
+    packs = []
+    monkeypatch.setattr(moe, "pack_masters", lambda *args: packs.append(args) or pack_masters(*args))
+    found = []
+    for once in (True, False):
+        model = load(tmp_path / "plain").train().use_w4("int4", pack_once=once)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            for ids in IDS.split(1):
+                model(ids).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            found.append(({n: p.clone() for n, p in model.named_parameters()}, model(IDS), model(IDS)))
+        if once:
+            assert len(packs) == 3 * 2 * 2  # times, layers with experts, and weights of each
+            with torch.no_grad():
+                model.model.layers[1].mlp.experts.down_proj.mul_(2)
+                model(IDS), copy.deepcopy(model)(IDS)
+            assert len(packs) == 3 * 2 * 2 + 1 + 2 * 2
+    assert len(packs) == 3 * 2 * 2 + 1 + 2 * 2
+    assert_same(*(state for state, _, _ in found))
+    assert all(torch.equal(logits, found[0][1]) for _, *both in found for logits in both)
+
+
+@of_each_kind
+def test_what_stands_around_packed_experts_can_be_trained(tmp_path, kind):
+    made = Made(tmp_path, kind)
+    kept, plain = load(made.path, keep_quantized=True).train(), load(made.path).train()
+    for model in (kept, plain):
+        torch.nn.functional.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    found, want = ({n: p.grad for n, p in model.named_parameters() if ".experts." not in n} for model in (kept, plain))
+    assert_same(found, want)
+    assert found["model.embed_tokens.weight"].abs().max() > 0
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
