@@ -28,8 +28,8 @@
 //           grouped_gemm_kernel with the decoded weights.
 // Edges     Tokens outside a group and K behind the end become zeros and are not read; so do chunks
 //           behind the last row of weights. Rows and columns outside D are not stored.
-// Issue     A step is 8,192 weights, 64 for each lane. For it a warp issues 177 instructions (int4)
-//           or 216 (mxfp4) with 16 tokens, of which 120 or 152 decode; 268 or 305 with 64 tokens.
+// Issue     A step is 8,192 weights, 64 for each lane. For it a warp issues 140 instructions (int4)
+//           or 160 (mxfp4) with 16 tokens, of which 88 or 104 decode; 231 or 248 with 64 tokens.
 // Shared    39 KB for 16 tokens, 37.5 KB for 64.
 // Registers at most 128 (16 tokens: four CTAs per SM) or 168 (64: three).
 // Limits    rows of A begin at multiples of 16 bytes; K is a multiple of 32; bf16.
