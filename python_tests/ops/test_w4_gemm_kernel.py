@@ -55,15 +55,14 @@ def emulated(schedule):
     return k2kernels.emulated(schedule[0], seed=schedule[1])
 
 
-def multiply(a, w, groups, schedule, *, swiglu=False, expected=None):
+def multiply(a, w, groups, schedule, *, swiglu=False, expected=None, batch_invariant=False):
     """D by the kernel, in guarded memory that held canaries."""
     n = w.shape[1] // 2 if swiglu else w.shape[1]
     d = guarded(torch.full((len(a) * n * 2,), CANARY, dtype=torch.uint8)).view(BF16).view(len(a), n)
     before = k2kernels.launch_count("grouped_w4_gemm")
     with emulated(schedule):
-        product._launch(
-            d, guarded(a), guarded(w.data), guarded(groups.offsets), guarded(groups.counts), w.kind, swiglu, expected
-        )
+        sizes = guarded(groups.offsets), guarded(groups.counts)
+        product._launch(d, guarded(a), guarded(w.data), *sizes, w.kind, swiglu, batch_invariant, expected)
     assert k2kernels.launch_count("grouped_w4_gemm") == before + (d.numel() > 0)
     assert (d[~groups.real].contiguous().view(torch.uint8) == CANARY).all()
     return d
