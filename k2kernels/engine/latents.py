@@ -82,7 +82,7 @@ def load_latents(engine: Engine, path: str | Path, *, salt: str = "") -> int:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"load_latents: {path} is not a safetensors file: {error}") from error
     require(metadata.get("form") == FORM, "form", FORM, metadata.get("form"))

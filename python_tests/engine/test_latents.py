@@ -30,7 +30,7 @@ def saved(model, tmp_path_factory):
 
 def changed(path, to, tensors=None, **metadata):
     with safe_open(path, "pt") as file:
-        old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        old = {name: file.get_tensor(name) for name in file.keys()}
         save_file({**old, **(tensors(old) if tensors else {})}, to, {**file.metadata(), **metadata})
     return to
 
