@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("compressed_tensors", reason="the oracle of 4-bit files")
 import compressed_tensors_oracle as oracle
+import tiny
 from checkpoints import FP8_CONFIG, assert_same, read, write
 from test_checkpoint import MEASURE
 from w4_checkpoints import EXPERT, PREFIX, SIZES, Made
@@ -20,11 +22,12 @@ from w4_checkpoints import EXPERT, PREFIX, SIZES, Made
 import k2kernels
 from k2kernels import UnsupportedError
 from k2kernels.cli import main
-from k2kernels.model import K2Config, K2Model, checkpoint, compressed_tensors, packed
+from k2kernels.model import K2Config, K2Model, capacity, checkpoint, compressed_tensors, packed
 from k2kernels.model.convert import convert
 
 KINDS = ["int4", "mxfp4"]
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
+WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
 IDS = torch.tensor([[3, 141, 59, 26, 53, 58, 97, 93], [2, 71, 82, 81, 82, 84, 59, 4]])
 
 
@@ -140,8 +143,65 @@ def test_what_a_kept_model_cannot_do(tmp_path):
         load(made.path, keep_fp8=True).use_fp8()
     with pytest.raises(TypeError, match="keep_quantized must be True or False, got 'yes'"):
         load(made.path, keep_quantized="yes")
+    large = made.rewrite(lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), -0.5)))
+    with pytest.raises(ValueError, match=r"numbers below 0.5 in magnitude, to be kept, got 4 others \(-0.5\)"):
+        load(large, keep_quantized=True)
+    load(large)
     with pytest.raises(ValueError, match="keep_quantized must go with a block-FP8 or 4-bit checkpoint"):
         load(tmp_path / "plain", keep_quantized=True)
+
+
+K3_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def as_in_k3(tensors, config):
+    """Experts, router and shared experts of Kimi-K3's names; only routed experts have w1, w2 and w3."""
+    for name in [name for name in tensors if ".mlp.experts." in name or ".mlp.gate." in name or ".shared_" in name]:
+        new = name.replace(".mlp.", K3_NAMES[".mlp."])
+        for ours, theirs in K3_NAMES.items():
+            new = new.replace(ours, theirs) if ".experts." in new else new
+        tensors[new] = tensors.pop(name)
+
+
+def test_names_of_kimi_k3(tmp_path):
+    """In a model of this architecture they are read, and written under its own; `convert` keeps them."""
+    made = Made(tmp_path, "mxfp4", nested=True)
+    want, plain = load(made.path, keep_quantized=True), load(made.path)
+    path = made.rewrite(as_in_k3)
+    assert f"{PREFIX}model.layers.1.block_sparse_moe.experts.3.w2.weight_packed" in read(path)
+    kept = load(path, keep_quantized=True)
+    assert_same(kept.state_dict(), want.state_dict())
+    kept.save_pretrained(tmp_path / "back")
+    assert_same(read(tmp_path / "back"), made.tensors)
+    convert(path, tmp_path / "bf16", "bf16", progress=False)
+    assert f"{PREFIX}model.layers.1.block_sparse_moe.experts.3.w2.weight" in read(tmp_path / "bf16")
+    assert_same(load(tmp_path / "bf16").state_dict(), plain.state_dict())
+    convert(tmp_path / "bf16", tmp_path / "again", "mxfp4", progress=False)
+    assert_same(read(tmp_path / "again"), read(path))
+    name = f"{PREFIX}{WEIGHT.removesuffix('weight')}weight_scale"
+    both = made.rewrite(lambda t, c: (as_in_k3(t, c), t.update({name: torch.zeros(96, 4, dtype=torch.uint8)})))
+    with pytest.raises(ValueError, match=r"tensors must be there once, got others for .*w3\.weight_scale"):
+        load(both)
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(4, 192, 4, 16, dtype=torch.uint8), "gpt-oss"),
+        ("model.layers.1.mlp.experts.down_proj_scales", torch.zeros(4, 128, 3, dtype=torch.uint8), "gpt-oss"),
+        ("model.layers.1.ffn.experts.0.w1.weight", torch.zeros(96, 64, dtype=torch.int8), "DeepSeek-V4"),
+        ("model.layers.1.ffn.experts.0.w1.scale", torch.ones(96, 4).to(torch.float8_e8m0fnu), "DeepSeek-V4"),
+    ],
+)
+def test_codes_of_other_models(tmp_path, name, tensor, message):
+    """The message names what was found, and what is served."""
+    path = Made(tmp_path, "mxfp4").rewrite(lambda t, c: t.update({name: tensor}))
+    for call in (load, lambda path: convert(path, tmp_path / "out", "bf16", progress=False)):
+        with pytest.raises(
+            UnsupportedError, match=rf"{message} are not served, got {name}; served are .*weight_packed"
+        ):
+            call(path)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- conversion -------------------------------------------------------------------------------------------------
@@ -240,6 +300,50 @@ def test_convert_refuses_odd_k(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+# ---- export -----------------------------------------------------------------------------------------------------
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_export_in_shards_of_another_dtype(tmp_path):
+    """Of a float32 model: experts are quantised from float32, all else is rounded, as `convert` does it."""
+    model = tiny.model("kimi", **SIZES)
+    model.save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "want", "mxfp4", progress=False)
+    model.save_pretrained(tmp_path / "out", format="mxfp4", max_shard_size=100_000)
+    assert len(list((tmp_path / "out").iterdir())) > 4
+    assert_same(read(tmp_path / "out"), read(tmp_path / "want"))
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert entry["quantization_config"] == compressed_tensors.quantization_config("mxfp4")
+    assert entry["torch_dtype"] == "bfloat16" and model.config.dtype == "float32"
+    model.save_pretrained(tmp_path / "exact", format="int4")
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.compute_dtype = torch.bfloat16  # as `parallelize` sets it
+    model.save_pretrained(tmp_path / "rounded", format="int4")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half", format="int4")
+    exact, rounded, half = (read(tmp_path / name) for name in ("exact", "rounded", "half"))
+    assert_same(rounded, half)
+    assert not torch.equal(exact[WEIGHT + "_packed"], half[WEIGHT + "_packed"])
+
+
+def test_what_cannot_be_exported(tmp_path):
+    def refused(model, message, format="int4"):
+        with pytest.raises(ValueError, match=f"^save_pretrained: {message}"):
+            model.save_pretrained(tmp_path / "out", format=format)
+
+    model = tiny.model("kimi", **SIZES)
+    refused(model, "format must be None or one of int4, mxfp4, got 'fp8'; save without, and convert", "fp8")
+    model.model.layers[1].mlp.experts.down_proj.data[3, 5, 7] = torch.nan
+    refused(model, r"model.layers.1.mlp.experts.down_proj must be finite, got NaN or infinity")
+    refused(tiny.model("kimi"), r"the columns of .*down_proj must be a multiple of 32 to become int4, got 40")
+    refused(tiny.model("kimi", first_k_dense_replace=4), "a model that becomes int4 must be one with routed experts")
+    kept = load(Made(tmp_path, "int4").path, keep_quantized=True)
+    refused(kept, "weights must be in high precision to become int4, got codes in .*; load .* keep_quantized=False")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +366,9 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
         trained = model.eval()(IDS)
     model.save_pretrained(tmp_path / "trained")
     convert(tmp_path / "trained", tmp_path / "served", kind, progress=False)
-    served = load(tmp_path / "served", keep_quantized=True)
+    model.save_pretrained(tmp_path / "exported", format=kind)
+    assert contents(tmp_path / "exported") == contents(tmp_path / "served")
+    served = load(tmp_path / "exported", keep_quantized=True)
     with torch.no_grad():
         assert torch.equal(served(IDS), trained)
         assert not torch.equal(model.use_w4(None)(IDS), trained)
@@ -274,7 +380,7 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
 
 # ---- what is refused --------------------------------------------------------------------------------------------
 
-WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
 SHARED = "model.layers.1.mlp.shared_experts.down_proj.weight"
 
 
@@ -299,7 +405,7 @@ def renamed(tensors, name, end, change):
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x[:, :3].contiguous()), ValueError,
          r"weight_scale \(wanted \[96, 4\] for groups of \[32\], got \[96, 3\]\)"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), torch.inf)),
-         ValueError, r"weight_scale must hold finite numbers, got 4 others \(inf\)"),
+         ValueError, r"weight_scale must hold (finite numbers|.* below 0.5 .*), got 4 others \(inf\)"),
         ("mxfp4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(1, torch.tensor([0]), 255)),
          ValueError, r"weight_scale must hold .* 255, got 96 others \(255\)|bytes of at most 128.* 96 others"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_shape", lambda x: torch.tensor([128, 96])), ValueError,
@@ -454,6 +560,46 @@ def test_configurations_that_are_served(tmp_path):
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@of_each_kind
+def test_weights_that_do_not_fit(tmp_path, monkeypatch, kind):
+    """Of a device that holds the packed model and not the dequantised one."""
+    path = Made(tmp_path, kind).path
+    sizes = {
+        keep: sum(t.nbytes for t in load(path, keep_quantized=keep).state_dict().values()) for keep in (True, False)
+    }
+    asked = []
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: asked.append(device.type) or sizes[True])
+    load(path, keep_quantized=True)
+    message = (
+        rf"{path}: weights must fit into the {sizes[True] / 1e6:.1f} MB of 'cpu', got {sizes[False] / 1e6:.1f} MB in "
+        rf"bfloat16; load with keep_quantized=True \(--keep-quantized\), as the files have them: \d\.\d MB in all"
+    )
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=message):
+        patch.setattr(checkpoint, "_load", None)  # not reached
+        load(path)
+    with pytest.raises(MemoryError, match=r"got \d\.\d MB in float32"):
+        load(path, dtype=torch.float32)
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: sizes[True] - 1)
+    with pytest.raises(MemoryError, match=r"in bfloat16; divide the experts among more GPUs \(mesh, torchrun\)"):
+        load(path, keep_quantized=True)
+    with pytest.raises(MemoryError, match="or convert the checkpoint: k2kernels convert"):
+        load(tmp_path / "plain")
+    assert set(asked) == {"cpu"}
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: sizes[False])
+    load(path)
+
+
+def test_the_memory_of_this_machine(monkeypatch):
+    here = capacity.device_bytes(torch.device("cpu"))
+    assert here is None or 10**8 < here < 10**15
+    assert capacity.device_bytes(torch.device("meta")) is None
+    read_text = Path.read_text
+    limits = {"/sys/fs/cgroup/memory.max": "max", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000"}
+    limits["/proc/meminfo"] = "MemTotal: 5 kB\nSwapTotal:  2 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: limits.get(str(path)) or read_text(path))
+    assert capacity.device_bytes(torch.device("cpu")) == 1_000_000 + 2048
 
 
 @pytest.mark.skipif(
