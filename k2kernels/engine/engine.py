@@ -264,7 +264,7 @@ class Engine:
         rows = [
             Place(
                 sample.request.sampling,
-                [*sample.tokens, *tokens[len(tokens) - drafts : len(tokens) - drafts + k]],
+                [*sample.tokens, *tokens[-drafts : k - drafts or None]] if k else sample.tokens,
                 uniform(sample.request.seed, sample.index, len(sample.tokens) + k),
             )
             for sample, tokens, drafts in (work for work in works if work.chooses)
@@ -275,7 +275,7 @@ class Engine:
         self._counts["computed_tokens"] += sum(lengths)
         self._counts["drafted_tokens"] += sum(work.drafts for work in works)
 
-        following, going, last, ends = [], [], [], itertools.accumulate(lengths)
+        following, going, last, broken, ends = [], [], [], [], itertools.accumulate(lengths)
         for work, end in zip(works, ends):
             sample, after = work.sample, work.sample.ids[work.sample.computed + 1 :]
             if not work.chooses:
@@ -285,17 +285,23 @@ class Engine:
             mine, choices = choices[: 1 + work.drafts], choices[1 + work.drafts :]
             following += after + [choice.token for choice in mine]
             accepted = self._take(work, mine)
-            if sample.finish_reason is None:
+            if accepted is None:
+                broken.append(sample.request)
+            elif sample.finish_reason is None:
                 going.append(sample)
                 last.append(end - 1 - work.drafts + accepted)
         if self.drafts and self.scheduler.running:
             self._draft(hidden, following, going, last, step)
+        for request in broken:
+            self._fail(
+                request,
+                "Engine: logits must be finite, got NaN or infinity; look for such weights, or ones that are too large "
+                f"for {self.model.lm_head.weight.dtype}",
+            )
 
-    def _take(self, work: Work, choices: list[Choice]) -> int:
-        """Appends the chosen tokens to a sample; the number of drafts that were right."""
+    def _take(self, work: Work, choices: list[Choice]) -> int | None:
+        """Appends the chosen tokens to a sample; the number of drafts that were right. None: logits are not finite."""
         sample, request = work.sample, work.sample.request
-        if sample.finish_reason is not None:  # with its request, in this pass
-            return 0
         drafts = work.tokens[len(work.tokens) - work.drafts :]
         accepted = 0
         while accepted < work.drafts and drafts[accepted] == choices[accepted].token:
@@ -303,12 +309,7 @@ class Engine:
         reason, before = None, len(sample.tokens)
         for choice in choices[: accepted + 1]:
             if not choice.finite:
-                self._fail(
-                    request,
-                    "Engine: logits must be finite, got NaN or infinity; look for such weights, or ones that are too "
-                    f"large for {self.model.lm_head.weight.dtype}",
-                )
-                return accepted
+                return None
             if choice.logprobs is not None:
                 sample.logprobs.append(choice.logprobs)
             sample.ids.append(choice.token)
@@ -383,9 +384,9 @@ class Engine:
 
     def _fail(self, request: Request, error: str) -> None:
         """Ends what is left of a request with "error"."""
-        request.error = error
         for sample in request.samples:
             if sample.finish_reason is None:
+                request.error = error
                 self._end(sample, "error")
 
     def _end_all(self, reason: str, error: str | None = None) -> None:

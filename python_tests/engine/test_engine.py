@@ -145,6 +145,8 @@ def test_samples_compute_their_prompt_once(length, model):
     assert len({tuple(text) for text in request.result()}) == 8
     single = engine.submit(prompt, sampling=sampling(max_new_tokens=8, temperature=1.0, seed=0))
     assert single.result() == request.result()[:1]
+    first, second, third = engine.submit(prompt, sampling=sampling(), n=3).result()
+    assert first == second == third
 
 
 def test_requests_compute_a_common_beginning_once(model, alone):
@@ -338,6 +340,7 @@ class Hashing(Engine):
     def _extend(self, works):
         assert len({work.sample.row for work in works}) == len(works)
         assert sum(len(work.tokens) for work in works) <= self.scheduler.max_batch_tokens
+        self.tokens = sum(len(work.tokens) for work in works)
         page, table, written = self.pool.pages[0, ..., 0], self.pool.block_table, []
         for sample, tokens, _ in works:
             places = torch.arange(sample.computed, sample.computed + len(tokens))
@@ -356,8 +359,8 @@ class Hashing(Engine):
         hidden = torch.zeros(1, 1, 1)
         return torch.nn.functional.one_hot(torch.tensor(logits, dtype=torch.int64), 12).double(), hidden, None
 
-    def _draft(self, hidden, _, going, last, step):
-        assert len(going) == len(last)
+    def _draft(self, hidden, following_tokens, going, last, step):
+        assert len(going) == len(last) and len(following_tokens) == self.tokens
         for sample in going:
             right = following(sample.ids)
             sample.drafts = [right if right % 3 else 0, following([*sample.ids, right])]
@@ -394,6 +397,23 @@ def test_the_oldest_request_is_never_preempted(model):
         assert oldest.row >= 0 or oldest.finish_reason
     assert engine.stats()["preemptions"] > 0
     assert [request.samples[0].tokens for request in requests] == [continued(ids(10, k), 150) for k in range(8)]
+
+
+def test_a_request_fails_while_a_sample_of_it_is_recomputed(model, monkeypatch):
+    engine = Hashing(model, cache_tokens=1024, max_batch_tokens=21, speculative=True)
+    request = engine.submit(ids(100, 0), sampling=sampling(max_new_tokens=30), n=2)
+    while not all(sample.tokens for sample in request.samples):
+        engine.step()
+    engine.forget()
+    engine.scheduler.preempt(request.samples[0])
+    engine.step()
+    assert request.samples[0].pending > 21 and request.samples[1].finish_reason is None
+    extend = engine._extend
+    monkeypatch.setattr(engine, "_extend", lambda works: (extend(works)[0] * torch.nan, torch.zeros(1, 1, 1), None))
+    engine.step()
+    assert [sample.finish_reason for sample in request.samples] == ["error", "error"]
+    monkeypatch.undo()
+    assert texts(engine, [ids(100, 0)], max_new_tokens=30) == [continued(ids(100, 0), 30)]
 
 
 REQUESTS = st.lists(
