@@ -6,14 +6,14 @@ import argparse
 import json
 import sys
 
-from k2kernels._info import info
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="the same, for programs")
 
 
 def run(options: argparse.Namespace) -> int:
+    from k2kernels._info import info
+
     facts = info()
     if options.json:
         json.dump(facts, sys.stdout, indent=2)

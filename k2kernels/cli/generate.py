@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
@@ -38,10 +36,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from k2kernels.cli.tokenizer import load_tokenizer
+    import torch
+
     from k2kernels.model import K2Model
     from k2kernels.parallel import expert_parallel
     from k2kernels.parallel.launch import launched
+    from k2kernels.text.tokenizer import load_tokenizer
 
     path = Path(options.checkpoint)
     if not path.is_dir():

@@ -8,7 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from k2kernels import UnsupportedError, __version__
+from k2kernels import __version__
+from k2kernels._backend import UnsupportedError
 from k2kernels.cli import bench, convert, doctor, generate, info, train
 
 COMMANDS = {

@@ -6,6 +6,9 @@ checkpoints from which --resume continues after an interrupt.
 
 torchrun --nproc-per-node N -m k2kernels train ... shares the sequences of a step out over N processes: the losses are
 those of one. A run may be resumed on another number of processes.
+
+With --w4 the routed experts are quantised to 4 bits in each pass, by the op that serves them: the checkpoint in --out,
+in 4 bits, has the logits of the trained model.
 """
 
 from __future__ import annotations
@@ -15,9 +18,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 MAX_THREADS = 1024
 
@@ -30,6 +30,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--config", default="tiny", metavar="PRESET|DIR", help="preset, or directory with config.json (default: tiny)")
     add("--optimizer", default="muonclip", help="muonclip, muon (no clip) or adamw")
     add("--fp8", action="store_true", help="FP8 products in linear layers and experts (weights stay as they are)")
+    add("--w4", metavar="KIND", help="int4 or mxfp4: train the routed experts for 4 bits, in which they are then saved")
+    add("--dtype", help="float32 or bfloat16, of the weights (default: float32; bfloat16 with --w4)")
     add("--resume", action="store_true", help="continue the run in --out, if there is one")
     add("--batch-size", type=int, default=16, help="sequences per step")
     add("--length", type=int, default=128, help="tokens per sequence")
@@ -47,6 +49,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
+
     from k2kernels.parallel.launch import launched
     from k2kernels.train.trainer import Trainer, TrainOptions, only_run  # after the arguments: it imports much
 
@@ -60,8 +64,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--timeout must be above 0, got {options.timeout}")
     if options.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
-    names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed", "fp8")
-    chosen = TrainOptions(text=tuple(options.text), **{name: getattr(options, name) for name in names})
+    names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed", "fp8", "w4")
+    given = {name: getattr(options, name) for name in (*names, "dtype")}
+    chosen = TrainOptions(text=tuple(options.text), **given)
     with (
         launched(ep=options.ep, device=options.device, timeout=options.timeout) as ranks,
         only_run(Path(options.out), ranks),
@@ -84,7 +89,7 @@ def _train(trainer) -> int:
     corpus = trainer.corpus
     say = print if trainer.ranks.first else lambda *_, **__: None
     say(
-        f"{parameters / 1e6:.2f} M parameters, {chosen.optimizer}{', FP8 products' if chosen.fp8 else ''}, "
+        f"{parameters / 1e6:.2f} M parameters, {chosen.optimizer}{chosen.products}, "
         f"{len(corpus.train)} tokens of text "
         f"({corpus.train_bytes_per_token:.2f} bytes each), {len(corpus.valid)} held out"
         + (f"; {trainer.ranks.world_size} processes" if trainer.ranks.world_size > 1 else "")
@@ -107,6 +112,7 @@ def _train(trainer) -> int:
 
 def _loop(trainer) -> None:
     """Runs to the end, or to the end of the step in which Ctrl-C or SIGTERM came."""
+    from tqdm import tqdm
 
     def ask_to_stop(number: int, _) -> None:
         if trainer.stop and number == signal.SIGINT:

@@ -31,6 +31,7 @@ from k2kernels.ops.moe import Dispatched, DispatchHandle, moe_combine
 from k2kernels.ops.quant import quantize_1x128
 from k2kernels.parallel.checks import check_options
 from k2kernels.parallel.exchange import DispatchOptions, codes_to_slots, to_slots
+from k2kernels.parallel.uncompiled import uncompiled
 
 
 class DeepEPHandle(NamedTuple):
@@ -54,7 +55,7 @@ class DeepEP:
         self.num_local_experts = num_experts // ranks
         self.first_expert = buffer.rank_idx * self.num_local_experts
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(
         self,
         x: Tensor,
@@ -78,7 +79,7 @@ class DeepEP:
         local = DispatchHandle(*plan[:4], arrived_weights, plan[4])
         return Dispatched(data, scales, local.offsets, local.counts, DeepEPHandle(len(x), local, sent))
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(
         self,
         y: Tensor,

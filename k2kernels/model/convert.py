@@ -31,11 +31,12 @@ from k2kernels.model.packed import (
     joined,
     name_in_model,
     packed_tensors,
+    quantize_w4,
     read_packed,
 )
 from k2kernels.model.resume import ResumableWriter
 from k2kernels.model.shards import DTYPES, INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, scan, some
-from k2kernels.ops.w4_gemm import KINDS, quantize_int4_group32, quantize_mxfp4
+from k2kernels.ops.w4_gemm import KINDS
 from k2kernels.reference.quant import quantize_128x128
 
 # What DeepSeek quantises: attention and feed-forward projections, routed and shared experts. Embedding, head, norms,
@@ -150,7 +151,8 @@ def convert(
                 out.add(name, codes)
                 out.add(name + SCALE, factors)
             elif to in KINDS and _EXPERTS.fullmatch(model_name):
-                for part_name, part in file_tensors(name, *_quantize_w4(weight, info, to, q_min, scale_rule)):
+                named, grid = f"convert: {info.name} in {info.file}", dict(q_min=q_min, scale_rule=scale_rule)
+                for part_name, part in file_tensors(name, *quantize_w4(weight, to, named, ELEMENTS_AT_ONCE, **grid)):
                     out.add(part_name, part)
             else:
                 # Copied, as one page held keeps all of the file mapped.
@@ -252,22 +254,6 @@ def _quantize(weight: Tensor, info: TensorInfo, power_of_two: bool) -> tuple[Ten
         parts.append(quantize_128x128(part, power_of_two))
     codes, scales = zip(*parts)
     return torch.cat([c.view(torch.uint8) for c in codes]).view(torch.float8_e4m3fn), torch.cat(scales)
-
-
-def _quantize_w4(
-    weight: Tensor, info: TensorInfo | PackedInfo, kind: str, q_min: int, scale_rule: str
-) -> tuple[Tensor, Tensor]:
-    """4-bit codes and scales, computed a few rows at a time."""
-    parts = []
-    for part in weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1])):
-        if not part.isfinite().all():
-            raise ValueError(f"convert: {info.name} in {info.file} must hold finite numbers, got NaN or infinity")
-        if kind == "int4":
-            parts.append(quantize_int4_group32(part, q_min=q_min))
-        else:
-            parts.append(quantize_mxfp4(part, scale_rule=scale_rule))
-    codes, scales = zip(*parts)
-    return torch.cat(codes), torch.cat(scales)
 
 
 def _new_config(raw: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str, Any]:

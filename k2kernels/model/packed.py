@@ -22,8 +22,8 @@ from k2kernels._backend import UnsupportedError
 from k2kernels.model import compressed_tensors
 from k2kernels.model.compressed_tensors import Scheme
 from k2kernels.model.shards import Reader, TensorInfo, some
-from k2kernels.ops.w4_gemm import dequantize_w4
-from k2kernels.reference.w4_gemm import GROUP, LARGEST_E8M0
+from k2kernels.ops.w4_gemm import dequantize_w4, quantize_int4_group32, quantize_mxfp4
+from k2kernels.reference.w4_gemm import GROUP, INT4_SCALES_BELOW, LARGEST_E8M0
 
 CODES, SCALES, SHAPE = "_packed", "_scale", "_shape"  # behind <module>.weight
 _DTYPES = {  # of codes, of scales, and the codes in an element
@@ -172,7 +172,7 @@ def read_packed(
     """Codes and scales of groups of 32, or some of their rows, in memory of their own, checked; `kept`: to be packed.
 
     Raises:
-        ValueError: weight_shape is another, or a scale is NaN or infinite, or, where `kept`, MXFP4's are above 2.
+        ValueError: weight_shape is another, or a scale is NaN or infinite, or, where `kept`, too large for `pack_w4`.
     """
     if info.stored_shape is not None and info.stored_shape.shape == (2,):
         stored = reader.get(info.stored_shape).tolist()
@@ -183,8 +183,8 @@ def read_packed(
     codes = reader.get(info.codes, rows).clone()
     scales = reader.get(info.scales, rows).clone()
     if info.dtype == "int4":
-        bad = scales[~scales.isfinite()]
-        wanted = "finite numbers"
+        bad = scales[~(scales.abs() < (INT4_SCALES_BELOW if kept else torch.inf))]
+        wanted = f"numbers below {INT4_SCALES_BELOW} in magnitude, to be kept" if kept else "finite numbers"
     else:
         codes, scales = codes.view(torch.uint8), scales.view(torch.uint8)
         bad = scales[scales > (LARGEST_E8M0 if kept else 254)]
@@ -207,6 +207,26 @@ def dequantize_packed_into(target: Tensor, codes: Tensor, scales: Tensor, elemen
     for i in range(0, len(codes), step):
         rows = slice(i, i + step)
         target[rows] = dequantize_w4(codes[rows].to(target.device), scales[rows].to(target.device))
+
+
+def quantize_w4(
+    weight: Tensor, kind: str, name: str, elements: int, *, q_min: int = -7, scale_rule: str = "even"
+) -> tuple[Tensor, Tensor]:
+    """4-bit codes and scales of weight [N, K], about `elements` at a time.
+
+    Raises:
+        ValueError: `name` holds NaN or infinity.
+    """
+    parts = []
+    for part in weight.split(max(1, elements // weight.shape[1])):
+        if not part.isfinite().all():
+            raise ValueError(f"{name} must hold finite numbers, got NaN or infinity")
+        if kind == "int4":
+            parts.append(quantize_int4_group32(part, q_min=q_min))
+        else:
+            parts.append(quantize_mxfp4(part, scale_rule=scale_rule))
+    codes, scales = zip(*parts)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def file_tensors(weight: str, codes: Tensor, scales: Tensor, group_size: int = GROUP) -> Iterator[tuple[str, Tensor]]:

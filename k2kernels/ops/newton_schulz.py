@@ -146,9 +146,13 @@ def muon_update(
         )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result  # a few numbers, which torch.compile need not trace
 def _polar_express(steps: int) -> tuple[tuple[float, float, float], ...]:
     return reference.polar_express(steps)
+
+
+# A few numbers, which torch.compile need not trace: torch.compiler.assume_constant_result sets the same attribute, and
+# imports torch._dynamo, which takes as long as torch.
+_polar_express._dynamo_marked_constant = True
 
 
 def _options(

@@ -30,6 +30,7 @@ from k2kernels.ops.moe.dispatch import (
     sufficient_capacity,
 )
 from k2kernels.ops.quant import quantize_1x128
+from k2kernels.parallel.uncompiled import uncompiled
 from k2kernels.reference.quant import store_scales
 
 
@@ -105,7 +106,7 @@ class DispatchOptions(NamedTuple):
         return sufficient_capacity(num_experts, pairs, self.alignment)
 
 
-@torch.compiler.disable
+@uncompiled
 def dispatch(
     transport: Transport, x: Tensor, indices: Tensor, weights: Tensor, num_experts: int, options: DispatchOptions
 ) -> Dispatched:
@@ -116,7 +117,7 @@ def dispatch(
     return Dispatched(data, scales, offsets, counts, handle)
 
 
-@torch.compiler.disable
+@uncompiled
 def combine(
     transport: Transport,
     y: Tensor,

@@ -29,6 +29,8 @@ from k2kernels.train.data import Corpus, read_text, train_tokenizer, xz_bits_per
 from k2kernels.train.plots import plot_loss, plot_max_logits
 
 OPTIMIZERS = ("muonclip", "muon", "adamw")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+W4_KINDS = ("int4", "mxfp4")
 WARMUP_STEPS = 10
 DECAY_FRACTION = 0.5  # of the steps, at the end, over which the learning rates fall linearly to zero
 BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
@@ -53,11 +55,26 @@ class TrainOptions:
     bias_rate: float = 1e-2  # of the router's loss-free balancing
     sequence_loss: float = 1e-4  # weight of the router's sequence-wise balance loss
     fp8: bool = False  # products of linear layers and experts
+    w4: str | None = None  # "int4" or "mxfp4": the kind to which routed experts are quantised in each pass
+    dtype: str | None = None  # of the weights: "float32" or "bfloat16"; None: bfloat16 with w4, else float32
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.w4 not in (None, *W4_KINDS):
+            raise ValueError(f"--w4 must be one of {', '.join(W4_KINDS)}, got {self.w4!r}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.w4 and self.dtype == "float32":
+            raise ValueError("--dtype must be bfloat16 with --w4, whose products are those of bfloat16, got 'float32'")
+        if self.w4 and self.fp8:
+            raise ValueError("--w4 and --fp8 are two ways to multiply by the experts' weights: give one of them")
+        if self.torch_dtype == torch.bfloat16 and self.optimizer == "adamw":
+            raise ValueError(
+                "--optimizer must be muonclip or muon, which keep float32 master weights, for bfloat16 weights "
+                f"({'--w4' if self.w4 else '--dtype bfloat16'}), got 'adamw'"
+            )
         for name in ("steps", "batch_size", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -66,6 +83,17 @@ class TrainOptions:
         for name in ("lr", "adamw_lr", "threshold"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return DTYPES[self.dtype or ("bfloat16" if self.w4 else "float32")]
+
+    @property
+    def products(self) -> str:
+        """What is unusual about the products, as words to append."""
+        dtype = ", bfloat16" if self.torch_dtype == torch.bfloat16 else ""
+        return f"{dtype}{', FP8 products' if self.fp8 else ''}{f', {self.w4.upper()} experts' if self.w4 else ''}"
 
 
 @dataclasses.dataclass
@@ -141,7 +169,7 @@ class Trainer:
         self.xz = xz_bits_per_byte(text)
 
         torch.manual_seed(options.seed)
-        self.model = K2Model(config).train().use_fp8(options.fp8)
+        self.model = K2Model(config).to(options.torch_dtype).train().use_fp8(options.fp8).use_w4(options.w4)
         self.model.use_sequence_loss(options.sequence_loss or None)
         self.layout = None
         if ranks.mesh is not None:
@@ -252,14 +280,18 @@ class Trainer:
             replace_file(self.out / HISTORY_FILE, lambda file: file.write(lines.encode()))
 
     def finish(self) -> None:
-        """Writes the results of a finished run: checkpoint, tokenizer, pictures."""
-        self.model.save_pretrained(self.out)
+        """Writes the results of a finished run: checkpoint, tokenizer, pictures.
+
+        With `w4` the experts are saved in 4 bits, as they were trained to be served; the weights that training would
+        continue from are in the checkpoints for `resume`.
+        """
+        self.model.save_pretrained(self.out, format=self.options.w4)
         if not self.ranks.first:
             return
         replace_file(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
         o, steps = self.options, [row.step for row in self.history]
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        title = f"{o.optimizer}{', FP8 products' if o.fp8 else ''}, {size:.2f} M parameters"
+        title = f"{o.optimizer}{o.products}, {size:.2f} M parameters"
         valid = [(row.step, row.valid) for row in self.history if row.valid is not None]
         plot_loss(self.out / "loss.png", steps, [row.bits_per_byte for row in self.history], valid, self.xz, title)
         layers = {layer: [row.max_logits[layer] for row in self.history] for layer in self.history[0].max_logits}

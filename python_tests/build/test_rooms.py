@@ -21,6 +21,7 @@ OPS = sorted(parts_of(PACKAGE / "ops"))
 
 # What a folder (or file) of the package may import of the package; everything may import what stands below it.
 FLOORS = {
+    "text": {"text"},
     "reference": {"reference"},
     "ops": {"ops", "reference", "_backend"},
     "functional": {"functional", "ops", "reference", "_backend"},
@@ -28,7 +29,7 @@ FLOORS = {
     "optim": {"optim", "ops"},
     "engine": {"engine", "model", "ops", "reference"},
     "parallel": {"parallel", "model", "functional", "optim", "ops", "_backend", "reference"},
-    "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "ops", "_backend", "reference"},
+    "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "functional", "ops", "reference"},
     "testing": {"testing", "ops", "reference", "_backend"},
     "train": {"train", "parallel", "model", "optim"},
 }

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("compressed_tensors", reason="the oracle of 4-bit files")
 import compressed_tensors_oracle as oracle
+import tiny
 from checkpoints import FP8_CONFIG, assert_same, read, write
 from test_checkpoint import MEASURE
 from w4_checkpoints import EXPERT, PREFIX, SIZES, Made
@@ -142,6 +143,10 @@ def test_what_a_kept_model_cannot_do(tmp_path):
         load(made.path, keep_fp8=True).use_fp8()
     with pytest.raises(TypeError, match="keep_quantized must be True or False, got 'yes'"):
         load(made.path, keep_quantized="yes")
+    large = made.rewrite(lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), -0.5)))
+    with pytest.raises(ValueError, match=r"numbers below 0.5 in magnitude, to be kept, got 4 others \(-0.5\)"):
+        load(large, keep_quantized=True)
+    load(large)
     with pytest.raises(ValueError, match="keep_quantized must go with a block-FP8 or 4-bit checkpoint"):
         load(tmp_path / "plain", keep_quantized=True)
 
@@ -295,6 +300,50 @@ def test_convert_refuses_odd_k(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+# ---- export -----------------------------------------------------------------------------------------------------
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_export_in_shards_of_another_dtype(tmp_path):
+    """Of a float32 model: experts are quantised from float32, all else is rounded, as `convert` does it."""
+    model = tiny.model("kimi", **SIZES)
+    model.save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "want", "mxfp4", progress=False)
+    model.save_pretrained(tmp_path / "out", format="mxfp4", max_shard_size=100_000)
+    assert len(list((tmp_path / "out").iterdir())) > 4
+    assert_same(read(tmp_path / "out"), read(tmp_path / "want"))
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert entry["quantization_config"] == compressed_tensors.quantization_config("mxfp4")
+    assert entry["torch_dtype"] == "bfloat16" and model.config.dtype == "float32"
+    model.save_pretrained(tmp_path / "exact", format="int4")
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.compute_dtype = torch.bfloat16  # as `parallelize` sets it
+    model.save_pretrained(tmp_path / "rounded", format="int4")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half", format="int4")
+    exact, rounded, half = (read(tmp_path / name) for name in ("exact", "rounded", "half"))
+    assert_same(rounded, half)
+    assert not torch.equal(exact[WEIGHT + "_packed"], half[WEIGHT + "_packed"])
+
+
+def test_what_cannot_be_exported(tmp_path):
+    def refused(model, message, format="int4"):
+        with pytest.raises(ValueError, match=f"^save_pretrained: {message}"):
+            model.save_pretrained(tmp_path / "out", format=format)
+
+    model = tiny.model("kimi", **SIZES)
+    refused(model, "format must be None or one of int4, mxfp4, got 'fp8'; save without, and convert", "fp8")
+    model.model.layers[1].mlp.experts.down_proj.data[3, 5, 7] = torch.nan
+    refused(model, r"model.layers.1.mlp.experts.down_proj must be finite, got NaN or infinity")
+    refused(tiny.model("kimi"), r"the columns of .*down_proj must be a multiple of 32 to become int4, got 40")
+    refused(tiny.model("kimi", first_k_dense_replace=4), "a model that becomes int4 must be one with routed experts")
+    kept = load(Made(tmp_path, "int4").path, keep_quantized=True)
+    refused(kept, "weights must be in high precision to become int4, got codes in .*; load .* keep_quantized=False")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +366,9 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
         trained = model.eval()(IDS)
     model.save_pretrained(tmp_path / "trained")
     convert(tmp_path / "trained", tmp_path / "served", kind, progress=False)
-    served = load(tmp_path / "served", keep_quantized=True)
+    model.save_pretrained(tmp_path / "exported", format=kind)
+    assert contents(tmp_path / "exported") == contents(tmp_path / "served")
+    served = load(tmp_path / "exported", keep_quantized=True)
     with torch.no_grad():
         assert torch.equal(served(IDS), trained)
         assert not torch.equal(model.use_w4(None)(IDS), trained)
@@ -354,7 +405,7 @@ def renamed(tensors, name, end, change):
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x[:, :3].contiguous()), ValueError,
          r"weight_scale \(wanted \[96, 4\] for groups of \[32\], got \[96, 3\]\)"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), torch.inf)),
-         ValueError, r"weight_scale must hold finite numbers, got 4 others \(inf\)"),
+         ValueError, r"weight_scale must hold (finite numbers|.* below 0.5 .*), got 4 others \(inf\)"),
         ("mxfp4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(1, torch.tensor([0]), 255)),
          ValueError, r"weight_scale must hold .* 255, got 96 others \(255\)|bytes of at most 128.* 96 others"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_shape", lambda x: torch.tensor([128, 96])), ValueError,

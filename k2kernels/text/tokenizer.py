@@ -30,6 +30,8 @@ KIMI_PATTERN = "|".join(
 
 
 class Tokenizer(Protocol):
+    added_tokens: frozenset[str]  # texts, such as <|im_end|>, that are a token of their own wherever they occur
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
@@ -57,6 +59,8 @@ class _HuggingFace:
             self._tokenizer = Tokenizer.from_file(str(path))
             self._tokenizer.no_padding()  # to a length that the file chooses
             self._tokenizer.no_truncation()
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            self.added_tokens = frozenset(token.content for token in added)
 
     def encode(self, text: str) -> list[int]:
         with _naming(self.path):
@@ -78,6 +82,7 @@ class _Tiktoken:
         config = path.with_name("tokenizer_config.json")
         if config.is_file():
             special.update(_added_tokens(config, first))
+        self.added_tokens = frozenset(special.values())
         with _naming(path):
             self._encoding = tiktoken.Encoding(
                 name=path.parent.name,
