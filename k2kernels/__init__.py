@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from k2kernels._api import *  # noqa: F403
+    from k2kernels._api import *
 
 __version__ = "0.1.0"
 
