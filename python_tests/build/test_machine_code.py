@@ -46,6 +46,7 @@ SIZES = {
     "mla_prefill_dkv_sm90_kernel": 114,
     "newton_schulz_sm90_kernel": 80,
     "w4_gemm_sm90_few_kernel": 60,
+    "w4_gemm_sm90_many_kernel": 64,
 }
 
 # Loads of 16 bytes that are in flight together: what hides the latency of memory in kernels that only move data; and
@@ -193,6 +194,10 @@ def test_a_stage_takes_few_issue_slots(name, listings):
 def too_slow_with_gmma(code, most, chunks):
     """The same of the loop that takes `chunks` times 64 of K by wgmma, decoding two chunks while it waits for none."""
     loop = max(([code[i] for i in sorted(loop)] for loop in code.gmma_loops), key=len, default=[])
+    return wrong_beside_gmma(loop, most, chunks)
+
+
+def wrong_beside_gmma(loop, most, chunks):
     wrong = [one.opcode for one in loop if is_fence(one) or one.is_a("LDL") or one.is_a("STL")]
     slots = sum(one.opcode != "NOP" for one in loop)
     if not 0 < slots <= most * chunks / 2:
@@ -214,6 +219,18 @@ def test_a_stage_takes_few_issue_slots_beside_wgmma(name, listings):
     assert len(kernels) == 1
     code = Code(listings["sm_90a", kernels[0]["symbol"]])
     assert too_slow_with_gmma(code, *HOPPER_SLOTS[name]) == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind, most", [("Int4", 176), ("Mxfp4", 196)])
+@pytest.mark.parametrize("swiglu", ["false", "true"])
+def test_each_number_of_tokens_takes_few_issue_slots(kind, most, swiglu, listings):
+    """Of 2,048 tensor clocks for 256 tokens, in which two warps issue them; 512 for 64."""
+    name = f"w4_gemm_sm90_many_kernel<{kind}, {swiglu}>"
+    code = Code(listings["sm_90a", next(k["symbol"] for k in KERNELS if short(k) == name)])
+    assert len(code.gmma_loops) == 4
+    for loop in code.gmma_loops:
+        assert wrong_beside_gmma([code[i] for i in sorted(loop)], most, 2) == []
 
 
 # ---- the checks themselves, on short listings
