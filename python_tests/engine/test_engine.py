@@ -378,13 +378,13 @@ def continued(prompt, new):
 
 
 def test_few_pages_do_not_thrash(model):
-    """24 requests of 65 to 88 tokens that grow by two pages, in 16 pages. Each preemption has a cost; if samples were
-    admitted whenever there is a page for their prompts, there would be more than 70."""
+    """24 requests of 65 to 88 tokens that grow by two pages, in 16 pages. If samples were admitted whenever there are
+    pages for their prompts, there would be 18 preemptions."""
     engine = Hashing(model, cache_tokens=16 * PAGE_SIZE)
     prompts = [ids(65 + k, k) for k in range(24)]
     got = texts(engine, prompts, max_new_tokens=130)
     assert got == [continued(prompt, 130) for prompt in prompts]
-    assert 0 < engine.stats()["preemptions"] <= 25
+    assert 0 < engine.stats()["preemptions"] <= 8
 
 
 def test_the_oldest_request_is_never_preempted(model):
