@@ -47,9 +47,11 @@ def alone(model):
 
 def finish(engine):
     """All steps that remain, with a check after each; then no page is held."""
-    while engine.step():
+    for _ in range(3000):
+        remain = engine.step()
         engine.check()
-    engine.check()
+        if not remain:
+            break
     assert engine.stats()["pages_held"] == engine.stats()["running"] == engine.stats()["waiting"] == 0
 
 
@@ -191,14 +193,14 @@ def test_changed_weights(model):
 
 def test_logits_that_are_not_finite_fail_one_request_only(model, alone):
     model = copy.deepcopy(model)
-    bad = ids(130, 3)
+    bad = ids(260, 3)
     bad[70] = 11
     good = [[token % 11 for token in prompt] for prompt in PROMPTS]
     options = dict(logit_bias={11: -1e9})
     want = texts(Engine(model, cache_tokens=4096), good, **options)
     with torch.no_grad():
         model.model.embed_tokens.weight[11] = torch.nan
-    engine = Engine(model, cache_tokens=4096)
+    engine = Engine(model, cache_tokens=4096, max_batch_tokens=100)
     requests = [engine.submit(prompt, sampling=sampling(**options)) for prompt in good[:8]]
     failing = engine.submit(bad, sampling=sampling(temperature=1.0), n=3)
     requests += [engine.submit(prompt, sampling=sampling(**options)) for prompt in good[8:]]
@@ -378,13 +380,13 @@ def continued(prompt, new):
 
 
 def test_few_pages_do_not_thrash(model):
-    """24 requests of 65 to 88 tokens that grow by two pages, in 16 pages. Each preemption has a cost; if samples were
-    admitted whenever there is a page for their prompts, there would be more than 70."""
+    """24 requests of 65 to 88 tokens that grow by two pages, in 16 pages. If samples were admitted whenever there are
+    pages for their prompts, there would be 18 preemptions."""
     engine = Hashing(model, cache_tokens=16 * PAGE_SIZE)
     prompts = [ids(65 + k, k) for k in range(24)]
     got = texts(engine, prompts, max_new_tokens=130)
     assert got == [continued(prompt, 130) for prompt in prompts]
-    assert 0 < engine.stats()["preemptions"] <= 25
+    assert 0 < engine.stats()["preemptions"] <= 8
 
 
 def test_the_oldest_request_is_never_preempted(model):
