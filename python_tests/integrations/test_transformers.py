@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from base64 import b64encode
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -434,3 +436,20 @@ def test_what_stays(stock, calls):
     assert torch.equal(model.generate(ids, max_new_tokens=3, **GREEDY), stock.generate(ids, max_new_tokens=3, **GREEDY))
     assert sum(calls.values()) == 0
     unpatch(model)
+
+
+@batching
+def test_page_of_documentation(stock, tmp_path):
+    """The code of docs/transformers.md, with a checkpoint of kimi_k2."""
+    stock.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "kimi_k2"}))
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 3
+    names = {}
+    exec(blocks[0].replace("path/to/checkpoint", str(tmp_path)), names)
+    assert report(names["model"]) in " ".join(page.split()).replace("`", "")
+    for block in blocks[1:]:
+        exec(block, names)
+    assert len(names["outputs"]) == 2
