@@ -29,8 +29,10 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -41,6 +43,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface, FP8Linear
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from k2kernels._backend import UnsupportedError
 from k2kernels.engine.cache import PAGE_SIZE
@@ -49,6 +52,7 @@ from k2kernels.ops.fp8_gemm import fp8_gemm
 from k2kernels.ops.mla_cache import mla_append
 from k2kernels.ops.mla_decode import mla_decode
 from k2kernels.ops.quant import dequantize, quantize_1x128
+from k2kernels.text.tokenizer import KIMI_PATTERN
 
 NAME = "k2kernels"  # of the implementation of experts
 BLOCK = (128, 128)  # of FP8 weights that have one scale
@@ -74,12 +78,24 @@ class KimiK2ForCausalLM(deepseek.DeepseekV3ForCausalLM):
     _can_set_attn_implementation_cached_value = _can_set_experts_implementation_cached_value = True
 
 
+class TikTokenTokenizer(TokenizersBackend):
+    """tokenizer.json, or tiktoken.model cut into words as Kimi does; the name that its tokenizer_config.json gives."""
+
+    @classmethod
+    def _convert_from_tiktoken(cls, vocab_file: str, local_kwargs: dict[str, Any]) -> dict[str, Any]:
+        made = super()._convert_from_tiktoken(vocab_file, local_kwargs)
+        words = Split(Regex(KIMI_PATTERN), behavior="isolated")
+        made["tokenizer_object"].pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+        return made
+
+
 def register_kimi_k2() -> None:
-    """Makes AutoConfig, AutoModel and AutoModelForCausalLM read checkpoints of model_type "kimi_k2".
+    """Makes AutoConfig, AutoTokenizer, AutoModel and AutoModelForCausalLM read checkpoints of model_type "kimi_k2".
 
     They become DeepSeek-V3 models, without remote code; may be called again.
     """
     AutoConfig.register("kimi_k2", KimiK2Config, exist_ok=True)
+    AutoTokenizer.register(KimiK2Config, tokenizer_class=TikTokenTokenizer, exist_ok=True)
     AutoModel.register(KimiK2Config, KimiK2Model, exist_ok=True)
     AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM, exist_ok=True)
     mapping = get_checkpoint_conversion_mapping("deepseek_v3")  # stacks experts; without it none is found in the file

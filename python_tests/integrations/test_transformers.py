@@ -2,6 +2,9 @@
 
 import copy
 import json
+import re
+from base64 import b64encode
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +21,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek  # 
 
 from k2kernels.integrations import transformers as integration  # noqa: E402
 from k2kernels.integrations.transformers import patch, register_kimi_k2, report, unpatch  # noqa: E402
+from k2kernels.text.tokenizer import load_tokenizer  # noqa: E402
 
 LAYERS = 2
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -231,6 +235,35 @@ def test_kimi_k2_without_remote_code(stock, tmp_path):
     unpatch(model)
 
 
+def test_kimi_tokenizer_without_remote_code(tmp_path):
+    """tiktoken.model beside a tokenizer_config.json that names remote code: the ids of this package's tokenizer."""
+    merges = [
+        "th",
+        "the",
+        "\u4f60".encode(),
+        "\u597d".encode(),
+        "\u4f60\u597d".encode(),
+        "re",
+        "'re",
+        "aB",
+        "\u4f60a".encode(),
+    ]
+    tokens = [bytes([i]) for i in range(256)] + [m if isinstance(m, bytes) else m.encode() for m in merges]
+    tokens += ["\u4f60".encode()[:2], "\u597d".encode()[:2]]
+    ranks = [b64encode(token) + f" {rank}".encode() for rank, token in enumerate(tokens)]
+    (tmp_path / "tiktoken.model").write_bytes(b"\n".join(ranks) + b"\n")
+    added = {str(len(tokens) + 4): dict(content="<|im_user|>", special=True)}
+    remote = dict(AutoTokenizer=["tokenization_kimi.TikTokenTokenizer", None])
+    config = dict(auto_map=remote, tokenizer_class="TikTokenTokenizer", added_tokens_decoder=added)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="kimi_k2")))
+    register_kimi_k2()
+    made, own = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in ("the there're \u4f60\u597d\u4f60a 12345 aBaB THE\n\n x", "<|im_user|>the"):
+        assert made.encode(text, add_special_tokens=False) == own.encode(text)
+        assert made.decode(own.encode(text)) == text
+
+
 # Continuous batching
 
 batching = pytest.mark.skipif(not integration.LATENT_PAGES, reason="latent pages need transformers 5.23")
@@ -403,3 +436,20 @@ def test_what_stays(stock, calls):
     assert torch.equal(model.generate(ids, max_new_tokens=3, **GREEDY), stock.generate(ids, max_new_tokens=3, **GREEDY))
     assert sum(calls.values()) == 0
     unpatch(model)
+
+
+@batching
+def test_page_of_documentation(stock, tmp_path):
+    """The code of docs/transformers.md, with a checkpoint of kimi_k2."""
+    stock.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "kimi_k2"}))
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 3
+    names = {}
+    exec(blocks[0].replace("path/to/checkpoint", str(tmp_path)), names)
+    assert report(names["model"]) in " ".join(page.split()).replace("`", "")
+    for block in blocks[1:]:
+        exec(block, names)
+    assert len(names["outputs"]) == 2
