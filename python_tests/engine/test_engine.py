@@ -112,6 +112,20 @@ def test_replayed_passes(speculative, model):
     assert engine.recorder.plays > 3
 
 
+def test_drafts_are_those_of_generate(model):
+    """Each pass, and each MTP layer in it, gets the same ids: a draft at a wrong place would be rejected, and cost
+    nothing but time."""
+    seen, prompt = [], PROMPTS[2]
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].flatten()))
+    model.generate(torch.tensor([prompt]), max_new_tokens=10, eos_token_ids=[], speculative=True)
+    want = [some.tolist() for some in seen]
+    seen.clear()
+    texts(Engine(model, cache_tokens=512, speculative=True), [prompt], max_new_tokens=10)
+    hook.remove()
+    count = 3 * 6  # the last passes have fewer drafts
+    assert [some.tolist() for some in seen[:count]] == want[:count] and len(want) > count
+
+
 def test_draws_depend_on_seed_sample_and_position(model):
     options = dict(temperature=1.3, top_p=0.95, seed=4)
     drawn = [texts(Engine(model, cache_tokens=512), [prompt], **options)[0] for prompt in PROMPTS[:4]]
