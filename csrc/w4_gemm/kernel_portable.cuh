@@ -39,10 +39,10 @@
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
 #include "tile/group_tiles.cuh"
-#include "tile/silu.cuh"
 #include "tile/store_row.cuh"
 #include "tile/swizzle.cuh"
 #include "w4_gemm/decode.cuh"
+#include "w4_gemm/swiglu.cuh"
 
 namespace k2k {
 
@@ -196,17 +196,6 @@ K2K_DEVICE void multiply_step(float (&sums)[Tile::kTokens / 16][4][4], const Ste
             for (int j = 0; j < 4; ++j) arch::mma_sync<bf16>(sums[i][j], a_words, w_words[j]);
         }
     }
-}
-
-// silu(gate) * up of two neighbours, from the sums of both.
-K2K_DEVICE uint32_t swiglu_pair(const float* gate, const float* up) {
-    float hidden[2];
-    K2K_UNROLL
-    for (int e = 0; e < 2; ++e) {
-        const float rounded = arch::to_float(arch::to_bf16(gate[e]));
-        hidden[e] = tile::silu(rounded) * arch::to_float(arch::to_bf16(up[e]));
-    }
-    return arch::pack_bf16(hidden[0], hidden[1]);
 }
 
 template <class Kind, bool kSwiglu, class Tile>
