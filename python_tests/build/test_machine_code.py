@@ -99,9 +99,9 @@ SLOTS = {
 HOPPER_SLOTS = {
     f"w4_gemm_sm90_few_kernel<{kind}, FewTile<{tile}>": (most, chunks)
     for tile, chunks, int4, mxfp4 in (
-        ("8, 1, 4, 5, 3", 4, 182, 220),
-        ("32, 2, 2, 5, 2", 2, 212, 252),
-        ("64, 4, 4, 3, 1", 4, 188, 225),
+        ("8, 1, 4, 5, 3", 4, 146, 165),
+        ("32, 2, 2, 5, 2", 2, 172, 192),
+        ("64, 4, 4, 3, 1", 4, 148, 168),
     )
     for kind, most in (("Int4", int4), ("Mxfp4", mxfp4))
 }
