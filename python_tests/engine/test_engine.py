@@ -116,14 +116,14 @@ def test_drafts_are_those_of_generate(model):
     """Each pass, and each MTP layer in it, gets the same ids: a draft at a wrong place would be rejected, and cost
     nothing but time."""
     seen, prompt = [], PROMPTS[2]
-    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].flatten()))
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].flatten().tolist()))
     model.generate(torch.tensor([prompt]), max_new_tokens=10, eos_token_ids=[], speculative=True)
-    want = [some.tolist() for some in seen]
+    want = list(seen)
     seen.clear()
     texts(Engine(model, cache_tokens=512, speculative=True), [prompt], max_new_tokens=10)
     hook.remove()
     count = 3 * 6  # the last passes have fewer drafts
-    assert [some.tolist() for some in seen[:count]] == want[:count] and len(want) > count
+    assert seen[:count] == want[:count] and len(want) > count
 
 
 def test_draws_depend_on_seed_sample_and_position(model):
