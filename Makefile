@@ -6,6 +6,7 @@
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
 # make test-transformers    the tests of integrations.transformers with each version that it names
+# make test-torchtitan      the tests of integrations.torchtitan, with the version that it names
 # make clean   removes build outputs (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
@@ -25,7 +26,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize kills test-transformers clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills test-transformers test-torchtitan clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -97,6 +98,16 @@ test-transformers: env
 	    PYTHONPATH=. build/transformers-$$v/bin/python -m pytest -q python_tests/integrations/test_transformers.py \
 	    || exit 1; \
 	done
+
+# torchtitan without what its data loaders need.
+TORCHTITAN := 0.3.0
+test-torchtitan: env
+	test -x build/torchtitan/bin/python || $(PY) -m venv build/torchtitan
+	$(PY) -c '$(SITE)' > "`build/torchtitan/bin/python -c '$(SITE)'`/venv_packages.pth"
+	build/torchtitan/bin/pip install --quiet --no-deps torchtitan==$(TORCHTITAN)
+	build/torchtitan/bin/pip install --quiet tyro torch_checkpointing spmd_types
+	PYTHONPATH=. build/torchtitan/bin/python -m pytest -q $(addprefix python_tests/integrations/,torchtitan_checks.py \
+	    test_torchtitan.py)
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out
