@@ -82,12 +82,12 @@ def test_fill_in_the_middle():
         return fill_in_the_middle(texts, (100, 101, 102), generator=torch.Generator().manual_seed(seed), **rates)
 
     assert torch.equal(transform(rate=0.0), texts)
-    empty = 0
+    empty, ends = 0, 0
     for text, row in zip(texts.tolist(), transform(rate=1.0, spm_rate=0.0).tolist()):
         prefix, suffix, middle = pieces(row)
         assert prefix + middle + suffix == text[:17]
-        empty += not middle
-    assert 5 < empty < 50  # of 400: 1 in 18
+        empty, ends = empty + (not middle), ends + (not suffix)
+    assert 5 < empty < 50 and 20 < ends < 70  # of 400: 1 in 18; 1 - (17/18)^2
     for text, row in zip(texts.tolist(), transform(rate=1.0, spm_rate=1.0).tolist()):
         nothing, suffix, rest = pieces(row)
         assert nothing == [] and rest + suffix == text[:17]
