@@ -124,7 +124,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
         ("generate", str(tmp_path), "--prompt", "x"): "tokenizer.json",
         ("generate", str(checkpoint), "--prompt", ""): "--prompt must hold text",
         ("generate", str(checkpoint), "--prompt", "\udcff"): "--prompt must be UTF-8 text",
-        ("generate", str(checkpoint)): "--prompt or --prompts-file must give a prompt, got none",
+        ("generate", str(checkpoint)): "--prompt, --file or --prompts-file must give a prompt",
         ("generate", str(checkpoint), "--prompts-file", str(tmp_path / "binary")): "--prompts-file must be UTF-8 text",
         ("generate", str(checkpoint), "--prompt", "x", "--device", "abacus"): "device must be one of this machine",
         ("generate", str(checkpoint), "--prompt", "x", "--ep", "2"): "ep must be 1 in one process, got 2",

@@ -189,7 +189,7 @@ def test_arguments(tmp_path):
         convert(tmp_path / "src", tmp_path / "dst", "bf16")
     with pytest.raises(ValueError, match=r"dst must be a new or empty directory, got .*src"):
         convert(tmp_path / "src", tmp_path / "src", "fp8")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json in .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"absent: must be a directory with a checkpoint, got no such one"):
         convert(tmp_path / "absent", tmp_path / "dst", "fp8")
     path, _ = fp8_checkpoint(tmp_path, PARTIAL)
     with pytest.raises(ValueError, match="which is FP8 already"):
