@@ -37,7 +37,10 @@ def train(options: TrainOptions, commit: str) -> dict[str, Any]:
         started = time.perf_counter()
         for row in trainer.run():
             if row.step % 10 == 0:
-                print(f"fp8={options.fp8} seed {options.seed}, step {row.step}: loss {row.loss:.3f}", flush=True)
+                print(
+                    f"fp8={options.fp8} w4={options.w4} seed {options.seed}, step {row.step}: loss {row.loss:.3f}",
+                    flush=True,
+                )
         seconds = time.perf_counter() - started
         rows = trainer.history
     return dict(
@@ -54,6 +57,8 @@ def train(options: TrainOptions, commit: str) -> dict[str, Any]:
         length=options.length,
         seed=options.seed,
         fp8=options.fp8,
+        w4=options.w4,
+        dtype=str(options.torch_dtype).removeprefix("torch."),
         held_out_bits_per_byte=round(rows[-1].valid, 4),
         end_loss=round(sum(row.loss for row in rows[-LAST:]) / LAST, 4),
         max_logit_end=round(rows[-1].max_logit, 2),
@@ -123,7 +128,8 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _run(*words: str) -> str:
+def commit_now() -> str:
+    words = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(words, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
 
 
@@ -138,7 +144,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw what was measured")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    commit = _run("git", "rev-parse", "--short", "HEAD")  # before it changes
+    commit = commit_now()  # before it changes
     for seed in options.seeds if not options.draw else ():
         for fp8 in RUNS:
             line = train(TrainOptions(steps=options.steps, batch_size=options.batch_size, seed=seed, fp8=fp8), commit)

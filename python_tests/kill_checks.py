@@ -1,6 +1,6 @@
 """kill -9 at random times of `save_pretrained`, `convert` and `train`, and a second run right after each.
 
-    python python_tests/kill_checks.py save|exchange|convert|train KILLS FOLDER
+    python python_tests/kill_checks.py save|exchange|convert|resume|train KILLS FOLDER
 
 A process of its own: each attempt is forked from it, so that nothing is imported again.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from k2kernels.cli import main
-from k2kernels.model import K2Model, files
+from k2kernels.model import K2Config, K2Model, files, shards
 from k2kernels.model.checkpoint import from_pretrained, save_pretrained
 from k2kernels.model.convert import convert
 from k2kernels.parallel import checkpoint_info
@@ -156,6 +156,66 @@ def conversions(kills: int, folder: Path) -> None:
     assert hits > kills // 4, f"only {hits} of {kills} kills came before the end"
 
 
+def resumed(kills: int, folder: Path) -> None:
+    """Killed before each rename of a conversion in turn: the next one writes the other shards, and the same bytes.
+
+    `kills` is the most renames. Into a new folder and an empty one, in turn.
+    """
+    src, rename, save_file = folder / "src", os.rename, shards.save_file
+    save_pretrained(tiny.model("kimi", num_hidden_layers=2), src, max_shard_size=SHARD)
+    to_fp8 = functools.partial(convert, to="fp8", progress=False, max_shard_size=SHARD // 4)
+    to_fp8(src, folder / "first")
+    whole = {file.name: file.read_bytes() for file in (folder / "first").iterdir()}
+    count = len(list((folder / "first").glob("model-*")))
+    for dies in range(kills):
+        dst, finished, written = folder / f"dst{dies}", folder / "finished", folder / "written"
+        finished.touch()
+        written.touch()
+        if dies % 2:
+            dst.mkdir()
+
+        def work(dst=dst, dies=dies, finished=finished):
+            calls = iter(range(10**6))
+
+            def stop(source, target):
+                if next(calls) == dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                rename(source, target)
+                if Path(target).name.startswith("shard-"):
+                    finished.open("a").write("x")
+
+            os.rename = stop
+            to_fp8(src, dst)
+
+        def again(dst=dst, written=written):
+            def counted(*args, **more):
+                save_file(*args, **more)
+                written.open("a").write("x")
+
+            shards.save_file = counted
+            to_fp8(src, dst)
+
+        code = ended(forked(work))
+        seen = {file.name: file.read_bytes() for file in dst.iterdir() if file.is_file()} if dst.is_dir() else {}
+        assert "config.json" not in seen or seen == whole
+        if code != 0 and "config.json" not in seen:
+            if dst.is_dir() and any(dst.glob(f"{files.PREFIX}replacing-*")):  # the next reader finishes it
+                K2Config.from_pretrained(dst)
+            else:
+                assert ended(forked(again)) == 0
+                there, again_written = finished.stat().st_size, written.stat().st_size
+                unknown = (
+                    there == count == again_written
+                )  # killed between the last two steps, when nothing tells the origin
+                assert again_written == count - there or unknown
+        assert {file.name: file.read_bytes() for file in dst.iterdir()} == whole and leftovers(folder) == []
+        finished.unlink()
+        written.unlink()
+        if code == 0:
+            break
+    assert code == 0 and dies > count
+
+
 def train(kills: int, folder: Path) -> None:
     """Steps are never lost, the history is the checkpoint's, and the next run is not refused."""
     text = folder / "text.txt"
@@ -201,6 +261,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # what was written outlives a kill, though not a power failure
-    what = {"save": save, "exchange": exchange, "convert": conversions, "train": train}[sys.argv[1]]
+    what = {"save": save, "exchange": exchange, "convert": conversions, "resume": resumed, "train": train}[sys.argv[1]]
     what(int(sys.argv[2]), Path(sys.argv[3]))
     print("whole")

@@ -12,7 +12,8 @@ SCRIPT = Path(__file__).with_name("kill_checks.py")
 
 
 @pytest.mark.parametrize(
-    "what, kills", [("save", KILLS), ("exchange", 60), ("convert", KILLS), ("train", KILLS if KILLS > 4 else 2)]
+    "what, kills",
+    [("save", KILLS), ("exchange", 60), ("convert", KILLS), ("resume", 60), ("train", KILLS if KILLS > 4 else 2)],
 )
 def test_nothing_is_lost_and_the_next_run_works(what, kills, tmp_path):
     command = [sys.executable, str(SCRIPT), what, str(kills), str(tmp_path)]

@@ -67,6 +67,30 @@ K2K_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
 // PTX: #half-precision-floating-point-instructions-fma
 K2K_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, b, 0x80008000); }
 
+// The low (high) half of a word, twice. As an operand of the arithmetic above it takes no
+// instruction of its own.
+// PTX: #data-movement-and-conversion-instructions-mov
+K2K_DEVICE uint32_t low_twice(uint32_t a) {
+#ifdef K2K_EMULATED
+    return (a & 0xffff) * 0x10001;
+#else
+    uint32_t result;
+    K2K_PTX_PURE("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low}; }"
+                 : "=r"(result) : "r"(a));
+    return result;
+#endif
+}
+K2K_DEVICE uint32_t high_twice(uint32_t a) {
+#ifdef K2K_EMULATED
+    return (a >> 16) * 0x10001;
+#else
+    uint32_t result;
+    K2K_PTX_PURE("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high}; }"
+                 : "=r"(result) : "r"(a));
+    return result;
+#endif
+}
+
 // Byte i of the result is byte (selector >> 4 i & 7) of the eight bytes of a (0 to 3) and b (4 to
 // 7). Bit 4 i + 3 of the selector must be 0.
 // PTX: #data-movement-and-conversion-instructions-prmt

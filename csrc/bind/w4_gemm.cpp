@@ -9,8 +9,8 @@ namespace k2k::bind {
 namespace {
 
 long grouped_w4_gemm(const Chip& chip, const Tensor& a, const Tensor& w, const Tensor& offsets,
-                     const Tensor& counts, const std::string& kind, bool swiglu, int64_t expected,
-                     const Tensor& d) {
+                     const Tensor& counts, const std::string& kind, bool swiglu,
+                     bool batch_invariant, int64_t expected, const Tensor& d) {
     W4GemmParams p;
     p.kind = kind == "int4" ? W4Kind::kInt4 : W4Kind::kMxfp4;
     p.swiglu = swiglu;
@@ -23,6 +23,7 @@ long grouped_w4_gemm(const Chip& chip, const Tensor& a, const Tensor& w, const T
     p.chunk_rows = w.size(1);
     p.chunk_columns = w.size(2);
     p.expected = expected;
+    p.split = batch_invariant ? 1 : w4_split(counts.size(0), p.chunk_rows, p.chunk_columns);
     p.a_row_stride = a.stride(0);
     p.d_row_stride = d.stride(0);
     p.groups = {offsets.data<const int32_t>(), counts.data<const int32_t>(), narrow(counts.size(0)),

@@ -57,6 +57,53 @@ constexpr int64_t w4_gemm_tiles(const W4GemmParams& p, int tokens, int weights) 
            ceil_div(p.chunk_rows * kChunkRows, weights);
 }
 
+// ---- sm_90a, few rows: 64 rows of weights for each warpgroup by 8 to 64 tokens
+
+// A stage has kChunks chunks along K of each warpgroup's weights, and the tokens' part of K.
+template <int kTokens_, int kWarpgroups_, int kChunks_, int kStages_, int kCtas_>
+struct FewTile {
+    static constexpr int kTokens = kTokens_;
+    static constexpr int kWarpgroups = kWarpgroups_, kWeights = kWarpgroups * kChunkRows;
+    static constexpr int kChunks = kChunks_, kDepth = kChunks * kChunkDepth;
+    static constexpr int kStages = kStages_;
+    static constexpr int kCtas = kCtas_;                  // per SM
+    static constexpr int kConsumers = kWarpgroups * 128;  // threads
+    static constexpr int kThreads = kConsumers + 32;      // and a producer warp
+    static constexpr int kSharedMost = 228 * 1024 / kCtas - 1024;
+};
+// Each tile of weights reads its tokens again. From L2 an SM gets about 46 bytes a clock, of which
+// 21 are the weights at the full rate of an H200's HBM: so at least three rows of weights a token.
+using FewTile8 = FewTile<8, 1, 4, 5, 3>;
+using FewTile32 = FewTile<32, 2, 2, 5, 2>;
+using FewTile64 = FewTile<64, 4, 4, 3, 1>;
+
+// How the kernel for few rows cuts K: into as many parts as keep the CTAs of all groups' weights
+// below two an SM of an H100 or H200, of at least 512 of K each. A function of the number of groups
+// and of N and K alone: a row's bits do not depend on its batch, nor on the GPU.
+constexpr int kMostW4Split = 4;
+constexpr int w4_split(int64_t groups, int64_t chunk_rows, int64_t chunk_columns) {
+    int split = 1;
+    while (split < kMostW4Split && groups * chunk_rows * 2 * split <= 2 * 132 &&
+           chunk_columns >= 2 * split * 8) {
+        split *= 2;
+    }
+    return split;
+}
+static_assert(w4_split(1, 4096 / 64, 7168 / 64) == 4 && w4_split(1, 7168 / 64, 2048 / 64) == 2);
+static_assert(w4_split(2, 7168 / 64, 2048 / 64) == 1 && w4_split(8, 4096 / 64, 7168 / 64) == 1);
+
+// Whether that kernel serves a call: up to 64 rows a group on average (above, a tile of more tokens
+// decodes its weights less often), and whenever K is cut, so that all calls cut it.
+constexpr bool takes_few_rows(const W4GemmParams& p) {
+    return p.split > 1 || p.expected <= 64 * p.groups.number;
+}
+
+// Whether a tile of so many tokens has room for the rows of most groups. Of one group the estimate
+// is exact, of several a group may have twice the average.
+constexpr bool holds_most_groups(const W4GemmParams& p, int tokens) {
+    return p.expected * (p.groups.number > 1 ? 2 : 1) <= tokens * p.groups.number;
+}
+
 // CTAs of a tile that an SM holds: a CTA takes 1 KB of shared memory more than it asks for.
 template <class Tile>
 int w4_gemm_resident(int64_t storage_bytes, int64_t most_shared) {

@@ -19,6 +19,7 @@ struct W4GemmParams {
     int64_t rows, columns, depth;       // of D; K
     int64_t chunk_rows, chunk_columns;  // chunks of 64 x 64 weights of a group
     int64_t expected;                   // the host's estimate of slots in use: chooses the tile
+    int split;  // parts of K, where the kernel for few rows on sm_90a serves
     int64_t a_row_stride, d_row_stride;
     tile::Groups groups;
 };

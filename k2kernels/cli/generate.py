@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
+# Tokens that end a turn in this family; config.json of some checkpoints (Kimi-VL) does not name its own.
+TURN_ENDS = ("<|im_end|>", "<｜end▁of▁sentence｜>")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -54,22 +56,25 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--stop must hold text, got an empty one")
     import torch
 
-    from k2kernels.cli.chat import chat_tokens, turn_ends
-    from k2kernels.cli.tokenizer import load_tokenizer
     from k2kernels.engine.options import check_length
     from k2kernels.model import K2Config, K2Model
-    from k2kernels.model.folder import checkpoint_folder
+    from k2kernels.model.folder import check_pointers, checkpoint_folder
     from k2kernels.parallel import expert_parallel
     from k2kernels.parallel.launch import launched
+    from k2kernels.text.chat import load_chat
+    from k2kernels.text.tokenizer import load_tokenizer, special_token
 
     path = checkpoint_folder(options.checkpoint)
+    check_pointers(path, ("tokenizer.json", "tiktoken.model"))
     tokenizer = load_tokenizer(path)
     config = K2Config.from_pretrained(path)
     chosen = _chosen(options, config)
     stops = config.eos_token_ids
     if options.chat:
-        prompts = [chat_tokens(path, tokenizer, text) for text in texts]
-        stops = list(dict.fromkeys([*stops, *turn_ends(path, tokenizer)]))
+        chat = load_chat(path, tokenizer)
+        prompts = [chat.encode([{"role": "user", "content": text}]) for text in texts]
+        ends = [name for name in (*TURN_ENDS, special_token(path, "eos_token")) if name in tokenizer.added_tokens]
+        stops = list(dict.fromkeys([*stops, *(tokenizer.encode(name)[0] for name in ends)]))
     else:
         prompts = [tokenizer.encode(text) for text in texts]
         bos = [] if options.no_bos else tokenizer.bos
@@ -97,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in mine]).view(len(mine), width)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in mine], dtype=torch.int64).view(len(mine), width)
         shown = here.first and len(prompts) == 1
-        rows = [_Text(tokenizer, [] if options.chat else p, stops, options, shown) for p in mine]
+        rows = [_Row(tokenizer, text, stops, options, shown) for text in texts[here.rank :: here.world_size]]
         watch = _Watch(rows)
         started = time.perf_counter()
         try:
@@ -108,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
                 attention_mask=mask.to(here.device),
                 on_token=watch.add,
             )
-        except _AllStopped:
+        except _AllEnded:
             pass
         ended = time.perf_counter()
         of_ranks = here.gather([(row.finish(), row.count) for row in rows])
@@ -192,80 +197,50 @@ def _tokens_of_a_pass(prompts: list[list[int]], chunk: int | None) -> int:
     return len(prompts) * (longest if chunk is None else min(max(chunk, 1), longest))
 
 
-class _AllStopped(Exception):
+class _AllEnded(Exception):
     """Every row has a text at which it is to end."""
 
 
 class _Watch:
     """Passes new tokens to their rows, and ends `generate` when all of them have ended."""
 
-    def __init__(self, rows: list[_Text]):
+    def __init__(self, rows: list[_Row]):
         self.rows, self.first = rows, None
 
     def add(self, column: Any) -> None:
         self.first = self.first or time.perf_counter()
         for row, token in zip(self.rows, column.tolist()):
             row.add(token)
-        if self.rows and all(row.stopped for row in self.rows):
-            raise _AllStopped
+        if self.rows and all(row.ended for row in self.rows):
+            raise _AllEnded
 
 
-class _Text:
-    """The text of a prompt and what follows it, up to a stop id or a stop text; of --chat, the answer alone.
+class _Row:
+    """A prompt and what follows it, up to a stop id or text; of --chat, the answer alone. Printed if `shown`."""
 
-    A character may need several tokens: text is added, and with `shown` printed, when its bytes are complete. What may
-    become a stop text waits for the next token.
-    """
+    def __init__(self, tokenizer: Any, prompt: str, ends: list[int], options: argparse.Namespace, shown: bool):
+        from k2kernels.text.stream import TextStream
 
-    def __init__(self, tokenizer: Any, prompt: list[int], ends: list[int], options: Any, shown: bool):
-        self.tokenizer, self.ids, self.ends, self.shown = tokenizer, list(prompt), ends, shown
-        self.stops, self.answer = options.stop, options.chat
-        self.window, self.done = 0, len(prompt)  # tokens that decide how the next are spelled; those in `text`
-        self.text = tokenizer.decode(prompt) if prompt else ""
-        self.begins = len(self.text)  # where stop texts are looked for
-        self.printed = self.count = 0
-        self.stopped = self.cut = False  # in any way; by a stop text
+        self.stream, self.ends, self.shown = TextStream(tokenizer, options.stop), ends, shown
+        self.answer, self.prompt = options.chat, "" if options.chat else prompt
+        self.text, self.count, self.ended = "", 0, False
 
     def add(self, token: int) -> None:
-        if self.stopped:
+        if self.ended:
             return
+        if not self.count:
+            self._say(self.prompt)
         self.count += 1
-        self.stopped = token in self.ends
-        if self.stopped and self.answer:
-            return
-        self.ids.append(token)
-        before = self.tokenizer.decode(self.ids[self.window : self.done])
-        now = self.tokenizer.decode(self.ids[self.window :])
-        if now.startswith(before) and not now.endswith("\ufffd"):
-            self._append(now[len(before) :])
-            self.window, self.done = self.done, len(self.ids)
-
-    def _append(self, new: str) -> None:
-        longest = max(map(len, self.stops), default=0)
-        start = max(self.begins, len(self.text) - longest + 1)
-        self.text += new
-        found = [at for stop in self.stops if (at := self.text.find(stop, start)) >= 0]
-        if found:
-            self.text, self.stopped, self.cut = self.text[: min(found)], True, True
-        self._print(0 if found else self._held())
-
-    def _held(self) -> int:
-        """Characters at the end that may begin a stop text."""
-        return max(
-            (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
-            default=0,
-        )
-
-    def _print(self, held: int) -> None:
-        end = len(self.text) - held
-        if self.shown and end > self.printed:
-            print(self.text[self.printed : end], end="", flush=True)
-            self.printed = end
+        self.ended = token in self.ends
+        if not (self.ended and self.answer):
+            self._say(self.stream.add(token))
+        self.ended |= self.stream.stopped is not None
 
     def finish(self) -> str:
-        """The text; prints what was held back."""
-        if self.done < len(self.ids) and not self.cut:
-            before = self.tokenizer.decode(self.ids[self.window : self.done])
-            self.text += self.tokenizer.decode(self.ids[self.window :]).removeprefix(before)
-        self._print(0)
+        self._say(self.stream.finish())
         return self.text
+
+    def _say(self, text: str) -> None:
+        self.text += text
+        if self.shown:
+            print(text, end="", flush=True)

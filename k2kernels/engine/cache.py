@@ -41,20 +41,10 @@ class LatentCache:
         device: torch.device | str = "cpu",
         cache_dtype: str = "auto",
     ):
-        if cache_dtype not in ("auto", "fp8"):
-            raise ValueError(f"LatentCache: cache_dtype must be 'auto' or 'fp8', got {cache_dtype!r}")
-        width = config.latent_dim
-        if cache_dtype == "fp8":
-            if (config.kv_lora_rank, config.qk_rope_head_dim) != (LATENT, ROPE):
-                raise ValueError(
-                    f"LatentCache: cache_dtype 'fp8' needs kv_lora_rank {LATENT} and qk_rope_head_dim {ROPE}, "
-                    f"got {config.kv_lora_rank} and {config.qk_rope_head_dim}; use 'auto'"
-                )
-            width, dtype = ROW_BYTES, torch.uint8
         self.max_tokens = max_tokens
         per_row = pages_for(max_tokens)
         self.num_pages = rows * per_row if num_pages is None else num_pages
-        self.pages = torch.zeros(layers, self.num_pages, PAGE_SIZE, width, dtype=dtype, device=device)
+        self.pages = new_pages(config, layers, self.num_pages, dtype, device, cache_dtype)
         self.block_table = torch.full((rows, per_row), -1, dtype=torch.int32, device=device)
         self._free = list(range(self.num_pages - 1, -1, -1))  # a stack
         self._owned: list[list[int]] = [[] for _ in range(rows)]
@@ -98,6 +88,23 @@ class LatentCache:
         self._free.extend(reversed(self._owned[row]))
         self._owned[row] = []
         self.block_table[row] = -1
+
+
+def new_pages(
+    config: K2Config, layers: int, num_pages: int, dtype: torch.dtype, device: torch.device | str, cache_dtype: str
+) -> torch.Tensor:
+    """Zeros [layers, num_pages, 64, row], as `LatentCache` describes them and with its errors."""
+    if cache_dtype not in ("auto", "fp8"):
+        raise ValueError(f"LatentCache: cache_dtype must be 'auto' or 'fp8', got {cache_dtype!r}")
+    width = config.latent_dim
+    if cache_dtype == "fp8":
+        if (config.kv_lora_rank, config.qk_rope_head_dim) != (LATENT, ROPE):
+            raise ValueError(
+                f"LatentCache: cache_dtype 'fp8' needs kv_lora_rank {LATENT} and qk_rope_head_dim {ROPE}, "
+                f"got {config.kv_lora_rank} and {config.qk_rope_head_dim}; use 'auto'"
+            )
+        width, dtype = ROW_BYTES, torch.uint8
+    return torch.zeros(layers, num_pages, PAGE_SIZE, width, dtype=dtype, device=device)
 
 
 def pages_for(tokens: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.engine.cache import LatentCache
+from k2kernels.engine.pool import Pool
 from k2kernels.engine.replay import CudaRecorder, Replay
 from k2kernels.model.attention import Decode
 from k2kernels.model.layer import DecoderLayer
@@ -36,7 +37,7 @@ class DecodePass:
     def __init__(
         self,
         model: Trunk,
-        cache: LatentCache,
+        cache: LatentCache | Pool,
         absorbed: list[tuple[Tensor, Tensor]],
         slots: int,
         width: int,

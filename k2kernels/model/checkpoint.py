@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.model.compressed_tensors import schemes
+from k2kernels.model.compressed_tensors import FORMATS, quantization_config, schemes
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
 from k2kernels.model.moe import Experts
-from k2kernels.model.packed import PackedInfo, dequantize_packed_into, file_tensors, joined, read_packed
+from k2kernels.model.packed import (
+    PackedInfo,
+    dequantize_packed_into,
+    file_tensors,
+    joined,
+    name_in_model,
+    quantize_w4,
+    read_packed,
+)
 from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
 from k2kernels.ops.w4_gemm import pack_w4, unpack_w4
 from k2kernels.reference.quant import dequantize
@@ -216,7 +224,12 @@ def _leave_meta(model: nn.Module, device: str | torch.device | None) -> None:
 
 
 def save_pretrained(
-    model: nn.Module, path: str | Path, *, max_shard_size: int = MAX_SHARD_SIZE, progress: bool = False
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: bool = False,
 ) -> None:
     """Writes config.json and safetensors under Hugging Face's names to the directory `path`; transformers reads them.
 
@@ -228,9 +241,16 @@ def save_pretrained(
     error is raised on every rank.
 
     Args:
+        format: None: weights as they are. "int4" or "mxfp4": the routed experts are quantised from the model's weights
+            to the 4 bits of Kimi-K2-Thinking and Kimi-K3 (compressed-tensors' names and configuration), all other
+            weights become BF16: what `k2kernels convert --to int4` makes of the saved model. Of a bfloat16 model in
+            training with `use_w4` of that kind, the logits of the files loaded with keep_quantized are those of the
+            model, to the bit.
         max_shard_size: bytes; a larger model is split into shards with an index.
 
     Raises:
+        ValueError: a weight is on the meta device; or, with a format, it is unknown, the model has no routed experts,
+            weights are codes already, columns of experts are no multiple of 32, or hold NaN or infinity.
         OSError: the file system refused; what was there before is unchanged.
     """
     tensors = _unique(model)
@@ -245,12 +265,13 @@ def save_pretrained(
             f"save_pretrained: the ranks of weights in parts must be known, got {some(parts)} in parts; distribute the "
             "model with k2kernels.parallel.parallelize, or call Layout.shard_experts(model) before fully_shard"
         )
-    quantized = any(tensor.dtype in (torch.float8_e4m3fn, torch.uint8) for tensor in tensors.values())
-    config = replace(
-        model.config,
-        dtype=_dtype_name(tensors["model.embed_tokens.weight"].dtype),
-        quantization_config=model.config.quantization_config if quantized else None,
-    )
+    quantized = any(tensor.dtype in _CODES for tensor in tensors.values())
+    dtype, quantization = tensors["model.embed_tokens.weight"].dtype, model.config.quantization_config
+    if format is not None:
+        with contextlib.nullcontext() if ranks is None else ranks.together("save_pretrained"):
+            _check_export(model, tensors, format)
+        quantized, dtype, quantization = True, torch.bfloat16, quantization_config(format)
+    config = replace(model.config, dtype=_dtype_name(dtype), quantization_config=quantization if quantized else None)
     writes = ranks is None or ranks.writes
     new = functools.partial(Writer, path, max_shard_size)
     with new() if ranks is None else ranks.writer(new) as writer:
@@ -266,8 +287,47 @@ def save_pretrained(
                 wholes = writer.whole(name, tensor)
             for whole in wholes:
                 stored = _w4_pieces(model, name, whole) if _is_w4(model, name) else pieces(name, whole)
-                for piece_name, piece in stored:
+                for piece_name, piece in stored if format is None else _exported(model, name, stored, format):
                     writer.add(piece_name, piece)
+
+
+_CODES = (torch.float8_e4m3fn, torch.uint8)
+
+
+def _check_export(model: nn.Module, tensors: dict[str, Tensor], format: str) -> None:
+    """Raises ValueError unless the model can be saved in this format; of experts, judging by those that are here."""
+
+    def require(good: bool, what: str, wanted: str, got: Any, remedy: str = "") -> None:
+        if not good:
+            raise ValueError(f"save_pretrained: {what} must be {wanted}, got {got}{remedy}")
+
+    kinds = tuple(FORMATS.values())
+    others = "; save without, and convert the files with `k2kernels convert`"
+    require(format in kinds, "format", f"None or one of {', '.join(kinds)}", repr(format), others)
+    codes = [name for name, tensor in tensors.items() if tensor.dtype in _CODES]
+    remedy = "; load the model with keep_quantized=False, or convert its files with `k2kernels convert`"
+    require(not codes, "weights", f"in high precision to become {format}", f"codes in {some(codes)}", remedy)
+    stacks = {name: tensor for name, tensor in tensors.items() if is_stack(name)}
+    require(bool(stacks), "a model that becomes " + format, "one with routed experts", "none")
+    for name, tensor in stacks.items():
+        columns = tensor.shape[-1]
+        require(columns % GROUP == 0, f"the columns of {name}", f"a multiple of {GROUP} to become {format}", columns)
+        here = tensor.to_local() if _in_parts(tensor) else tensor
+        finite = all(bool(expert.isfinite().all()) for expert in here.detach())
+        require(finite, name, "finite", "NaN or infinity")
+
+
+def _exported(
+    model: nn.Module, name: str, stored: Iterable[tuple[str, Tensor]], format: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The files' tensors of the model's tensor `name` in a 4-bit format; `stored` are those in high precision."""
+    dtype = model.get_submodule(name.rpartition(".")[0]).compute_dtype if is_stack(name) else None
+    for piece_name, piece in stored:
+        if is_stack(name):  # rounded as for the products first
+            piece = piece.to(dtype or piece.dtype)
+            yield from file_tensors(piece_name, *quantize_w4(piece, format, piece_name, ELEMENTS_AT_ONCE))
+        else:
+            yield piece_name, piece.to(torch.bfloat16) if piece_name.endswith(".weight") else piece
 
 
 def pieces(name: str, tensor: Tensor | Iterable[Tensor], first: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -321,9 +381,12 @@ def _halves(module: str, leaf: str, tensor: Tensor) -> Iterator[tuple[str, Tenso
 
 def _named_as_in_model(tensors: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
     """Without the decoder's prefix and a vision tower beside it."""
-    return {
-        name.removeprefix(prefix): info for name, info in tensors.items() if not (prefix and name.startswith(_VISION))
-    }
+    decoder = [name for name in tensors if not (prefix and name.startswith(_VISION))]
+    found = {name_in_model(name, prefix): tensors[name] for name in decoder}
+    if len(found) < len(decoder):
+        twice = [name for name in decoder if tensors[name] is not found[name_in_model(name, prefix)]]
+        raise ValueError(f"{tensors[twice[0]].file.parent}: tensors must be there once, got others for {some(twice)}")
+    return found
 
 
 def _with_mtp_layers_found(config: K2Config, tensors: dict[str, TensorInfo], path: str | Path) -> K2Config:

@@ -28,6 +28,16 @@ from k2kernels.model.presets import PRESETS
 # decoder is Moonlight.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 WRAPPER_TYPES = ("kimi_k25", "kimi_vl")
+# Models whose tensors are named and quantised as here, which is enough to convert them.
+CONVERTED_TYPES = ("deepseek_v2", "deepseek_v32")
+# Models that are taken for relatives, and what they have that this model has not.
+_OTHER_TYPES = {
+    "kimi_k3": "Kimi-K3: linear attention (KDA), experts of a narrower latent",
+    "kimi_linear": "Kimi-Linear and Kimi-K3: linear attention (KDA)",
+    "gpt_oss": "gpt-oss: grouped-query attention with sinks, experts with biases",
+    "deepseek_v32": "DeepSeek-V3.2: sparse attention behind an indexer",
+    "deepseek_v4": "DeepSeek-V4: compressed sparse attention",
+}
 
 _MAY_BE_ZERO = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "aux_loss_alpha"}
 _MAY_BE_ZERO |= {"initializer_range"}
@@ -317,18 +327,19 @@ class K2Config:
             check.require(all(i is None or is_int(i) for i in ids), name, "an integer or null", repr(value))
 
 
-def is_served(values: Mapping[str, Any]) -> bool:
-    """Whether a parsed config.json is of a model type that this package computes."""
-    return values.get("model_type") in MODEL_TYPES + WRAPPER_TYPES
-
-
 def text_part(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The decoder's part of a parsed config.json, and the prefix its tensors' names carry in the files.
 
     Raises:
         ValueError: for a model type that is not of this family.
+        UnsupportedError: for a relative that has another architecture.
     """
     model_type = values.get("model_type")
+    if isinstance(model_type, str) and model_type in _OTHER_TYPES:
+        raise UnsupportedError(
+            f"K2Config: model_type must be one of {', '.join(MODEL_TYPES + WRAPPER_TYPES)}, got {model_type!r} "
+            f"({_OTHER_TYPES[model_type]}), which is another architecture"
+        )
     if model_type in WRAPPER_TYPES:
         inner = values.get("text_config")
         check.require(isinstance(inner, Mapping), "text_config", f"an object in a {model_type} file", repr(inner))

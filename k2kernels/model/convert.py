@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,22 @@ from k2kernels.model.checkpoint import (
     read_weight,
 )
 from k2kernels.model.compressed_tensors import quantization_config
-from k2kernels.model.config import K2Config, is_served, read_config_file, text_part
-from k2kernels.model.files import remove_leftovers
+from k2kernels.model.config import CONVERTED_TYPES, K2Config, read_config_file, text_part
+from k2kernels.model.files import conversions, remove_leftovers
 from k2kernels.model.normalise import normalise_quantization
-from k2kernels.model.packed import PackedInfo, dequantize_packed_into, file_tensors, joined, read_packed
-from k2kernels.model.shards import INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
-from k2kernels.ops.w4_gemm import KINDS, quantize_int4_group32, quantize_mxfp4
+from k2kernels.model.packed import (
+    PackedInfo,
+    dequantize_packed_into,
+    file_tensors,
+    joined,
+    name_in_model,
+    packed_tensors,
+    quantize_w4,
+    read_packed,
+)
+from k2kernels.model.resume import ResumableWriter
+from k2kernels.model.shards import DTYPES, INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, all_finite, scan, some
+from k2kernels.ops.w4_gemm import KINDS
 from k2kernels.reference.quant import quantize_128x128
 
 # What DeepSeek quantises: attention and feed-forward projections, routed and shared experts. Embedding, head, norms,
@@ -67,14 +79,16 @@ def convert(
     config.json requires the same of activations' scales.
 
     config.json is changed accordingly; tokenizer and other small files are copied. `dst` appears complete or not at
-    all; no more than about one shard is in memory.
+    all; no more than about one shard is in memory. A conversion that was killed or interrupted, or found the disk full,
+    leaves its whole shards in a hidden folder beside `dst`: called again with the same source, which has not changed,
+    and the same options, it goes on behind them. The result is the same to the byte.
 
     Raises:
         ValueError: an option is unknown, or two cannot be combined; `src` is of that kind already or is damaged, or the
             K of an expert's weight is no multiple of 32; `dst` exists and is not empty.
         FileNotFoundError: `src`, its config.json or a shard is missing.
         UnsupportedError: a kind of checkpoint that is recognised but not supported.
-        OSError: `dst` could not be written.
+        OSError: `dst` could not be written, or another process is converting to it.
     """
     if to not in ("bf16", "fp8", *KINDS):
         raise ValueError(f"convert: to must be 'bf16', 'fp8', 'int4' or 'mxfp4', got {to!r}")
@@ -89,7 +103,7 @@ def convert(
     src, dst = Path(src), Path(dst)
     if dst.is_dir():
         remove_leftovers(dst)
-    if dst.exists() and (held := [dst.name] if not dst.is_dir() else sorted(file.name for file in dst.iterdir())):
+    if dst.exists() and (held := _held(dst)):
         raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds {some(held, 3)}")
     raw = read_config_file(src)
     quantization, prefix = _quantization(raw)
@@ -98,13 +112,30 @@ def convert(
     _check(src, tensors, to, block, prefix)
 
     infos = [part for info in tensors.values() for part in getattr(info, "parts", [info])]
+    planned = {
+        name: list(_outputs(name, info, name_in_model(name, prefix), to))
+        for name, info in tensors.items()
+        if not name.endswith(SCALE)
+    }
+    writer = ResumableWriter(
+        dst,
+        max_shard_size,
+        [output for outputs in planned.values() for output in outputs],
+        {
+            "source": _stamps({src / "config.json", *(info.file for info in infos)}),
+            "set of options": [to, max_shard_size, scale_fmt, q_min, scale_rule],
+            "version of k2kernels": _version(),
+        },
+    )
     bar = Progress(sum(info.nbytes for info in infos), f"converting to {to}", progress)
-    with bar, torch.no_grad(), Reader(infos) as weights, Reader(infos) as scales, Writer(dst, max_shard_size) as out:
+    with bar, torch.no_grad(), Reader(infos) as weights, Reader(infos) as scales, writer as out:
+        if out.kept:
+            bar.note(f"resumed: {out.kept} of {len(out.planned)} shards were there")
         for name, info in tensors.items():
             bar.update(info.nbytes)
-            model_name = name.removeprefix(prefix)
-            if name.endswith(SCALE):
+            if name.endswith(SCALE) or all(output.name in out for output in planned[name]):
                 continue
+            model_name = name_in_model(name, prefix)
             if isinstance(info, PackedInfo):
                 weight = torch.empty(info.shape, dtype=torch.bfloat16)
                 codes = read_packed(info, weights, str(src), kept=False)
@@ -120,7 +151,8 @@ def convert(
                 out.add(name, codes)
                 out.add(name + SCALE, factors)
             elif to in KINDS and _EXPERTS.fullmatch(model_name):
-                for part_name, part in file_tensors(name, *_quantize_w4(weight, info, to, q_min, scale_rule)):
+                named, grid = f"convert: {info.name} in {info.file}", dict(q_min=q_min, scale_rule=scale_rule)
+                for part_name, part in file_tensors(name, *quantize_w4(weight, to, named, ELEMENTS_AT_ONCE, **grid)):
                     out.add(part_name, part)
             else:
                 # Copied, as one page held keeps all of the file mapped.
@@ -137,9 +169,45 @@ def _quantization(raw: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
 
     Of a model type that this package does not compute (DeepSeek-V3.2), its tensors are converted all the same.
     """
-    if is_served(raw):
-        return K2Config.from_dict(raw).quantization_config, text_part(raw)[1]
-    return normalise_quantization(raw.get("quantization_config")), ""
+    if raw.get("model_type") in CONVERTED_TYPES:
+        return normalise_quantization(raw.get("quantization_config")), ""
+    return K2Config.from_dict(raw).quantization_config, text_part(raw)[1]
+
+
+def _held(dst: Path) -> list[str]:
+    """What is in the way of a conversion to `dst`; shards that another one left are not."""
+    if not dst.is_dir():
+        return [dst.name]
+    begun = {path.name for path in dst.glob(conversions(dst.absolute().name))}
+    return sorted({path.name for path in dst.iterdir()} - begun)
+
+
+def _outputs(name: str, info: TensorInfo | PackedInfo, model_name: str, to: str) -> Iterator[TensorInfo]:
+    """The tensors that a weight becomes: their names, shapes and dtypes."""
+
+    def output(end: str, dtype: str, *shape: int) -> TensorInfo:
+        return TensorInfo(Path(), name + end, shape, dtype)
+
+    if to == "fp8" and _QUANTIZED.fullmatch(model_name):
+        yield output("", "F8_E4M3", *info.shape)
+        yield output(SCALE, "F32", *(-(-size // 128) for size in info.shape))
+    elif to in KINDS and _EXPERTS.fullmatch(model_name):
+        yield from packed_tensors(name, to, *info.shape)
+    else:
+        kept = not name.endswith(".weight") and info.dtype in DTYPES and info.dtype != "F8_E4M3"
+        yield output("", info.dtype if kept else "BF16", *info.shape)
+
+
+def _stamps(files: set[Path]) -> dict[str, list[int]]:
+    """Path, size and time of change of files: other contents have others."""
+    found = {file.resolve(): file.stat() for file in files}
+    return {os.fsdecode(file): [stat.st_size, stat.st_mtime_ns] for file, stat in sorted(found.items())}
+
+
+def _version() -> str:
+    from k2kernels import __version__
+
+    return __version__
 
 
 def _check(
@@ -151,7 +219,7 @@ def _check(
 ) -> None:
     """Raises ValueError unless `src` can be converted, judging by the headers of its files."""
     quantized = {name for name, info in tensors.items() if info.dtype == "F8_E4M3"}
-    experts = {name: info for name, info in tensors.items() if _EXPERTS.fullmatch(name.removeprefix(prefix))}
+    experts = {name: info for name, info in tensors.items() if _EXPERTS.fullmatch(name_in_model(name, prefix))}
     if to in KINDS and not experts:
         raise ValueError(f"convert: src must have routed experts to become {to}, got none in {src}")
     if to in KINDS and all(info.dtype == to for info in experts.values()):
@@ -191,34 +259,18 @@ def _quantize(weight: Tensor, info: TensorInfo, power_of_two: bool) -> tuple[Ten
     step = max(1, ELEMENTS_AT_ONCE // (128 * weight.shape[1])) * 128
     parts = []
     for part in weight.split(step):
-        if not part.isfinite().all():
+        if not all_finite(part):
             raise ValueError(f"convert: {info.name} in {info.file} must hold finite numbers, got NaN or infinity")
         parts.append(quantize_128x128(part, power_of_two))
     codes, scales = zip(*parts)
     return torch.cat([c.view(torch.uint8) for c in codes]).view(torch.float8_e4m3fn), torch.cat(scales)
 
 
-def _quantize_w4(
-    weight: Tensor, info: TensorInfo | PackedInfo, kind: str, q_min: int, scale_rule: str
-) -> tuple[Tensor, Tensor]:
-    """4-bit codes and scales, computed a few rows at a time."""
-    parts = []
-    for part in weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1])):
-        if not part.isfinite().all():
-            raise ValueError(f"convert: {info.name} in {info.file} must hold finite numbers, got NaN or infinity")
-        if kind == "int4":
-            parts.append(quantize_int4_group32(part, q_min=q_min))
-        else:
-            parts.append(quantize_mxfp4(part, scale_rule=scale_rule))
-    codes, scales = zip(*parts)
-    return torch.cat(codes), torch.cat(scales)
-
-
 def _new_config(raw: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str, Any]:
     """config.json with the entry of quantised weights, if any, and BF16 as the dtype of the others."""
     new = {key: value for key, value in raw.items() if key != "quantization_config"}
     decoder = new
-    if is_served(raw) and text_part(raw)[1]:
+    if raw.get("model_type") not in CONVERTED_TYPES and text_part(raw)[1]:
         decoder = {key: value for key, value in raw["text_config"].items() if key != "quantization_config"}
         new["text_config"] = decoder
     decoder[next((key for key in ("dtype", "torch_dtype") if key in decoder), "torch_dtype")] = "bfloat16"

@@ -6,12 +6,15 @@ A temporary name without a lock is what a killed process has left: the next one 
     writing     a file, or
     saving      a folder, that is being written
     replacing   a folder whose files are taking the places of others in the folder around it
+    converting  a folder that `convert` fills; NUMBER is made of the target's name. It stays until a conversion to this
+                target goes on with it, or something else is saved there
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -58,17 +61,22 @@ def lock(path: Path, wait: float = 0.0) -> int | None:
 @contextlib.contextmanager
 def _abandoned(path: Path, wait: float = 0.0) -> Iterator[bool]:
     """Whether a killed process left `path`; it is locked meanwhile."""
-    descriptor = None
-    try:
-        if path.name.split("-")[2:3] == [HOST] or time.time() - path.stat().st_mtime > OTHER_HOST:
-            descriptor = lock(path, wait)
-    except OSError:
-        pass  # it is gone, or cannot be locked
+    descriptor = _lock_abandoned(path, wait)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _lock_abandoned(path: Path, wait: float = 0.0) -> int | None:
+    """A descriptor that holds `path` locked if a killed process left it, else None."""
+    try:
+        if path.name.split("-")[2:3] == [HOST] or time.time() - path.stat().st_mtime > OTHER_HOST:
+            return lock(path, wait)
+    except OSError:
+        pass  # it is gone, or cannot be locked
+    return None
 
 
 def _new(parent: Path, purpose: str, make: Callable[[Path], Any]) -> tuple[Path, int | None]:
@@ -90,19 +98,62 @@ def new_folder(parent: Path) -> tuple[Path, int | None]:
     return _new(parent, "saving", Path.mkdir)
 
 
+def conversion_folder(parent: Path, target: str) -> tuple[Path, int | None]:
+    """The folder of a conversion to `target`, the name of a checkpoint: a new one, or what a killed one has left.
+
+    Returns:
+        The folder, and the descriptor that locks it; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process converts to this target, or may do so.
+    """
+    for path in sorted(parent.glob(conversions(target))):
+        descriptor = _lock_abandoned(path)
+        if descriptor is None:
+            raise BlockingIOError(
+                f"another process converts to it, in {path}; wait for it, or remove that folder if there is none"
+            )
+        return path, descriptor
+    path = parent / conversions(target).replace("*", HOST)
+    path.mkdir()
+    try:
+        descriptor = lock(path)
+    except OSError:
+        return path, None
+    if descriptor is None:
+        raise BlockingIOError(f"another process converts to it, in {path}; wait for it")
+    return path, descriptor
+
+
+def conversions(target: str) -> str:
+    """The pattern of the folders of conversions to a name."""
+    return f"{PREFIX}converting-*-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}"
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes were writing in `folder`, with a warning that names it."""
-    for kind in ("writing", "saving"):
-        for path in folder.glob(f"{PREFIX}{kind}-*"):
-            with _abandoned(path) as abandoned:
-                if not abandoned:
-                    continue
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
-                if kind == "saving":
-                    warnings.warn(f"{path}: removed; a save that was killed had left it", stacklevel=3)
+    """Removes what killed processes were writing in `folder`, with a warning that names it; conversions stay."""
+    for path in folder.glob(f"{PREFIX}writing-*"):
+        _remove_abandoned(path)
+    for path in folder.glob(f"{PREFIX}saving-*"):
+        _remove_abandoned(path, "save")
+
+
+def remove_conversions(folder: Path, target: str) -> None:
+    """Removes what killed conversions to `target` have left in `folder`, with a warning that names it."""
+    for path in folder.glob(conversions(target)):
+        _remove_abandoned(path, "conversion")
+
+
+def _remove_abandoned(path: Path, what: str = "") -> None:
+    with _abandoned(path) as abandoned:
+        if not abandoned:
+            return
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        if what:
+            warnings.warn(f"{path}: removed; a {what} that was killed had left it", stacklevel=4)
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -163,7 +214,7 @@ def begin_exchange(folder: Path, old: list[str]) -> Path:
     (folder / PLAN).write_text(json.dumps({"new": new, "old": old}))
     sync(folder / PLAN)
     sync(folder)
-    name = folder.name.replace("saving", "replacing", 1)
+    name = f"{PREFIX}replacing-{folder.name.removeprefix(PREFIX).partition('-')[2]}"
     os.rename(folder, folder.with_name(name))
     return folder.with_name(name)
 

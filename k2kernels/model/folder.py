@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name, of huggingface.co
@@ -42,6 +43,13 @@ def is_lfs_pointer(file: Path) -> bool:
             return opened.read(len(_LFS)) == _LFS
     except OSError:
         return False
+
+
+def check_pointers(folder: Path, names: Iterable[str]) -> None:
+    """Raises ValueError where one of these files is a note of Git's in place of a large file."""
+    for name in names:
+        if is_lfs_pointer(folder / name):
+            raise ValueError(f"{folder / name}: {lfs_remedy(folder / name)}")
 
 
 def lfs_remedy(file: Path) -> str:

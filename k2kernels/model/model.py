@@ -99,8 +99,8 @@ class K2Model(Trunk):
         through. All else stays as it is.
 
         Weights keep names and dtype: they are masters, and saved checkpoints are unchanged. The logits are those, to
-        the bit, of the model that `k2kernels convert --to int4` or mxfp4 makes of its checkpoint and that is loaded
-        with keep_quantized. Call it on a bfloat16 model; see `k2kernels.grouped_w4_linear`.
+        the bit, of the model that `save_pretrained(..., format="int4")`, or "mxfp4", writes and that is loaded with
+        keep_quantized. Call it on a bfloat16 model; see `k2kernels.grouped_w4_linear`.
 
         Args:
             kind: "int4" or "mxfp4"; None: no longer.

@@ -5,10 +5,12 @@
     <module>.weight_shape     INT4: [N, K]
 
 `joined` puts a `PackedInfo` called <module>.weight in their place, so that the rest of loading sees one weight.
+`name_in_model` gives experts that are named as in Kimi-K3's files the names of this model.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +21,9 @@ from torch import Tensor
 from k2kernels._backend import UnsupportedError
 from k2kernels.model import compressed_tensors
 from k2kernels.model.compressed_tensors import Scheme
-from k2kernels.model.shards import Reader, TensorInfo, some
-from k2kernels.ops.w4_gemm import dequantize_w4
-from k2kernels.reference.w4_gemm import GROUP, LARGEST_E8M0
+from k2kernels.model.shards import Reader, TensorInfo, all_finite, some
+from k2kernels.ops.w4_gemm import dequantize_w4, quantize_int4_group32, quantize_mxfp4
+from k2kernels.reference.w4_gemm import GROUP, INT4_SCALES_BELOW, LARGEST_E8M0
 
 CODES, SCALES, SHAPE = "_packed", "_scale", "_shape"  # behind <module>.weight
 _DTYPES = {  # of codes, of scales, and the codes in an element
@@ -37,6 +39,26 @@ _REFUSED = {
     "input_scale": "quantised activations",
     "input_zero_point": "quantised activations",
 }
+_SERVED = "served are experts one by one as compressed-tensors packs them (weight_packed, weight_scale)"
+# Those whose codes have other names: beside which tensor, and whose they are.
+_REFUSED_CODES = {
+    re.compile(r".*\.(gate_up|down)_proj_(blocks|scales)"): "MXFP4 experts stacked as in gpt-oss",
+    re.compile(r".*\.ffn\.experts\.\d+\.w[123]\.(weight|scale)"): "experts named as in DeepSeek-V4",
+}
+_K3_MLP = re.compile(r"(.*\blayers\.\d+\.)block_sparse_moe\.(.*)")
+_K3_EXPERT = re.compile(r"(experts\.\d+\.)(w1|w2|w3)(\..*)")
+_K3_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def name_in_model(name: str, prefix: str = "") -> str:
+    """A tensor's name without the decoder's prefix; as `mlp` where it is called `block_sparse_moe`."""
+    name = name.removeprefix(prefix)
+    if mlp := _K3_MLP.fullmatch(name):
+        layer, rest = mlp.groups()
+        if expert := _K3_EXPERT.fullmatch(rest):
+            rest = expert[1] + _K3_PROJECTIONS[expert[2]] + expert[3]
+        return f"{layer}mlp.{rest}"
+    return name
 
 
 class PackedInfo(NamedTuple):
@@ -78,6 +100,10 @@ def joined(
         found = [name for name in tensors if name.endswith(f".{end}")]
         if found:
             raise UnsupportedError(f"{path}: {what} are not served, got {some(found)}")
+    for pattern, what in _REFUSED_CODES.items():
+        found = [name for name in tensors if pattern.fullmatch(name)]
+        if found:
+            raise UnsupportedError(f"{path}: {what} are not served, got {some(found, 2)}; {_SERVED}")
     weights = {name.removesuffix(CODES) for name in tensors if name.endswith(f".weight{CODES}")}
     if not weights and not any(name.endswith(f".weight{SCALES}") for name in tensors):
         return dict(tensors)
@@ -146,7 +172,7 @@ def read_packed(
     """Codes and scales of groups of 32, or some of their rows, in memory of their own, checked; `kept`: to be packed.
 
     Raises:
-        ValueError: weight_shape is another, or a scale is NaN or infinite, or, where `kept`, MXFP4's are above 2.
+        ValueError: weight_shape is another, or a scale is NaN or infinite, or, where `kept`, too large for `pack_w4`.
     """
     if info.stored_shape is not None and info.stored_shape.shape == (2,):
         stored = reader.get(info.stored_shape).tolist()
@@ -157,8 +183,8 @@ def read_packed(
     codes = reader.get(info.codes, rows).clone()
     scales = reader.get(info.scales, rows).clone()
     if info.dtype == "int4":
-        bad = scales[~scales.isfinite()]
-        wanted = "finite numbers"
+        bad = scales[~(scales.abs() < (INT4_SCALES_BELOW if kept else torch.inf))]
+        wanted = f"numbers below {INT4_SCALES_BELOW} in magnitude, to be kept" if kept else "finite numbers"
     else:
         codes, scales = codes.view(torch.uint8), scales.view(torch.uint8)
         bad = scales[scales > (LARGEST_E8M0 if kept else 254)]
@@ -183,9 +209,38 @@ def dequantize_packed_into(target: Tensor, codes: Tensor, scales: Tensor, elemen
         target[rows] = dequantize_w4(codes[rows].to(target.device), scales[rows].to(target.device))
 
 
+def quantize_w4(
+    weight: Tensor, kind: str, name: str, elements: int, *, q_min: int = -7, scale_rule: str = "even"
+) -> tuple[Tensor, Tensor]:
+    """4-bit codes and scales of weight [N, K], about `elements` at a time.
+
+    Raises:
+        ValueError: `name` holds NaN or infinity.
+    """
+    parts = []
+    for part in weight.split(max(1, elements // weight.shape[1])):
+        if not all_finite(part):
+            raise ValueError(f"{name} must hold finite numbers, got NaN or infinity")
+        if kind == "int4":
+            parts.append(quantize_int4_group32(part, q_min=q_min))
+        else:
+            parts.append(quantize_mxfp4(part, scale_rule=scale_rule))
+    codes, scales = zip(*parts)
+    return torch.cat(codes), torch.cat(scales)
+
+
 def file_tensors(weight: str, codes: Tensor, scales: Tensor, group_size: int = GROUP) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a file holds of a 4-bit weight, called <module>.weight."""
     yield weight + CODES, codes
     yield weight + SCALES, scales[:, :: group_size // GROUP]
     if codes.dtype == torch.int32:
         yield weight + SHAPE, torch.tensor([codes.shape[0], 8 * codes.shape[1]])
+
+
+def packed_tensors(weight: str, kind: str, n: int, k: int) -> Iterator[TensorInfo]:
+    """The names, shapes and dtypes of `file_tensors` of an [N, K] weight in groups of 32."""
+    codes, scales, in_code = _DTYPES[kind]
+    yield TensorInfo(Path(), weight + CODES, (n, k // in_code), codes[0])
+    yield TensorInfo(Path(), weight + SCALES, (n, k // GROUP), scales[0])
+    if kind == "int4":
+        yield TensorInfo(Path(), weight + SHAPE, (2,), "I64")

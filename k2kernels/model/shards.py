@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def scan(path: str | Path) -> dict[str, TensorInfo]:
     """
     path = checkpoint_folder(path)
     if (path / SINGLE).is_file():
-        return {info.name: info for info in _header(path / SINGLE)}
+        return {info.name: info for info in header(path / SINGLE)}
     if not (path / INDEX).is_file():
         raise FileNotFoundError(f"{path}: holds neither {SINGLE} nor {INDEX}; {no_safetensors(path)}")
     weight_map = _weight_map(path / INDEX)
@@ -79,7 +80,7 @@ def scan(path: str | Path) -> dict[str, TensorInfo]:
     absent = [file for file in files if not (path / file).is_file()]
     if absent:
         raise FileNotFoundError(f"{path}: {len(absent)} of {len(files)} shards are missing: {some(absent)}")
-    headers = {file: {info.name: info for info in _header(path / file)} for file in files}
+    headers = {file: {info.name: info for info in header(path / file)} for file in files}
     misplaced = [
         f"{name} (listed in the index for {file}, {_whereabouts(name, headers)})"
         for name, file in weight_map.items()
@@ -158,10 +159,17 @@ class Writer:
         with _writing(self.path):
             if not self._fresh:
                 files.finish_exchange(self.path)
-            files.remove_leftovers(home)
-            self.directory, self._lock = files.new_folder(home)
+            self.directory, self._lock = self._folder(home)
         self._exchanging = False
         return self
+
+    def _folder(self, home: Path) -> tuple[Path, int | None]:
+        """The folder that is filled, and the descriptor that locks it."""
+        files.remove_leftovers(home)
+        target = self.path.absolute()
+        for folder in (target.parent, target):
+            files.remove_conversions(folder, target.name)
+        return files.new_folder(home)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Appends a tensor, in a new shard if the current one would become too large."""
@@ -182,30 +190,40 @@ class Writer:
         with _writing(self.path):
             shutil.copyfile(file, self.directory / file.name)
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None = None, *_: object) -> None:
         try:
             if kind is None:
                 with _writing(self.path):
                     self._finish()
+        except BaseException as problem:
+            error = problem
+            raise
         finally:
-            if not self._exchanging:  # else moving back has failed too, and it holds the old checkpoint
+            # An exchange that could not be taken back holds the old checkpoint.
+            if not self._exchanging and (error is None or not self._kept_after(error)):
                 shutil.rmtree(self.directory, ignore_errors=True)
             if self._lock is not None:
                 os.close(self._lock)
 
+    def _kept_after(self, error: BaseException) -> bool:
+        """Whether what was written stays after an error."""
+        return False
+
     def _flush(self) -> None:
-        file = self.directory / f"shard-{len(self._shards)}"
         with _writing(self.path):
-            save_file(self._pending, file, metadata={"format": "pt"})
-            file.chmod(self.directory.stat().st_mode & 0o666)  # safetensors makes it readable by the owner alone
+            self._write(self.directory / f"shard-{len(self._shards)}")
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
+
+    def _write(self, file: Path) -> None:
+        save_file(self._pending, file, metadata={"format": "pt"})
+        file.chmod(self.directory.stat().st_mode & 0o666)  # safetensors makes it readable by the owner alone
 
     def _finish(self) -> None:
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = shard_names(count)
         for i, name in enumerate(names):
             os.rename(self.directory / f"shard-{i}", self.directory / name)
         if count > 1:
@@ -214,13 +232,16 @@ class Writer:
             self.write_text(INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
         for file in self.directory.iterdir():
             files.sync(file)
+        self._publish()
+        with contextlib.suppress(OSError):  # not supported by every file system; the files themselves are flushed
+            files.sync(self.path)
+            files.sync(self.path.absolute().parent)
+
+    def _publish(self) -> None:
         if self._fresh:
             os.rename(self.directory, self.path)
         else:
             self._replace()
-        with contextlib.suppress(OSError):  # not supported by every file system; the files themselves are flushed
-            files.sync(self.path)
-            files.sync(self.path.absolute().parent)
 
     def _replace(self) -> None:
         """Replaces the old checkpoint's files by the staged ones; restores them on any error."""
@@ -261,12 +282,27 @@ class Progress:
         if self._bar is not None:
             self._bar.update(size)
 
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of a checkpoint's files."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor infinity, in a tenth of the time of `isfinite` on a CPU."""
+    return x.numel() == 0 or all(bool(edge.isfinite()) for edge in x.aminmax())  # which pass NaN on
 
 
 def some(items: Iterable[str], most: int = 10) -> str:
@@ -291,7 +327,7 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file}: is truncated or no safetensors file ({error}); fetch it again") from error
 
 
-def _header(file: Path) -> list[TensorInfo]:
+def header(file: Path) -> list[TensorInfo]:
     with _open(file) as handle:
         infos = []
         for name in handle.keys():

@@ -139,10 +139,10 @@ def _fully_shard(model: nn.Module, layout: Layout, compute_dtype: torch.dtype | 
     ignored: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, Experts) and module.ranks is not None:
+            module.compute_dtype = compute_dtype
             if layout.dp is not None and layout.dp.size() > 1:
                 fully_shard(module, mesh=layout.dp, reshard_after_forward=True, mp_policy=policy)
             else:  # not FSDP's
-                module.compute_dtype = compute_dtype
                 ignored |= set(module.parameters(recurse=False))
         elif isinstance(module, Router) and compute_dtype is not None:
             fully_shard(module, **whole, mp_policy=of_router)

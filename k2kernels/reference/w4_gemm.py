@@ -26,6 +26,8 @@ CHUNK = 64  # rows and columns of the weights in a chunk of the packed bytes
 CODE_BYTES = 2048  # of a chunk
 SCALE_BYTES = {"int4": 2, "mxfp4": 1}
 INT4_OFFSET = 8  # of a stored code
+# Packed scales are multiples of those of the files, with which a kernel multiplies fields of a word as they are.
+INT4_SCALES_BELOW = 0.5  # in magnitude: 2**129 * scale is packed, in bfloat16
 LARGEST_E8M0 = 128  # that can be packed: a scale of 2
 PACKED_E8M0 = 126  # is added to a packed scale, so that it is the exponent field of the bfloat16 2**126 * scale
 EMPTY_SCALE = 2.0**-7  # of a group of zeros, as in compressed-tensors
@@ -92,7 +94,8 @@ def packed_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def pack_into(data: Tensor, codes: Tensor, scales: Tensor, gated: bool) -> None:
     """Packs the codes and scales of one matrix [N, K] into its uint8 [ceil(N/64), ceil(K/64), C]."""
     if codes.dtype == torch.int32:
-        zero, scales = INT4_OFFSET * 0x11111111 - 2**32, scales.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+        scales = (scales.float() * 2.0**64 * 2.0**65).bfloat16()
+        zero, scales = INT4_OFFSET * 0x11111111 - 2**32, scales.view(torch.uint8).unflatten(-1, (-1, 2))
     else:
         zero, scales = 0, (scales + PACKED_E8M0)[..., None]
     even, odd = codes.contiguous().view(torch.int32).unflatten(-1, (-1, 2, 2)).unbind(-1)
@@ -101,13 +104,19 @@ def pack_into(data: Tensor, codes: Tensor, scales: Tensor, gated: bool) -> None:
     words = torch.cat([low, high], -1)  # [N, K/32, 4]
     for part, x, fill in ((data[..., :CODE_BYTES], words, zero), (data[..., CODE_BYTES:], scales, 0)):
         chunks = _chunks(x, fill, gated).view(torch.uint8)
-        part.copy_(chunks.index_select(1, _places(chunks.shape[1], x.device)).view(part.shape))
+        chunks = chunks.index_select(1, _places(chunks.shape[1], x.device))
+        if x is words and codes.dtype == torch.uint8:
+            chunks = _moved(chunks.view(torch.int32), _MXFP4_MOVES).view(torch.uint8)
+        part.copy_(chunks.view(part.shape))
 
 
 def unpack(data: Tensor, kind: str, n: int, k: int, gated: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of one matrix [N, K] from its packed bytes."""
-    parts = []
-    for part in (data[..., :CODE_BYTES], data[..., CODE_BYTES:]):
+    coded, parts = data[..., :CODE_BYTES], []
+    if kind == "mxfp4":
+        back = [(mask << by if by > 0 else mask >> -by, -by) for mask, by in _MXFP4_MOVES]
+        coded = _moved(coded.contiguous().view(torch.int32), back).view(torch.uint8)
+    for part in (coded, data[..., CODE_BYTES:]):
         back = _places(part.shape[-1], data.device).argsort()
         chunks = part.flatten(0, 1).index_select(1, back)
         parts.append(_rows(chunks.view(*part.shape[:2], CHUNK, 2, -1), n, k, gated))
@@ -116,7 +125,7 @@ def unpack(data: Tensor, kind: str, n: int, k: int, gated: bool) -> tuple[Tensor
     odd = (low >> 4) & 0x0F0F0F0F | high & (0xF0F0F0F0 - 2**32)
     codes, scales = torch.stack([even, odd], -1).view(n, k // 8), parts[1].flatten(1)
     if kind == "int4":
-        return codes, scales.view(torch.bfloat16)
+        return codes, (scales.view(torch.bfloat16).float() * 2.0**-64 * 2.0**-65).bfloat16()
     return codes.view(torch.uint8), scales - PACKED_E8M0
 
 
@@ -168,6 +177,27 @@ def _nibbles(codes: Tensor) -> Tensor:
 def _in_bytes(nibbles: Tensor) -> Tensor:
     """uint8 [..., K/2] of uint8 [..., K]: the code of an even k is the low nibble."""
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+# The bits of a word of MXFP4 codes that a left shift (negative: right) takes to their packed places.
+_MXFP4_MOVES = [
+    (0x80778077, 0),  # magnitudes of pairs 0 and 1, sign of pair 3
+    (0x00880088, 6),  # signs of pairs 0 and 1
+    (0x17001700, 2),  # magnitude of pair 2, the last bit of pair 3
+    (0x60006000, -6),  # the other bits of its magnitude
+    (0x00000800, 8),  # signs of pair 2, into the other's half
+    (0x08000000, -24),
+]
+
+
+def _moved(words: Tensor, moves: list[tuple[int, int]]) -> Tensor:
+    """int32 words of the bits under the masks, each shifted."""
+    moved = torch.zeros_like(words)
+    for mask, by in moves:
+        target = mask << by if by > 0 else mask >> -by
+        target -= (target >> 31) << 32  # as int32
+        moved |= (words << by if by > 0 else words >> -by) & target
+    return moved
 
 
 # A chunk of 64 rows and two groups of 32 along K. In the order of rows, a group is the words (0, 1), (2, 3) of their

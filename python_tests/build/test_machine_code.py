@@ -12,7 +12,13 @@ from sass import Code, fences, fences_in_gmma_loops, is_fence, loads_in_flight, 
 from test_sass import KERNELS, needs_kernels, short
 
 PREFILL = ("mla_prefill_forward_sm90", "mla_prefill_dq_sm90", "mla_prefill_dkv_sm90")
-TENSOR = ("fp8_gemm_sm90", "mla_decode_sm90", "newton_schulz_sm90", *PREFILL)  # what these names begin holds GMMAs
+TENSOR = (
+    "fp8_gemm_sm90",
+    "mla_decode_sm90",
+    "newton_schulz_sm90",
+    "w4_gemm_sm90",
+    *PREFILL,
+)  # what these names begin holds GMMAs
 
 # The fences beyond a block and invalidations of L1 that a kernel may have, none of them in a loop around GMMAs.
 CLUSTER_MEETS = Counter({"CCTL.IVALL": 2})  # cluster_wait, once at the start and once at the end of the kernel
@@ -22,6 +28,8 @@ PARTS_CHANGE_HANDS = Counter({"MEMBAR.ALL.GPU": 1, "ERRBAR": 1, "CGAERRBAR": 1, 
 FENCES = {
     "fp8_gemm_sm90_kernel": CLUSTER_MEETS + STORES_END,
     "fp8_gemm_sm90_small_kernel": CLUSTER_MEETS + PARTS_CHANGE_HANDS,
+    "w4_gemm_sm90_few_kernel<": CLUSTER_MEETS + PARTS_CHANGE_HANDS,
+    **{f"w4_gemm_sm90_few_kernel<{kind}, FewTile<64": CLUSTER_MEETS for kind in ("Int4", "Mxfp4")},  # K is whole
     "mla_decode_sm90_kernel<bf16, true>": CLUSTER_MEETS,
     "mla_decode_sm90_kernel<fp16, true>": CLUSTER_MEETS,
 }
@@ -37,6 +45,7 @@ SIZES = {
     "mla_prefill_dq_sm90_kernel": 74,
     "mla_prefill_dkv_sm90_kernel": 114,
     "newton_schulz_sm90_kernel": 80,
+    "w4_gemm_sm90_few_kernel": 60,
 }
 
 # Loads of 16 bytes that are in flight together: what hides the latency of memory in kernels that only move data; and
@@ -84,6 +93,16 @@ SLOTS = {
         ("Int4", "64, 1, 3, 3", 280, 1),
         ("Mxfp4", "64, 1, 3, 3", 316, 1),
     )
+}
+# The same on sm_90a, where an H200's HBM brings so many weights in 223 clocks (int4; mxfp4: 211).
+HOPPER_SLOTS = {
+    f"w4_gemm_sm90_few_kernel<{kind}, FewTile<{tile}>": (most, chunks)
+    for tile, chunks, int4, mxfp4 in (
+        ("8, 1, 4, 5, 3", 4, 182, 220),
+        ("32, 2, 2, 5, 2", 2, 212, 252),
+        ("64, 4, 4, 3, 1", 4, 188, 225),
+    )
+    for kind, most in (("Int4", int4), ("Mxfp4", mxfp4))
 }
 
 
@@ -169,6 +188,32 @@ def test_a_stage_takes_few_issue_slots(name, listings):
     for kernel in kernels:
         code = Code(listings[kernel["arch"], kernel["symbol"]])
         assert too_slow(code, *SLOTS[name]) == [], kernel["arch"]
+
+
+def too_slow_with_gmma(code, most, chunks):
+    """The same of the loop that takes `chunks` times 64 of K by wgmma, decoding two chunks while it waits for none."""
+    loop = max(([code[i] for i in sorted(loop)] for loop in code.gmma_loops), key=len, default=[])
+    wrong = [one.opcode for one in loop if is_fence(one) or one.is_a("LDL") or one.is_a("STL")]
+    slots = sum(one.opcode != "NOP" for one in loop)
+    if not 0 < slots <= most * chunks / 2:
+        wrong.append(f"{slots} issue slots")
+    if sum(one.is_gmma for one in loop) != 4 * chunks:
+        wrong.append("products are missing")
+    if sum(one.is_a("LDS.128") for one in loop) != chunks:
+        wrong.append("codes are not loaded by 16 bytes")
+    waits = [one.operands for one in loop if one.is_a("WARPGROUP.DEPBAR")]
+    if waits != ["gsb0, 0x1"] * chunks:
+        wrong.append("products do not overlap with decoding")
+    return wrong
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", HOPPER_SLOTS)
+def test_a_stage_takes_few_issue_slots_beside_wgmma(name, listings):
+    kernels = [kernel for kernel in KERNELS if short(kernel).startswith(name)]
+    assert len(kernels) == 1
+    code = Code(listings["sm_90a", kernels[0]["symbol"]])
+    assert too_slow_with_gmma(code, *HOPPER_SLOTS[name]) == []
 
 
 # ---- the checks themselves, on short listings
@@ -287,6 +332,22 @@ def test_a_longer_or_slower_stage_is_found():
         assert too_slow(code, 5) == [found]
     assert too_slow(Code(listing(*outer)), 2, 2) == ["codes are not loaded by 16 bytes"]
     assert too_slow(Code(listing(*stage, "EXIT")), 4)[0] == "0 issue slots"
+
+
+def test_a_slow_stage_with_wgmma_is_found():
+    products = ["HGMMA.64x8x16.F32.BF16 R24, R60, gdesc[UR4], R24"] * 3
+    chunk = ["LDS.128 R4, [R2]", *products, "HGMMA.64x8x16.F32.BF16 R24, R60, gdesc[UR4], R24, gsb0"]
+    chunk.append("WARPGROUP.DEPBAR.LE gsb0, 0x1")
+    loop = ["MOV R1, R2", *chunk, *chunk, "@P0 BRA 0x10", "EXIT"]
+    assert too_slow_with_gmma(Code(listing(*loop)), 13, 2) == []
+    assert too_slow_with_gmma(Code(listing(*loop)), 12, 2) == ["13 issue slots"]
+    for place, line, found in (
+        (1, "LDS.64 R4, [R2]", "codes are not loaded by 16 bytes"),
+        (2, "CCTL.IVALL", "CCTL.IVALL"),
+        (6, "WARPGROUP.DEPBAR.LE gsb0, 0x0", "products do not overlap with decoding"),
+    ):
+        code = Code(listing(*loop[:place], line, *loop[place + 1 :]))
+        assert found in too_slow_with_gmma(code, 13, 2)
 
 
 def test_loads_that_wait_for_one_another_are_not_in_flight_together():

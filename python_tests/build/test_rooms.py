@@ -21,6 +21,7 @@ OPS = sorted(parts_of(PACKAGE / "ops"))
 
 # What a folder (or file) of the package may import of the package; everything may import what stands below it.
 FLOORS = {
+    "text": {"text"},
     "reference": {"reference"},
     "ops": {"ops", "reference", "_backend"},
     "functional": {"functional", "ops", "reference", "_backend"},

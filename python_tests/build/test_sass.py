@@ -237,6 +237,16 @@ for kind, scales in (("Int4", "LDS.64"), ("Mxfp4", "LDS")):
             PLANS[f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tile}> >"] = (
                 registers, 3 * copies, 0 if swiglu == "true" else tokens // 8, dict.fromkeys(PORTABLE, others),
             )  # fmt: skip
+# For sm_90a and few rows, K in stages of 4 or 2 chunks and the chunks that are left over: products and loads of codes
+# stand in both places. Copies: a box of tokens, a copy for each warpgroup's weights. Three, two CTAs or one on an SM.
+for kind, scales in (("Int4", "LDS.64"), ("Mxfp4", "LDS")):
+    for tokens, warpgroups, chunks, stages, ctas, registers in (
+        (8, 1, 4, 5, 3, 128), (32, 2, 2, 5, 2, 96), (64, 4, 4, 3, 1, 96),
+    ):  # fmt: skip
+        others = {f"HGMMA.64x{tokens}x16.F32.BF16": 4 * (chunks + 1), "LDS.128": chunks + 1, scales: chunks + 1}
+        others |= {"UTMALDG.3D": 1, "UBLKCP": warpgroups, "WARPGROUP.DEPBAR": chunks + 2}
+        tile = f"{tokens}, {warpgroups}, {chunks}, {stages}, {ctas}"
+        PLANS[f"w4_gemm_sm90_few_kernel<{kind}, FewTile<{tile}> >"] = (registers, 0, 0, {"sm_90a": others})
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in PORTABLE})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 # Between ranks: 2 KiB a warp. A wait looks at a flag and the abort word, and each acquire invalidates L1 (CCTL.IVALL):
@@ -251,6 +261,14 @@ PLANS["moe_hits_kernel"] = (32, 0, 0, {})
 PLANS["moe_sequence_loss_kernel"] = (64, 1 + 3 * 2, 0, {})
 PLANS["moe_sequence_loss_backward_kernel"] = (64, 1 + 3 * 2 + 2, 1, {})
 PLANS["moe_loss_total_kernel"] = PLANS["moe_update_bias_kernel"] = (32, 0, 0, {})
+
+
+def few_rows_bytes(chunk, tokens, warpgroups, chunks, stages):
+    """Of w4_gemm_sm90_few_kernel: tokens are 128 bytes for 64 of K, a stage has two barriers."""
+    stage = chunks * (128 * tokens + warpgroups * chunk)
+    parts = warpgroups * 64 * tokens * 4 if tokens < 64 else 16
+    queue = 4 * (40 + 2 * 8)  # tiles, and barriers of each
+    return -(-(stages * (stage + 2 * 8) + parts + queue + 2 * 8) // 1024) * 1024
 
 
 # The shared memory of a CTA, in bytes; an SM has 164 KiB (sm_80) or 228 KiB (sm_90a). Kernels that are not
@@ -316,6 +334,13 @@ SHARED = {
         for kind, chunks in (("Int4", 2 * 2304), ("Mxfp4", 2 * 2176))
         for swiglu in ("false", "true")
         for tokens, steps, ctas in ((16, 2, 4), (64, 1, 3))
+    },
+    # Stages of tokens and packed weights, sums of a part of K, tiles and barriers.
+    **{
+        f"w4_gemm_sm90_few_kernel<{kind}, FewTile<{tokens}, {warpgroups}, {chunks}, {stages}, {ctas}> >": size
+        for kind, chunk in (("Int4", 2304), ("Mxfp4", 2176))
+        for tokens, warpgroups, chunks, stages, ctas in ((8, 1, 4, 5, 3), (32, 2, 2, 5, 2), (64, 4, 4, 3, 1))
+        for size in [few_rows_bytes(chunk, tokens, warpgroups, chunks, stages)]
     },
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
     # Sums of eight warps; three stages of two panels of 128 x 32.

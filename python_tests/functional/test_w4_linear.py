@@ -38,7 +38,7 @@ def test_fake_quantisation(fake, kind, dtype):
 @of_each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_forward_is_the_served_product(kind, dtype):
-    x, w = torch.randn(10, 96).bfloat16().requires_grad_(), torch.randn(3, 40, 96).to(dtype).requires_grad_()
+    x, w = torch.randn(10, 96).bfloat16().requires_grad_(), (torch.randn(3, 40, 96) / 8).to(dtype).requires_grad_()
     out = grouped_w4_linear(x, w, **GROUPS, kind=kind)
     codes = QUANTIZERS[kind](w)
     assert torch.equal(out, grouped_w4_gemm(x.detach(), pack_w4(*codes), **GROUPS))
@@ -54,7 +54,7 @@ def test_forward_is_the_served_product(kind, dtype):
 def test_layer_trains_as_it_is_served(kind):
     torch.manual_seed(0)
     x, logits = torch.randn(20, 64).bfloat16(), torch.randn(20, 4)
-    weights = torch.randn(4, 192, 64), torch.randn(4, 64, 96)
+    weights = torch.randn(4, 192, 64) / 8, torch.randn(4, 64, 96) / 8
     masters = [w.bfloat16().requires_grad_() for w in weights]
     x.requires_grad_()
     out = moe_mlp(x, moe_route(logits, top_k=2), *masters, w4=kind)
@@ -68,7 +68,7 @@ def test_layer_trains_as_it_is_served(kind):
 
 
 def test_bad_inputs():
-    x, w = torch.randn(10, 96).bfloat16(), torch.randn(3, 40, 96)
+    x, w = torch.randn(10, 96).bfloat16(), torch.randn(3, 40, 96) / 8
     for call, error, message in (
         (lambda: grouped_w4_linear(x.float(), w, **GROUPS), TypeError, "x must be .* bfloat16, got .* float32"),
         (
@@ -78,7 +78,8 @@ def test_bad_inputs():
         ),
         (lambda: grouped_w4_linear(x, w, **GROUPS, kind="int8"), ValueError, "kind must be one of 'int4', 'mxfp4'"),
         (lambda: grouped_w4_linear(x, w * torch.nan, **GROUPS), ValueError, "w must be finite"),
-        (lambda: grouped_w4_linear(x, w * 100, **GROUPS, kind="mxfp4"), ValueError, "at most 128, a scale of 2, got"),
+        (lambda: grouped_w4_linear(x, w * 800, **GROUPS, kind="mxfp4"), ValueError, "at most 128, a scale of 2, got"),
+        (lambda: grouped_w4_linear(x, w * 100, **GROUPS), ValueError, "scales must be below 0.5 in magnitude, got"),
         (lambda: layer(w4="fp4"), ValueError, "w4 must be one of 'int4', 'mxfp4', got 'fp4'"),
         (lambda: layer(w4="int4", fp8=True), ValueError, "w4 must be None with fp8=True, got 'int4'"),
     ):

@@ -47,6 +47,7 @@ def stripped(text):
 NOTHING = "nothing"
 EXCHANGE = "csrc/exchange/kernel.cuh"
 SMALL_GEMM = "csrc/fp8_gemm/kernel_sm90_small.cuh"
+W4_FEW = "csrc/w4_gemm/kernel_sm90_few.cuh"
 LARGE_GEMM = "csrc/fp8_gemm/kernel_sm90.cuh"
 DISPATCH = "csrc/moe/kernel_dispatch.cuh"
 MLA = "csrc/mla_decode/kernel_sm90.cuh"
@@ -275,7 +276,8 @@ ABORT = Protocol(
     },
 )
 
-# ---- in a cluster: split-K parts of csrc/fp8_gemm/kernel_sm90_small.cuh, through distributed shared memory
+# ---- in a cluster: split-K parts of csrc/fp8_gemm/kernel_sm90_small.cuh and csrc/w4_gemm/kernel_sm90_few.cuh, through
+# distributed shared memory
 
 _PARTS = [
     Source(
@@ -295,6 +297,22 @@ _PARTS = [
         only=r"mbarrier.* parts_\w+|bar\.sync",
     ),
     Source(SMALL_GEMM, "finish_token", "mapa\n: reinterpret_cast<const float2*>(part)"),
+    Source(
+        W4_FEW,
+        "add_parts",
+        """
+        mbarrier.test_wait.acquire.{cluster,cta} parts_read
+        : smem.part[j][thread] =
+        bar.sync
+        mbarrier.arrive.release.cluster parts_ready
+        mbarrier.test_wait.acquire.cluster parts_ready
+        mapa
+        : four = parts[
+        bar.sync
+        mbarrier.arrive.release.{cluster,cta::remote} parts_read
+        """,
+    ),
+    Source(W4_FEW, "multiply_few", "mbarrier.test_wait.acquire.{cluster,cta} parts_read", only=r"mbarrier.* parts_\w+"),
 ]
 _CONSUMED = (
     "the sums of the parts are stored before the arrival: a warp issues its instructions in order and an addition "
@@ -476,7 +494,21 @@ LAST_READ = Protocol(
             barrier.cluster.arrive.{release,relaxed}
             barrier.cluster.wait.acquire
             """,
-        )
+        ),
+        Source(
+            W4_FEW,
+            "w4_gemm_sm90_few_kernel",
+            """
+            fence.mbarrier_init.release.cluster
+            bar.sync
+            barrier.cluster.arrive.{release,relaxed}
+            barrier.cluster.wait.acquire
+            : multiply_few(
+            bar.warp.sync
+            barrier.cluster.arrive.{release,relaxed}
+            barrier.cluster.wait.acquire
+            """,
+        ),
     ],
     beyond_ptx={
         "barrier.cluster.arrive.release end": (["barrier.cluster.arrive.relaxed end"], _CONSUMED),

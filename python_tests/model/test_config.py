@@ -149,6 +149,10 @@ def test_bad_values(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model_type": "kimi_k3"}, r"got 'kimi_k3' \(Kimi-K3: linear attention .*\), which is another architecture"),
+        ({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_linear"}}, "got 'kimi_linear'"),
+        ({"model_type": "gpt_oss"}, r"must be one of deepseek_v3, .*got 'gpt_oss' \(gpt-oss: grouped-query"),
+        ({"model_type": "deepseek_v4"}, "got 'deepseek_v4'"),
         (
             {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
             "config_groups must be an object with one group or more, got None",

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("compressed_tensors", reason="the oracle of 4-bit files")
 import compressed_tensors_oracle as oracle
+import tiny
 from checkpoints import FP8_CONFIG, assert_same, read, write
 from test_checkpoint import MEASURE
 from w4_checkpoints import EXPERT, PREFIX, SIZES, Made
@@ -25,6 +26,7 @@ from k2kernels.model.convert import convert
 
 KINDS = ["int4", "mxfp4"]
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
+WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
 IDS = torch.tensor([[3, 141, 59, 26, 53, 58, 97, 93], [2, 71, 82, 81, 82, 84, 59, 4]])
 
 
@@ -144,6 +146,59 @@ def test_what_a_kept_model_cannot_do(tmp_path):
         load(tmp_path / "plain", keep_quantized=True)
 
 
+K3_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def as_in_k3(tensors, config):
+    """Experts, router and shared experts of Kimi-K3's names; only routed experts have w1, w2 and w3."""
+    for name in [name for name in tensors if ".mlp.experts." in name or ".mlp.gate." in name or ".shared_" in name]:
+        new = name.replace(".mlp.", K3_NAMES[".mlp."])
+        for ours, theirs in K3_NAMES.items():
+            new = new.replace(ours, theirs) if ".experts." in new else new
+        tensors[new] = tensors.pop(name)
+
+
+def test_names_of_kimi_k3(tmp_path):
+    """In a model of this architecture they are read, and written under its own; `convert` keeps them."""
+    made = Made(tmp_path, "mxfp4", nested=True)
+    want, plain = load(made.path, keep_quantized=True), load(made.path)
+    path = made.rewrite(as_in_k3)
+    assert f"{PREFIX}model.layers.1.block_sparse_moe.experts.3.w2.weight_packed" in read(path)
+    kept = load(path, keep_quantized=True)
+    assert_same(kept.state_dict(), want.state_dict())
+    kept.save_pretrained(tmp_path / "back")
+    assert_same(read(tmp_path / "back"), made.tensors)
+    convert(path, tmp_path / "bf16", "bf16", progress=False)
+    assert f"{PREFIX}model.layers.1.block_sparse_moe.experts.3.w2.weight" in read(tmp_path / "bf16")
+    assert_same(load(tmp_path / "bf16").state_dict(), plain.state_dict())
+    convert(tmp_path / "bf16", tmp_path / "again", "mxfp4", progress=False)
+    assert_same(read(tmp_path / "again"), read(path))
+    name = f"{PREFIX}{WEIGHT.removesuffix('weight')}weight_scale"
+    both = made.rewrite(lambda t, c: (as_in_k3(t, c), t.update({name: torch.zeros(96, 4, dtype=torch.uint8)})))
+    with pytest.raises(ValueError, match=r"tensors must be there once, got others for .*w3\.weight_scale"):
+        load(both)
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(4, 192, 4, 16, dtype=torch.uint8), "gpt-oss"),
+        ("model.layers.1.mlp.experts.down_proj_scales", torch.zeros(4, 128, 3, dtype=torch.uint8), "gpt-oss"),
+        ("model.layers.1.ffn.experts.0.w1.weight", torch.zeros(96, 64, dtype=torch.int8), "DeepSeek-V4"),
+        ("model.layers.1.ffn.experts.0.w1.scale", torch.ones(96, 4).to(torch.float8_e8m0fnu), "DeepSeek-V4"),
+    ],
+)
+def test_codes_of_other_models(tmp_path, name, tensor, message):
+    """The message names what was found, and what is served."""
+    path = Made(tmp_path, "mxfp4").rewrite(lambda t, c: t.update({name: tensor}))
+    for call in (load, lambda path: convert(path, tmp_path / "out", "bf16", progress=False)):
+        with pytest.raises(
+            UnsupportedError, match=rf"{message} are not served, got {name}; served are .*weight_packed"
+        ):
+            call(path)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- conversion -------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +295,50 @@ def test_convert_refuses_odd_k(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+# ---- export -----------------------------------------------------------------------------------------------------
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_export_in_shards_of_another_dtype(tmp_path):
+    """Of a float32 model: experts are quantised from float32, all else is rounded, as `convert` does it."""
+    model = tiny.model("kimi", **SIZES)
+    model.save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "want", "mxfp4", progress=False)
+    model.save_pretrained(tmp_path / "out", format="mxfp4", max_shard_size=100_000)
+    assert len(list((tmp_path / "out").iterdir())) > 4
+    assert_same(read(tmp_path / "out"), read(tmp_path / "want"))
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert entry["quantization_config"] == compressed_tensors.quantization_config("mxfp4")
+    assert entry["torch_dtype"] == "bfloat16" and model.config.dtype == "float32"
+    model.save_pretrained(tmp_path / "exact", format="int4")
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.compute_dtype = torch.bfloat16  # as `parallelize` sets it
+    model.save_pretrained(tmp_path / "rounded", format="int4")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half", format="int4")
+    exact, rounded, half = (read(tmp_path / name) for name in ("exact", "rounded", "half"))
+    assert_same(rounded, half)
+    assert not torch.equal(exact[WEIGHT + "_packed"], half[WEIGHT + "_packed"])
+
+
+def test_what_cannot_be_exported(tmp_path):
+    def refused(model, message, format="int4"):
+        with pytest.raises(ValueError, match=f"^save_pretrained: {message}"):
+            model.save_pretrained(tmp_path / "out", format=format)
+
+    model = tiny.model("kimi", **SIZES)
+    refused(model, "format must be None or one of int4, mxfp4, got 'fp8'; save without, and convert", "fp8")
+    model.model.layers[1].mlp.experts.down_proj.data[3, 5, 7] = torch.nan
+    refused(model, r"model.layers.1.mlp.experts.down_proj must be finite, got NaN or infinity")
+    refused(tiny.model("kimi"), r"the columns of .*down_proj must be a multiple of 32 to become int4, got 40")
+    refused(tiny.model("kimi", first_k_dense_replace=4), "a model that becomes int4 must be one with routed experts")
+    kept = load(Made(tmp_path, "int4").path, keep_quantized=True)
+    refused(kept, "weights must be in high precision to become int4, got codes in .*; load .* keep_quantized=False")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +361,9 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
         trained = model.eval()(IDS)
     model.save_pretrained(tmp_path / "trained")
     convert(tmp_path / "trained", tmp_path / "served", kind, progress=False)
-    served = load(tmp_path / "served", keep_quantized=True)
+    model.save_pretrained(tmp_path / "exported", format=kind)
+    assert contents(tmp_path / "exported") == contents(tmp_path / "served")
+    served = load(tmp_path / "exported", keep_quantized=True)
     with torch.no_grad():
         assert torch.equal(served(IDS), trained)
         assert not torch.equal(model.use_w4(None)(IDS), trained)
@@ -274,7 +375,7 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
 
 # ---- what is refused --------------------------------------------------------------------------------------------
 
-WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
 SHARED = "model.layers.1.mlp.shared_experts.down_proj.weight"
 
 

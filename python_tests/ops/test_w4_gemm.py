@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from w4_cases import E2M1, QUANTIZERS, packed_bytes, random_w4, values
+from w4_cases import E2M1, QUANTIZERS, packed_bytes, pair_places, random_w4, values
 
 import k2kernels
 from k2kernels import W4, dequantize_w4, grouped_w4_gemm, pack_w4, unpack_w4, w4_gemm
@@ -253,7 +253,8 @@ def test_a_lane_holds_the_fragments_of_mma(kind):
     """A of m16n8k16 and m64k16: register i of lane 4 g + t is row g + 8 (i mod 2), k = 8 (i / 2) + 2 t + {0, 1}."""
     codes, scales = random_w4(kind, 64, 64)
     words = pack_w4(codes, scales).data[0, 0, :2048].contiguous().view(torch.int32).view(4, 32, 4).tolist()
-    raw = bits(codes).tolist()
+    raw, places = bits(codes).tolist(), [pair_places(kind, i) for i in range(4)]
+    assert sorted(place for pair in places for half in pair for place in half) == list(range(32))
     for block in range(4):
         for lane in range(32):
             g, t = divmod(lane, 4)
@@ -263,7 +264,8 @@ def test_a_lane_holds_the_fragments_of_mma(kind):
                     pair = 2 * (step % 2) + i // 2
                     row, k = 16 * block + g + 8 * (i % 2), 16 * step + 8 * (i // 2) + 2 * t
                     byte = raw[row][k // 2]
-                    assert (word >> 4 * pair) & 0x000F000F == byte & 15 | byte >> 4 << 16
+                    found = [sum((word >> p & 1) << bit for bit, p in enumerate(x)) for x in places[pair]]
+                    assert found == [byte & 15, byte >> 4]
 
 
 def test_gate_and_up_are_accumulators_of_one_lane():
@@ -271,10 +273,10 @@ def test_gate_and_up_are_accumulators_of_one_lane():
     i = 40
     w = torch.zeros(2 * i, 32)
     for row in range(2 * i):
-        w[row] = row + 1
+        w[row] = (row + 1) / 256
     data = pack_w4(*k2kernels.quantize_int4_group32(w), gated=True).data[:, 0, 2048:].contiguous()
-    scales = data.view(BF16).view(-1, 8, 2, 2)[..., 0].double()  # blocks, g, row g or g + 8
-    found = (scales * 7).round().view(-1, 2)[:i]
+    scales = data.view(BF16).view(-1, 8, 2, 2)[..., 0].double() * 2.0**-129  # blocks, g, row g or g + 8
+    found = (scales * 7 * 256).round().view(-1, 2)[:i]
     want = torch.stack([torch.arange(1, i + 1), torch.arange(i + 1, 2 * i + 1)], -1).double()
     assert (found - want).abs().max() <= 1
 
@@ -422,8 +424,9 @@ def with_scale(value, scales=SCALES):
         (lambda: pack_w4(CODES[:, :0], SCALES), ValueError, "codes must be of one row or more"),
         (lambda: pack_w4(CODES, SCALES.float()), TypeError, "scales must be .* bfloat16, got .* float32"),
         (lambda: pack_w4(CODES, SCALES[:, :32]), ValueError, r"scales must be \[2, 64, 2\] bfloat16, got \[2, 32, 2\]"),
-        (lambda: pack_w4(CODES, with_scale(math.nan)), ValueError, "scales must be finite, got nan"),
-        (lambda: pack_w4(CODES, with_scale(-math.inf)), ValueError, "scales must be finite, got -inf"),
+        (lambda: pack_w4(CODES, with_scale(math.nan)), ValueError, "scales must be below 0.5 in magnitude, got nan"),
+        (lambda: pack_w4(CODES, with_scale(-math.inf)), ValueError, "below 0.5 in magnitude, got -inf"),
+        (lambda: pack_w4(CODES, with_scale(-0.5)), ValueError, "scales must be below 0.5 in magnitude, got -0.5"),
         (lambda: pack_w4(MX_CODES, with_scale(255, MX_SCALES)), ValueError, "scales must be .* got 255, which is NaN"),
         (lambda: pack_w4(MX_CODES, with_scale(129, MX_SCALES)), ValueError, "at most 128, a scale of 2, got 129"),
         (lambda: pack_w4(CODES, SCALES.clone().requires_grad_()), ValueError, "scales must be a tensor that needs no"),

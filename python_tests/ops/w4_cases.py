@@ -35,6 +35,15 @@ def values(codes, scales):
     return want
 
 
+def pair_places(kind, i):
+    """Where the four bits of both codes of pair i of a packed word are, from the lowest on."""
+    if kind == "int4":
+        low = [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]
+    else:  # magnitude, sign
+        low = [[0, 1, 2, 9], [4, 5, 6, 13], [10, 11, 12, 19], [14, 7, 8, 15]][i]
+    return low, [(place + 16) % 32 for place in low]
+
+
 def packed_bytes(codes, scales, gated):
     """The packed bytes of one matrix, lane by lane and word by word."""
     int4 = codes.dtype == torch.int32
@@ -55,6 +64,7 @@ def packed_bytes(codes, scales, gated):
         byte = int(raw[row, column // 2])
         return byte >> 4 if column % 2 else byte & 15
 
+    places = [pair_places("int4" if int4 else "mxfp4", i) for i in range(4)]
     for tile in range(rows):
         for chunk in range(columns):
             words, stored = [], []
@@ -68,7 +78,9 @@ def packed_bytes(codes, scales, gated):
                             for a in (0, 1):
                                 first = 64 * chunk + 32 * group + 16 * h + 8 * a + 2 * t
                                 i = 2 * h + a
-                                word |= nibble(row, first) << 4 * i | nibble(row, first + 1) << 4 * (i + 4)
+                                for j, bits in enumerate(places[i]):
+                                    code = nibble(row, first + j)
+                                    word |= sum((code >> bit & 1) << place for bit, place in enumerate(bits))
                         words.append(word)
                 for g in range(8):
                     for row in (row_of(64 * tile + 16 * block + g), row_of(64 * tile + 16 * block + g + 8)):
@@ -76,7 +88,8 @@ def packed_bytes(codes, scales, gated):
                             column = 2 * chunk + group
                             real = row is not None and column < k // 32
                             if int4:
-                                stored.append(int(scales[row, column].view(torch.int16)) & 0xFFFF if real else 0)
+                                value = float(scales[row, column]) * 2.0**129 if real else 0.0
+                                stored.append(int(torch.tensor(value).bfloat16().view(torch.int16)) & 0xFFFF)
                             else:
                                 stored.append(int(scales[row, column]) + 126 if real else 0)
             data[tile, chunk, :2048] = np.array(words, dtype="<u4").view(np.uint8)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from checkpoints import read
+from checkpoints import assert_same, read
 from layout_checks import Reads, assert_parts, files, on_rank_0
 from rank_scenarios import join
 
@@ -53,4 +54,19 @@ def w4_files(rank, world, folder):
                 n: x.shape for n, x in read(path / kind).items()
             }
         dist.barrier()
+    check_export(rank, path, layout)
     return "done"
+
+
+def check_export(rank, path, layout):
+    """In 4 bits from plain experts of both ranks: the files of one process; a fault of one rank is every rank's."""
+    model = K2Model.from_pretrained(path / "plain", mesh=layout, progress=False)
+    model.save_pretrained(path / "exported", format="int4")
+    if rank == 0:
+        K2Model.from_pretrained(path / "plain", progress=False).save_pretrained(path / "one", format="int4")
+        assert files(path / "exported") == files(path / "one")
+        assert_same(read(path / "one"), read(path / "int4"))
+    if rank == 1:
+        model.model.layers[1].mlp.experts.down_proj.to_local().detach()[0, 0, 0] = torch.inf
+    with pytest.raises((ValueError, RuntimeError), match=r"down_proj must be finite, got NaN or infinity"):
+        model.save_pretrained(path / "none", format="int4")

@@ -53,8 +53,8 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
         W4, whose data is `out` if that is given.
 
     Raises:
-        TypeError, ValueError: for dtypes and shapes; for NaN or infinity among the scales, and E8M0 scales of more
-            than 2 (bytes above 128), which have no packed form.
+        TypeError, ValueError: for dtypes and shapes; for scales that have no packed form: NaN and infinity, those of
+            INT4 of 0.5 and more in magnitude, and E8M0 scales of more than 2 (bytes above 128).
     """
     args = Arguments("pack_w4")
     args.boolean("gated", gated)
@@ -62,8 +62,9 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
     *leading, n, columns = codes.shape
     shape = _served_shape(args, (*leading, n, columns * (8 if kind == "int4" else 2)), gated, "codes")
     if kind == "int4":
-        bad = scales[~scales.isfinite()]
-        args.require(bad.numel() == 0, "scales", "finite", lambda: bad[0].item())
+        bad = scales[~(scales.abs() < reference.INT4_SCALES_BELOW)]
+        wanted = f"below {reference.INT4_SCALES_BELOW} in magnitude"
+        args.require(bad.numel() == 0, "scales", wanted, lambda: bad[0].item())
     elif scales.numel():
         most = int(scales.max())
         wanted = f"E8M0 bytes of at most {reference.LARGEST_E8M0}, a scale of 2"

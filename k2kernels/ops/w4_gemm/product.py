@@ -28,8 +28,8 @@ def grouped_w4_gemm(
 ) -> Tensor:
     """`grouped_gemm` with 4-bit weights: d[r] = a[r] w4[g]^T for each row r of group g.
 
-    The weights are `dequantize_w4` of the packed ones, bfloat16; the result has the bits of `grouped_gemm` with those.
-    Sums are in float32, in steps of 16 along K in their order.
+    The weights are `dequantize_w4` of the packed ones, bfloat16. Sums are in float32, in steps of 16 along K in their
+    order: the result has the bits of `grouped_gemm` with those weights, unless K is cut into parts.
 
     Args:
         a: [S, K] bfloat16. Rows that belong to no group are not read.
@@ -38,8 +38,9 @@ def grouped_w4_gemm(
         counts: int32 [G]: rows of each group.
         swiglu: the result is `swiglu` of the product, which is rounded to bfloat16 before: the bits are those of the
             two ops.
-        batch_invariant: a kernel may cut K into parts, a fixed number for an N and a K; with True it never does. In
-            both cases a row's bits do not depend on the other rows.
+        batch_invariant: on sm_90a a kernel may cut K into 2 or 4 parts, which are added in their order: where few
+            groups of short N have a long K (csrc/w4_gemm/README.md), a number fixed by G, N and K. With True it never
+            does. In both cases a row's bits do not depend on the other rows, and are the same in every call.
         expected: an estimate of the rows in use, S by default. A kernel chooses its tile by it; it changes no bit.
         out: [S, N], or [S, N/2] with `swiglu`, bfloat16, to write into; rows of no group stay as they are.
 
@@ -124,8 +125,8 @@ def _multiply(
 def multiply(
     a: Tensor, w: W4, offsets: Tensor, counts: Tensor, swiglu: bool = False, expected: int | None = None
 ) -> Tensor:
-    """`grouped_w4_gemm` without checks."""
-    return _grouped_w4_gemm(a, w.data, offsets, counts, w.kind, *w.shape[1:], swiglu, False, expected)
+    """`grouped_w4_gemm` without checks, batch_invariant: the bits do not depend on how many experts a rank has."""
+    return _grouped_w4_gemm(a, w.data, offsets, counts, w.kind, *w.shape[1:], swiglu, True, expected)
 
 
 def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> Tensor:
@@ -133,13 +134,20 @@ def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> T
 
 
 def _launch(
-    d: Tensor, a: Tensor, data: Tensor, offsets: Tensor, counts: Tensor, kind: str, swiglu: bool, expected: int | None
+    d: Tensor,
+    a: Tensor,
+    data: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    kind: str,
+    swiglu: bool,
+    batch_invariant: bool,
+    expected: int | None,
 ) -> None:
-    operands = rows_on_16_bytes(a), rows_on_16_bytes(data.contiguous())
+    operands = rows_on_16_bytes(a, distinct=True), rows_on_16_bytes(data.contiguous())
     groups, rows = (offsets.contiguous(), counts.contiguous()), a.shape[0] if expected is None else expected
     into = d if d.stride(-1) == 1 else d.contiguous()  # rows of no group keep what they hold
-    # K is not cut into parts: every call is batch_invariant.
-    launch("grouped_w4_gemm", chip(a.device), *operands, *groups, kind, swiglu, rows, into)
+    launch("grouped_w4_gemm", chip(a.device), *operands, *groups, kind, swiglu, batch_invariant, rows, into)
     if into is not d:
         d.copy_(into)
 
