@@ -5,6 +5,7 @@
 # make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
+# make test-transformers    the tests of integrations.transformers with each version that it names
 # make clean   removes build outputs (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
@@ -26,7 +27,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize kills clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills test-transformers clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -92,6 +93,18 @@ sanitize: env
 
 kills: env
 	K2K_KILLS=30 timeout 900 $(PY) -m pytest -q -s python_tests/test_kills.py
+
+# Each version in an environment of its own, over the packages of VENV; 5.17 wants an older huggingface_hub.
+TRANSFORMERS := 5.17.0 5.23.0 5.24.0
+test-transformers: env
+	@for v in $(TRANSFORMERS); do \
+	    test -x build/transformers-$$v/bin/python || $(PY) -m venv build/transformers-$$v && \
+	    $(PY) -c '$(SITE)' > "`build/transformers-$$v/bin/python -c '$(SITE)'`/venv_packages.pth" && \
+	    build/transformers-$$v/bin/pip install --quiet --no-deps transformers==$$v && \
+	    { test $$v != 5.17.0 || build/transformers-$$v/bin/pip install --quiet 'huggingface_hub<2'; } && \
+	    PYTHONPATH=. build/transformers-$$v/bin/python -m pytest -q python_tests/integrations/test_transformers.py \
+	    || exit 1; \
+	done
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out

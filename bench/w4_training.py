@@ -1,7 +1,8 @@
-"""Trains the tiny Kimi-K2 in bfloat16, plain and with experts quantised to 4 bits in each pass, from the same weights on
-the same text, and plots the curves.
+"""Trains the tiny Kimi-K2 in bfloat16 with plain experts and for 4-bit ones, from the same weights on the same text.
 
-    python bench/w4_training.py [--steps 200] [--seeds 0] [--results FILE] [--picture FILE]
+It plots the curves.
+
+    python bench/w4_training.py [--steps 100] [--batch-size 4] [--seeds 0] [--results FILE] [--picture FILE]
 
 Appends one JSON line per run. With --draw nothing is trained: the plot is made from the recorded lines.
 """
@@ -71,8 +72,8 @@ def latest(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "w4_training.jsonl")

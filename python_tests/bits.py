@@ -55,7 +55,7 @@ def record(path: Path) -> int:
     torch.set_num_threads(1)
     start = time.perf_counter()
     recorder = Recorder()
-    for family in (quant, fp8, moe, newton_schulz, mla, exchange, training, generation, checkpoints):
+    for family in (quant, fp8, w4, moe, newton_schulz, mla, exchange, training, generation, checkpoints):
         family(recorder)
         print(f"{family.__name__}: {len(recorder.found)} results, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     path.write_text(json.dumps(recorder.found, indent=0, sort_keys=True) + "\n")
@@ -286,6 +286,56 @@ def fp8(recorder: Recorder) -> None:
                     rows = rows_of(y, offsets, counts)
                     (rows * torch.randn_like(rows)).sum().backward()
                     recorder.put(at, rows, x.grad, weight.grad)
+
+
+def w4(recorder: Recorder) -> None:
+    import torch
+
+    import k2kernels as k2
+
+    quantizers = dict(int4=k2.quantize_int4_group32, mxfp4=k2.quantize_mxfp4)
+    for dtype in (torch.bfloat16, torch.float32):
+        with recorder.case(f"w4 formats {dtype}", PLAIN) as at:
+            w = (torch.randn(3, 40, 96) / 8).to(dtype)
+            w[1, 2, 32:64] = 0
+            codes = dict(
+                int4=k2.quantize_int4_group32(w), kimi=k2.quantize_int4_group32(w, q_min=-8), even=k2.quantize_mxfp4(w)
+            )
+            codes["floor"] = k2.quantize_mxfp4(w, scale_rule="floor")
+            for name, pair in codes.items():
+                # Not the packed bytes: their order is private. What is unpacked, and all products, is not.
+                recorder.put(f"{at} {name}", *pair, k2.dequantize_w4(*pair), *k2.unpack_w4(k2.pack_w4(*pair)))
+            for fake in (k2.fake_quantize_int4, k2.fake_quantize_mxfp4):
+                leaf = w.clone().requires_grad_()
+                out = fake(leaf)
+                (out * torch.randn_like(out)).sum().backward()
+                recorder.put(f"{at} {fake.__name__}", out, leaf.grad)
+    for mode, kind in itertools.product((PLAIN, *SCHEDULES), quantizers):
+        for counts, n, k in (([1, 0, 17], 136, 192), ([70, 3, 0], 48, 96), ([9], 64, 512)):
+            with recorder.case(f"grouped_w4_gemm {kind} {counts} {n} {k}", mode) as at:
+                w = quantizers[kind](torch.randn(len(counts), n, k) / 8)
+                ends = torch.tensor([0, *counts]).cumsum(0).int()
+                groups = dict(offsets=ends, counts=ends.diff())
+                a, plain, gated = torch.randn(sum(counts), k).bfloat16(), k2.pack_w4(*w), k2.pack_w4(*w, gated=True)
+                recorder.put(at, k2.grouped_w4_gemm(a, plain, **groups))
+                recorder.put(f"{at} invariant", k2.grouped_w4_gemm(a, plain, **groups, batch_invariant=True))
+                for expected in (1, 10**6):
+                    options = dict(swiglu=True, expected=expected)
+                    recorder.put(f"{at} swiglu {expected}", k2.grouped_w4_gemm(a, gated, **groups, **options))
+                if mode == PLAIN:
+                    leaves = a.requires_grad_(), (torch.randn(len(counts), n, k) / 8).requires_grad_()
+                    y = k2.grouped_w4_linear(*leaves, **groups, kind=kind)
+                    (y * torch.randn_like(y)).sum().backward()
+                    recorder.put(f"{at} linear", y, *(leaf.grad for leaf in leaves))
+        with recorder.case(f"w4 layer {kind}", mode) as at:
+            x, routing = torch.randn(9, 96).bfloat16(), k2.moe_route(torch.randn(9, 5), top_k=2)
+            gate_up = k2.pack_w4(*quantizers[kind](torch.randn(5, 128, 96) / 8), gated=True)
+            down = k2.pack_w4(*quantizers[kind](torch.randn(5, 96, 64) / 8))
+            recorder.put(
+                at,
+                k2.moe_mlp(x, routing, gate_up, down),
+                k2.w4_gemm(x[:, :64], down._replace(data=down.data[0], shape=down.shape[1:])),
+            )
 
 
 def moe(recorder: Recorder) -> None:

@@ -75,8 +75,8 @@ K2K_DEVICE uint32_t low_twice(uint32_t a) {
     return (a & 0xffff) * 0x10001;
 #else
     uint32_t result;
-    K2K_PTX_PURE("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low}; }"
-                 : "=r"(result) : "r"(a));
+    K2K_PTX_PURE("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low}; }" : "=r"(
+        result) : "r"(a));
     return result;
 #endif
 }
@@ -85,8 +85,9 @@ K2K_DEVICE uint32_t high_twice(uint32_t a) {
     return (a >> 16) * 0x10001;
 #else
     uint32_t result;
-    K2K_PTX_PURE("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high}; }"
-                 : "=r"(result) : "r"(a));
+    K2K_PTX_PURE(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high}; }" : "=r"(
+            result) : "r"(a));
     return result;
 #endif
 }

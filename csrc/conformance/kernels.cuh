@@ -308,6 +308,8 @@ __global__ void __launch_bounds__(256) packed_kernel(const uint32_t* input, uint
     for (const uint32_t selector : {0x3210u, 0x7654u, 0x0404u, 0x3232u, 0x6325u}) {
         out(arch::byte_permute(a, b, selector));
     }
+    out(arch::low_twice(a));
+    out(arch::high_twice(a));
     out(arch::and_or(a, b, c));
     out(arch::kept(a));
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/chip.h"
 #include "common/math.h"
 #include "w4_gemm/params.h"
 
@@ -42,7 +43,7 @@ using W4Tile16 = W4Tile<16, 2, 3, 4>;
 using W4Tile64 = W4Tile<64, 1, 3, 3>;
 
 // The small tile serves up to so many rows per group on average. Each tile decodes its weights:
-// with 17 rows, two small tiles take 355 issue slots for 64 of K, one large tile 270.
+// with 17 rows, two small tiles take 280 issue slots for 64 of K, one large tile 231.
 constexpr int64_t kFewTokens = 16;
 constexpr bool takes_few_tokens(const W4GemmParams& p) {
     return p.expected <= kFewTokens * p.groups.number;
@@ -50,6 +51,21 @@ constexpr bool takes_few_tokens(const W4GemmParams& p) {
 
 // Tile rows of a band (rasterisation), as in grouped_gemm: 8 rows of tiles down, then one column on.
 constexpr int kW4BandRows = 8;
+
+// ---- kernel for sm_90a and many rows per group: tiles of up to 256 tokens, by 64, x 128 rows of
+// weights; two warpgroups of 64 rows of weights each.
+constexpr int kTokenBlock = 64, kManyTokens = 256, kManyWeights = 128;
+// Of 227 KB: five stages of 36.5 KB, 32 KB of D.
+constexpr int kManyStages = 5;
+constexpr int kManyThreads = 384;
+// Tile rows of a band: 132 tiles at a time read 1,024 tokens and 33 x 128 rows of weights, 2.3 KB per
+// step of K for each, which is near the least.
+constexpr int kManyBandRows = 4;
+// It serves more rows per group than this on average.
+constexpr int64_t kNotManyTokens = 64;
+constexpr bool takes_many_tokens(const W4GemmParams& p, const Chip& chip) {
+    return chip.capability == 90 && p.expected > kNotManyTokens * p.groups.number;
+}
 
 // Upper bound of the number of tiles, for any offsets and counts.
 constexpr int64_t w4_gemm_tiles(const W4GemmParams& p, int tokens, int weights) {

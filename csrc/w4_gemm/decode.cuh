@@ -36,7 +36,7 @@ K2K_DEVICE void read_scales(W4Scales& scales, const uint8_t* source) {
         const uint2 rows = *reinterpret_cast<const uint2*>(source);
         K2K_UNROLL
         for (int r = 0; r < 2; ++r) {
-            const uint32_t factors = r == 0 ? rows.x : rows.y;  // 2^129 s
+            const uint32_t factors = r == 0 ? rows.x : rows.y;               // 2^129 s
             const uint32_t offsets = arch::mul_bf16x2(factors, 0x80808080);  // * -2^-126: -8 s
             scales[r][0] = {arch::low_twice(factors), arch::low_twice(offsets)};
             scales[r][1] = {arch::high_twice(factors), arch::high_twice(offsets)};

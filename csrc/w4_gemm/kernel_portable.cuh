@@ -28,8 +28,8 @@
 //           grouped_gemm_kernel with the decoded weights.
 // Edges     Tokens outside a group and K behind the end become zeros and are not read; so do chunks
 //           behind the last row of weights. Rows and columns outside D are not stored.
-// Issue     A step is 8,192 weights, 64 for each lane. For it a warp issues 177 instructions (int4)
-//           or 216 (mxfp4) with 16 tokens, of which 120 or 152 decode; 268 or 305 with 64 tokens.
+// Issue     A step is 8,192 weights, 64 for each lane. For it a warp issues 140 instructions (int4)
+//           or 160 (mxfp4) with 16 tokens, of which 88 or 104 decode; 231 or 248 with 64 tokens.
 // Shared    39 KB for 16 tokens, 37.5 KB for 64.
 // Registers at most 128 (16 tokens: four CTAs per SM) or 168 (64: three).
 // Limits    rows of A begin at multiples of 16 bytes; K is a multiple of 32; bf16.
@@ -39,10 +39,10 @@
 #include "arch/mma.cuh"
 #include "arch/smem.cuh"
 #include "tile/group_tiles.cuh"
-#include "tile/silu.cuh"
 #include "tile/store_row.cuh"
 #include "tile/swizzle.cuh"
 #include "w4_gemm/decode.cuh"
+#include "w4_gemm/swiglu.cuh"
 
 namespace k2k {
 
@@ -196,17 +196,6 @@ K2K_DEVICE void multiply_step(float (&sums)[Tile::kTokens / 16][4][4], const Ste
             for (int j = 0; j < 4; ++j) arch::mma_sync<bf16>(sums[i][j], a_words, w_words[j]);
         }
     }
-}
-
-// silu(gate) * up of two neighbours, from the sums of both.
-K2K_DEVICE uint32_t swiglu_pair(const float* gate, const float* up) {
-    float hidden[2];
-    K2K_UNROLL
-    for (int e = 0; e < 2; ++e) {
-        const float rounded = arch::to_float(arch::to_bf16(gate[e]));
-        hidden[e] = tile::silu(rounded) * arch::to_float(arch::to_bf16(up[e]));
-    }
-    return arch::pack_bf16(hidden[0], hidden[1]);
 }
 
 template <class Kind, bool kSwiglu, class Tile>

@@ -11,4 +11,7 @@ void launch_w4_gemm(const W4GemmParams& params, const Chip& chip, void* stream);
 // The same by the kernel for few rows of a group; of sm_90a alone.
 void launch_w4_gemm_sm90_few(const W4GemmParams& params, const Chip& chip, void* stream);
 
+// By the kernel for many rows of a group; of sm_90a alone.
+void launch_w4_gemm_sm90_many(const W4GemmParams& params, const Chip& chip, void* stream);
+
 }  // namespace k2k

@@ -1,4 +1,7 @@
-"""Convert a checkpoint between bf16, block FP8 and 4-bit experts (INT4, MXFP4), on a CPU, one shard at a time."""
+"""Convert a checkpoint between bf16, block FP8 and 4-bit experts (INT4, MXFP4), on a CPU, one shard at a time.
+
+A conversion that was interrupted goes on behind its whole shards when it is called again with the same arguments.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=int, metavar="N", help="of a rank in one pass (4096; 512 with --serve)")
     command.add_argument("--cache-tokens", type=int, metavar="N", help="of a rank, with --serve (default 131072)")
     command.add_argument("--fp8", action="store_true", help="train with FP8 products, or serve weights kept in FP8")
+    command.add_argument("--w4", choices=("int4", "mxfp4"), help="routed experts kept in 4 bits, with --serve")
     command.add_argument("--fp8-cache", action="store_true", help="rows of the cache in FP8, with --serve")
     command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="one NVLink domain (default 8)")
 
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         cache_tokens=(131072 if options.cache_tokens is None else options.cache_tokens) if serve else 0,
         fp8_cache=options.fp8_cache,
         gpus_per_node=options.gpus_per_node,
+        w4=options.w4,
     )
     print(
         table(

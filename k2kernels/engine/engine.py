@@ -99,7 +99,8 @@ class Engine:
         self._numbers = itertools.count()
         self._inbox: deque[Request] = deque()
         self._updated: dict[Request, None] = {}
-        self._stepping, self._changed = threading.Lock(), threading.Condition()
+        self.stepping = threading.Lock()  # held in a step, and by what else changes the pool
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._counts = dict.fromkeys(
@@ -200,7 +201,7 @@ class Engine:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        with self._stepping:
+        with self.stepping:
             self._end_all("cancelled")
 
     __enter__ = start
@@ -210,7 +211,7 @@ class Engine:
 
     def forget(self) -> None:
         """Lets no later request find pages that were computed before: for changed weights."""
-        with self._stepping, torch.no_grad():
+        with self.stepping, torch.no_grad():
             self.pool.forget()
             self._passes.clear()
             layers, dtype = self.model.model.layers[: len(self.absorbed)], self.model.lm_head.weight.dtype
@@ -218,7 +219,7 @@ class Engine:
 
     def check(self) -> None:
         """Raises AssertionError unless every page is free, idle, or held by the running samples that list it."""
-        with self._stepping:
+        with self.stepping:
             self.pool.check(sample.pages for sample in self.scheduler.running)
 
     # ---- steps --------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class Engine:
         Raises:
             What a pass raises. All requests then end with "error".
         """
-        with self._stepping:
+        with self.stepping:
             try:
                 with torch.no_grad():
                     self._receive()
@@ -243,7 +244,10 @@ class Engine:
                 self._end_all("error", f"{type(error).__name__}: {error}")
                 raise
             self._notify()
-            return bool(self.scheduler.running or self.scheduler.waiting or self._inbox)
+            return self._remain()
+
+    def _remain(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting or self._inbox)
 
     def _receive(self) -> None:
         while self._inbox:
@@ -260,7 +264,7 @@ class Engine:
         rows = [
             Place(
                 sample.request.sampling,
-                [*sample.tokens, *tokens[len(tokens) - drafts : len(tokens) - drafts + k]],
+                [*sample.tokens, *tokens[-drafts : k - drafts or None]] if k else sample.tokens,
                 uniform(sample.request.seed, sample.index, len(sample.tokens) + k),
             )
             for sample, tokens, drafts in (work for work in works if work.chooses)
@@ -271,7 +275,7 @@ class Engine:
         self._counts["computed_tokens"] += sum(lengths)
         self._counts["drafted_tokens"] += sum(work.drafts for work in works)
 
-        following, going, last, ends = [], [], [], itertools.accumulate(lengths)
+        following, going, last, broken, ends = [], [], [], [], itertools.accumulate(lengths)
         for work, end in zip(works, ends):
             sample, after = work.sample, work.sample.ids[work.sample.computed + 1 :]
             if not work.chooses:
@@ -281,17 +285,23 @@ class Engine:
             mine, choices = choices[: 1 + work.drafts], choices[1 + work.drafts :]
             following += after + [choice.token for choice in mine]
             accepted = self._take(work, mine)
-            if sample.finish_reason is None:
+            if accepted is None:
+                broken.append(sample.request)
+            elif sample.finish_reason is None:
                 going.append(sample)
                 last.append(end - 1 - work.drafts + accepted)
         if self.drafts and self.scheduler.running:
             self._draft(hidden, following, going, last, step)
+        for request in broken:
+            self._fail(
+                request,
+                "Engine: logits must be finite, got NaN or infinity; look for such weights, or ones that are too large "
+                f"for {self.model.lm_head.weight.dtype}",
+            )
 
-    def _take(self, work: Work, choices: list[Choice]) -> int:
-        """Appends the chosen tokens to a sample; the number of drafts that were right."""
+    def _take(self, work: Work, choices: list[Choice]) -> int | None:
+        """Appends the chosen tokens to a sample; the number of drafts that were right. None: logits are not finite."""
         sample, request = work.sample, work.sample.request
-        if sample.finish_reason is not None:  # with its request, in this pass
-            return 0
         drafts = work.tokens[len(work.tokens) - work.drafts :]
         accepted = 0
         while accepted < work.drafts and drafts[accepted] == choices[accepted].token:
@@ -299,12 +309,7 @@ class Engine:
         reason, before = None, len(sample.tokens)
         for choice in choices[: accepted + 1]:
             if not choice.finite:
-                self._fail(
-                    request,
-                    "Engine: logits must be finite, got NaN or infinity; look for such weights, or ones that are too "
-                    f"large for {self.model.lm_head.weight.dtype}",
-                )
-                return accepted
+                return None
             if choice.logprobs is not None:
                 sample.logprobs.append(choice.logprobs)
             sample.ids.append(choice.token)
@@ -379,9 +384,9 @@ class Engine:
 
     def _fail(self, request: Request, error: str) -> None:
         """Ends what is left of a request with "error"."""
-        request.error = error
         for sample in request.samples:
             if sample.finish_reason is None:
+                request.error = error
                 self._end(sample, "error")
 
     def _end_all(self, reason: str, error: str | None = None) -> None:
@@ -419,7 +424,7 @@ class Engine:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed or self._inbox)
+                    self._changed.wait_for(lambda: self._closed or self._remain())
                 while not self._closed and self.step():
                     pass
                 if self._closed:
@@ -427,7 +432,7 @@ class Engine:
         except BaseException as error:
             with self._changed:  # no request comes after this
                 self.error = error
-            with self._stepping:
+            with self.stepping:
                 self._end_all("error", f"{type(error).__name__}: {error}")
 
 

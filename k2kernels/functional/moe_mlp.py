@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from k2kernels.functional.fp8_linear import grouped_fp8_linear
-from k2kernels.functional.w4_linear import grouped_w4_linear
+from k2kernels.functional.w4_linear import TRAINED, grouped_w4_linear
 from k2kernels.ops._check import FLOATS, Arguments
 from k2kernels.ops.fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_swiglu
 from k2kernels.ops.grouped_gemm import multiply
 from k2kernels.ops.moe import Routing, moe_combine, moe_dispatch
 from k2kernels.ops.quant import QUANTIZABLE, swiglu
-from k2kernels.ops.w4_gemm import KINDS, W4
+from k2kernels.ops.w4_gemm import W4
 from k2kernels.ops.w4_gemm.packed import check_w4
 from k2kernels.ops.w4_gemm.product import multiply as multiply_w4
 
@@ -51,6 +51,7 @@ def moe_mlp(
     out_dtype: torch.dtype | None = None,
     exchange: Any = None,
     w4: str | None = None,
+    w4_packed: tuple[W4, W4] | None = None,
 ) -> Tensor:
     """The routed experts of a layer: sum over k of weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t).
 
@@ -73,14 +74,15 @@ def moe_mlp(
             like activations and gradients. Then power_of_two is of them all.
         w4: "int4" or "mxfp4": multiply by `grouped_w4_linear`: weights in high precision are quantised to 4 bits on the
             fly, with straight-through gradients, x is bfloat16. The result has the bits of that with packed weights.
+        w4_packed: with w4, the `packed` of `grouped_w4_linear` for gate_up (not gated) and down.
         exchange: what carries rows to experts that are elsewhere, and back: an object with `dispatch` and `combine`, as
             `k2kernels.parallel.ExpertParallel`. E of gate_up and down are then the experts that are here, and
             `capacity` is of the rows that arrive for them.
 
     Returns:
         [T, H] in out_dtype (x's by default). Differentiable in x, the routing weights, gate_up, down, shared and
-        residual; with FP8 or 4-bit weights, in the routing weights, shared and residual only (4-bit: a backward pass
-        that reaches x raises RuntimeError).
+        residual; with packed 4-bit weights in all but these (see `grouped_w4_gemm`), so that what stands before frozen
+        experts can be trained; with FP8 weights, in the routing weights, shared and residual only.
 
     Raises:
         TypeError, ValueError: for dtypes and shapes, and what the steps raise.
@@ -94,9 +96,10 @@ def moe_mlp(
     args.boolean("fp8", fp8)
     args.require(not fp8 or kind == _DENSE, "gate_up", "a tensor in high precision with fp8=True", kind)
     if w4 is not None:
-        args.choice("w4", w4, KINDS)
+        args.choice("w4", w4, TRAINED)
         args.require(kind == _DENSE, "gate_up", f"a tensor in high precision with w4={w4!r}", kind)
         args.require(not fp8, "w4", "None with fp8=True", repr(w4))
+    args.require(w4_packed is None or w4 is not None, "w4_packed", "None without w4", type(w4_packed).__name__)
     if not isinstance(routing, tuple) or len(routing) < 2:
         raise TypeError(f"moe_mlp: routing must be what moe_route returned, got {type(routing).__name__}")
     for name, pair in (("gate_up", gate_up), ("down", down)) if codes else ():
@@ -139,8 +142,9 @@ def moe_mlp(
         y = grouped_fp8_linear(inner, down, **groups)
     elif w4:
         groups |= dict(kind=w4, expected=expected)
-        inner = swiglu(grouped_w4_linear(data, gate_up, **groups))
-        y = grouped_w4_linear(inner, down, **groups)
+        of_gate_up, of_down = w4_packed or (None, None)
+        inner = swiglu(grouped_w4_linear(data, gate_up, packed=of_gate_up, **groups))
+        y = grouped_w4_linear(inner, down, packed=of_down, **groups)
     elif packed:
         inner = multiply_w4(data, gate_up, offsets, counts, True, expected)
         y = multiply_w4(inner, down, offsets, counts, False, expected)

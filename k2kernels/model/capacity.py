@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from k2kernels.model.config import K2Config
 from k2kernels.ops._check import Arguments
@@ -55,10 +60,10 @@ class Capacity:
         lines = [
             f"parameters            {self.total_parameters:,} ({_short(self.total_parameters)})",
             f"  used by a token     {self.active_parameters:,} ({_short(self.active_parameters)})",
-            f"weights in BF16       {_gb(self.weights_bf16)}",
-            f"weights in FP8        {_gb(self.weights_fp8)}",
-            f"  experts in INT4     {_gb(self.weights_int4)} (the rest in BF16)",
-            f"  experts in MXFP4    {_gb(self.weights_mxfp4)}",
+            f"weights in BF16       {gb(self.weights_bf16)}",
+            f"weights in FP8        {gb(self.weights_fp8)}",
+            f"  experts in INT4     {gb(self.weights_int4)} (the rest in BF16)",
+            f"  experts in MXFP4    {gb(self.weights_mxfp4)}",
             f"cache per token BF16  {per_token(self.cache_bf16)}",
             f"cache per token FP8   {per_token(self.cache_fp8)}",
             f"  expanded K and V    {per_token(self.cache_expanded)} "
@@ -84,7 +89,7 @@ class Capacity:
         Arguments("info").integer("gpus", gpus, 1)
         usable = math.floor(gpus * gpu_bytes * USABLE)
         lines = [
-            f"{gpus} GPUs of {gpu_bytes / 1e9:g} GB, of which {USABLE:.0%} may be filled: {_gb(usable)}",
+            f"{gpus} GPUs of {gpu_bytes / 1e9:g} GB, of which {USABLE:.0%} may be filled: {gb(usable)}",
             "",
             f"{'weights':<24}{'size':>12}{'left':>18}{'tokens, BF16':>16}{'tokens, FP8':>16}",
         ]
@@ -92,9 +97,9 @@ class Capacity:
             size = getattr(self, f"weights_{kind}")
             free = usable - size
             tokens = ((free // row if row and free >= 0 else None) for row in (self.cache_bf16, self.cache_fp8))
-            left = _gb(free) if free >= 0 else f"short {_gb(-free)}"
+            left = gb(free) if free >= 0 else f"short {gb(-free)}"
             cells = "".join(f"{'-' if cell is None else f'{cell:,}':>16}" for cell in tokens)
-            lines.append(f"{name:<24}{_gb(size):>12}{left:>18}{cells}")
+            lines.append(f"{name:<24}{gb(size):>12}{left:>18}{cells}")
         return "\n".join(
             [
                 *lines,
@@ -138,7 +143,27 @@ def capacity(config: K2Config) -> Capacity:
     return Capacity(total, active, *(weights[kind] for kind in KINDS), cache_bf16, cache_fp8, expanded, fits)
 
 
-def _gb(size: int) -> str:
+def device_bytes(device: torch.device) -> int | None:
+    """The memory of a GPU, or of this machine with its swap space and within its container; None if not known.
+
+    All of it, whether in use or not: what is more cannot be held.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    swap = 0
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        swap = sum(1024 * int(line.split()[1]) for line in lines if line.startswith("SwapTotal:"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, v2 and v1
+        with contextlib.suppress(OSError, ValueError):
+            size = min(size, int(Path("/sys/fs/cgroup", limit).read_text()))
+    return size + swap
+
+
+def gb(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 

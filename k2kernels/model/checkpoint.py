@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from k2kernels._backend import UnsupportedError
+from k2kernels.model.capacity import device_bytes, gb
 from k2kernels.model.compressed_tensors import FORMATS, quantization_config, schemes
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
@@ -90,6 +91,7 @@ def from_pretrained(
         ValueError: tensors are missing, unexpected, of the wrong shape or dtype (listed), or hold impossible values:
             FP8 weights with NaN, scales below 0, and NaN or infinity in scales, norms and the router; keep_quantized
             with a checkpoint that is not quantised.
+        MemoryError: the weights are more than the memory of the device; nothing has been read then.
         UnsupportedError: a kind of checkpoint that is recognised but not supported.
     """
     if isinstance(dtype, str):
@@ -147,6 +149,7 @@ def _read(
     _check(_wanted(model), tensors, set(_tied(model)), block, str(path))
     if ranks is not None:
         ranks.shard_experts(model)  # after the check: every rank finds what is wrong with any expert
+    _check_memory(model, tensors, dtype, device, keep, str(path))
     tied = _tied(model)
     _load(model, tensors, block, str(path), progress, lambda name, t: _create(model, name, t, dtype, device))
     for alias, name in tied.items():
@@ -435,6 +438,32 @@ def _check_keep_w4(dtype: torch.dtype, path: str | Path) -> None:
             f"{path}: keep_quantized of 4-bit weights must go with dtype torch.bfloat16, in which they are multiplied, "
             f"got {dtype}; leave dtype out, or load with keep_quantized=False"
         )
+
+
+def _check_memory(
+    model: nn.Module, tensors: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: bool, path: str
+) -> None:
+    """Raises MemoryError if the weights, or this rank's part of them, are more than the device can hold."""
+    needed = sum(
+        (tensor.to_local() if _in_parts(tensor) else tensor).numel()
+        * (dtype if _is_castable(name, tensor) else tensor.dtype).itemsize
+        for name, tensor in _unique(model).items()
+    )
+    has = device_bytes(device)
+    if has is None or needed <= has:
+        return
+    stored = sum(info.nbytes for info in tensors.values())
+    quantised = any(isinstance(info, PackedInfo) or info.dtype == "F8_E4M3" for info in tensors.values())
+    if quantised and not keep:
+        remedy = f"load with keep_quantized=True (--keep-quantized), as the files have them: {gb(stored)} in all"
+    elif quantised:
+        remedy = "divide the experts among more GPUs (mesh, torchrun)"
+    else:
+        remedy = "divide the experts among GPUs (mesh, torchrun), or convert the checkpoint: k2kernels convert"
+    raise MemoryError(
+        f"{path}: weights must fit into the {gb(has)} of {str(device)!r}, got {gb(needed)} in {_dtype_name(dtype)}; "
+        + remedy
+    )
 
 
 def _use_w4_experts(model: nn.Module, tensors: dict[str, Any], path: str) -> None:
@@ -792,9 +821,13 @@ def dequantize_into(target: Tensor, codes: Tensor, scales: Tensor, block: tuple[
 
 def _create(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Gives the model's tensor `name` memory: weights in `dtype`, scales and buffers in their own."""
-    castable = isinstance(tensor, nn.Parameter) and tensor.dtype in _FLOATS and not name.endswith(SCALE)
-    new = torch.empty_like(tensor, dtype=dtype if castable else None, device=device)
+    new = torch.empty_like(tensor, dtype=dtype if _is_castable(name, tensor) else None, device=device)
     return _put(model, name, new, like=tensor)
+
+
+def _is_castable(name: str, tensor: Tensor) -> bool:
+    """Whether a model's tensor takes the dtype that is asked for."""
+    return isinstance(tensor, nn.Parameter) and tensor.dtype in _FLOATS and not name.endswith(SCALE)
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, like: Tensor | None = None) -> Tensor:

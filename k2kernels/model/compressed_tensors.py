@@ -59,14 +59,14 @@ def _scheme(where: str, group: Any, format: Any) -> Scheme:
     format = group.get("format") or format
     if format == "nvfp4-pack-quantized":
         _refuse(f"format of {where}", f"one of {', '.join(FORMATS)}; NVFP4 is not served", format)
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         _refuse(f"format of {where}", f"one of {', '.join(FORMATS)}", format)
     kind, weights = FORMATS[format], group["weights"]
     for key in ("input_activations", "output_activations"):
         if group.get(key) is not None:
             _refuse(f"{where}.{key}", "null: activations stay in bfloat16", group[key])
     size = weights.get("group_size")
-    strategy = weights.get("strategy") or ("group" if size and size > 0 else "tensor")
+    strategy = weights.get("strategy") or ("tensor" if size in (None, 0, -1) else "group")
     for key, value, wanted in (
         ("num_bits", weights.get("num_bits"), (4,)),
         ("type", weights.get("type", "int"), ("int",) if kind == "int4" else ("float",)),

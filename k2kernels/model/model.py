@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.engine.generate import generate
+from k2kernels.functional.w4_linear import TRAINED
 from k2kernels.model import checkpoint
 from k2kernels.model.attention import Prefill
 from k2kernels.model.linear import Linear
@@ -21,7 +22,6 @@ from k2kernels.model.micro_batch import MicroBatch, alternately, divide
 from k2kernels.model.moe import Experts, Moe
 from k2kernels.model.trunk import Decoder, Trunk
 from k2kernels.ops._check import FLOATS, Arguments
-from k2kernels.ops.w4_gemm import KINDS
 
 __all__ = ["Decoder", "K2Model"]  # pickled models name both here
 
@@ -94,7 +94,7 @@ class K2Model(Trunk):
             module.fp8 = enabled
         return self
 
-    def use_w4(self, kind: str | None = "int4") -> K2Model:
+    def use_w4(self, kind: str | None = "int4", *, pack_once: bool = False) -> K2Model:
         """Quantises the weights of the routed experts to 4 bits in each pass from now on; gradients pass straight
         through. All else stays as it is.
 
@@ -104,15 +104,23 @@ class K2Model(Trunk):
 
         Args:
             kind: "int4" or "mxfp4"; None: no longer.
+            pack_once: keep the packed weights until PyTorch counts a change of the weights (an optimizer's step,
+                loading, any change in place): the micro-batches of a step, recomputed layers and evaluation share
+                them. A change that is not counted must be followed by another `use_w4`: one through `.data`, or an
+                optimizer's step that a CUDA graph replays. Compiled passes pack each time. Not for weights that
+                `fully_shard` gathers anew; `parallelize` with fsdp turns it off.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: another kind, the experts are FP8 or 4-bit codes, or their columns are no multiple of 32.
+            ValueError: another kind, the experts are FP8 or 4-bit codes, or their columns are no multiple of 32; or
+                pack_once with modules of `fully_shard`.
         """
-        if kind not in (None, *KINDS):
-            raise ValueError(f"use_w4: kind must be None or one of {', '.join(KINDS)}, got {kind!r}")
+        if kind not in (None, *TRAINED):
+            raise ValueError(f"use_w4: kind must be None or one of {', '.join(TRAINED)}, got {kind!r}")
+        if pack_once and any(hasattr(module, "reshard") for module in self.modules()):  # an FSDPModule
+            raise ValueError("use_w4: pack_once must be False for a model with fully_shard, got True")
         stacks = [module for module in self.modules() if isinstance(module, Experts)]
         weights = [weight for module in stacks for weight in (module.gate_up_proj, module.down_proj)]
         for weight in weights if kind else ():
@@ -121,7 +129,8 @@ class K2Model(Trunk):
             if weight.shape[-1] % 32:
                 raise ValueError(f"use_w4: columns of experts must be a multiple of 32, got {list(weight.shape)}")
         for module in stacks:
-            module.train_w4 = kind
+            module.train_w4, module.pack_once = kind, pack_once
+            module.drop_packed()
         return self
 
     def mtp_logits(self, input_ids: Tensor, hidden: Tensor) -> list[Tensor]:

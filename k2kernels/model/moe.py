@@ -20,6 +20,7 @@ from k2kernels.model.micro_batch import MicroBatch
 from k2kernels.ops.moe import Routing, moe_route, moe_sequence_loss, moe_update_bias
 from k2kernels.ops.quant import swiglu
 from k2kernels.ops.w4_gemm import W4, empty_w4
+from k2kernels.ops.w4_gemm.gradient import pack_masters
 from k2kernels.reference._numeric import wide
 
 
@@ -62,7 +63,8 @@ class Experts(nn.Module):
     `gate_up_proj_scale_inv` and `down_proj_scale_inv`. With `fp8`, which `K2Model.use_fp8` sets, their products are FP8
     and their dtype is unchanged. In a model kept in 4 bits they are the bytes of `pack_w4`, uint8 [E, ceil(2I/64),
     ceil(hidden/64), C] and so on, gate_up_proj gated, and `w4` is their kind: see `use_w4`. With
-    `train_w4`, a kind, which `K2Model.use_w4` sets, they are quantised to 4 bits in each pass.
+    `train_w4`, a kind, which `K2Model.use_w4` sets, they are quantised to 4 bits in each pass; with `pack_once`, in the
+    first pass after each change of their versions.
 
     Over ranks (`k2kernels.parallel.Layout.shard_experts`) they are DTensors of which this rank has some experts, from
     `first_expert` on, and `ranks` is the Layout. `gradients` is "sum" or "mean", as `expert_parallel` describes, and
@@ -74,6 +76,7 @@ class Experts(nn.Module):
     power_of_two = False
     w4: str | None = None
     train_w4: str | None = None
+    pack_once = False
     ranks: Any = None
     first_expert = 0
     gradients, divisor = "sum", 1
@@ -87,6 +90,7 @@ class Experts(nn.Module):
         self.register_parameter("gate_up_proj_scale_inv", None)
         self.register_parameter("down_proj_scale_inv", None)
         self.power_of_two = config.power_of_two_scales
+        self._packed: dict[str, tuple[tuple, W4]] = {}  # with pack_once: of which weights, and what was made of them
         self._shapes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
 
     def use_w4(self, kind: str) -> None:
@@ -113,9 +117,12 @@ class Experts(nn.Module):
         """`moe_mlp` with these weights: x [N, hidden] -> [N, hidden]."""
         options = dict(fp8=True) if self.fp8 else {}
         options["power_of_two"] = self.fp8 or self.power_of_two
+        weights = self.weights()
         if self.train_w4:
             options["w4"] = self.train_w4
-        return moe_mlp(x, routing, *self.weights(), shared=shared, exchange=exchange, capacity=capacity, **options)
+            if self.pack_once and not torch.compiler.is_compiling():
+                options["w4_packed"] = tuple(map(self._once, self._shapes, weights))
+        return moe_mlp(x, routing, *weights, shared=shared, exchange=exchange, capacity=capacity, **options)
 
     def weights(self) -> tuple:
         """`gate_up` and `down` as `moe_mlp` takes them: of this rank's experts."""
@@ -125,6 +132,23 @@ class Experts(nn.Module):
         if self.gate_up_proj_scale_inv is None:
             return gate_up, down
         return (gate_up, self._here(self.gate_up_proj_scale_inv)), (down, self._here(self.down_proj_scale_inv))
+
+    def _once(self, name: str, weight: Tensor) -> W4:
+        """The packed weight of the parameter `name`, packed now if the parameter has changed."""
+        source = getattr(self, name)
+        source = source.to_local() if self.ranks is not None else source  # a view: the version is the shard's
+        key = self.train_w4, weight.dtype, source.data_ptr(), source._version
+        if name not in self._packed or self._packed[name][0] != key:
+            self._packed.pop(name, None)  # its memory is for the new one
+            self._packed[name] = key, pack_masters(weight, self.train_w4)
+        return self._packed[name][1]
+
+    def drop_packed(self) -> None:
+        """Forgets what `pack_once` has packed."""
+        self._packed.clear()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_packed": {}}
 
     def _here(self, weight: Tensor) -> Tensor:
         if self.ranks is not None:

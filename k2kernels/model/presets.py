@@ -34,7 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         eos_token_id=163585,
         pad_token_id=163839,
     ),
-    # Kimi-K2-Thinking, November 2025; published in INT4
+    # Kimi-K2-Thinking, November 2025; published in INT4. Not compared with the released config.json itself, but key by
+    # key with what others took from it (see `test_kimi_k2_thinking_is_the_preset`). K2.5 and later have beta_fast 32.
     "kimi-k2-thinking": dict(
         vocab_size=163840,
         num_attention_heads=64,

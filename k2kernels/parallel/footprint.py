@@ -23,6 +23,7 @@ from k2kernels.optim.routing import route
 from k2kernels.parallel.exchange import Sizes
 from k2kernels.parallel.ranks import layout_of
 from k2kernels.reference.mla_cache import LATENT, ROPE, ROW_BYTES
+from k2kernels.reference.w4_gemm import packed_shape
 
 PAGE = 64  # tokens of a page of `LatentCache`
 EMBEDDING, HEAD = "embedding", "head"  # places of parameters beside the layers, which have numbers
@@ -43,10 +44,12 @@ class Weight(NamedTuple):
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def bytes(self, itemsize: int, fp8: bool = False) -> int:
-        """As a parameter of a dtype, or (`fp8`) as codes and scales if it is quantised."""
+    def bytes(self, itemsize: int, fp8: bool = False, w4: str | None = None) -> int:
+        """As a parameter of a dtype, or as codes and scales: `fp8` if it is quantised, `w4`, a kind, if of experts."""
         if self.buffer_itemsize:
             return self.numel * self.buffer_itemsize
+        if w4 is not None and self.expert:
+            return math.prod(packed_shape(w4, self.shape))
         if fp8 and self.quantised:
             *stack, rows, columns = self.shape
             return self.numel + 4 * math.prod(stack) * -(-rows // BLOCK) * -(-columns // BLOCK)

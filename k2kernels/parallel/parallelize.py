@@ -138,6 +138,8 @@ def _fully_shard(model: nn.Module, layout: Layout, compute_dtype: torch.dtype | 
     whole = dict(mesh=layout.flat, reshard_after_forward=True)
     ignored: set[nn.Parameter] = set()
     for module in model.modules():
+        if isinstance(module, Experts):
+            module.pack_once = False  # the version of a gathered weight does not tell whether it has changed
         if isinstance(module, Experts) and module.ranks is not None:
             module.compute_dtype = compute_dtype
             if layout.dp is not None and layout.dp.size() > 1:

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from k2kernels.model.capacity import USABLE
+from k2kernels.model.capacity import KINDS, USABLE
 from k2kernels.model.config import K2Config
 from k2kernels.ops._check import Arguments
 from k2kernels.ops._constants import constants
 from k2kernels.parallel import footprint
 from k2kernels.parallel.footprint import EMBEDDING, HEAD, Pass, Weight
 from k2kernels.parallel.pipeline import costs, split_layers
+from k2kernels.reference.w4_gemm import SCALE_BYTES
 
 # Memory in units of 10^9 bytes as NVIDIA's data sheets name it. (Some GPUs have that many GiB; a plan stays below.)
 GPUS = {
@@ -83,6 +84,7 @@ class Workload:
         load: rows of the fullest rank's experts, in multiples of the mean. An assumption.
         momentum_itemsize: 4, or 2 for a momentum in bfloat16.
         gpus_per_node: GPUs that reach each other's memory; experts over more go through all-to-all of a process group.
+        w4: (serve) "int4" or "mxfp4": routed experts kept in 4 bits, all else in bfloat16.
     """
 
     mode: str = "train"
@@ -93,6 +95,7 @@ class Workload:
     load: float = 1.25
     momentum_itemsize: int = 4
     gpus_per_node: int = 8
+    w4: str | None = None
 
 
 class Holding(NamedTuple):
@@ -335,11 +338,12 @@ def _gathered(layout: RankGrid, layers: Sequence[int], every: Sequence[Weight]) 
 
 def _served(config: K2Config, layout: RankGrid, workload: Workload, every: Sequence[Weight]) -> list[Item]:
     here = stage_weights(config, layout, 0, every)
-    fp8 = workload.fp8
+    fp8, w4 = workload.fp8, workload.w4
+    kept = "FP8 where quantised" if fp8 else f"experts in {KINDS[w4]}, the rest bfloat16" if w4 else "bfloat16"
     p = _pass(config, layout, workload)._replace(fp8=False)
     working = max(footprint.layer_bytes(config, layer, p) for layer in range(config.num_hidden_layers))
     items = [
-        Item("weights", sum(w.bytes(2, fp8) for w in here), True, "FP8 where quantised" if fp8 else "bfloat16"),
+        Item("weights", sum(w.bytes(2, fp8, w4) for w in here), True, kept),
         Item("decoded kv_b_proj", footprint.absorbed_bytes(config) if fp8 else 0, True, "for decoding, bfloat16"),
         Item(
             CACHE,
@@ -408,6 +412,10 @@ def _check(args: Arguments, config: K2Config, workload: Workload) -> None:
     args.integer("cache_tokens", workload.cache_tokens, 0)
     args.integer("gpus_per_node", workload.gpus_per_node, 1)
     args.choice("momentum_itemsize", workload.momentum_itemsize, (2, 4))
+    if workload.w4 is not None:
+        args.choice("w4", workload.w4, tuple(SCALE_BYTES))
+        serves = workload.mode == "serve" and not workload.fp8
+        args.require(serves, "w4", "None but where a model is served with fp8=False", workload.w4)
     args.require(1 <= workload.load < math.inf, "load", "at least 1, the mean", workload.load)
     serves = footprint.serves_fp8_cache(config) or not workload.fp8_cache
     args.require(serves, "fp8_cache", "False for a latent of other sizes than 512 and 64", True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from k2kernels.model.capacity import USABLE
+from k2kernels.model.capacity import KINDS, USABLE
 from k2kernels.parallel.planner import GPUS, SHARDINGS, Holding, Item, Plan, exchange_of, fewest_gpus, slots_of
+from k2kernels.parallel.traffic import served_bytes
 
 BAR = 24  # characters of a full GPU
 
@@ -14,6 +15,7 @@ def table(plan: Plan) -> str:
     name = plan.gpu.lower() if plan.gpu.lower() in GPUS else "GPU"
     kind = "training" if train else "serving"
     products = (", FP8 products" if train else ", FP8 weights") if workload.fp8 else ", bfloat16"
+    products += f", experts in {KINDS[workload.w4]}" if workload.w4 else ""
     lines = [
         f"{plan.gpus} x {name}, {kind}{products}; {workload.tokens:,} tokens of a rank in one pass",
         f"{_gb(plan.gpu_bytes)} GB each, of which {_gb(plan.usable)} are planned with: the rest is left to the CUDA "
@@ -81,6 +83,11 @@ def _notes(plan: Plan, holding: Holding) -> list[str]:
             "expert_parallel)",
             f"  exchange by transport {exchange_of(layout, workload)!r}; nodes of {workload.gpus_per_node}",
         ]
+        if workload.mode == "serve":
+            dispatch, combine = (size / 1e3 for size in served_bytes(plan.config, layout.ep, workload.fp8))
+            rows = "FP8" if workload.fp8 else "bfloat16"
+            sent = f"dispatch sends {dispatch:.1f} KB in {rows}, combine {combine:.1f} KB"
+            lines.append(f"  for a token and layer {sent} (estimate)")
     if workload.mode == "train":
         lines.append("  the optimizer's workspaces take the place of the activations, which are freed by then")
     if plan.config.num_nextn_predict_layers:
@@ -106,3 +113,17 @@ def _mark(plan: Plan, size: int) -> str:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:,.1f}"
+
+
+def serving_markdown(plans: list[tuple[str, Plan]]) -> str:
+    """The table of docs/scale.md: what a rank holds without the cache, and the tokens of cache that all ranks have."""
+    lines = ["| weights | GPUs | ep | GB of a rank | of which weights | tokens of cache, all ranks |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for name, plan in plans:
+        holding, room = plan.chosen, plan.cache_room(plan.chosen)
+        weights = next(item.bytes for item in holding.items if item.name == "weights")
+        tokens = f"{room * plan.gpus:,}" if plan.fits(holding) else "does not fit"
+        gpus = f"{plan.gpus} x {plan.gpu.upper()}"
+        cells = (name, gpus, str(holding.layout.ep), _gb(holding.total), _gb(weights), tokens)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

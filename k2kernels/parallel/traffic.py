@@ -96,6 +96,18 @@ def exchange(config: K2Config, layout: RankGrid, step: Step, layers: int) -> lis
     return [Sent(name, n + i, n) for name, n, i in zip(("dispatch", "combine"), network, inside)]
 
 
+def served_bytes(config: K2Config, ep: int, fp8: bool = False) -> tuple[float, float]:
+    """The rows that dispatch and combine of a served token send to other ranks in a layer, of experts over `ep` ranks.
+
+    Those of dispatch are bfloat16, for experts in 4 bits too; or e4m3 with a scale for 128 numbers (`fp8`). An
+    estimate: every choice of experts is equally likely.
+    """
+    row = config.hidden_size + 4 * -(-config.hidden_size // 128) if fp8 else 2 * config.hidden_size
+    top_k = config.num_experts_per_tok
+    to = expected_parts(config.n_routed_experts, top_k, ep) * (1 - 1 / ep)
+    return to * row, top_k * (1 - 1 / ep) * 2 * config.hidden_size
+
+
 def collective(size: float, ranks: int, on_node: int) -> Sent:
     """A ring all-gather or reduce-scatter of `size` bytes in all. NCCL has as many rings as a node has GPUs in the
     group, each with a part of the bytes, so that each GPU sends one ring's part to the network."""

@@ -184,7 +184,7 @@ class Trainer:
             self.model = K2Model.from_pretrained(options.start, dtype=options.torch_dtype, progress=False)
         if ranks.mesh is None:
             self.model.to(self.device)
-        self.model.train().use_fp8(options.fp8).use_w4(options.w4)
+        self.model.train().use_fp8(options.fp8).use_w4(options.w4, pack_once=True)
         self.model.use_sequence_loss(options.sequence_loss or None)
         self.layout = None
         if ranks.mesh is not None:

@@ -239,6 +239,36 @@ def test_moe_bodies_agree(kind):
     assert kind == "fp8" or sum("torch" in stage.bodies for stage in stages) == 2
 
 
+def test_w4_cases(monkeypatch):
+    w4, device = load("bench_w4_gemm"), torch.device("cpu")
+    cases = w4.gpu_cases()
+    shapes = [(case.op, case.shape) for case in cases]
+    assert len(set(shapes)) == len(shapes) and ("w4_gemm", "K2 EP8 gate_up T=64 int4") in shapes
+    of = {case.shape: case for case in cases}
+    # An expert of Kimi-K2: 24.8 MB; one of eight ranks: 48 of 384, of which 64 tokens hit 35.5, and 64 rows.
+    rows = 64 * 2 * (7168 + 2 * 2048 + 2048 + 7168) - 64 * 2 * 2048  # SwiGLU: half the columns
+    both = sum(of[f"K2 EP8 {name} T=64 int4"].bytes for name in ("gate_up", "down"))
+    assert both == pytest.approx(48 * (1 - (1 - 8 / 384) ** 64) * 24.77e6 + rows, rel=1e-3)
+    assert of["K2 EP8 down T=64 fp8"].dtype == "fp8" and of["K2 EP8 down T=64 fp8"].flops == 2 * 64 * 2048 * 7168
+
+    small = w4.Experts(6, 2, 256, 128, 2)
+    monkeypatch.setattr(w4, "MODELS", {"small": (small, ()), "whole": (small._replace(ranks=1), ())})
+    for kind in ("int4", "mxfp4", "bf16", "fp8"):
+        for name in ("gate_up", "down"):
+            case = w4.product_case("small", name, 9, kind)
+            *a, weights, offsets, counts = inputs = case.make(device)
+            d = case.bodies["k2kernels"](*inputs)
+            n, k = small.shape(name)
+            assert d.shape == (int(offsets[-1]), 128 if name == "gate_up" and "4" in kind else n)
+            parts = weights[0].data[0:1] if kind in w4.BITS else [x[0] for x in weights]
+            assert w4.weight_bytes(kind, n, k) == sizes(*parts) and len(counts) == 3
+            assert case.make(device)[len(a)] is weights and not torch.equal(case.make(device)[0], a[0])
+    case = w4.layer_case("whole", 9)
+    assert case.bodies["k2kernels"](*case.make(device)).shape == (9, 256)
+    with pytest.raises(RuntimeError, match="must take offsets as in the version that this benchmark knows"):
+        w4.takes(w4.routed, "tokens", "offsets")
+
+
 def test_optimizer_steps_go_the_same_way(monkeypatch):
     """On a sixteenth of the layer's sides: every body updates the parameters in place, in each call."""
     monkeypatch.syspath_prepend(str(BENCH))

@@ -19,6 +19,7 @@ HEADERS = sorted((ROOT / "csrc").glob("*/*.h"))
 OF_PYTHON = {
     ("_launch", "EMULATED_CHIPS"): "what the emulator pretends to be",
     ("_check", "LARGEST"): "of an int that PyTorch's dispatcher takes",
+    ("gradient", "SCRATCH"): "how many experts are dequantised at a time",
     ("newton_schulz", "WORKSPACE_BYTES"): "how many matrices go into one launch",
 }
 # What a definition states on its own, because it must work without kernels: they must state the same.

@@ -46,6 +46,7 @@ SIZES = {
     "mla_prefill_dkv_sm90_kernel": 114,
     "newton_schulz_sm90_kernel": 80,
     "w4_gemm_sm90_few_kernel": 60,
+    "w4_gemm_sm90_many_kernel": 64,
 }
 
 # Loads of 16 bytes that are in flight together: what hides the latency of memory in kernels that only move data; and
@@ -82,25 +83,25 @@ ON_SM_120["moe_move_kernel<float, true, false>"] = (4, 0)
 ON_SM_120["mla_prefill_preprocess_kernel<bf16>"] = (5, 0)
 
 # The most issue slots of a warp for 64 of K of a tile, 8,192 weights of four warps, where decoding is bound by them:
-# the instructions of the loop around the products, and how many times 64 of K it takes. An A100's HBM brings so many
-# weights in 344 clocks (int4; mxfp4: 325). With 64 tokens the products alone take 512.
+# the instructions of the loop around the products, and how many times 64 of K it takes. An H200's HBM brings so many
+# weights in 223 clocks (int4; mxfp4: 211). With 64 tokens the products alone take 512.
 SLOTS = {
     f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tile}>": (most, steps)
     for swiglu in ("false", "true")
     for kind, tile, most, steps in (
-        ("Int4", "16, 2, 3, 4", 180, 2),
-        ("Mxfp4", "16, 2, 3, 4", 220, 2),
-        ("Int4", "64, 1, 3, 3", 280, 1),
-        ("Mxfp4", "64, 1, 3, 3", 316, 1),
+        ("Int4", "16, 2, 3, 4", 144, 2),
+        ("Mxfp4", "16, 2, 3, 4", 164, 2),
+        ("Int4", "64, 1, 3, 3", 240, 1),
+        ("Mxfp4", "64, 1, 3, 3", 260, 1),
     )
 }
 # The same on sm_90a, where an H200's HBM brings so many weights in 223 clocks (int4; mxfp4: 211).
 HOPPER_SLOTS = {
     f"w4_gemm_sm90_few_kernel<{kind}, FewTile<{tile}>": (most, chunks)
     for tile, chunks, int4, mxfp4 in (
-        ("8, 1, 4, 5, 3", 4, 182, 220),
-        ("32, 2, 2, 5, 2", 2, 212, 252),
-        ("64, 4, 4, 3, 1", 4, 188, 225),
+        ("8, 1, 4, 5, 3", 4, 146, 165),
+        ("32, 2, 2, 5, 2", 2, 172, 192),
+        ("64, 4, 4, 3, 1", 4, 148, 168),
     )
     for kind, most in (("Int4", int4), ("Mxfp4", mxfp4))
 }
@@ -193,6 +194,10 @@ def test_a_stage_takes_few_issue_slots(name, listings):
 def too_slow_with_gmma(code, most, chunks):
     """The same of the loop that takes `chunks` times 64 of K by wgmma, decoding two chunks while it waits for none."""
     loop = max(([code[i] for i in sorted(loop)] for loop in code.gmma_loops), key=len, default=[])
+    return wrong_beside_gmma(loop, most, chunks)
+
+
+def wrong_beside_gmma(loop, most, chunks):
     wrong = [one.opcode for one in loop if is_fence(one) or one.is_a("LDL") or one.is_a("STL")]
     slots = sum(one.opcode != "NOP" for one in loop)
     if not 0 < slots <= most * chunks / 2:
@@ -214,6 +219,18 @@ def test_a_stage_takes_few_issue_slots_beside_wgmma(name, listings):
     assert len(kernels) == 1
     code = Code(listings["sm_90a", kernels[0]["symbol"]])
     assert too_slow_with_gmma(code, *HOPPER_SLOTS[name]) == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind, most", [("Int4", 176), ("Mxfp4", 196)])
+@pytest.mark.parametrize("swiglu", ["false", "true"])
+def test_each_number_of_tokens_takes_few_issue_slots(kind, most, swiglu, listings):
+    """Of 2,048 tensor clocks for 256 tokens, in which two warps issue them; 512 for 64."""
+    name = f"w4_gemm_sm90_many_kernel<{kind}, {swiglu}>"
+    code = Code(listings["sm_90a", next(k["symbol"] for k in KERNELS if short(k) == name)])
+    assert len(code.gmma_loops) == 4
+    for loop in code.gmma_loops:
+        assert wrong_beside_gmma([code[i] for i in sorted(loop)], most, 2) == []
 
 
 # ---- the checks themselves, on short listings

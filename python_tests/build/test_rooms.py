@@ -29,7 +29,8 @@ FLOORS = {
     "optim": {"optim", "ops"},
     "engine": {"engine", "model", "ops", "reference"},
     "parallel": {"parallel", "model", "functional", "optim", "ops", "_backend", "reference"},
-    "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "ops", "_backend", "reference"},
+    "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "functional", "ops", "reference"}
+    | {"text"},
     "testing": {"testing", "ops", "reference", "_backend"},
     "train": {"train", "parallel", "model", "optim"},
 }

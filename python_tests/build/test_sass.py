@@ -247,6 +247,13 @@ for kind, scales in (("Int4", "LDS.64"), ("Mxfp4", "LDS")):
         others |= {"UTMALDG.3D": 1, "UBLKCP": warpgroups, "WARPGROUP.DEPBAR": chunks + 2}
         tile = f"{tokens}, {warpgroups}, {chunks}, {stages}, {ctas}"
         PLANS[f"w4_gemm_sm90_few_kernel<{kind}, FewTile<{tile}> >"] = (registers, 0, 0, {"sm_90a": others})
+# For sm_90a and many rows: a loop over two stages for each number of tokens, and one epilogue, 64 tokens at a time.
+for kind, scales in (("Int4", "LDS.64"), ("Mxfp4", "LDS")):
+    for swiglu, stores in (("false", 4), ("true", 2)):
+        others = {f"HGMMA.64x{tokens}x16.F32.BF16": 2 * 4 for tokens in (64, 128, 192, 256)}
+        others |= {"LDS.128": 4 * 2 + stores, scales: 4 * 2, "WARPGROUP.DEPBAR": 4 * 3, "STSM.16.MT88.4": stores}
+        others |= {"UTMALDG.2D": 1, "UBLKCP": 2, "USETMAXREG": 2}
+        PLANS[f"w4_gemm_sm90_many_kernel<{kind}, {swiglu}>"] = (168, 0, stores, {"sm_90a": others})
 PLANS["moe_count_kernel"] = (48, 0, 0, {arch: {"MATCH.ANY": 8} for arch in PORTABLE})
 PLANS["moe_scan_kernel"] = (64, 0, 0, {})
 # Between ranks: 2 KiB a warp. A wait looks at a flag and the abort word, and each acquire invalidates L1 (CCTL.IVALL):
@@ -341,6 +348,12 @@ SHARED = {
         for kind, chunk in (("Int4", 2304), ("Mxfp4", 2176))
         for tokens, warpgroups, chunks, stages, ctas in ((8, 1, 4, 5, 3), (32, 2, 2, 5, 2), (64, 4, 4, 3, 1))
         for size in [few_rows_bytes(chunk, tokens, warpgroups, chunks, stages)]
+    },
+    # Five stages of 256 tokens and two chunks of packed weights, four panels of 8 KB; the rest fits in the last KiB.
+    **{
+        f"w4_gemm_sm90_many_kernel<{kind}, {swiglu}>": (-(-5 * 2 * chunk // 1024) + 192) * 1024
+        for kind, chunk in (("Int4", 2304), ("Mxfp4", 2176))
+        for swiglu in ("false", "true")
     },
     **{f"rms_norm_quantize_kernel<{t}, {n}>": 2 * n * 16 * 256 * b + 64 for t, b in BYTES.items() for n in (1, 2)},
     # Sums of eight warps; three stages of two panels of 128 x 32.

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from k2kernels.cli import main
 from k2kernels.model.config import K2Config
+from k2kernels.model.convert import convert
 from k2kernels.model.normalise import LARGEST
 from k2kernels.train.data import train_tokenizer
 
@@ -160,6 +161,89 @@ def test_a_router_that_is_no_number(name, model, capsys):
             tensor.view(-1)[3] = torch.nan
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     refused(model, capsys, "generate", "convert", message="must hold finite numbers, got 1 others")
+
+
+# ---- 4-bit weights
+
+
+@pytest.fixture(scope="module")
+def good_packed(good, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed")
+    tiny.model("kimi", moe_intermediate_size=64, num_hidden_layers=2).to(torch.bfloat16).save_pretrained(path / "plain")
+    convert(path / "plain", path / "model", "int4", progress=False)
+    shutil.copy(good / "tokenizer.json", path / "model")
+    assert main(COMMANDS["generate"](path / "model")) == 0
+    return path / "model"
+
+
+WEIGHT = "model.layers.1.mlp.experts.3.down_proj.weight"
+CODES, SCALES, SHAPE = WEIGHT + "_packed", WEIGHT + "_scale", WEIGHT + "_shape"
+
+
+def replaced(name, change):
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (replaced(CODES, lambda x: x[:-1]), r"down_proj.weight_scale (wanted [95, 2] for groups of [32], got [96, 2])"),
+        (replaced(CODES, lambda x: x[:, :4]), "weight_scale (wanted [96, 1] for groups of [32], got [96, 2])"),
+        (replaced(CODES, lambda x: x[:, :7]), "weight_packed (wanted a K that is a multiple of 32, got 56)"),
+        (replaced(CODES, lambda x: x[0]), "weight_packed (wanted 2 axes, got [8])"),
+        (replaced(CODES, lambda x: x[:0]), "weight_packed (wanted 2 axes, got [0, 8])"),
+        (replaced(CODES, lambda x: x[None]), "weight_packed (wanted 2 axes, got [1, 96, 8])"),
+        (replaced(CODES, lambda x: x.long()), "weight_packed (wanted I32 for int4, got I64)"),
+        (replaced(CODES, lambda x: x.to(torch.int16)), "weight_packed (wanted I32 for int4, got I16)"),
+        (replaced(SCALES, lambda x: x[0]), "weight_scale (wanted [96, 2] for groups of [32], got [2])"),
+        (replaced(SCALES, lambda x: x.double()), "weight_scale (wanted BF16, got F64)"),
+        (replaced(SCALES, lambda x: x * torch.nan), "experts.3.down_proj.weight_scale must hold "),
+        (replaced(SHAPE, lambda x: x.flip(0)), "weight_shape must be [96, 64] like the codes, got [64, 96]"),
+        (replaced(SHAPE, lambda x: -x), "weight_shape must be [96, 64] like the codes, got [-96, -64]"),
+        (replaced(SHAPE, lambda x: x[[0, 1, 1]]), "weight_shape (wanted I64 [2], got I64 [3])"),
+        (lambda t: t.pop(CODES), "weight_scale (without model.layers.1.mlp.experts.3.down_proj.weight_packed)"),
+        (lambda t: t.pop(SCALES), "weight_scale is missing (for model.layers.1.mlp.experts.3.down_proj.weight_packed)"),
+        (lambda t: t.update({WEIGHT: torch.zeros(96, 64)}), "a weight is packed or not"),
+    ],
+    ids=range(17),
+)
+def test_packed_weights(damage, message, good_packed, tmp_path, capsys):
+    path = shutil.copytree(good_packed, tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    refused(path, capsys, "generate", "convert", message=message)
+    assert main([*COMMANDS["generate"](path), "--keep-quantized"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [-1, 1000, 8])
+def test_packed_files_that_are_cut(size, good_packed, tmp_path, capsys):
+    path = shutil.copytree(good_packed, tmp_path / "model")
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:size])
+    refused(path, capsys, "generate", "convert", message="model.safetensors: is truncated or no safetensors file")
+
+
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        ({"weights": {"num_bits": 4, "group_size": "32"}}, "weights.group_size must be 32 or 64 or 128, got '32'"),
+        ({"weights": {"num_bits": 4, "group_size": 1e308}}, "weights.group_size must be 32 or 64 or 128, got 1e+308"),
+        ({"weights": {"num_bits": True, "group_size": 32}}, "weights.num_bits must be 4, got True"),
+        ({"weights": {"num_bits": [4], "group_size": 32}}, "weights.num_bits must be 4, got [4]"),
+        ({"weights": {"num_bits": 4}}, "weights.strategy must be 'group', got 'tensor'"),
+        ({"weights": [4]}, "must be an object with `weights`"),
+        ({"weights": {}, "format": ["pack-quantized"]}, "must be one of pack-quantized, mxfp4-pack-quantized, got ["),
+        ("INT4", "config_groups.a must be an object with `weights`, got 'INT4'"),
+    ],
+    ids=range(8),
+)
+def test_configurations_of_packed_weights(group, message, good_packed, tmp_path, capsys):
+    path = shutil.copytree(good_packed, tmp_path / "model")
+    entry = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": group}}
+    change(path, quantization_config=entry)
+    refused(path, capsys, *COMMANDS, message=message)
 
 
 # ---- tokenizers

@@ -301,6 +301,9 @@ def packed(rng):
     # A tie of the product, of whose sides a far smaller addend chooses one: 1.0078125 * 1.5 +- 2^-120 and so on.
     half[0, 320:352], half[1, 320:352] = 0x3F81 + 2 * np.arange(32), 0x3FC0
     half[2, 320:352] = np.where(np.arange(32) % 2, 0x0380, 0x8380)
+    # As w4_gemm decodes: a number of 8 bits times 2^-133, by a large factor, less 2^-126 times that.
+    half[0, 384:448], half[1, 384:448] = rng.integers(0, 256, 64), rng.integers(0x3F80, 0x7F80, 64)
+    half[2, 384:448] = half[1, 384:448] - 0x3F00 | 0x8000
     special = np.array([0, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0x3F80, 0xBF80, 0x7F7F], dtype=np.uint32)
     half[0, 448:], half[1, 448:] = np.tile(special, 8), np.repeat(special, 8)
     half[2, 448:] = rng.choice(special, 64)
@@ -335,7 +338,15 @@ def packed(rng):
     of_both = np.stack([a, b], 1).view(np.uint8).reshape(256, 8)
     permuted = [
         np.ascontiguousarray(of_both[:, list(order)]).view(np.uint32)
-        for order in ((0, 1, 2, 3), (4, 5, 6, 7), (4, 0, 4, 0), (2, 3, 2, 3), (5, 2, 3, 6))
+        for order in (
+            (0, 1, 2, 3),
+            (4, 5, 6, 7),
+            (4, 0, 4, 0),
+            (2, 3, 2, 3),
+            (5, 2, 3, 6),
+            (0, 1, 0, 1),
+            (2, 3, 2, 3),  # low_twice, high_twice
+        )
     ]
     return written(words, pairs(sums), pairs(products), *permuted, a & b | c, a)
 

@@ -117,12 +117,20 @@ print("ended", handled())
 def test_interrupts_during_launches_and_faults():
     """Ctrl-C waits for the end of the main thread's kernel; threads are not disturbed, and later launches are right."""
     done = process("""
+faulthandler.dump_traceback_later(240, exit=True)
+
+def interrupt(taken):  # again after 5 s: Python drops one that arrives in a destructor or in the callback of a weakref
+    os.kill(os.getpid(), signal.SIGINT)
+    while not taken.wait(5):
+        os.kill(os.getpid(), signal.SIGINT)
+
 threads = [threading.Thread(target=f, args=(a,)) for f, a in ((good, 60), (fault, 60))]
 for thread in threads:
     thread.start()
 interrupted = 0
 for i in range(20):
-    timer = threading.Timer(0.002 * i, os.kill, (os.getpid(), signal.SIGINT))
+    taken = threading.Event()
+    timer = threading.Timer(0.002 * i, interrupt, (taken,))
     try:
         timer.start()
         while True:
@@ -130,6 +138,7 @@ for i in range(20):
             fault(1)
     except KeyboardInterrupt:
         interrupted += 1
+    taken.set()
     timer.join()
 for thread in threads:
     thread.join()

@@ -51,10 +51,17 @@ def test_gradients_of_what_is_not_quantised():
         out = layer.run(weights, logits, shared=shared)
         found.append(torch.autograd.grad(out.float().square().sum(), [logits, shared]))
     assert all(torch.equal(a, b) for a, b in zip(*found))
-    x = layer.x.clone().requires_grad_()
-    out = moe_mlp(x, moe_route(layer.logits, top_k=2), *layer.packed)
-    with pytest.raises(RuntimeError, match="grouped_w4_gemm: this op has no backward"):
-        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_gradients_pass_through_frozen_weights(kind):
+    """What a LoRA of the layers before needs: the bits of the gradients through the dequantised weights."""
+    layer, found = Layer(kind, 96), []
+    for weights in (layer.packed, layer.plain):
+        x, logits = layer.x.clone().requires_grad_(), layer.logits.clone().requires_grad_()
+        out = moe_mlp(x, moe_route(logits, top_k=2), *weights, alignment=16)
+        found.append(torch.autograd.grad(out.float().square().sum(), [x, logits]))
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and found[0][0].any()
 
 
 def test_one_graph():
@@ -62,6 +69,23 @@ def test_one_graph():
     torch._dynamo.reset()
     run = torch.compile(layer.run, fullgraph=True, backend="aot_eager")
     assert torch.equal(run(layer.packed), layer.run(layer.packed))
+
+
+def test_one_graph_with_gradients():
+    """Through frozen weights, and through masters that are quantised in the graph."""
+    layer = Layer("int4")
+    masters = [w.clone().requires_grad_() for w in layer.plain]
+
+    def loss(x, weights, w4):
+        return moe_mlp(x, moe_route(layer.logits, top_k=2), *weights, w4=w4).float().square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for weights, leaves, w4 in ((layer.packed, [], None), (masters, masters, "mxfp4")):
+        x = layer.x.clone().requires_grad_()
+        one, other = compiled(x, weights, w4), loss(x, weights, w4)
+        found = (torch.autograd.grad(out, [x, *leaves]) for out in (one, other))
+        assert torch.equal(one, other) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_bad_inputs():

@@ -16,6 +16,8 @@ from k2kernels import (
 )
 from k2kernels.ops.grouped_gemm import grouped_gemm
 from k2kernels.ops.moe import moe_route
+from k2kernels.ops.w4_gemm import gradient
+from k2kernels.reference import _w4_training as w4_training
 
 of_each_kind = pytest.mark.parametrize("kind", QUANTIZERS)
 GROUPS = dict(offsets=torch.tensor([0, 3, 3, 10], dtype=torch.int32), counts=torch.tensor([3, 0, 6], dtype=torch.int32))
@@ -67,6 +69,45 @@ def test_layer_trains_as_it_is_served(kind):
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.sum(), [x, *masters]), want))
 
 
+@of_each_kind
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_gradient_of_a_kernel_takes_few_experts_at_a_time(kind, swiglu, monkeypatch):
+    """The bits of the kernels with the dequantised weights, in groups of one expert, of two and of all."""
+    x, grad = torch.randn(10, 96).bfloat16().requires_grad_(), torch.randn(10, 40 // (1 + swiglu)).bfloat16()
+    codes = QUANTIZERS[kind](torch.randn(3, 40, 96))
+    seen, dequantize = [], gradient.dequantize_w4
+    monkeypatch.setattr(gradient, "dequantize_w4", lambda *args: seen.append(dequantize(*args)) or seen[-1])
+    with k2kernels.emulated("sm_80"):
+        product = grouped_gemm(x, dequantize_w4(*codes), **GROUPS)
+        (want,) = torch.autograd.grad(k2kernels.swiglu(product) if swiglu else product, x, grad)
+        for experts, launches in ((1, 3), (2, 2), (8, 1)):
+            monkeypatch.setattr(gradient, "SCRATCH", experts * 40 * 96 + 7)
+            out = grouped_w4_gemm(x, pack_w4(*codes, gated=swiglu), **GROUPS, swiglu=swiglu)
+            before = k2kernels.launch_count("grouped_gemm_dgrad"), k2kernels.launch_count("grouped_gemm")
+            (got,) = torch.autograd.grad(out, x, grad)
+            after = k2kernels.launch_count("grouped_gemm_dgrad"), k2kernels.launch_count("grouped_gemm")
+            assert [b - a for a, b in zip(before, after)] == [launches, launches * swiglu]
+            assert torch.equal(got[REAL], want[REAL])
+    assert len(seen) == 3 * 3 * (1 + swiglu) and all(weight.shape == (40, 96) for weight in seen)
+
+
+@of_each_kind
+def test_masters_packed_before(kind):
+    x, w = torch.randn(10, 96).bfloat16(), torch.randn(3, 40, 96)
+    packed = gradient.pack_masters(w, kind)
+    assert packed[1:] == (kind, (3, 40, 96), False) and torch.equal(packed.data, pack_w4(*QUANTIZERS[kind](w)).data)
+    want = grouped_w4_linear(x, w, **GROUPS, kind=kind)
+    assert torch.equal(grouped_w4_linear(x, w, **GROUPS, kind=kind, packed=packed), want)
+    other = "mxfp4" if kind == "int4" else "int4"
+    for wrong in (gradient.pack_masters(w, other), packed._replace(gated=True), gradient.pack_masters(w[:2], kind)):
+        with pytest.raises(ValueError, match=rf"packed must be of kind {kind}, shape \[3, 40, 96\], not gated, got"):
+            grouped_w4_linear(x, w, **GROUPS, kind=kind, packed=wrong)
+    if kind == "mxfp4":  # where the host does not look: a scale above 2 is infinite for a kernel
+        scales = torch.zeros_like(packed.data)
+        w4_training.w4_pack_masters_into(scales, w * 100, kind)
+        assert int(scales[..., 2048:].max()) == 255
+
+
 def test_bad_inputs():
     x, w = torch.randn(10, 96).bfloat16(), torch.randn(3, 40, 96) / 8
     for call, error, message in (
@@ -80,6 +121,11 @@ def test_bad_inputs():
         (lambda: grouped_w4_linear(x, w * torch.nan, **GROUPS), ValueError, "w must be finite"),
         (lambda: grouped_w4_linear(x, w * 800, **GROUPS, kind="mxfp4"), ValueError, "at most 128, a scale of 2, got"),
         (lambda: grouped_w4_linear(x, w * 100, **GROUPS), ValueError, "scales must be below 0.5 in magnitude, got"),
+        (
+            lambda: moe_mlp(x, moe_route(torch.randn(10, 3), top_k=2), w, w, w4_packed=(w, w)),
+            ValueError,
+            "w4_packed must be None without w4",
+        ),
         (lambda: layer(w4="fp4"), ValueError, "w4 must be one of 'int4', 'mxfp4', got 'fp4'"),
         (lambda: layer(w4="int4", fp8=True), ValueError, "w4 must be None with fp8=True, got 'int4'"),
     ):

@@ -79,6 +79,23 @@ def test_kimi_file_is_the_preset():
     assert read == K2Config.preset("kimi-k2")
 
 
+def test_kimi_k2_thinking_is_the_preset():
+    """Against what others took from its config.json, as no copy of the file was at hand (2026-11-30).
+
+    NVIDIA's Model-Optimizer (`modelopt/torch/speculative/eagle/default_config.py` at 7a5d1ad, `kimi_k2`) has every key
+    of it but the number of layers, hidden_size and vocab_size, and for these miles
+    (`scripts/models/kimi-k2-thinking.sh` at 85956cf), which has the other sizes, norms and routing too. They agree with
+    each other, and with Kimi-K2-Instruct but for four values. K2.5's file has one more, as quoted in
+    ikawrakow/ik_llama.cpp#1298: beta_fast is 32 in it.
+    """
+    changes = dict(max_position_embeddings=262144, eos_token_id=163586, rms_norm_eps=1e-5)
+    yarn = {**YARN, "factor": 64.0}
+    thinking = K2Config.from_dict({**KIMI, **changes, "rope_scaling": yarn, "quantization_config": None})
+    assert thinking == K2Config.preset("kimi-k2-thinking")
+    later = K2Config.from_dict({**thinking.to_dict(), "rope_scaling": {**yarn, "beta_fast": 32.0}})
+    assert later.softmax_scale == thinking.softmax_scale and later.rope_scaling != thinking.rope_scaling
+
+
 def test_new_style_says_the_same():
     new = {key: value for key, value in KIMI.items() if key not in ("rope_scaling", "rope_theta", "torch_dtype")}
     new |= {"rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 50000.0}, "dtype": "bfloat16"}

@@ -1,5 +1,6 @@
 """4-bit checkpoints: loaded, kept packed, saved and converted as compressed-tensors and transformers read them."""
 
+import copy
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +23,9 @@ from w4_checkpoints import EXPERT, PREFIX, SIZES, Made
 import k2kernels
 from k2kernels import UnsupportedError
 from k2kernels.cli import main
-from k2kernels.model import K2Config, K2Model, checkpoint, compressed_tensors, packed
+from k2kernels.model import K2Config, K2Model, capacity, checkpoint, compressed_tensors, moe, packed
 from k2kernels.model.convert import convert
+from k2kernels.ops.w4_gemm.gradient import pack_masters
 
 KINDS = ["int4", "mxfp4"]
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +145,10 @@ def test_what_a_kept_model_cannot_do(tmp_path):
         load(made.path, keep_fp8=True).use_fp8()
     with pytest.raises(TypeError, match="keep_quantized must be True or False, got 'yes'"):
         load(made.path, keep_quantized="yes")
+    large = made.rewrite(lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), -0.5)))
+    with pytest.raises(ValueError, match=r"numbers below 0.5 in magnitude, to be kept, got 4 others \(-0.5\)"):
+        load(large, keep_quantized=True)
+    load(large)
     with pytest.raises(ValueError, match="keep_quantized must go with a block-FP8 or 4-bit checkpoint"):
         load(tmp_path / "plain", keep_quantized=True)
 
@@ -299,7 +306,8 @@ def test_convert_refuses_odd_k(tmp_path, monkeypatch):
 
 
 def contents(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    return {**files, "config.json": json.loads(files["config.json"])}
 
 
 def test_export_in_shards_of_another_dtype(tmp_path):
@@ -373,6 +381,44 @@ def test_training_forward_is_the_served_one(tmp_path, kind):
         model.use_w4("int8")
 
 
+def test_micro_batches_share_one_packing(tmp_path, monkeypatch):
+    """With `pack_once` the bits are the same; weights are packed once in a step, and after any change that counts."""
+    Made(tmp_path, "int4")
+    packs = []
+    monkeypatch.setattr(moe, "pack_masters", lambda *args: packs.append(args) or pack_masters(*args))
+    found = []
+    for once in (True, False):
+        model = load(tmp_path / "plain").train().use_w4("int4", pack_once=once)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            for ids in IDS.split(1):
+                model(ids).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            found.append(({n: p.clone() for n, p in model.named_parameters()}, model(IDS), model(IDS)))
+        if once:
+            assert len(packs) == 3 * 2 * 2  # times, layers with experts, and weights of each
+            with torch.no_grad():
+                model.model.layers[1].mlp.experts.down_proj.mul_(2)
+                model(IDS), copy.deepcopy(model)(IDS)
+            assert len(packs) == 3 * 2 * 2 + 1 + 2 * 2
+    assert len(packs) == 3 * 2 * 2 + 1 + 2 * 2
+    assert_same(*(state for state, _, _ in found))
+    assert all(torch.equal(logits, found[0][1]) for _, *both in found for logits in both)
+
+
+@of_each_kind
+def test_what_stands_around_packed_experts_can_be_trained(tmp_path, kind):
+    made = Made(tmp_path, kind)
+    kept, plain = load(made.path, keep_quantized=True).train(), load(made.path).train()
+    for model in (kept, plain):
+        torch.nn.functional.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    found, want = ({n: p.grad for n, p in model.named_parameters() if ".experts." not in n} for model in (kept, plain))
+    assert_same(found, want)
+    assert found["model.embed_tokens.weight"].abs().max() > 0
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -400,7 +446,7 @@ def renamed(tensors, name, end, change):
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x[:, :3].contiguous()), ValueError,
          r"weight_scale \(wanted \[96, 4\] for groups of \[32\], got \[96, 3\]\)"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(0, torch.tensor([5]), torch.inf)),
-         ValueError, r"weight_scale must hold finite numbers, got 4 others \(inf\)"),
+         ValueError, r"weight_scale must hold (finite numbers|.* below 0.5 .*), got 4 others \(inf\)"),
         ("mxfp4", lambda t, c: renamed(t, WEIGHT, "_scale", lambda x: x.index_fill(1, torch.tensor([0]), 255)),
          ValueError, r"weight_scale must hold .* 255, got 96 others \(255\)|bytes of at most 128.* 96 others"),
         ("int4", lambda t, c: renamed(t, WEIGHT, "_shape", lambda x: torch.tensor([128, 96])), ValueError,
@@ -555,6 +601,46 @@ def test_configurations_that_are_served(tmp_path):
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@of_each_kind
+def test_weights_that_do_not_fit(tmp_path, monkeypatch, kind):
+    """Of a device that holds the packed model and not the dequantised one."""
+    path = Made(tmp_path, kind).path
+    sizes = {
+        keep: sum(t.nbytes for t in load(path, keep_quantized=keep).state_dict().values()) for keep in (True, False)
+    }
+    asked = []
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: asked.append(device.type) or sizes[True])
+    load(path, keep_quantized=True)
+    message = (
+        rf"{path}: weights must fit into the {sizes[True] / 1e6:.1f} MB of 'cpu', got {sizes[False] / 1e6:.1f} MB in "
+        rf"bfloat16; load with keep_quantized=True \(--keep-quantized\), as the files have them: \d\.\d MB in all"
+    )
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=message):
+        patch.setattr(checkpoint, "_load", None)  # not reached
+        load(path)
+    with pytest.raises(MemoryError, match=r"got \d\.\d MB in float32"):
+        load(path, dtype=torch.float32)
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: sizes[True] - 1)
+    with pytest.raises(MemoryError, match=r"in bfloat16; divide the experts among more GPUs \(mesh, torchrun\)"):
+        load(path, keep_quantized=True)
+    with pytest.raises(MemoryError, match="or convert the checkpoint: k2kernels convert"):
+        load(tmp_path / "plain")
+    assert set(asked) == {"cpu"}
+    monkeypatch.setattr(checkpoint, "device_bytes", lambda device: sizes[False])
+    load(path)
+
+
+def test_the_memory_of_this_machine(monkeypatch):
+    here = capacity.device_bytes(torch.device("cpu"))
+    assert here is None or 10**8 < here < 10**15
+    assert capacity.device_bytes(torch.device("meta")) is None
+    read_text = Path.read_text
+    limits = {"/sys/fs/cgroup/memory.max": "max", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000"}
+    limits["/proc/meminfo"] = "MemTotal: 5 kB\nSwapTotal:  2 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: limits.get(str(path)) or read_text(path))
+    assert capacity.device_bytes(torch.device("cpu")) == 1_000_000 + 2048
 
 
 @pytest.mark.skipif(

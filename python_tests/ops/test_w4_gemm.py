@@ -472,7 +472,7 @@ def with_scale(value, scales=SCALES):
             "counts must fit between the offsets",
         ),
         (
-            lambda: grouped_w4_gemm(A.clone().requires_grad_(), PACKED, **ROWS),
+            lambda: grouped_w4_gemm(A.clone().requires_grad_(), PACKED, **ROWS, out=torch.empty(5, 64, dtype=BF16)),
             ValueError,
             "a must be a tensor that needs no gradient",
         ),

@@ -138,24 +138,33 @@ def identity(w, k, schedule, swiglu=False):
     return d.T
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULES[1], SCHEDULES[3]], ids=["sm_90a", "sm_80"])
+def every_code(n):
+    """Codes of n rows of 64, in bytes: all 16 in each group, in each row at other places."""
+    nibbles = (torch.arange(64, dtype=torch.uint8) + torch.arange(n, dtype=torch.uint8)[:, None]) % 16
+    return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4)[None]
+
+
+ON_EACH_ARCH = [SCHEDULES[1], SCHEDULES[3], SCHEDULES[2], ("sm_120", 4)]
+on_each_arch = pytest.mark.parametrize("schedule", ON_EACH_ARCH, ids=lambda s: s[0])
+
+
+@on_each_arch
 def test_every_int4_code_by_every_scale(schedule):
     """The 16 codes by all bfloat16 below 0.5 in magnitude, subnormal ones and both zeros among them: -8, too."""
     scales = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16)
     scales = scales[scales.abs() < 0.5]
     assert scales.numel() == 2 * 126 * 128 and (scales == 0).sum() == 2
     n = scales.numel() // 2
-    codes = torch.tensor([0x76543210, 0xFEDCBA98 - 2**32] * 4, dtype=torch.int32).expand(1, n, 8)
-    scales = scales.view(1, n, 2)
+    codes, scales = every_code(n).view(torch.int32), scales.view(1, n, 2)
     packed = pack_w4(codes, scales)
     assert all(torch.equal(bits(x), bits(y)) for x, y in zip(k2kernels.unpack_w4(packed), (codes, scales)))
     assert torch.equal(identity(packed, 64, schedule), dequantize_w4(codes, scales)[0])
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULES[1], SCHEDULES[3]], ids=["sm_90a", "sm_80"])
+@on_each_arch
 def test_every_mxfp4_code_by_every_scale(schedule):
     scales = torch.arange(130, dtype=torch.uint8).clamp(max=128).view(1, 65, 2)
-    codes = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 4, dtype=torch.uint8).expand(1, 65, 32)
+    codes = every_code(65)
     want = dequantize_w4(codes, scales)[0]
     assert torch.equal(identity(pack_w4(codes, scales), 64, schedule), want)
 

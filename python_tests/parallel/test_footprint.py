@@ -112,6 +112,19 @@ def test_parameters_and_optimizer_state(name, dtype):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("kind", ["int4", "mxfp4"])
+def test_experts_in_4_bits(kind):
+    """Of a model that keeps them, sizes that fill no chunk included; and of Kimi-K2-Thinking as `capacity` counts."""
+    model = K2Model(config(dict(moe_intermediate_size=96, hidden_size=96))).bfloat16()
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.use_w4(kind)
+    weights = footprint.weights(model.config)
+    assert sum(w.bytes(2, w4=kind) for w in weights) == held([*model.parameters(), *model.buffers()])
+    thinking = K2Config.preset("kimi-k2-thinking")
+    of_capacity = [w for w in footprint.weights(thinking) if w.method or w.name.endswith("e_score_correction_bias")]
+    assert sum(w.bytes(2, w4=kind) for w in of_capacity) == getattr(capacity(thinking), f"weights_{kind}")
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("name", ["kimi-k2", "deepseek-v3", "moonlight-16b-a3b"])
 def test_weights_of_published_models(name, fp8):

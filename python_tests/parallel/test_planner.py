@@ -112,6 +112,22 @@ def test_serving_kimi_k2():
     assert not plan(K2, 8, "h200", Workload("serve", tokens=512, fp8=True)).fitting
 
 
+@pytest.mark.parametrize("kind, experts", [("int4", 18), ("mxfp4", 17)])
+def test_serving_kimi_k2_thinking_in_4_bits(kind, experts):
+    """One node of H200 holds it with experts over 8 ranks: 48 experts of 60 layers, and all else in bfloat16."""
+    model = K2Config.preset("kimi-k2-thinking")
+    made = plan(model, 8, "h200", Workload("serve", tokens=512, w4=kind))
+    assert made.fitting == [RankGrid(1, 1, 8)]
+    of_experts = 60 * 48 * 3 * 7168 * 2048 * experts // 32  # bytes for 32 weights
+    rest = 2 * (K2.parameter_counts()[0] - 60 * 384 * 3 * 7168 * 2048)
+    weights = sizes(made.chosen.items)["weights"]
+    assert weights == pytest.approx(of_experts + rest, rel=1e-4)
+    assert made.cache_room(made.chosen) > 262_144  # a sequence of the longest context on each rank
+    assert not plan(model, 4, "h200", Workload("serve", tokens=512, w4=kind)).fitting
+    assert not plan(model, 8, "h100", Workload("serve", tokens=512, w4=kind)).fitting
+    assert plan(model, 16, "h100", Workload("serve", tokens=512, w4=kind)).fitting
+
+
 def test_training_kimi_k2():
     made = plan(K2, 16, "h200")
     assert made.fitting == [] and planner.fewest_gpus(made) == 128
@@ -173,6 +189,9 @@ def test_sizes_of_gpus():
         (dict(sharding="zero"), r"plan: sharding must be one of 'replicated', .*, got 'zero'"),
         (dict(workload=Workload("serve"), pp=2), r"plan: pp must be 1 where a model is served, got 2; generation has"),
         (dict(workload=Workload("serve"), sharding="fsdp"), r"plan: sharding must be one of 'replicated', got 'fsdp'"),
+        (dict(workload=Workload("serve", w4="int8")), r"plan: w4 must be one of 'int4', 'mxfp4', got 'int8'"),
+        (dict(workload=Workload("serve", w4="int4", fp8=True)), r"plan: w4 must be None but where a model is served"),
+        (dict(workload=Workload(w4="int4")), r"plan: w4 must be None but where a model is served with fp8=False"),
         (dict(workload=Workload("play")), r"plan: mode must be one of 'train', 'serve', got 'play'"),
         (dict(workload=Workload(tokens=0)), r"plan: tokens must be an int >= 1, got 0"),
         (dict(workload=Workload(load=0.5)), r"plan: load must be at least 1, the mean, got 0.5"),
@@ -211,6 +230,10 @@ def test_command(capsys):
     assert main(["info", "kimi-k2", "--gpus", "16", "--gpu", "h200", "--serve", "--fp8"]) == 0
     printed = capsys.readouterr().out
     assert "88.2*" in printed and "131,072 tokens" in printed
+    arguments = ["--gpus", "8", "--gpu", "h200", "--serve", "--w4", "int4"]
+    assert main(["info", "kimi-k2-thinking", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "serving, bfloat16, experts in INT4;" in printed and "dispatch sends 66.2 KB in bfloat16" in printed
     assert main(["info", "tiny", "--gpus", "8", "--gpu", "4090", "--train", "--pp", "2", "--ep", "2"]) == 0
     assert "pp 2, edp 2, ep 2, replicated" in capsys.readouterr().out
     for arguments, message in {

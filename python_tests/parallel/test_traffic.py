@@ -11,7 +11,8 @@ from test_footprint import config
 from k2kernels.model import K2Config
 from k2kernels.parallel import exchange, footprint, traffic
 from k2kernels.parallel.exchange import DispatchOptions
-from k2kernels.parallel.planner import RankGrid, stage_weights
+from k2kernels.parallel.planner import RankGrid, Workload, plan, stage_weights
+from k2kernels.parallel.planner_table import serving_markdown
 from k2kernels.parallel.split import Split
 from k2kernels.parallel.torch_transport import Hop, TorchTransport
 from k2kernels.parallel.traffic import Step
@@ -166,6 +167,19 @@ def test_bytes_of_weights():
     assert sizes["dense: weights"].bytes + sizes["dense: gradients"].bytes == 2 * 4 * dense * 15 / 16
     pipeline = traffic.traffic(K2, RankGrid(2, 1, 8), step, every)
     assert next(s for s in pipeline if s.name == "pipeline").bytes == 4 * 2 * 4096 * 7168 * 2
+
+
+def test_the_page_has_what_serving_takes():
+    thinking = K2Config.preset("kimi-k2-thinking")
+    kinds = {"bfloat16": {}, "FP8": dict(fp8=True), "INT4": dict(w4="int4"), "MXFP4": dict(w4="mxfp4")}
+    workloads = {name: Workload("serve", tokens=512, **kind) for name, kind in kinds.items()}
+    node = {name: plan(thinking, 8, "h200", workload) for name, workload in workloads.items()}
+    two = {name: plan(thinking, 16, "h100", workload) for name, workload in workloads.items()}
+    table = serving_markdown([*node.items(), *two.items()])
+    assert table in PAGE.read_text(encoding="utf-8"), f"docs/scale.md must have\n{table}"
+    sent = [traffic.served_bytes(thinking, 8, fp8) for fp8 in (False, True)]
+    assert [[round(size / 1000) for size in both] for both in sent] == [[66, 100], [34, 100]]
+    assert sent[0][1] == 100_352  # as below, where heads are divided
 
 
 def test_the_page_has_these_tables():

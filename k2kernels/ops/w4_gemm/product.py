@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from k2kernels.ops._check import Arguments, check_groups
 from k2kernels.ops._launch import chip, launch, rows_on_16_bytes
 from k2kernels.ops._register import declare
+from k2kernels.ops.w4_gemm.gradient import grouped_w4_gemm_dgrad
 from k2kernels.ops.w4_gemm.packed import W4, check_w4
 from k2kernels.reference import w4_gemm as reference
 
@@ -45,8 +48,9 @@ def grouped_w4_gemm(
         out: [S, N], or [S, N/2] with `swiglu`, bfloat16, to write into; rows of no group stay as they are.
 
     Returns:
-        [S, N], or [S, N/2] with `swiglu`, bfloat16. Rows of no group are unspecified (zeros by the reference). Not
-        differentiable.
+        [S, N], or [S, N/2] with `swiglu`, bfloat16. Rows of no group are unspecified (zeros by the reference).
+        Differentiable in a: the backward pass multiplies by the dequantised weights of some experts at a time, and with
+        `swiglu` computes the product again. Weights have no gradient.
 
     Raises:
         TypeError, ValueError: for dtypes and shapes, and, on a CPU, for groups out of range.
@@ -73,7 +77,7 @@ def w4_gemm(
         swiglu, batch_invariant, out: as `grouped_w4_gemm` takes them; `out` has M rows.
 
     Returns:
-        [M, N], or [M, N/2] with `swiglu`, bfloat16. Not differentiable.
+        [M, N], or [M, N/2] with `swiglu`, bfloat16; differentiable in a.
 
     Raises:
         TypeError, ValueError: for dtypes and shapes.
@@ -96,7 +100,6 @@ def _operands(args: Arguments, a: Tensor, w: W4, axes: int, swiglu: bool) -> tup
     args.require(w.shape[-1] == a.shape[1], "the K of w4", lambda: f"{a.shape[1]} like that of a", w.shape[-1])
     remedy = f"pack it with pack_w4(..., gated={swiglu})"
     args.require(w.gated == swiglu, "w4", f"packed with gated={swiglu} for swiglu={swiglu}", f"gated={w.gated}", remedy)
-    args.no_gradient(a=a)
     return a, w
 
 
@@ -117,7 +120,7 @@ def _multiply(
         return _grouped_w4_gemm(*inputs)
     out = args.tensor("out", out, (a.shape[0], n // 2 if swiglu else n), torch.bfloat16)
     args.writable("out", out)
-    args.no_gradient(out=out)
+    args.no_gradient(a=a, out=out)
     _grouped_w4_gemm.out(*inputs, out)
     return out
 
@@ -127,6 +130,16 @@ def multiply(
 ) -> Tensor:
     """`grouped_w4_gemm` without checks, batch_invariant: the bits do not depend on how many experts a rank has."""
     return _grouped_w4_gemm(a, w.data, offsets, counts, w.kind, *w.shape[1:], swiglu, True, expected)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    a, *operands, ctx.kind, ctx.n, ctx.k, swiglu, _, ctx.expected = inputs
+    ctx.save_for_backward(a if swiglu else None, *operands)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple:
+    sizes = ctx.kind, ctx.n, ctx.k, ctx.expected
+    return grouped_w4_gemm_dgrad(grad.contiguous(), *ctx.saved_tensors, *sizes), *[None] * 9
 
 
 def _outputs(a: Tensor, n: int, swiglu: bool, *, out: Tensor | None = None) -> Tensor:
@@ -157,6 +170,8 @@ _grouped_w4_gemm = declare(
     outputs=_outputs,
     launch=_launch,
     validate=lambda a, offsets, counts: check_groups("grouped_w4_gemm", offsets, counts, a.shape[0]),
+    setup_context=_setup,
+    backward=_gradient,
     out=(),
     out_reference=reference.grouped_w4_gemm_out,
 )
