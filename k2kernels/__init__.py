@@ -4,7 +4,6 @@ PyTorch is imported, and the ops are registered with its dispatcher, when a name
 program that calls `torch.ops.k2kernels` alone, as exported ones do, uses one before: `from k2kernels import backend`.
 """
 
-# ruff: noqa: F403, F405
 import importlib
 from typing import TYPE_CHECKING, Any
 

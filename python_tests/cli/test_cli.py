@@ -139,7 +139,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
         ("generate", str(checkpoint), "--prompt", "x", "--device", "meta"): "device must hold data, got 'meta'",
         ("generate", str(checkpoint), "--prompt", "x", "--seed", "-1"): "seed must be an int >= 0, got -1",
         ("generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "100000"): "at most 512 tokens together",
-        ("generate", str(checkpoint), "--prompt", "x", "--cache-dtype", "int4"): "cache_dtype",
+        ("generate", str(checkpoint), "--prompt", "x", "--cache-dtype", "int4"): "--cache-dtype must be one of",
         (
             "generate",
             str(checkpoint),
@@ -147,7 +147,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
             "x",
             "--prefill-chunk",
             "0",
-        ): "prefill_chunk must be an int >= 1, got 0",
+        ): "--prefill-chunk must be an int >= 1, got 0",
         ("info", "kimi-k9"): "kimi-k9",
         ("info", str(tmp_path)): "config.json",
         ("convert", str(tmp_path / "none"), out, "--to", "bf16"): "none",

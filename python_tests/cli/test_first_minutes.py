@@ -229,7 +229,7 @@ def test_the_decoder_of_kimi_vl(model, tmp_path):
     text = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({"model_type": "kimi_vl", "text_config": text}))
     tensors = {f"language_model.{name}": tensor for name, tensor in load_file(path / "model.safetensors").items()}
-    tensors["vision_tower.x"] = tensors["multi_modal_projector.linear_1.weight"] = torch.ones(2)
+    tensors |= {"vision_tower.x": torch.ones(2), "multi_modal_projector.linear_1.weight": torch.ones(2)}
     save_file(tensors, path / "model.safetensors")
     ids = torch.tensor([[1, 2, 3]])
     want = K2Model.from_pretrained(model, progress=False)(ids)
