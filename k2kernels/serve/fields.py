@@ -17,7 +17,7 @@ from k2kernels.text.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "verbosity"}
 STOPS, LOGPROBS, PROMPTS = 4, 20, 128  # at most
-SEEDS, MOST = 2**64, 2**31 - 1
+SEEDS, MOST = 2**63, 2**31 - 1
 Check = Callable[[str, Any], Any]
 
 

@@ -1,21 +1,16 @@
-import os
-import re
-import subprocess
+import http.client
+import importlib
+import json
 import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import openai
 import pytest
 import torch
 import uvicorn
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "model"), str(TESTS / "text")]  # tiny.py, kimi_files.py
-
-import kimi_files
-import tiny
 
 from k2kernels.engine import Engine
 from k2kernels.model import K2Model
@@ -23,7 +18,9 @@ from k2kernels.serve.app import Server
 from k2kernels.text.chat import load_chat
 from k2kernels.text.tokenizer import load_tokenizer
 
-NAME = "tiny"
+TESTS, NAME = Path(__file__).parents[1], "tiny"
+sys.path[:0] = [str(TESTS / "model"), str(TESTS / "text")]
+tiny, kimi_files = map(importlib.import_module, ("tiny", "kimi_files"))
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +31,7 @@ def directory(tmp_path_factory):
     first = kimi_files.write(path)
     torch.manual_seed(0)
     size, end = first + len(kimi_files.KIMI_TOKENS), first + kimi_files.KIMI_TOKENS.index("<|im_end|>")
-    tiny.model(num_hidden_layers=2, vocab_size=size, eos_token_id=end).save_pretrained(path)
+    tiny.model(num_hidden_layers=1, vocab_size=size, eos_token_id=end).save_pretrained(path)
     return path
 
 
@@ -82,18 +79,15 @@ def until(condition, seconds=20):
         time.sleep(0.005)
 
 
-def command(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    environment.pop("K2KERNELS_API_KEY", None)
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "-m", "k2kernels", *arguments], text=True, env=environment, **pipes)
-
-
-def address(process):
-    """Where `k2kernels serve` listens, from what it prints."""
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if found := re.search(r"at (http://\S+)/v1", line):
-            return found[1]
-    raise AssertionError("".join(lines))
+def post(url, path, body, **headers):
+    """Status, object and headers, without a client that checks the request."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    try:
+        connection.request(
+            "POST" if body is not None else "GET", path, data, {"content-type": "application/json"} | headers
+        )
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(), answer.headers
+    finally:
+        connection.close()
