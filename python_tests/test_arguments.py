@@ -28,6 +28,9 @@ CALLS = {
         q=torch.randn(2, 1, 3, 576), kv_cache=CACHE, block_table=TABLE, seq_lens=ints(5, 20), softmax_scale=0.1,
         causal=True, head_dim_v=512, split=16, out=torch.empty(2, 1, 3, 512), return_max_logits=False,
     ),
+    "linear_log_probs": dict(
+        hidden=X, weight=torch.randn(9, 256), targets=ints(0, 1, 2, 3, 4, 8), temperature=1.0, entropy=False
+    ),
     "mla_append": dict(
         kv=torch.randn(2, 576), kv_cache=CACHE.clone(), block_table=TABLE, positions=ints(3, 4), power_of_two=False
     ),
