@@ -18,6 +18,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
 HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
 HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
@@ -38,7 +40,8 @@ test: env
 env: $(READY)
 
 # If PYTHON has a suitable torch, the environment uses PYTHON's packages; else it gets the CPU build of torch on a machine
-# without an NVIDIA GPU, which avoids gigabytes of CUDA packages.
+# without an NVIDIA GPU, which avoids gigabytes of CUDA packages. Where only PyPI answers, it gets PyPI's.
+# The kernels are compiled before pip installs the package, which finds them done: pip would show nothing of it.
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell find csrc cmake -type f ! -name '*.md')
 	@$(PYTHON) -c '$(HAS_PYTHON)' || { echo "k2kernels needs Python >= 3.10, got `$(PYTHON) --version`; make PYTHON=..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -48,9 +51,14 @@ $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell fi
 	fi
 	@if $(PY) -c '$(HAS_TORCH)' 2>/dev/null; then :; \
 	elif test `uname` != Linux || nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.10'; \
-	else $(PIP) -r requirements-cpu.txt 2>/dev/null \
-	  || $(PIP) --index-url https://download.pytorch.org/whl/cpu 'torch>=2.10'; fi
+	else echo "installing the CPU build of torch"; \
+	    $(PIP) -r requirements-cpu.txt 2>/dev/null \
+	    || $(PIP) --retries 1 --timeout 15 --index-url $(CPU_INDEX) 'torch>=2.10' 2>/dev/null \
+	    || { echo "$(CPU_INDEX) does not answer; installing the torch of PyPI, with gigabytes of CUDA packages" >&2; \
+	         $(PIP) 'torch>=2.10'; }; fi
 	$(PIP) 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
+	@echo "compiling the kernels, for the GPUs if nvcc is there and for the emulator: minutes at first, then what changed"
+	$(PY) setup.py --quiet build_ext --inplace
 	$(PIP) --no-build-isolation --editable '.[cli,test]'
 	@touch $@
 

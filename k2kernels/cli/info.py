@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from k2kernels.model.capacity import capacity
     from k2kernels.model.config import K2Config
 
-    is_path = Path(options.model).exists()
+    is_path = Path(options.model).expanduser().exists() or "/" in options.model
     config = K2Config.from_pretrained(options.model) if is_path else K2Config.preset(options.model)
     if options.gpus is None and options.gpu is None and options.mode is None:
         print(capacity(config).format())

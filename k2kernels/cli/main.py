@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from k2kernels import __version__
 from k2kernels._backend import UnsupportedError
@@ -32,7 +32,24 @@ def parser() -> argparse.ArgumentParser:
         summary = module.__doc__.strip().splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
+    _add_completion(top, commands.choices.values())
     return top
+
+
+def _add_completion(top: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentParser]) -> None:
+    """`k2kernels --print-completion bash`, where shtab is installed."""
+    try:
+        import shtab
+    except ImportError:
+        return
+    shtab.add_argument_to(top, ["--print-completion"], help="print what completes arguments in this shell")
+    for command in commands:
+        for action in command._actions:
+            kinds = str(action.metavar or "").split("|")
+            if "FILE" in kinds:
+                action.complete = shtab.FILE
+            elif {"DIR", "SRC", "DST"} & set(kinds):
+                action.complete = shtab.DIRECTORY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
