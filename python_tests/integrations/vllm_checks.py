@@ -71,9 +71,17 @@ def engine(checkpoint):
     def make(dtype="float32", **options):
         made.append(
             vllm.LLM(
-                str(checkpoint), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_model_len=512,
-                max_num_seqs=8, attention_backend="CPU_MLA", disable_log_stats=True, seed=0, **options,
-            )  # fmt: skip
+                str(checkpoint),
+                dtype=dtype,
+                skip_tokenizer_init=True,
+                enforce_eager=True,
+                max_model_len=512,
+                max_num_seqs=8,
+                attention_backend="CPU_MLA",
+                disable_log_stats=True,
+                seed=0,
+                **options,
+            )
         )
         return made[0]
 
