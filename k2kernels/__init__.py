@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "W4",
     "Dispatched",
+    "LogProbs",
     "MlaOutput",
     "PeerTimeout",
     "Routing",
@@ -38,6 +39,7 @@ __all__ = [
     "grouped_w4_linear",
     "info",
     "launch_count",
+    "linear_log_probs",
     "merge_attention_states",
     "mla_append",
     "mla_decode",

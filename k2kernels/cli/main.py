@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 
 from k2kernels import __version__
 from k2kernels._backend import UnsupportedError
-from k2kernels.cli import bench, convert, doctor, generate, info, train
+from k2kernels.cli import bench, chat, convert, doctor, generate, info, serve, train
 
 COMMANDS = {
     "doctor": doctor,
     "train": train,
     "generate": generate,
+    "serve": serve,
+    "chat": chat,
     "convert": convert,
     "info": info,
     "bench": bench,
@@ -58,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("k2kernels"):
             raise
-        message = f"needs the package {error.name!r}; pip install 'k2kernels[cli]' brings all that the commands need"
+        extra = "serve" if options.command in ("serve", "chat") else "cli"
+        message = (
+            f"needs the package {error.name!r}; pip install 'k2kernels[{extra}]' brings all that the commands need"
+        )
     except (ValueError, TypeError, UnsupportedError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):  # `k2kernels ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
