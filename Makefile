@@ -5,6 +5,7 @@
 # make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
+# make serve-load    `k2kernels serve` with 64 clients for a minute, some of which go away, kill -9 and SIGTERM
 # make test-transformers    the tests of integrations.transformers with each version that it names
 # make clean   removes build outputs (make distclean: the environment too)
 #
@@ -27,7 +28,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize kills test-transformers clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills serve-load test-transformers clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -93,6 +94,9 @@ sanitize: env
 
 kills: env
 	K2K_KILLS=30 timeout 900 $(PY) -m pytest -q -s python_tests/test_kills.py
+
+serve-load: env
+	PYTHONPATH=. $(PY) bench/serve_load.py
 
 # Each version in an environment of its own, over the packages of VENV; 5.17 wants an older huggingface_hub.
 TRANSFORMERS := 5.17.0 5.23.0 5.24.0
