@@ -28,8 +28,9 @@ from k2kernels.model.presets import PRESETS
 # decoder is Moonlight.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 WRAPPER_TYPES = ("kimi_k25", "kimi_vl")
-# Models whose tensors are named and quantised as here, which is enough to convert them.
-CONVERTED_TYPES = ("deepseek_v2", "deepseek_v32")
+# Models whose tensors are named, sized and quantised as here, which is enough to convert and to count them, and what
+# they have besides.
+CONVERTED_TYPES = {"deepseek_v2": "", "deepseek_v32": "the indexer of its sparse attention"}
 # Models that are taken for relatives, and what they have that this model has not.
 _OTHER_TYPES = {
     "kimi_k3": "Kimi-K3: linear attention (KDA), experts of a narrower latent",

@@ -236,6 +236,23 @@ def test_the_decoder_of_kimi_vl(model, tmp_path):
     assert torch.equal(K2Model.from_pretrained(path, progress=False)(ids), want)
 
 
+def test_info_of_what_is_not_run(model, tmp_path, capsys):
+    """Sizes need no weights of a known kind, and are those of the family."""
+    assert main(["info", str(model)]) == 0
+    want = capsys.readouterr().out
+    values = json.loads((model / "config.json").read_text())
+    for changes, note in (
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ""),
+        ({"model_type": "deepseek_v32"}, "the indexer of its sparse attention is not counted"),
+        ({"model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax"}, "but not run"),
+        ({"model_type": "kimi_vl", "text_config": {**values, "quantization_config": {"quant_method": "gptq"}}}, ""),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**values, **changes}))
+        assert main(["info", str(tmp_path)]) == main(["info", str(tmp_path / "config.json")]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == want * 2 and note in printed.err, changes
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_in_shells(shell, capsys):
     pytest.importorskip("shtab")
