@@ -8,6 +8,7 @@
 # make serve-load    `k2kernels serve` with 64 clients for a minute, some of which go away, kill -9 and SIGTERM
 # make test-transformers    the tests of integrations.transformers with each version that it names
 # make test-vllm    the backend of integrations.vllm inside vLLM's engine on a CPU (4 GB in build/, an environment of its own)
+# make test-torchtitan      the tests of integrations.torchtitan, with the version that it names
 # make clean   removes build outputs (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
@@ -29,7 +30,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize kills serve-load test-transformers test-vllm clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills serve-load test-transformers test-vllm test-torchtitan clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -129,6 +130,16 @@ $(VLLM_ENV)/.ready: | env
 	$(VLLM_ENV)/bin/pip install --quiet -r $(VLLM_ENV)/needs.txt 2>/dev/null || $(VLLM_ENV)/bin/pip install --quiet \
 	    --extra-index-url https://download.pytorch.org/whl/cpu -r $(VLLM_ENV)/needs.txt
 	@touch $@
+
+# torchtitan without what its data loaders need.
+TORCHTITAN := 0.3.0
+test-torchtitan: env
+	test -x build/torchtitan/bin/python || $(PY) -m venv build/torchtitan
+	$(PY) -c '$(SITE)' > "`build/torchtitan/bin/python -c '$(SITE)'`/venv_packages.pth"
+	build/torchtitan/bin/pip install --quiet --no-deps torchtitan==$(TORCHTITAN)
+	build/torchtitan/bin/pip install --quiet tyro torch_checkpointing spmd_types
+	PYTHONPATH=. build/torchtitan/bin/python -m pytest -q $(addprefix python_tests/integrations/,torchtitan_checks.py \
+	    test_torchtitan.py)
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out
