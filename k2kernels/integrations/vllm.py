@@ -102,6 +102,12 @@ def fixed_split(tokens: int, heads: int, length: int) -> int:
     return -(-length // (64 * units)) * 64
 
 
+def is_batch_invariant() -> bool:
+    from vllm import envs
+
+    return envs.VLLM_BATCH_INVARIANT
+
+
 def write(latent: Tensor, rope: Tensor, cache: Tensor, slots: Tensor, table: Tensor) -> None:
     """Writes rows to the slots of a cache.
 
@@ -157,7 +163,6 @@ def _backends() -> tuple[type, type]:
     import vllm
 
     check_version(vllm.__version__)
-    from vllm import envs
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention import mla_attention as mla
     from vllm.v1.attention.backend import MultipleOf
@@ -168,7 +173,7 @@ def _backends() -> tuple[type, type]:
         reorder_batch_threshold = THRESHOLD
 
         def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any, **more: Any):
-            if envs.VLLM_BATCH_INVARIANT:  # no token may take another path
+            if is_batch_invariant():  # no token may take another path
                 self.reorder_batch_threshold = vllm_config.scheduler_config.max_num_batched_tokens
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **more)
 
@@ -189,7 +194,7 @@ def _backends() -> tuple[type, type]:
                 self.supports_quant_query_input = False
                 self.table = torch.empty(1, 0, dtype=torch.int32)
                 self.split = "auto"
-                if envs.VLLM_BATCH_INVARIANT:
+                if is_batch_invariant():
                     tokens, length = config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len
                     self.split = fixed_split(tokens, self.num_heads, length)
 
