@@ -39,6 +39,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--lr", type=float, default=0.02, help="learning rate of the matrices (Muon)")
     add("--adamw-lr", type=float, default=3e-3, help="learning rate of everything else")
     add("--threshold", type=float, default=30.0, help="QK-clip threshold on the largest scaled logit")
+    add("--fim-rate", type=float, metavar="RATE", help="fraction of sequences whose middle is moved to the end")
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=50, metavar="STEPS")
     add("--ep", type=int, default=1, metavar="RANKS", help="under torchrun: processes that share the experts")
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     if options.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
     names = ("config", "start", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed")
-    given = {name: getattr(options, name) for name in (*names, "fp8", "w4", "dtype")}
+    given = {name: getattr(options, name) for name in (*names, "fp8", "w4", "dtype", "fim_rate")}
     chosen = TrainOptions(text=tuple(options.text), **given)
     with (
         launched(ep=options.ep, device=options.device, timeout=options.timeout) as ranks,

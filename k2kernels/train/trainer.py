@@ -25,7 +25,7 @@ from k2kernels.model.files import lock, replace_file
 from k2kernels.optim import MuonClip, QKClip
 from k2kernels.parallel import Layout, checkpoint_info, load_checkpoint, parallelize, save_checkpoint
 from k2kernels.parallel.launch import ALONE, Launched
-from k2kernels.train.data import Corpus, read_text, read_tokenizer, train_tokenizer, xz_bits_per_byte
+from k2kernels.train.data import FIM_TOKENS, Corpus, read_text, read_tokenizer, train_tokenizer, xz_bits_per_byte
 from k2kernels.train.plots import plot_loss, plot_max_logits
 
 OPTIMIZERS = ("muonclip", "muon", "adamw")
@@ -59,6 +59,7 @@ class TrainOptions:
     w4: str | None = None  # "int4" or "mxfp4": the kind to which routed experts are quantised in each pass
     dtype: str | None = None  # of the weights: "float32" or "bfloat16"; None: bfloat16 with w4, else float32
     seed: int = 0
+    fim_rate: float | None = None  # the fraction of sequences that become prefix, suffix, middle
 
     def __post_init__(self) -> None:
         if self.start is not None and self.config != "tiny":
@@ -81,6 +82,11 @@ class TrainOptions:
         for name in ("steps", "batch_size", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.fim_rate is not None and not (0 < self.fim_rate <= 1 and self.length >= 8):
+            raise ValueError(
+                f"--fim-rate must be above 0 and at most 1, with a --length of 8 or more, got {self.fim_rate} and "
+                f"{self.length}"
+            )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed must be from 0 to {2**31 - 1}, got {self.seed}")
         for name in ("lr", "adamw_lr", "threshold"):
@@ -166,13 +172,18 @@ class Trainer:
         config = _config(options.config if options.start is None else options.start)
         if options.length > config.max_position_embeddings:
             raise ValueError(f"--length must be at most {config.max_position_embeddings}, got {options.length}")
+        fim = () if options.fim_rate is None else FIM_TOKENS
         if options.start is not None:
             self.tokenizer = read_tokenizer(Path(options.start).expanduser(), config.vocab_size)
+            if missing := [token for token in fim if self.tokenizer.token_to_id(token) is None]:
+                raise ValueError(
+                    f"--fim-rate needs a tokenizer with {', '.join(fim)}, got none of {', '.join(missing)}"
+                )
         else:
-            self.tokenizer = train_tokenizer(text, config.vocab_size)
+            self.tokenizer = train_tokenizer(text, config.vocab_size, fim)
             # A text of few words gives fewer tokens; ids without one would be sampled.
             config = dataclasses.replace(config, vocab_size=self.tokenizer.get_vocab_size())
-        self.corpus = Corpus.encode(text, self.tokenizer)
+        self.corpus = Corpus.encode(text, self.tokenizer, fim_rate=options.fim_rate)
         if len(self.corpus.train) <= options.length:
             raise ValueError(f"--length {options.length} needs more text: it has {len(self.corpus.train)} tokens")
         self.xz = xz_bits_per_byte(text)

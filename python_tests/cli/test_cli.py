@@ -115,6 +115,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
         ("train", "--out", out, "--lr", "nan"): "--lr must be positive, got nan",
         ("train", "--out", out, "--seed", "-1"): "--seed must be from 0 to 2147483647, got -1",
         ("train", "--out", out, "--seed", str(10**11)): "--seed must be from 0 to 2147483647, got 100000000000",
+        ("train", "--out", out, "--fim-rate", "1.5"): "--fim-rate must be above 0 and at most 1",
         ("train", "--out", out, "--threads", str(10**11)): "--threads must be from 1 to 1024, got 100000000000",
         ("train", "--out", ""): "--out must name a directory, got an empty name",
         ("train", "--out", str(tmp_path / "binary"), "--steps", "1"): "must be a directory, got a file",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from k2kernels.engine import Engine
 from k2kernels.model import K2Config, K2Model
 
 ROOT = Path(__file__).parents[2]
@@ -27,15 +28,17 @@ def test_log_probs_of_a_model():
         model.log_probs(ids[:, :1])
 
 
-def test_the_example_of_grpo(tmp_path, capsys):
+def test_the_example_of_grpo(tmp_path, capsys, monkeypatch):
+    forgotten, forget = [], Engine.forget
+    monkeypatch.setattr(Engine, "forget", lambda engine: forgotten.append(forget(engine)))
     main = runpy.run_path(str(ROOT / "examples" / "grpo_tiny.py"))["main"]
     out = tmp_path / "curve.jsonl"
     rows = main(["--warmup", "2", "--updates", "3", "--tests", "4", "--out", str(out)])
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     updates = rows[1:-1]
-    assert len(updates) == 3 and "after 3 updates" in capsys.readouterr().out
+    assert len(updates) == len(forgotten) == 3 and "after 3 updates" in capsys.readouterr().out
     assert updates[0]["kl"] == 0  # exactly
-    # Rounding of float32. Pages of the former weights, or other places of the texts, give 0.01 and more.
+    # Rounding of float32; other places of the texts give 0.01 and more.
     assert max(row["sampler_gap"] for row in updates) < 1e-4
 
 
