@@ -159,6 +159,7 @@ async def measure(options: argparse.Namespace, path: Path) -> dict:
     before = await metrics(client)
     await vanish(client, options.clients)
     line["idle_after_vanished_seconds"] = round(await idle(client), 3)
+    assert line["idle_after_vanished_seconds"] < 5, line  # an answer takes much longer
     after = await metrics(client)
     gone = 'requests_total{outcome="gone"}'
     line["vanished"] = int(after.get(gone, 0) - before.get(gone, 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 from k2kernels.cli.serve import add_model_arguments, load
 
@@ -30,9 +30,10 @@ def run(options: argparse.Namespace) -> int:
     from k2kernels.text.stream import TextStream
 
     names = ("max_new_tokens", "temperature", "top_p", "seed")
-    sampling = Sampling(**{name: getattr(options, name) for name in names})
-    engine, tokenizer = load(options)
-    chat = load_chat(Path(options.checkpoint), tokenizer)
+    sampling = Sampling(**{name: getattr(options, name) for name in names})  # refuses what is wrong before it loads
+    path, engine, tokenizer = load(options)
+    chat = load_chat(path, tokenizer)
+    sampling = replace(sampling, eos_token_ids={*engine.model.config.eos_token_ids, *chat.ends})
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     history = list(system)
     with contextlib.suppress(ImportError):

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Tokens that end a turn in this family; config.json of some checkpoints (Kimi-VL) does not name its own.
-TURN_ENDS = ("<|im_end|>", "<｜end▁of▁sentence｜>")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -62,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     from k2kernels.parallel import expert_parallel
     from k2kernels.parallel.launch import launched
     from k2kernels.text.chat import load_chat
-    from k2kernels.text.tokenizer import load_tokenizer, special_token
+    from k2kernels.text.tokenizer import load_tokenizer
 
     path = checkpoint_folder(options.checkpoint)
     check_pointers(path, ("tokenizer.json", "tiktoken.model"))
@@ -73,8 +71,7 @@ def run(options: argparse.Namespace) -> int:
     if options.chat:
         chat = load_chat(path, tokenizer)
         prompts = [chat.encode([{"role": "user", "content": text}]) for text in texts]
-        ends = [name for name in (*TURN_ENDS, special_token(path, "eos_token")) if name in tokenizer.added_tokens]
-        stops = list(dict.fromkeys([*stops, *(tokenizer.encode(name)[0] for name in ends)]))
+        stops = list(dict.fromkeys([*stops, *chat.ends]))
     else:
         prompts = [tokenizer.encode(text) for text in texts]
         bos = [] if options.no_bos else tokenizer.bos

@@ -36,17 +36,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--max-seconds", type=float, default=600.0, metavar="S", help="of a request")
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The engine and the tokenizer."""
+def load(options: argparse.Namespace) -> tuple[Path, Any, Any]:
+    """The directory, the engine and the tokenizer."""
+    from k2kernels.model.folder import check_pointers, checkpoint_folder
     from k2kernels.serve.load import load_engine
     from k2kernels.text.tokenizer import load_tokenizer
 
-    path = Path(options.checkpoint)
-    if not path.is_dir():
-        raise ValueError(f"{path}: must be a directory with a checkpoint")
+    path = checkpoint_folder(options.checkpoint)
+    check_pointers(path, ("tokenizer.json", "tiktoken.model"))
     tokenizer = load_tokenizer(path)
     names = ("device", "keep_quantized", "cache_tokens", "cache_dtype", "max_batch_tokens", "speculative")
-    return load_engine(path, **{name: getattr(options, name) for name in names}), tokenizer
+    return path, load_engine(path, **{name: getattr(options, name) for name in names}), tokenizer
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,8 +68,7 @@ def run(options: argparse.Namespace) -> int:
     from k2kernels.text.chat import load_chat
 
     with bind(options.host, options.port) as bound:
-        engine, tokenizer = load(options)
-        path = Path(options.checkpoint)
+        path, engine, tokenizer = load(options)
         try:
             chat = load_chat(path, tokenizer)
         except ValueError as error:

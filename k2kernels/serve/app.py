@@ -115,11 +115,14 @@ class Server:
         if self.closing or self.engine.error is not None:
             raise _unavailable("the server is shutting down" if self.closing else "the engine has failed")
         self._authorize(request)
-        until = time.monotonic() + self.max_seconds
+        loop, until = asyncio.get_running_loop(), time.monotonic() + self.max_seconds
         requests: list[engines.Request] = []
         self.open += 1
         try:
-            body = parse_json(await _within(self._body(request), until))
+            try:
+                body = parse_json(await asyncio.wait_for(self._body(request), self.max_seconds))
+            except asyncio.TimeoutError:
+                raise _too_long() from None
             self._check_model(body.get("model"))
             order = await asyncio.to_thread(order_of, body, self.engine, self.tokenizer, self.chat)
             event = asyncio.Event()
@@ -127,6 +130,7 @@ class Server:
             self._submit(order, requests, event, scores)
             answer = Answer(order, requests, self.tokenizer, self.name)
             parts = self._parts(answer, event, scores, until)
+            timer = loop.call_later(max(until - time.monotonic(), 0), event.set)
             work = asyncio.ensure_future(_send(answer, parts, request, send))
             gone = asyncio.ensure_future(_disconnected(request))
             try:
@@ -136,9 +140,9 @@ class Server:
                 outcome = "gone" if not work.done() else "failed" if answer.failed else "ok"
                 self.outcomes.labels(outcome).inc()
             finally:
-                for task in (work, gone):
-                    task.cancel()
-                await asyncio.wait({work, gone})
+                for one in (*requests, timer, work, gone):
+                    one.cancel()
+                await asyncio.gather(work, gone, return_exceptions=True)
         except (ClientDisconnect, OSError):
             self.outcomes.labels("gone").inc()
         finally:
@@ -179,9 +183,11 @@ class Server:
         left, order, before = list(answer.readers), answer.order, time.monotonic()
         histogram, started = self.first, set()
         while left:
-            await _within(event.wait(), until)
+            await event.wait()  # not wait_for, which may lose a cancellation before Python 3.12
             event.clear()
             now = time.monotonic()
+            if now >= until - 0.01:  # the timer
+                raise _too_long()
             histogram.observe(now - before)
             histogram, before = self.between, now
             for reader in list(left):
@@ -261,12 +267,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _within(work: Any, until: float) -> Any:
-    try:
-        return await asyncio.wait_for(work, until - time.monotonic())
-    except asyncio.TimeoutError:
-        headers = {"x-should-retry": "false"}
-        raise Refused("the request took too long", status=504, kind="timeout", headers=headers) from None
+def _too_long() -> Refused:
+    headers = {"x-should-retry": "false"}  # of OpenAI's clients
+    return Refused("the request took too long", status=504, kind="timeout", headers=headers)
 
 
 def _unavailable(message: str) -> Refused:

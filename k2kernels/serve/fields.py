@@ -99,6 +99,7 @@ def chat_order(body: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer, ch
             engine,
             given.get("max_completion_tokens", given.get("max_tokens")),
             given.get("top_logprobs", 0) if given.get("logprobs") else None,
+            [*engine.model.config.eos_token_ids, *chat.ends],
         ),
         logprobs=given.get("logprobs", False),
         tools=[] if given.get("tool_choice") == "none" else tools,
@@ -114,7 +115,7 @@ def text_order(body: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer, ch
     if prompts is None:
         raise Refused("prompt: must be given", "prompt")
     try:
-        ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = [_encode(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
     except (OverflowError, ValueError) as error:
         raise Refused(f"prompt: {error}", "prompt") from None
@@ -148,6 +149,12 @@ def _read(body: Mapping[str, Any], table: Mapping[str, Check]) -> dict[str, Any]
     return given
 
 
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """With the BOS token that the tokenizer asks for, once."""
+    ids, bos = tokenizer.encode(text), tokenizer.bos
+    return ids if ids[: len(bos)] == bos else bos + ids
+
+
 def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(
         n=given.get("n", 1),
@@ -158,7 +165,13 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _sampling(given: Mapping[str, Any], engine: Engine, max_tokens: int | None, logprobs: int | None) -> Sampling:
+def _sampling(
+    given: Mapping[str, Any],
+    engine: Engine,
+    max_tokens: int | None,
+    logprobs: int | None,
+    ends: list[int] | None = None,
+) -> Sampling:
     names = ("top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty")
     bias = {int(token): value for token, value in given.get("logit_bias", {}).items()}
     vocabulary = engine.model.config.vocab_size
@@ -170,6 +183,7 @@ def _sampling(given: Mapping[str, Any], engine: Engine, max_tokens: int | None, 
         seed=given["seed"] % SEEDS if "seed" in given else None,
         logit_bias=bias or None,
         logprobs=logprobs,
+        eos_token_ids=ends,
         **{name: given[name] for name in names if name in given},
     )
 

@@ -15,6 +15,8 @@ from k2kernels.text.tools import call_id
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Tokens that end a turn in this family; config.json of some checkpoints (Kimi-VL) does not name its own.
+TURN_ENDS = ("<|im_end|>", "<｜end▁of▁sentence｜>")
 PRIVATE = range(0xE000, 0xF900)  # Unicode's private use area
 # The turns of Kimi-K2 (chat_template.jinja of its checkpoints).
 KIMI = """\
@@ -75,6 +77,8 @@ class Chat:
         environment.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
         environment.globals.update(special or {})
         self.tokenizer, self.source = tokenizer, source
+        ends = [name for name in (*TURN_ENDS, (special or {}).get("eos_token")) if name in tokenizer.added_tokens]
+        self.ends = list(dict.fromkeys(tokenizer.encode(name)[0] for name in ends))  # ids that end a turn
         try:
             self._template = environment.from_string(template)
         except TemplateError as error:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import torch
-from conftest import NAME, Running, post, until
+from served import NAME, Running, post, until
 
 from k2kernels.engine import engine as engine_module
 from k2kernels.engine.sampling import Choice

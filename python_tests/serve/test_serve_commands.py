@@ -10,7 +10,7 @@ import threading
 import openai
 import pytest
 import torch
-from conftest import NAME, post, until
+from served import NAME, post, until
 
 from k2kernels.cli import main
 from k2kernels.model import K2Config
