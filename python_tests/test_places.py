@@ -53,7 +53,7 @@ def calls() -> dict[str, Callable]:
     sent = k.moe_dispatch(x, routing.indices, routing.weights, num_experts=8)
     dense = dict(a=a, a_scales=a_scales, b=b[0], b_scales=b_scales[0])
     groups = dict(a=a, a_scales=a_scales, b=b, b_scales=b_scales, expected_m=3, **rows)
-    int4, mxfp4 = k.quantize_int4_group32(torch.randn(2, 80, 256)), k.quantize_mxfp4(torch.randn(48, 256))
+    int4, mxfp4 = k.quantize_int4_group32(torch.randn(2, 80, 256) / 8), k.quantize_mxfp4(torch.randn(48, 256))
     return {
         "mla_decode": dict(decode, kv_cache=cache, out=torch.empty(2, 1, 16, 512, dtype=BF16)),
         "mla_decode of 656 bytes": dict(decode, kv_cache=quantised),

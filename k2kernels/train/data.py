@@ -38,7 +38,7 @@ def read_text(paths: Sequence[Path]) -> str:
     for path in paths:
         raw = Path(path).read_bytes()
         try:
-            text = raw.decode("utf-8")
+            text = raw.decode("utf-8-sig")  # without the mark that some editors put in front
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"--text {path}: must be UTF-8 text, got byte {raw[error.start]:#04x} at {error.start}"
@@ -91,6 +91,28 @@ def train_tokenizer(text: str, vocab_size: int, special_tokens: Sequence[str] = 
         special_tokens=list(special_tokens),
     )
     tokenizer.train_from_iterator([text], trainer)
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer.json of a checkpoint.
+
+    Raises:
+        ValueError: there is none, it is damaged, or has tokens that a model of `vocab_size` has not.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"--from {folder}: must hold tokenizer.json, got none; tiktoken.model is not read")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"--from {folder}: tokenizer.json cannot be read: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise ValueError(f"--from {folder}: tokenizer.json must have ids below {vocab_size}, got {largest}")
     return tokenizer
 
 
@@ -148,7 +170,7 @@ class Corpus:
         ids, bytes_per_token = [], []
         tokenizer.encode_special_tokens = True
         for part in hold_out(text):
-            tokens = torch.tensor(tokenizer.encode(part).ids)
+            tokens = torch.tensor(tokenizer.encode(part, add_special_tokens=False).ids)
             ids.append(tokens)
             bytes_per_token.append(len(part.encode()) / len(tokens))
         tokenizer.encode_special_tokens = False

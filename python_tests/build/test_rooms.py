@@ -31,6 +31,7 @@ FLOORS = {
     "parallel": {"parallel", "model", "functional", "optim", "ops", "_backend", "reference"},
     "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "functional", "ops", "reference"}
     | {"text"},
+    "serve": {"serve", "engine", "model", "text"},
     "testing": {"testing", "ops", "reference", "_backend"},
     "train": {"train", "parallel", "model", "optim", "ops"},
 }
