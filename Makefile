@@ -5,8 +5,10 @@
 # make gpu     on a machine with a GPU, offline, with the packages of PYTHON: builds, tests the kernels, measures them
 # make sanitize    the emulated kernels under ASan, and under TSan as a detector of races in shared and global memory
 # make kills   30 times kill -9 of each of save, convert and train, and what the next run makes of it (15 minutes at most)
+# make serve-load    `k2kernels serve` with 64 clients for a minute, some of which go away, kill -9 and SIGTERM
 # make test-transformers    the tests of integrations.transformers with each version that it names
 # make test-vllm    the backend of integrations.vllm inside vLLM's engine on a CPU (4 GB in build/)
+# make test-torchtitan      the tests of integrations.torchtitan, with the version that it names
 # make clean   removes build outputs (make distclean: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13). A torch >= 2.10 that it already has is kept. JOBS=1 runs the
@@ -19,6 +21,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
 HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
 HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
@@ -26,7 +30,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test env lint bench gpu sanitize kills test-transformers test-vllm clean distclean
+.PHONY: demo test env lint bench gpu sanitize kills serve-load test-transformers test-vllm test-torchtitan clean distclean
 .DELETE_ON_ERROR:
 
 demo: env
@@ -39,7 +43,8 @@ test: env
 env: $(READY)
 
 # If PYTHON has a suitable torch, the environment uses PYTHON's packages; else it gets the CPU build of torch on a machine
-# without an NVIDIA GPU, which avoids gigabytes of CUDA packages.
+# without an NVIDIA GPU, which avoids gigabytes of CUDA packages. Where only PyPI answers, it gets PyPI's.
+# The kernels are compiled before pip installs the package, which finds them done: pip would show nothing of it.
 $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell find csrc cmake -type f ! -name '*.md')
 	@$(PYTHON) -c '$(HAS_PYTHON)' || { echo "k2kernels needs Python >= 3.10, got `$(PYTHON) --version`; make PYTHON=..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -49,9 +54,14 @@ $(READY): pyproject.toml setup.py CMakeLists.txt requirements-cpu.txt $(shell fi
 	fi
 	@if $(PY) -c '$(HAS_TORCH)' 2>/dev/null; then :; \
 	elif test `uname` != Linux || nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.10'; \
-	else $(PIP) -r requirements-cpu.txt 2>/dev/null \
-	  || $(PIP) --index-url https://download.pytorch.org/whl/cpu 'torch>=2.10'; fi
+	else echo "installing the CPU build of torch"; \
+	    $(PIP) -r requirements-cpu.txt 2>/dev/null \
+	    || $(PIP) --retries 1 --timeout 15 --index-url $(CPU_INDEX) 'torch>=2.10' 2>/dev/null \
+	    || { echo "$(CPU_INDEX) does not answer; installing the torch of PyPI, with gigabytes of CUDA packages" >&2; \
+	         $(PIP) 'torch>=2.10'; }; fi
 	$(PIP) 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
+	@echo "compiling the kernels, for the GPUs if nvcc is there and for the emulator: minutes at first, then what changed"
+	$(PY) setup.py --quiet build_ext --inplace
 	$(PIP) --no-build-isolation --editable '.[cli,test]'
 	@touch $@
 
@@ -86,6 +96,9 @@ sanitize: env
 
 kills: env
 	K2K_KILLS=30 timeout 900 $(PY) -m pytest -q -s python_tests/test_kills.py
+
+serve-load: env
+	PYTHONPATH=. $(PY) bench/serve_load.py
 
 # Each version in an environment of its own, over the packages of VENV; 5.17 wants an older huggingface_hub.
 TRANSFORMERS := 5.17.0 5.23.0 5.24.0
@@ -126,6 +139,16 @@ $(VLLM_ENV)/.ready: | env
 build/vllm-$(VLLM_NEWEST)/.ready: $(VLLM_ENV)/.ready
 	$(VLLM_PIP) --no-deps --upgrade --target build/vllm-$(VLLM_NEWEST) vllm==$(VLLM_NEWEST)
 	@touch $@
+
+# torchtitan without what its data loaders need.
+TORCHTITAN := 0.3.0
+test-torchtitan: env
+	test -x build/torchtitan/bin/python || $(PY) -m venv build/torchtitan
+	$(PY) -c '$(SITE)' > "`build/torchtitan/bin/python -c '$(SITE)'`/venv_packages.pth"
+	build/torchtitan/bin/pip install --quiet --no-deps torchtitan==$(TORCHTITAN)
+	build/torchtitan/bin/pip install --quiet tyro torch_checkpointing spmd_types
+	PYTHONPATH=. build/torchtitan/bin/python -m pytest -q $(addprefix python_tests/integrations/,torchtitan_checks.py \
+	    test_torchtitan.py)
 
 clean:
 	rm -rf build *.egg-info k2kernels/_C* k2kernels/_emu*.so out

@@ -31,6 +31,8 @@ class CMakeBuild(build_ext):
         import pybind11  # a build requirement: not installed for other commands
 
         self._warn_of_torch()
+        # pip installs cmake and ninja here, which is in no PATH unless the environment is activated.
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build = Path(os.environ.get("K2K_BUILD_DIR", ROOT / "build" / tag))

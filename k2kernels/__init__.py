@@ -1,10 +1,12 @@
 """k2kernels: kernels, a thin model and the MuonClip optimizer for the Kimi-K2 / DeepSeek-V3 family.
 
-PyTorch is imported, and the ops are registered with its dispatcher, when a name of this package is first used. A
-program that calls `torch.ops.k2kernels` alone, as exported ones do, uses one before: `from k2kernels import backend`.
+The ops are registered with PyTorch's dispatcher at once where torch has been imported before, so that
+`import torch, k2kernels` is all that `torch.ops.k2kernels` and exported programs need. Where it has not, torch is
+imported when a name of this package is first used: the help of the command line does without.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "W4",
     "Dispatched",
+    "LogProbs",
     "MlaOutput",
     "PeerTimeout",
     "Routing",
@@ -36,6 +39,7 @@ __all__ = [
     "grouped_w4_linear",
     "info",
     "launch_count",
+    "linear_log_probs",
     "merge_attention_states",
     "mla_append",
     "mla_decode",
@@ -76,3 +80,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__, *_SUBPACKAGES]
+
+
+if "torch" in sys.modules:
+    importlib.import_module("k2kernels._api")

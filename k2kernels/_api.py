@@ -4,6 +4,7 @@
 from k2kernels._backend import PeerTimeout, UnsupportedError, backend, emulated, launch_count
 from k2kernels._info import info
 from k2kernels.functional.fp8_linear import fp8_linear, grouped_fp8_linear
+from k2kernels.functional.linear_log_probs import LogProbs, linear_log_probs
 from k2kernels.functional.moe_mlp import moe_mlp
 from k2kernels.functional.w4_linear import fake_quantize_int4, fake_quantize_mxfp4, grouped_w4_linear
 from k2kernels.ops.fp8_gemm import (

@@ -19,7 +19,7 @@ LOGITS = torch.randn(6, 8)
 ROUTING = k.moe_route(LOGITS, top_k=2)
 DISPATCHED = k.moe_dispatch(X, ROUTING.indices, ROUTING.weights, num_experts=8)
 ROWS = dict(offsets=ints(0, 3, 6), counts=ints(3, 2))
-CODES, SCALES = k.quantize_int4_group32(torch.randn(2, 40, 256))
+CODES, SCALES = k.quantize_int4_group32(torch.randn(2, 40, 256) / 8)
 W4, GATED = k.pack_w4(CODES[0], SCALES[0]), k.pack_w4(CODES, SCALES, gated=True)
 
 # op -> the arguments of a good call, optional ones included
@@ -27,6 +27,9 @@ CALLS = {
     "mla_decode": dict(
         q=torch.randn(2, 1, 3, 576), kv_cache=CACHE, block_table=TABLE, seq_lens=ints(5, 20), softmax_scale=0.1,
         causal=True, head_dim_v=512, split=16, out=torch.empty(2, 1, 3, 512), return_max_logits=False,
+    ),
+    "linear_log_probs": dict(
+        hidden=X, weight=torch.randn(9, 256), targets=ints(0, 1, 2, 3, 4, 8), temperature=1.0, entropy=False
     ),
     "mla_append": dict(
         kv=torch.randn(2, 576), kv_cache=CACHE.clone(), block_table=TABLE, positions=ints(3, 4), power_of_two=False

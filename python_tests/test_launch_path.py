@@ -26,7 +26,7 @@ MATRIX, STEP = torch.randn(24, 40), [[torch.randn(1, 24, 40)] for _ in range(3)]
 SLOTS = k.moe_dispatch(X, INDICES, WEIGHTS, num_experts=8)
 EXPERTS, PLACES = torch.randn(8, 128, 256).bfloat16(), (SLOTS.offsets, SLOTS.counts)
 COUNTS = torch.ones(8, dtype=torch.int64)
-PACKED = k.pack_w4(*k.quantize_int4_group32(EXPERTS))
+PACKED = k.pack_w4(*k.quantize_int4_group32(EXPERTS / 8))
 PREFILL_Q, PREFILL_KV, ROPE_KEY = (
     torch.randn(1, 2, 192).bfloat16(),
     torch.randn(1, 2, 256).bfloat16(),

@@ -7,7 +7,9 @@ With --gpus and --gpu: which kinds of weights (BF16, FP8, INT4, MXFP4) fit there
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -34,10 +36,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from k2kernels.model.capacity import capacity
-    from k2kernels.model.config import K2Config
 
-    is_path = Path(options.model).exists()
-    config = K2Config.from_pretrained(options.model) if is_path else K2Config.preset(options.model)
+    config = _config(options.model)
     if options.gpus is None and options.gpu is None and options.mode is None:
         print(capacity(config).format())
         return 0
@@ -66,3 +66,18 @@ def run(options: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _config(name: str) -> Any:
+    """The sizes of a preset or a checkpoint, whatever kind of weights it has."""
+    from k2kernels.model.config import CONVERTED_TYPES, K2Config, read_config_file, text_part
+
+    if not Path(name).expanduser().exists() and "/" not in name:
+        return K2Config.preset(name)
+    values = read_config_file(name)
+    kind = values.get("model_type")
+    if kind in CONVERTED_TYPES:
+        left_out = CONVERTED_TYPES[kind] and f"; {CONVERTED_TYPES[kind]} is not counted"
+        print(f"{kind} is counted and converted, but not run by this package{left_out}", file=sys.stderr)
+        values = {**values, "model_type": "deepseek_v3", "topk_method": "noaux_tc"}
+    return K2Config.from_dict({**text_part(values)[0], "quantization_config": None})

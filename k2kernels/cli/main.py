@@ -6,16 +6,18 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from k2kernels import __version__
 from k2kernels._backend import UnsupportedError
-from k2kernels.cli import bench, convert, doctor, generate, info, train
+from k2kernels.cli import bench, chat, convert, doctor, generate, info, serve, train
 
 COMMANDS = {
     "doctor": doctor,
     "train": train,
     "generate": generate,
+    "serve": serve,
+    "chat": chat,
     "convert": convert,
     "info": info,
     "bench": bench,
@@ -30,7 +32,24 @@ def parser() -> argparse.ArgumentParser:
         summary = module.__doc__.strip().splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
+    _add_completion(top, commands.choices.values())
     return top
+
+
+def _add_completion(top: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentParser]) -> None:
+    """`k2kernels --print-completion bash`, where shtab is installed."""
+    try:
+        import shtab
+    except ImportError:
+        return
+    shtab.add_argument_to(top, ["--print-completion"], help="print what completes arguments in this shell")
+    for command in commands:
+        for action in command._actions:
+            kinds = str(action.metavar or "").split("|")
+            if "FILE" in kinds:
+                action.complete = shtab.FILE
+            elif {"DIR", "SRC", "DST"} & set(kinds):
+                action.complete = shtab.DIRECTORY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("k2kernels"):
             raise
-        message = f"needs the package {error.name!r}; pip install 'k2kernels[cli]' brings all that the commands need"
+        extra = "serve" if options.command in ("serve", "chat") else "cli"
+        message = (
+            f"needs the package {error.name!r}; pip install 'k2kernels[{extra}]' brings all that the commands need"
+        )
     except (ValueError, TypeError, UnsupportedError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):  # `k2kernels ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

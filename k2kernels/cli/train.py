@@ -28,22 +28,24 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="directory of the run")
     add("--steps", type=int, default=600)
     add("--config", default="tiny", metavar="PRESET|DIR", help="preset, or directory with config.json (default: tiny)")
+    add("--from", dest="start", metavar="DIR", help="start from a checkpoint's weights and tokenizer, at a lower --lr")
     add("--optimizer", default="muonclip", help="muonclip, muon (no clip) or adamw")
     add("--fp8", action="store_true", help="FP8 products in linear layers and experts (weights stay as they are)")
     add("--w4", metavar="KIND", help="int4 or mxfp4: train the routed experts for 4 bits, in which they are then saved")
     add("--dtype", help="float32 or bfloat16, of the weights (default: float32; bfloat16 with --w4)")
-    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one; --steps may be more")
     add("--batch-size", type=int, default=16, help="sequences per step")
     add("--length", type=int, default=128, help="tokens per sequence")
     add("--lr", type=float, default=0.02, help="learning rate of the matrices (Muon)")
     add("--adamw-lr", type=float, default=3e-3, help="learning rate of everything else")
     add("--threshold", type=float, default=30.0, help="QK-clip threshold on the largest scaled logit")
+    add("--fim-rate", type=float, metavar="RATE", help="fraction of sequences whose middle is moved to the end")
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=50, metavar="STEPS")
     add("--ep", type=int, default=1, metavar="RANKS", help="under torchrun: processes that share the experts")
     add("--no-fsdp", action="store_true", help="under torchrun: every process keeps all weights but the experts'")
     add("--checkpoint-activations", action="store_true", help="under torchrun: recompute layers in the backward pass")
-    add("--device", default="cpu", help="under torchrun: cpu, or cuda for a GPU per process")
+    add("--device", default="cpu", help="cpu, cuda, ...; under torchrun cuda is a GPU for each process")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="under torchrun: for a process that is late")
     add("--threads", type=int, help="CPU threads (1: a resumed run is equal bit for bit)")
 
@@ -64,8 +66,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--timeout must be above 0, got {options.timeout}")
     if options.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
-    names = ("config", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed", "fp8", "w4")
-    given = {name: getattr(options, name) for name in (*names, "dtype")}
+    names = ("config", "start", "optimizer", "steps", "batch_size", "length", "lr", "adamw_lr", "threshold", "seed")
+    given = {name: getattr(options, name) for name in (*names, "fp8", "w4", "dtype", "fim_rate")}
     chosen = TrainOptions(text=tuple(options.text), **given)
     with (
         launched(ep=options.ep, device=options.device, timeout=options.timeout) as ranks,
@@ -84,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(trainer) -> int:
+    import torch
+
     chosen, first = trainer.options, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
     corpus = trainer.corpus
@@ -95,6 +99,8 @@ def _train(trainer) -> int:
         + (f"; {trainer.ranks.world_size} processes" if trainer.ranks.world_size > 1 else "")
         + (f"; continuing after step {first}" if first else "")
     )
+    if trainer.device.type == "cpu" and torch.cuda.is_available():
+        say("training on the CPU; --device cuda takes the GPU of this machine", file=sys.stderr)
     started = time.perf_counter()
     _loop(trainer)
     if trainer.stopped:

@@ -254,7 +254,7 @@ class Engine:
             for sample in self._inbox.popleft().samples:
                 self.scheduler.add(sample)
         for sample in [*self.scheduler.waiting, *self.scheduler.running]:
-            if sample.request.cancelled:
+            if sample.cancelled:
                 self._end(sample, "cancelled")
 
     def _pass(self, works: list[Work]) -> None:

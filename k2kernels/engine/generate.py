@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from k2kernels.engine.lockstep import Lockstep
+from k2kernels.engine.options import check_length, check_options
 from k2kernels.engine.sampling import sample
 from k2kernels.engine.session import Session, draft
 from k2kernels.model.attention import Step
@@ -81,29 +82,24 @@ def generate(
         args = Arguments("generate")
         good = isinstance(stops, Collection) and all(type(token) is int for token in stops)
         args.require(good, "eos_token_ids", "a list of ints", repr(eos_token_ids))
-        args.integer("max_new_tokens", max_new_tokens, 1)
-        args.number("temperature", temperature)
-        args.require(temperature >= 0, "temperature", "0 or more", temperature)
-        if top_k is not None:
-            args.integer("top_k", top_k, 1)
-        if top_p is not None:
-            args.number("top_p", top_p)
-            args.require(0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
-        if seed is not None:
-            args.integer("seed", seed, 0)
-        if prefill_chunk is not None:
-            args.integer("prefill_chunk", prefill_chunk, 1, remedy="or None for whole prompts")
+        check_options(
+            args,
+            model.config,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            speculative=speculative,
+            mtp_layers=len(model.mtp_layers),
+            cache_dtype=cache_dtype,
+            prefill_chunk=prefill_chunk,
+        )
         args.boolean("cuda_graphs", cuda_graphs)
         args.require(on_token is None or callable(on_token), "on_token", "a function or None", on_token)
-        if args.boolean("speculative", speculative):
-            layers = len(model.mtp_layers)
-            args.require(layers > 0, "speculative", "False for a model without MTP layers", speculative)
-            args.require(temperature == 0, "temperature", "0 with speculative=True (greedy)", temperature)
         drafts = len(model.mtp_layers) if speculative else 0
         prompts, lengths = _prompts(args, model, input_ids, attention_mask, ranks.several)
-        longest = max(lengths, default=0) + max_new_tokens
-        limit = model.config.max_position_embeddings
-        args.require(longest <= limit, "prompt and max_new_tokens", f"at most {limit} tokens together", longest)
+        check_length(args, model.config, max(lengths, default=0), max_new_tokens)
         chunks = None if prefill_chunk is None else _chunks(lengths, prefill_chunk)
         first = prompts.numel() if chunks is None else max((_tokens(spans) for spans in chunks), default=0)
         ranks.check("generate", max(first, len(lengths) * (1 + drafts)))

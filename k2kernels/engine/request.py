@@ -34,6 +34,11 @@ class Sample:
     published: int = 0  # pages
     row: int = -1  # of the block table
     drafts: list[int] = field(default_factory=list)  # what may follow `ids`
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Ends this sample in the next step, from any thread, unless it has ended."""
+        self.cancelled = True
 
     @property
     def pending(self) -> int:
@@ -91,7 +96,6 @@ class Request:
         self.limit, self.stops = limit, stops  # tokens of a text with its prompt; stop ids
         self.root, self.on_update, self.wait = root_key(salt), on_update, wait
         self.seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
-        self.cancelled = False
         self.error: str | None = None
         self.cached_tokens = 0
         self.samples = [Sample(self, index, ids=list(prompt)) for index in range(n)]
@@ -106,7 +110,8 @@ class Request:
 
     def cancel(self) -> None:
         """Ends the samples in the next step, from any thread; what has ended stays as it is."""
-        self.cancelled = True
+        for sample in self.samples:
+            sample.cancel()
 
     def result(self) -> list[list[int]]:
         """Waits for all samples; their tokens.

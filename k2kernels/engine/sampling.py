@@ -19,7 +19,9 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """Draws a token from each row of logits [..., vocab] -> int64 [...]."""
-    logits = logits / temperature
+    # From the largest on, so that a small temperature makes -inf of the others and never inf of any; float32 has no
+    # smaller ones than this.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-37)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     probabilities = logits.softmax(dim=-1)

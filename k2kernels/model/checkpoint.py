@@ -58,7 +58,7 @@ def from_pretrained(
     cls: type[Model],
     path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     keep_fp8: bool = False,
     progress: bool = True,
@@ -69,8 +69,8 @@ def from_pretrained(
 
     Args:
         path: directory with config.json and safetensors files.
-        dtype: float dtype of the weights; None takes the one config.json names, or else that of the embedding.
-            The router's bias and the scales stay float32.
+        dtype: float dtype of the weights, or its name ("bfloat16"); None and "auto" take the one that config.json
+            names, or else that of the embedding. The router's bias and the scales stay float32.
         keep_quantized: keep weights as they are, for inference, instead of dequantising them: block FP8 with its
             scales (those of activations are powers of two where quantization_config has `scale_fmt: ue8m0`); 4-bit
             weights of the routed experts (compressed-tensors' INT4 and MXFP4) packed by `pack_w4`, one expert at a
@@ -94,6 +94,9 @@ def from_pretrained(
         MemoryError: the weights are more than the memory of the device; nothing has been read then.
         UnsupportedError: a kind of checkpoint that is recognised but not supported.
     """
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        dtype = None if name == "auto" else next((d for d in _FLOATS if _dtype_name(d) == name), dtype)
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"from_pretrained: dtype must be a float dtype or None, got {dtype!r}")
     keep = keep_fp8 if keep_quantized is None else keep_quantized
@@ -787,8 +790,8 @@ def read_codes(info: TensorInfo, reader: Reader, path: str, rows: Rows | None = 
     """An FP8 weight, or some of its rows; a NaN among its codes is an error."""
     codes = reader.get(info, rows)
     some_bytes = codes.view(torch.uint8).flatten().split(ELEMENTS_AT_ONCE)
-    bad = sum(int(((part & 0x7F) == 0x7F).sum()) for part in some_bytes)
-    if bad:
+    if any(int((part & 0x7F).amax()) == 0x7F for part in some_bytes if part.numel()):
+        bad = int(((codes.view(torch.uint8) & 0x7F) == 0x7F).sum())
         raise ValueError(f"{path}: {info.name} must hold numbers, got {bad} NaN codes in {info.file.name}")
     return codes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from k2kernels._backend import UnsupportedError
 from k2kernels.model.files import OLD, PREFIX, finish_exchange
+from k2kernels.model.folder import checkpoint_folder, is_lfs_pointer, lfs_remedy, no_config, refuse_file
 from k2kernels.model.normalise import (
     check,
     check_number,
@@ -22,9 +24,13 @@ from k2kernels.model.normalise import (
 )
 from k2kernels.model.presets import PRESETS
 
-# Kimi-K2.5 and later keep the decoder, of type kimi_k2, in `text_config` beside a vision tower.
+# Kimi-K2.5 and later keep the decoder, of type kimi_k2, in `text_config` beside a vision tower; so does Kimi-VL, whose
+# decoder is Moonlight.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
-WRAPPER_TYPES = ("kimi_k25",)
+WRAPPER_TYPES = ("kimi_k25", "kimi_vl")
+# Models whose tensors are named, sized and quantised as here, which is enough to convert and to count them, and what
+# they have besides.
+CONVERTED_TYPES = {"deepseek_v2": "", "deepseek_v32": "the indexer of its sparse attention"}
 # Models that are taken for relatives, and what they have that this model has not.
 _OTHER_TYPES = {
     "kimi_k3": "Kimi-K3: linear attention (KDA), experts of a narrower latent",
@@ -37,7 +43,19 @@ _OTHER_TYPES = {
 _MAY_BE_ZERO = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "aux_loss_alpha"}
 _MAY_BE_ZERO |= {"initializer_range"}
 # Fields that are the same in every published model of the family. Other values are refused.
-_FIXED = {"hidden_act": "silu", "topk_method": "noaux_tc", "attention_dropout": 0, "attention_bias": False}
+_FIXED = {"hidden_act": "silu", "topk_method": "noaux_tc", "attention_bias": False}
+# What null means where transformers allows it: off, or what the field's absence from the formula amounts to.
+_NULL = {
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "rope_interleave": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+    "moe_layer_freq": 1,
+    "aux_loss_alpha": 0.0,
+    "seq_aux": True,
+}
 
 
 @dataclass(kw_only=True)
@@ -111,9 +129,11 @@ class K2Config:
         Keys that this model does not use are ignored.
         """
         values, _ = text_part(values)
-        values = dict(values)
+        values = {key: _NULL.get(key) if value is None else value for key, value in values.items()}
+        if values.get("attention_dropout"):
+            warnings.warn(f"config.json: attention_dropout={values['attention_dropout']} is not applied", stacklevel=3)
         for key, wanted in _FIXED.items():
-            if values.get(key, wanted) != wanted:
+            if values.get(key) not in (None, wanted):
                 raise UnsupportedError(f"K2Config: {key} must be {wanted!r}, got {values[key]!r}")
         # Keys and values are expanded to all heads, so the number is unused; files of smaller models still have
         # transformers' default of 128. A smaller number than that of heads would be another kind of attention.
@@ -139,7 +159,7 @@ class K2Config:
         """
         raw = read_config_file(path)
         config = cls.from_dict(raw)
-        generation = Path(path) / "generation_config.json"
+        generation = Path(path).expanduser() / "generation_config.json"
         if generation.is_file():
             more = _id_list(_read_json(generation).get("eos_token_id"))
             ids = list(dict.fromkeys([*config.eos_token_ids, *more]))
@@ -163,6 +183,7 @@ class K2Config:
             **asdict(self),
             "torch_dtype": self.dtype,
             "num_key_value_heads": self.num_attention_heads,
+            "attention_dropout": 0,
             **_FIXED,
         }
         if self.rope_scaling is not None:  # older readers use `type`
@@ -335,12 +356,15 @@ def text_part(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The parsed `path`/config.json, or `path` itself if it is a file."""
-    path = Path(path)
-    file = path if path.is_file() else path / "config.json"
-    if not file.is_file() and path.is_dir():
+    path = Path(path).expanduser()
+    if path.is_file():
+        refuse_file(path)
+        return _read_json(path)
+    file = checkpoint_folder(path) / "config.json"
+    if not file.is_file():
         finish_exchange(path)
     if not file.is_file():
-        raise FileNotFoundError(f"K2Config: no config.json in {path}{_interrupted(path)}")
+        raise FileNotFoundError(f"K2Config: no config.json in {path}{_interrupted(path)}{no_config(path)}")
     return _read_json(file)
 
 
@@ -356,6 +380,8 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    if is_lfs_pointer(file):
+        raise ValueError(f"K2Config: {file} {lfs_remedy(file)}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets

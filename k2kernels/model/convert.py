@@ -22,8 +22,9 @@ from k2kernels.model.checkpoint import (
     read_weight,
 )
 from k2kernels.model.compressed_tensors import quantization_config
-from k2kernels.model.config import K2Config, read_config_file, text_part
+from k2kernels.model.config import CONVERTED_TYPES, K2Config, read_config_file, text_part
 from k2kernels.model.files import conversions, remove_leftovers
+from k2kernels.model.normalise import normalise_quantization
 from k2kernels.model.packed import (
     PackedInfo,
     dequantize_packed_into,
@@ -35,7 +36,7 @@ from k2kernels.model.packed import (
     read_packed,
 )
 from k2kernels.model.resume import ResumableWriter
-from k2kernels.model.shards import DTYPES, INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, scan, some
+from k2kernels.model.shards import DTYPES, INDEX, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, all_finite, scan, some
 from k2kernels.ops.w4_gemm import KINDS
 from k2kernels.reference.quant import quantize_128x128
 
@@ -105,10 +106,9 @@ def convert(
     if dst.exists() and (held := _held(dst)):
         raise ValueError(f"convert: dst must be a new or empty directory, got {dst}, which holds {some(held, 3)}")
     raw = read_config_file(src)
-    config = K2Config.from_dict(raw)
-    block = config.weight_block_size
-    prefix = text_part(raw)[1]
-    tensors = joined(scan(src), config.quantization_config, str(src))
+    quantization, prefix = _quantization(raw)
+    block = quantization and quantization.get("weight_block_size")
+    tensors = joined(scan(src), quantization, str(src))
     _check(src, tensors, to, block, prefix)
 
     infos = [part for info in tensors.values() for part in getattr(info, "parts", [info])]
@@ -162,6 +162,16 @@ def convert(
         for file in sorted(src.iterdir()):
             if file.is_file() and file.suffix in _COPIED and file.name not in ("config.json", INDEX):
                 out.copy(file)
+
+
+def _quantization(raw: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The normalised quantization_config, and the prefix of the decoder's names.
+
+    Of a model type that this package does not compute (DeepSeek-V3.2), its tensors are converted all the same.
+    """
+    if raw.get("model_type") in CONVERTED_TYPES:
+        return normalise_quantization(raw.get("quantization_config")), ""
+    return K2Config.from_dict(raw).quantization_config, text_part(raw)[1]
 
 
 def _held(dst: Path) -> list[str]:
@@ -249,7 +259,7 @@ def _quantize(weight: Tensor, info: TensorInfo, power_of_two: bool) -> tuple[Ten
     step = max(1, ELEMENTS_AT_ONCE // (128 * weight.shape[1])) * 128
     parts = []
     for part in weight.split(step):
-        if not part.isfinite().all():
+        if not all_finite(part):
             raise ValueError(f"convert: {info.name} in {info.file} must hold finite numbers, got NaN or infinity")
         parts.append(quantize_128x128(part, power_of_two))
     codes, scales = zip(*parts)
@@ -260,7 +270,7 @@ def _new_config(raw: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str
     """config.json with the entry of quantised weights, if any, and BF16 as the dtype of the others."""
     new = {key: value for key, value in raw.items() if key != "quantization_config"}
     decoder = new
-    if text_part(raw)[1]:
+    if raw.get("model_type") not in CONVERTED_TYPES and text_part(raw)[1]:
         decoder = {key: value for key, value in raw["text_config"].items() if key != "quantization_config"}
         new["text_config"] = decoder
     decoder[next((key for key in ("dtype", "torch_dtype") if key in decoder), "torch_dtype")] = "bfloat16"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from k2kernels.engine.generate import generate
+from k2kernels.functional.linear_log_probs import LogProbs, linear_log_probs
 from k2kernels.functional.w4_linear import TRAINED
 from k2kernels.model import checkpoint
 from k2kernels.model.attention import Prefill
@@ -66,6 +67,30 @@ class K2Model(Trunk):
         hidden = self.model(input_ids, self._steps(*input_ids.shape))
         logits = self._logits(hidden)
         return (logits, hidden) if return_hidden else logits
+
+    def log_probs(self, input_ids: Tensor, *, temperature: float = 1.0, entropy: bool = False) -> Tensor | LogProbs:
+        """Log-probability of each token but the first, given those before it, without the logits in memory.
+
+        See `k2kernels.linear_log_probs`; differentiable. In half precision its logits are not rounded, as those of
+        `forward` are. On one device: modules that gather weights around `forward` alone (FSDP) do not around this.
+
+        Args:
+            input_ids: int64 or int32 [B, T], T from 2 on. Sequences may be padded at their ends by any ids.
+            temperature, entropy: as `k2kernels.linear_log_probs` takes them.
+
+        Returns:
+            float32 [B, T-1] (float64 of a float64 model), or LogProbs of this and the entropies.
+
+        Raises:
+            ValueError: as `forward`; or T is 1.
+        """
+        self.check_ids("log_probs", input_ids)
+        if input_ids.shape[1] < 2:
+            raise ValueError(f"log_probs: input_ids must have 2 tokens or more, got {list(input_ids.shape)}")
+        self._records()
+        hidden = self.model(input_ids[:, :-1], self._steps(len(input_ids), input_ids.shape[1] - 1))
+        weight = self.lm_head.weight
+        return linear_log_probs(hidden, weight, input_ids[:, 1:], temperature=temperature, entropy=entropy)
 
     def use_fp8(self, enabled: bool = True) -> K2Model:
         """Computes the products of attention's and feed-forward's linear layers and of the experts in FP8 from now on.

@@ -21,7 +21,7 @@ from torch import Tensor
 from k2kernels._backend import UnsupportedError
 from k2kernels.model import compressed_tensors
 from k2kernels.model.compressed_tensors import Scheme
-from k2kernels.model.shards import Reader, TensorInfo, some
+from k2kernels.model.shards import Reader, TensorInfo, all_finite, some
 from k2kernels.ops.w4_gemm import dequantize_w4, quantize_int4_group32, quantize_mxfp4
 from k2kernels.reference.w4_gemm import GROUP, INT4_SCALES_BELOW, LARGEST_E8M0
 
@@ -219,7 +219,7 @@ def quantize_w4(
     """
     parts = []
     for part in weight.split(max(1, elements // weight.shape[1])):
-        if not part.isfinite().all():
+        if not all_finite(part):
             raise ValueError(f"{name} must hold finite numbers, got NaN or infinity")
         if kind == "int4":
             parts.append(quantize_int4_group32(part, q_min=q_min))

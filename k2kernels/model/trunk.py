@@ -85,6 +85,11 @@ class Trunk(nn.Module):
         return self.rope.inverse_frequency.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not quantised."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+
+    @property
     def mtp_layers(self) -> Sequence[MtpLayer]:
         """The multi-token prediction layers; empty for Kimi-K2."""
         return self.model.layers[self.model.depth :]

@@ -21,7 +21,8 @@ from k2kernels.reference.w4_gemm import (
 
 
 def w4_pack_masters(w: Tensor, kind: str) -> Tensor:
-    """The packed bytes of w [G, N, K] quantised to a kind; an MXFP4 scale of more than 2 becomes infinity."""
+    """The packed bytes of w [G, N, K] quantised to a kind. An INT4 scale of 0.5 and more becomes infinity, and
+    an MXFP4 scale of more than 2."""
     data = w.new_empty(packed_shape(kind, w.shape), dtype=torch.uint8)
     w4_pack_masters_into(data, w, kind)
     return data

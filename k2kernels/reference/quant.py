@@ -14,6 +14,8 @@ their block.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,6 @@ from torch import Tensor
 from k2kernels.reference._numeric import wide, wide_dtype
 
 E4M3_MAX = 448.0
-NAN_CODE = 0x7F
 SMALLEST_NORMAL = 2.0**-126
 
 
@@ -127,15 +128,14 @@ def _without_padding(x: Tensor, offsets: Tensor | None, counts: Tensor | None) -
 
 def _quantize(x: Tensor, block: tuple[int, int], power_of_two: bool) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x.float(), block)  # [..., rows of blocks, block rows, columns of blocks, block columns]
-    finite = blocks.isfinite()
-    amax = torch.where(finite, blocks.abs(), 0).amax(dim=(-3, -1), keepdim=True)
+    amax = blocks.abs().nan_to_num_(0.0, posinf=0.0).amax(dim=(-3, -1), keepdim=True)
     # Divided by a tensor: by a Python number, PyTorch multiplies with the rounded reciprocal on a GPU.
     scales = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=SMALLEST_NORMAL)
     if power_of_two:
         # Adding all ones to the mantissa carries into the exponent unless the mantissa was zero.
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    codes = (blocks / scales).to(torch.float8_e4m3fn).view(torch.uint8)
-    codes = torch.where(finite, codes, NAN_CODE).view(torch.float8_e4m3fn)
+    # PyTorch makes 448 of infinities, and 0xFF of a NaN with a sign.
+    codes = (blocks / scales).nan_to_num_(math.nan, posinf=math.nan, neginf=math.nan).to(torch.float8_e4m3fn)
     return _unblock(codes, x.shape), scales.squeeze((-3, -1)).contiguous()
 
 

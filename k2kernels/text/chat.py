@@ -9,11 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from k2kernels.text.tokenizer import Tokenizer
+from k2kernels.text.tokenizer import Tokenizer, special_token
 from k2kernels.text.tools import call_id
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Tokens that end a turn in this family; config.json of some checkpoints (Kimi-VL) does not name its own.
+TURN_ENDS = ("<|im_end|>", "<｜end▁of▁sentence｜>")
 PRIVATE = range(0xE000, 0xF900)  # Unicode's private use area
 # The turns of Kimi-K2 (chat_template.jinja of its checkpoints).
 KIMI = """\
@@ -53,9 +56,17 @@ class Chat:
         tokenizer: of the model.
         template: a Jinja template as Hugging Face's apply_chat_template takes it.
         source: where it is from, for messages.
+        special: variables of the template that hold special tokens, such as bos_token; unlike all other strings they
+            are encoded as those tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, source: str = "the chat template"):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        source: str = "the chat template",
+        special: Mapping[str, str] | None = None,
+    ):
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -64,7 +75,10 @@ class Chat:
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
+        environment.globals.update(special or {})
         self.tokenizer, self.source = tokenizer, source
+        ends = [name for name in (*TURN_ENDS, (special or {}).get("eos_token")) if name in tokenizer.added_tokens]
+        self.ends = list(dict.fromkeys(tokenizer.encode(name)[0] for name in ends))  # ids that end a turn
         try:
             self._template = environment.from_string(template)
         except TemplateError as error:
@@ -135,8 +149,9 @@ def load_chat(path: Path, tokenizer: Tokenizer) -> Chat:
     """
     file, config = path / "chat_template.jinja", path / "tokenizer_config.json"
     try:
+        special = {key: token for key in SPECIAL if (token := special_token(path, key)) is not None}
         if file.is_file():
-            return Chat(tokenizer, file.read_text(encoding="utf-8"), str(file))
+            return Chat(tokenizer, file.read_text(encoding="utf-8"), str(file), special)
         given = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
     except (UnicodeDecodeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: the chat template cannot be read: {error}") from None
@@ -144,7 +159,7 @@ def load_chat(path: Path, tokenizer: Tokenizer) -> Chat:
         named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
         given = named.get("default")
     if isinstance(given, str):
-        return Chat(tokenizer, given, f"chat_template of {config}")
+        return Chat(tokenizer, given, f"chat_template of {config}", special)
     if {"<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"} <= tokenizer.added_tokens:
         return Chat(tokenizer, KIMI, "the chat template of Kimi-K2")
     raise ValueError(

@@ -61,11 +61,11 @@ class TextStream:
             end, self.stopped = found
             self._held = ""
             return text[:end]
-        keep = max((_overlap(text, stop) for stop in self.stops), default=0)
+        keep = max((overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that are the beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

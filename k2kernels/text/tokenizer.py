@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 RESERVED_TOKENS = 256  # ids behind the ranks of tiktoken.model; tokenizer_config.json names some of them
 LARGEST_ID = 2**31
@@ -31,6 +31,7 @@ KIMI_PATTERN = "|".join(
 
 class Tokenizer(Protocol):
     added_tokens: frozenset[str]  # texts, such as <|im_end|>, that are a token of their own wherever they occur
+    bos: list[int]  # what a text begins with: the id of the BOS token, or nothing; `encode` does not add it
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -50,6 +51,31 @@ def load_tokenizer(path: Path) -> Tokenizer:
     raise ValueError(f"{path}: must hold tokenizer.json or tiktoken.model; neither is there")
 
 
+def special_token(path: Path, key: str) -> str | None:
+    """A special token ("bos_token" ...) of tokenizer_config.json in a checkpoint's directory; None if it names none.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    value = _settings(path).get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a checkpoint's directory; empty where there is none."""
+    file = path / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
 class _HuggingFace:
     def __init__(self, path: Path):
         from tokenizers import Tokenizer
@@ -61,6 +87,19 @@ class _HuggingFace:
             self._tokenizer.no_truncation()
             added = self._tokenizer.get_added_tokens_decoder().values()
             self.added_tokens = frozenset(token.content for token in added)
+        self.bos = self._bos()
+
+    def _bos(self) -> list[int]:
+        """As tokenizer_config.json says (add_bos_token, of the DeepSeek and Llama classes), or tokenizer.json."""
+        wanted, name = _settings(self.path.parent).get("add_bos_token"), special_token(self.path.parent, "bos_token")
+        if wanted and name in self.added_tokens:
+            return [self._tokenizer.token_to_id(name)]
+        if wanted is False:
+            return []
+        with contextlib.suppress(Exception):  # of a vocabulary without the letter
+            full, bare = self._tokenizer.encode("a").ids, self.encode("a")
+            return next(full[:i] for i in range(len(full)) if bare and full[i : i + len(bare)] == bare)
+        return []
 
     def encode(self, text: str) -> list[int]:
         with _naming(self.path):
@@ -75,7 +114,7 @@ class _Tiktoken:
     def __init__(self, path: Path):
         import tiktoken
 
-        self.path = path
+        self.path, self.bos = path, []  # Kimi's texts begin without
         ranks = _ranks(path)
         first = len(ranks)
         special = {i: f"<|reserved_token_{i}|>" for i in range(first, first + RESERVED_TOKENS)}

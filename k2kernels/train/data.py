@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MIN_BYTES = 20_000  # less cannot fill a vocabulary of 1024 and a held-out part
 BLOCK_BYTES = 8_192  # the text is cut into blocks of about this size at line ends ...
 HOLD_OUT = 10  # ... and every tenth block is held out
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 def read_text(paths: Sequence[Path]) -> str:
@@ -37,7 +38,7 @@ def read_text(paths: Sequence[Path]) -> str:
     for path in paths:
         raw = Path(path).read_bytes()
         try:
-            text = raw.decode("utf-8")
+            text = raw.decode("utf-8-sig")  # without the mark that some editors put in front
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"--text {path}: must be UTF-8 text, got byte {raw[error.start]:#04x} at {error.start}"
@@ -76,7 +77,7 @@ def xz_bits_per_byte(text: str) -> float:
     return 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
 
 
-def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+def train_tokenizer(text: str, vocab_size: int, special_tokens: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE tokenizer: any UTF-8 text can be encoded, and decodes to the same bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -84,29 +85,97 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=list(special_tokens),
     )
     tokenizer.train_from_iterator([text], trainer)
     return tokenizer
 
 
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer.json of a checkpoint.
+
+    Raises:
+        ValueError: there is none, it is damaged, or has tokens that a model of `vocab_size` has not.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"--from {folder}: must hold tokenizer.json, got none; tiktoken.model is not read")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"--from {folder}: tokenizer.json cannot be read: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise ValueError(f"--from {folder}: tokenizer.json must have ids below {vocab_size}, got {largest}")
+    return tokenizer
+
+
+def fill_in_the_middle(
+    texts: Tensor, sentinels: Sequence[int], *, rate: float, spm_rate: float = 0.5, generator: torch.Generator
+) -> Tensor:
+    """Moves the middle of some texts to their ends, so that a model learns to fill gaps.
+
+    A chosen text loses its last three tokens and is cut at two places, drawn uniformly, into prefix, middle and suffix;
+    it becomes, with the three sentinels,
+
+        PSM    <prefix> prefix <suffix> suffix <middle> middle
+        SPM    <prefix> <suffix> suffix <middle> prefix middle
+
+    Args:
+        texts: int64 [B, N], N from 3 on.
+        sentinels: ids of prefix, suffix and middle.
+        rate: the probability of a text to be chosen; spm_rate: of a chosen one to become SPM.
+        generator: all draws are its own, as many for any rates.
+
+    Returns:
+        int64 [B, N].
+
+    Source: Bavarian et al. (2022), arXiv 2207.14255, section 3; cuts are between tokens, not characters.
+    """
+    count, length = texts.shape
+    chosen, spm = (torch.rand(count, generator=generator) < p for p in (rate, spm_rate))
+    cuts = torch.randint(length - 2, (count, 2), generator=generator).sort(dim=1).values.tolist()
+    before, after, between = texts.new_tensor(sentinels).split(1)
+    result = texts.clone()
+    for i in chosen.nonzero()[:, 0].tolist():
+        prefix, middle, suffix = texts[i, : length - 3].tensor_split(cuts[i])
+        psm = before, prefix, after, suffix, between, middle
+        result[i] = torch.cat((before, after, suffix, between, prefix, middle) if spm[i] else psm)
+    return result
+
+
 @dataclass
 class Corpus:
-    """Token ids [tokens] of the two parts, and the mean number of bytes of text per token."""
+    """Token ids [tokens] of the two parts, and the mean number of bytes of text per token.
+
+    Batches for training have their middle at the end with probability `fim_rate`; `sentinels` are the ids for that.
+    """
 
     train: Tensor
     valid: Tensor
     train_bytes_per_token: float
     valid_bytes_per_token: float
+    fim_rate: float | None = None
+    sentinels: tuple[int, ...] = ()
 
     @classmethod
-    def encode(cls, text: str, tokenizer: Tokenizer) -> Corpus:
+    def encode(cls, text: str, tokenizer: Tokenizer, *, fim_rate: float | None = None) -> Corpus:
+        """With `fim_rate`, the tokenizer must have FIM_TOKENS. Where the text has their names, these are text."""
         ids, bytes_per_token = [], []
+        tokenizer.encode_special_tokens = True
         for part in hold_out(text):
-            tokens = torch.tensor(tokenizer.encode(part).ids)
+            tokens = torch.tensor(tokenizer.encode(part, add_special_tokens=False).ids)
             ids.append(tokens)
             bytes_per_token.append(len(part.encode()) / len(tokens))
-        return cls(*ids, *bytes_per_token)
+        tokenizer.encode_special_tokens = False
+        sentinels = () if fim_rate is None else tuple(tokenizer.token_to_id(token) for token in FIM_TOKENS)
+        return cls(*ids, *bytes_per_token, fim_rate, sentinels)
 
     def batch(self, step: int, *, size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [size, length] of training step `step`: a pure function of (seed, step), so that a
@@ -114,6 +183,8 @@ class Corpus:
         generator = torch.Generator().manual_seed((seed << 32) + step)
         starts = torch.randint(len(self.train) - length, (size, 1), generator=generator)
         window = self.train[starts + torch.arange(length + 1)]
+        if self.fim_rate is not None:
+            window = fill_in_the_middle(window, self.sentinels, rate=self.fim_rate, generator=generator)
         return window[:, :-1], window[:, 1:]
 
     def validation_windows(self, length: int) -> tuple[Tensor, Tensor]:

@@ -56,10 +56,10 @@ def plot_loss(
     """Bits per byte over steps: each training batch, their running mean, the held-out text, and xz -9e."""
     figure, ((axes,),) = new_figure()
     style(axes, "Bits per byte", title, "step", "bits / byte")
-    mean, smooth = train[0], []
-    for value in train:
-        mean += 0.1 * (value - mean)
-        smooth.append(mean)
+    total, weight, smooth = 0.0, 0.0, []
+    for value in train:  # the first steps count by their own number, not as if all before had been like the first
+        total, weight = 0.9 * total + value, 0.9 * weight + 1
+        smooth.append(total / weight)
     axes.plot(steps, train, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="training (running mean)")
     if valid:
@@ -68,7 +68,7 @@ def plot_loss(
     axes.axhline(xz, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2, label=f"xz -9e: {xz:.2f}")
     low = min([xz, *train, *(v for _, v in valid)])
     axes.set_ylim(max(0, low - 0.25), min(8, max(smooth[: max(1, len(smooth) // 50)]) + 0.2))
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    axes.legend(frameon=True, framealpha=1, edgecolor="none", labelcolor=INK, fontsize=9)
     save(figure, path)
 
 

@@ -25,7 +25,7 @@ from k2kernels.model.files import lock, replace_file
 from k2kernels.optim import MuonClip, QKClip
 from k2kernels.parallel import Layout, checkpoint_info, load_checkpoint, parallelize, save_checkpoint
 from k2kernels.parallel.launch import ALONE, Launched
-from k2kernels.train.data import Corpus, read_text, train_tokenizer, xz_bits_per_byte
+from k2kernels.train.data import FIM_TOKENS, Corpus, read_text, read_tokenizer, train_tokenizer, xz_bits_per_byte
 from k2kernels.train.plots import plot_loss, plot_max_logits
 
 OPTIMIZERS = ("muonclip", "muon", "adamw")
@@ -45,6 +45,7 @@ class TrainOptions:
 
     text: tuple[str, ...] = ()  # files; none: CPython's language reference
     config: str = "tiny"  # a preset's name, or a directory with a config.json
+    start: str | None = None  # a checkpoint's directory with a tokenizer.json: its weights, instead of random ones
     optimizer: str = "muonclip"
     steps: int = 600
     batch_size: int = 16
@@ -58,8 +59,11 @@ class TrainOptions:
     w4: str | None = None  # "int4" or "mxfp4": the kind to which routed experts are quantised in each pass
     dtype: str | None = None  # of the weights: "float32" or "bfloat16"; None: bfloat16 with w4, else float32
     seed: int = 0
+    fim_rate: float | None = None  # the fraction of sequences that become prefix, suffix, middle
 
     def __post_init__(self) -> None:
+        if self.start is not None and self.config != "tiny":
+            raise ValueError(f"--config must be left out with --from, which has its own, got {self.config!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.w4 not in (None, *W4_KINDS):
@@ -78,6 +82,11 @@ class TrainOptions:
         for name in ("steps", "batch_size", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.fim_rate is not None and not (0 < self.fim_rate <= 1 and self.length >= 8):
+            raise ValueError(
+                f"--fim-rate must be above 0 and at most 1, with a --length of 8 or more, got {self.fim_rate} and "
+                f"{self.length}"
+            )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed must be from 0 to {2**31 - 1}, got {self.seed}")
         for name in ("lr", "adamw_lr", "threshold"):
@@ -155,22 +164,38 @@ class Trainer:
             )
         if self.out.exists() and not self.out.is_dir():
             raise NotADirectoryError(f"--out {self.out}: must be a directory, got a file")
+        self.device = _device(ranks.device)
         text = read_text([Path(p) for p in options.text])
         self.identity = {**dataclasses.asdict(options), "text": hashlib.sha256(text.encode()).hexdigest()}
         state = self._load_state(resume)
 
-        config = _config(options.config)
+        config = _config(options.config if options.start is None else options.start)
         if options.length > config.max_position_embeddings:
             raise ValueError(f"--length must be at most {config.max_position_embeddings}, got {options.length}")
-        self.tokenizer = train_tokenizer(text, config.vocab_size)
-        self.corpus = Corpus.encode(text, self.tokenizer)
+        fim = () if options.fim_rate is None else FIM_TOKENS
+        if options.start is not None:
+            self.tokenizer = read_tokenizer(Path(options.start).expanduser(), config.vocab_size)
+            if missing := [token for token in fim if self.tokenizer.token_to_id(token) is None]:
+                raise ValueError(
+                    f"--fim-rate needs a tokenizer with {', '.join(fim)}, got none of {', '.join(missing)}"
+                )
+        else:
+            self.tokenizer = train_tokenizer(text, config.vocab_size, fim)
+            # A text of few words gives fewer tokens; ids without one would be sampled.
+            config = dataclasses.replace(config, vocab_size=self.tokenizer.get_vocab_size())
+        self.corpus = Corpus.encode(text, self.tokenizer, fim_rate=options.fim_rate)
         if len(self.corpus.train) <= options.length:
             raise ValueError(f"--length {options.length} needs more text: it has {len(self.corpus.train)} tokens")
         self.xz = xz_bits_per_byte(text)
 
         torch.manual_seed(options.seed)
-        self.model = K2Model(config).to(options.torch_dtype).train().use_fp8(options.fp8)
-        self.model.use_w4(options.w4, pack_once=True)
+        if options.start is None:
+            self.model = K2Model(config).to(options.torch_dtype)
+        else:
+            self.model = K2Model.from_pretrained(options.start, dtype=options.torch_dtype, progress=False)
+        if ranks.mesh is None:
+            self.model.to(self.device)
+        self.model.train().use_fp8(options.fp8).use_w4(options.w4, pack_once=True)
         self.model.use_sequence_loss(options.sequence_loss or None)
         self.layout = None
         if ranks.mesh is not None:
@@ -215,7 +240,8 @@ class Trainer:
         o = self.options
         inputs, targets = self.corpus.batch(step, size=o.batch_size, length=o.length, seed=o.seed)
         tokens = inputs.numel()
-        inputs, targets = (ids.chunk(self.ranks.world_size)[self.ranks.rank] for ids in (inputs, targets))
+        mine = (ids.chunk(self.ranks.world_size)[self.ranks.rank] for ids in (inputs, targets))
+        inputs, targets = (ids.to(self.device) for ids in mine)
         logits = self.model(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()  # with the gradient of the balance loss
@@ -246,7 +272,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Bits per byte of the held-out text."""
-        inputs, targets = self.corpus.validation_windows(self.options.length)
+        inputs, targets = (ids.to(self.device) for ids in self.corpus.validation_windows(self.options.length))
         self.model.eval()
         passes = list(zip(inputs.split(self._validation_windows), targets.split(self._validation_windows)))
         nats = 0.0
@@ -291,6 +317,10 @@ class Trainer:
             return
         replace_file(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
         o, steps = self.options, [row.step for row in self.history]
+        for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json") if o.start else ():
+            if (file := Path(o.start).expanduser() / name).is_file():
+                content = file.read_bytes()
+                replace_file(self.out / name, lambda new, content=content: new.write(content))
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         title = f"{o.optimizer}{o.products}, {size:.2f} M parameters"
         valid = [(row.step, row.valid) for row in self.history if row.valid is not None]
@@ -331,6 +361,8 @@ class Trainer:
             raise FileExistsError(f"--out {self.out}: holds a run already; --resume continues it, or name another")
         state, identity = found["extra"], found["extra"]["identity"]
         differing = [k for k in self.identity if identity.get(k) != self.identity[k]]
+        if self.options.steps > identity["steps"]:  # a longer run: from here on with the rates of its length
+            differing.remove("steps")
         if differing:
             what = ", ".join(f"{k} was {identity.get(k)!r}, is {self.identity[k]!r}" for k in differing)
             raise ValueError(f"--resume: the run in {self.out} had other options: {what}")
@@ -370,9 +402,20 @@ def only_run(out: Path, ranks: Launched = ALONE) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _device(device: torch.device) -> torch.device:
+    """The device, if it is there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # without a driver, or PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be one of this machine, got {str(device)!r} ({reason})") from error
+
+
 def _config(name: str) -> K2Config:
     """The configuration of a preset or a directory, if its training fits into this machine's memory."""
-    config = K2Config.from_pretrained(name) if Path(name).is_dir() else K2Config.preset(name)
+    config = (
+        K2Config.from_pretrained(name) if Path(name).expanduser().is_dir() or "/" in name else K2Config.preset(name)
+    )
     needed = BYTES_PER_PARAMETER * config.parameter_counts()[0]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:

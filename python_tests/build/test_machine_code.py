@@ -81,6 +81,7 @@ for x, vectors in VECTORS.items():
 ON_SM_120 = {f"moe_combine_backward_kernel<{x}>": (4, 0) for x in VECTORS}
 ON_SM_120["moe_move_kernel<float, true, false>"] = (4, 0)
 ON_SM_120["mla_prefill_preprocess_kernel<bf16>"] = (5, 0)
+ON_SM_120["mla_prefill_rope_sum_kernel<bf16>"] = (2, 0)
 
 # The most issue slots of a warp for 64 of K of a tile, 8,192 weights of four warps, where decoding is bound by them:
 # the instructions of the loop around the products, and how many times 64 of K it takes. An H200's HBM brings so many

@@ -31,8 +31,9 @@ FLOORS = {
     "parallel": {"parallel", "model", "functional", "optim", "ops", "_backend", "reference"},
     "integrations": {"integrations", "train", "parallel", "engine", "model", "optim", "functional", "ops", "reference"}
     | {"text"},
+    "serve": {"serve", "engine", "model", "text"},
     "testing": {"testing", "ops", "reference", "_backend"},
-    "train": {"train", "parallel", "model", "optim"},
+    "train": {"train", "parallel", "model", "optim", "ops"},
 }
 EVERYWHERE = {"k2kernels._backend", "k2kernels._backend.UnsupportedError"}
 # K2Model.generate is the engine's function, and from_pretrained(mesh=) asks `parallel` for the ranks. Both import the

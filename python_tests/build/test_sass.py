@@ -20,7 +20,7 @@ needs_kernels = pytest.mark.skipif(
 # loads gate and up, its gradient a third operand); and what else must be there, by architecture.
 PORTABLE = ("sm_80", "sm_90a", "sm_120")
 # Registers on sm_120, whose code takes some more: a step more, which its SMs of 1,536 threads have; K2K_RESIDENT.
-SM_120 = {32: 40, 48: 64, 64: 80, 80: 128, 96: 104, 152: 160, 170: 208, 196: 208}
+SM_120 = {32: 40, 48: 64, 64: 80, 80: 128, 96: 104, 152: 160, 170: 208, 196: 208, 234: 240}
 ENCODE = {arch: {"F2FP.SATFINITE.E4M3": 8} for arch in ("sm_90a", "sm_120")}
 PLANS = {
     "quantize_rows_kernel<bf16, false>": (48, 2, 1, ENCODE),

@@ -244,8 +244,8 @@ def test_ends_of_the_context():
         (dict(eos_token_ids=["</s>"]), r"eos_token_ids must be a list of ints, got \['</s>'\]"),
         (dict(on_token=5), "on_token must be a function or None, got 5"),
         (dict(input_ids=ids(2, 5).to("meta")), "generate: input_ids must be on cpu like the model, got meta"),
-        (dict(cache_dtype="int4"), "cache_dtype must be 'auto' or 'fp8', got 'int4'"),
-        (dict(cache_dtype="fp8"), "'fp8' needs kv_lora_rank 512 and qk_rope_head_dim 64"),
+        (dict(cache_dtype="int4"), "cache_dtype must be one of 'auto', 'fp8', got 'int4'"),
+        (dict(cache_dtype="fp8"), "cache_dtype must be 'auto' for 48 latent and 16 rope dimensions"),
         (dict(attention_mask=torch.ones(2, 4)), r"attention_mask must be \[2, 5\] like input_ids"),
         (
             dict(attention_mask=torch.tensor([[1] * 5, [0] * 5])),

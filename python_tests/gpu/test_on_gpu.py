@@ -315,10 +315,11 @@ def routed(*names):
     values.update(slot_of=slot_of, token_of_slot=token_of_slot, rows=d.data, one=torch.ones(()))
     values.update(narrow=d.data[:, :200].contiguous(), experts=torch.randn(KIMI_K2.experts, 264, 200).bfloat16())
     values.update(grad=torch.randn(len(d.data), 264).bfloat16(), ends=torch.tensor([0, 7, 7, 300]))
+    values.update(narrow_grad=torch.randn(len(d.data), 72).bfloat16(), masters=torch.randn(3, 72, 192) / 8)
     if "packed" in names:
         codes = torch.randint(256, (KIMI_K2.experts, 72, 96), dtype=torch.uint8).view(torch.int32)
         values.update(columns=d.data[:, :192].contiguous())
-        values.update(packed=k.pack_w4(codes, torch.rand(KIMI_K2.experts, 72, 6).bfloat16()).data)
+        values.update(packed=k.pack_w4(codes, (torch.rand(KIMI_K2.experts, 72, 6) / 4).bfloat16()).data)
     return tuple(values[name] for name in names)
 
 
@@ -359,6 +360,12 @@ for op, function, names in (
         ("columns", "packed", "offsets", "counts"),
     ),
     ("grouped_w4_gemm_out", w4_gemm_into, ("columns", "packed", "offsets", "counts")),
+    (
+        "grouped_w4_gemm_dgrad",
+        lambda grad, *args: OPS.grouped_w4_gemm_dgrad(grad, None, *args, "int4", 72, 192, None),
+        ("narrow_grad", "packed", "offsets", "counts"),
+    ),
+    ("w4_pack_masters", lambda w: OPS.w4_pack_masters(w, "int4"), ("masters",)),
     (
         "moe_sequence_loss",
         lambda *args: OPS.moe_sequence_loss(*args, 0.1, "sigmoid"),

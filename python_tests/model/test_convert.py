@@ -189,7 +189,7 @@ def test_arguments(tmp_path):
         convert(tmp_path / "src", tmp_path / "dst", "bf16")
     with pytest.raises(ValueError, match=r"dst must be a new or empty directory, got .*src"):
         convert(tmp_path / "src", tmp_path / "src", "fp8")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json in .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"absent: must be a directory with a checkpoint, got no such one"):
         convert(tmp_path / "absent", tmp_path / "dst", "fp8")
     path, _ = fp8_checkpoint(tmp_path, PARTIAL)
     with pytest.raises(ValueError, match="which is FP8 already"):
@@ -295,3 +295,18 @@ def test_peak_memory(tmp_path):
     peak = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert total > 110_000_000
     assert 40_000_000 < peak < 80_000_000, f"{peak / 1e6:.0f} MB"
+
+
+def test_relatives_are_converted_though_not_computed(tmp_path):
+    """DeepSeek-V3.2: the tensors of its indexer are dequantised like the others."""
+    path, tensors = fp8_checkpoint(tmp_path, ALIGNED)
+    extra = quantize({"model.layers.0.self_attn.q_proj.weight": torch.randn(128, 192)})
+    extra = {name.replace("q_proj", "indexer.wq_b"): tensor for name, tensor in extra.items()}
+    values = json.loads((path / "config.json").read_text())
+    write(path, tensors | extra, {**values, "model_type": "deepseek_v32"})
+    convert(path, tmp_path / "bf16", "bf16", progress=False)
+    want = {name: tensor.bfloat16() for name, tensor in dequantize(tensors | extra, torch.float32).items()}
+    got = read(tmp_path / "bf16")
+    assert_same({n: t for n, t in got.items() if n.endswith(".weight")}, {n: want[n] for n in want if "bias" not in n})
+    written = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert written["model_type"] == "deepseek_v32" and "quantization_config" not in written

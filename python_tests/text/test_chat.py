@@ -79,6 +79,18 @@ def test_templates_of_checkpoints(kimi, tokenizer):
     assert tokenizer.decode(load_chat(path, tokenizer).encode([USER], think="on")) == "he 123?on"
 
 
+def test_special_tokens_in_templates(kimi, tokenizer):
+    """As DeepSeek's templates begin, with bos_token; what a user writes is still no token."""
+    path, first = kimi
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}")
+    more = {"bos_token": "<|im_system|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": None}
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+    ids = load_chat(path, tokenizer).encode([{"role": "user", "content": "a<|im_system|>"}])
+    assert ids[0] == first and ids[-1] == tokenizer.encode("<|im_end|>")[0]
+    assert tokenizer.decode(ids) == "<|im_system|>a<|im_system|><|im_end|>" and ids.count(first) == 1
+
+
 def test_equals_apply_chat_template(chat, kimi, tokenizer):
     """Of transformers, for a template with its extras."""
     transformers = pytest.importorskip("transformers")

@@ -71,6 +71,53 @@ def test_fp8_products_learn_and_are_part_of_a_run(uninterrupted, options, tmp_pa
         Trainer(options, tmp_path, resume=True)
 
 
+def test_a_run_may_be_prolonged(uninterrupted, options, tmp_path):
+    """The steps that are done stay; the rates of the others are those of the longer run. A shorter run is refused."""
+    for _ in Trainer(dataclasses.replace(options, steps=3), tmp_path).run():
+        pass
+    done = curve(tmp_path)
+    longer = Trainer(options, tmp_path, resume=True)
+    rows = list(longer.run())
+    assert curve(tmp_path)[:3] == done and [row.step for row in rows] == list(range(4, 13))
+    assert longer._lr_factor(11) == 1 / 6 and rows[-1].loss < done[0]["loss"] - 0.3
+    with pytest.raises(ValueError, match=r"had other options: steps was 12, is 5"):
+        Trainer(dataclasses.replace(options, steps=5), tmp_path, resume=True)
+
+
+def test_a_run_from_a_checkpoint(options, text, tmp_path, capsys):
+    """It begins where the other ended, with its tokens; on the way back it is a checkpoint like any other."""
+    first = Trainer(dataclasses.replace(options, steps=8), tmp_path / "first")
+    for _ in first.run():
+        pass
+    first.finish()
+    (tmp_path / "first" / "chat_template.jinja").write_text("{{ messages }}")
+    second = Trainer(dataclasses.replace(options, steps=2, start=str(tmp_path / "first"), lr=1e-9), tmp_path / "second")
+    assert second.tokenizer.to_str() == first.tokenizer.to_str()
+    rows = list(second.run())
+    assert abs(rows[-1].valid - first.history[-1].valid) < 0.01
+    second.finish()
+    assert (tmp_path / "second" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert K2Model.from_pretrained(tmp_path / "second", progress=False).config == second.model.config
+    command = ["train", "--out", str(tmp_path / "third"), "--text", text, "--steps", "1"]
+    for more, message in (
+        (["--from", str(tmp_path)], "config.json"),
+        (["--from", "owner/name"], "hf download owner/name"),
+        (["--from", str(tmp_path / "first"), "--config", "kimi-k2"], "--config must be left out with --from"),
+        (["--device", "cuda:77"], "--device must be one of this machine, got 'cuda:77'"),
+    ):
+        assert main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "first" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"must hold tokenizer\.json, got none"):
+        Trainer(dataclasses.replace(options, start=str(tmp_path / "first")), tmp_path / "third")
+
+
+def test_a_text_of_few_words_makes_a_smaller_vocabulary(tmp_path):
+    (tmp_path / "text").write_text("one two three four\n" * 2000)
+    trainer = Trainer(TrainOptions(text=(str(tmp_path / "text"),), **SIZES), tmp_path / "out")
+    assert trainer.model.config.vocab_size == trainer.tokenizer.get_vocab_size() < 1024
+
+
 def test_four_bit_experts_learn_and_are_served_as_trained(text, tmp_path, monkeypatch, capsys):
     trainers, finish = [], Trainer.finish
     monkeypatch.setattr(Trainer, "validate", lambda trainer: 3.0)

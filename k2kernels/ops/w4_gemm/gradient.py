@@ -13,7 +13,15 @@ from k2kernels.ops.grouped_gemm import _launching
 from k2kernels.ops.quant import _swiglu_backward
 from k2kernels.ops.w4_gemm.packed import W4
 from k2kernels.reference import _w4_training as reference
-from k2kernels.reference.w4_gemm import LARGEST_E8M0, dequantize_w4, packed_shape, quantize_mxfp4, unpack
+from k2kernels.reference.w4_gemm import (
+    INT4_SCALES_BELOW,
+    LARGEST_E8M0,
+    dequantize_w4,
+    packed_shape,
+    quantize_int4_group32,
+    quantize_mxfp4,
+    unpack,
+)
 
 SCRATCH = 1 << 28  # elements of weights that are dequantised at a time, of 2 bytes: 9 experts of Kimi-K2's gate and up
 
@@ -22,8 +30,8 @@ def pack_masters(w: Tensor, kind: str) -> W4:
     """`pack_w4(*quantize_int4_group32(w))` or MXFP4's of w [G, N, K], one expert at a time. The host does not wait.
 
     Raises:
-        ValueError: on a CPU, for NaN or infinity in w, and for MXFP4 scales of more than 2. On a GPU, such weights
-            multiply as NaN or infinity.
+        ValueError: on a CPU, for NaN or infinity in w, for INT4 scales of 0.5 and more and MXFP4 scales of more than
+            2. On a GPU, such weights multiply as NaN or infinity.
     """
     return W4(_w4_pack_masters(w.detach(), kind), kind, tuple(w.shape), False)
 
@@ -32,13 +40,18 @@ def _check_masters(w: Tensor, kind: str) -> None:
     for weight in w:
         if not weight.isfinite().all():
             raise ValueError("w4_pack_masters: w must be finite, got NaN or infinity")
+        largest = weight.abs().amax().expand(1, 32)
         if kind == "mxfp4":
-            most = int(quantize_mxfp4(weight.abs().amax().expand(1, 32), "even")[1])
-            if most > LARGEST_E8M0:
-                raise ValueError(
-                    f"w4_pack_masters: the scales of w must be E8M0 bytes of at most {LARGEST_E8M0}, a scale of 2, got "
-                    f"{most}"
-                )
+            wanted, most = (
+                f"E8M0 bytes of at most {LARGEST_E8M0}, a scale of 2",
+                int(quantize_mxfp4(largest, "even")[1]),
+            )
+            bad = most > LARGEST_E8M0
+        else:
+            wanted, most = f"below {INT4_SCALES_BELOW} in magnitude", float(quantize_int4_group32(largest, -7)[1])
+            bad = most >= INT4_SCALES_BELOW
+        if bad:
+            raise ValueError(f"w4_pack_masters: the scales of w must be {wanted}, got {most}")
 
 
 def _launch_pack(data: Tensor, w: Tensor, kind: str) -> None:

@@ -1,0 +1,1 @@
+"""OpenAI's endpoints over an `Engine`: one process, with the engine's thread and an event loop."""

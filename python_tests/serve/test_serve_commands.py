@@ -1,0 +1,140 @@
+"""`k2kernels serve` and `k2kernels chat`: what they refuse, and a conversation."""
+
+import builtins
+import contextlib
+import os
+import signal
+import socket
+import threading
+
+import openai
+import pytest
+import torch
+from served import NAME, post, until
+
+from k2kernels.cli import main
+from k2kernels.model import K2Config
+from k2kernels.serve import load
+from k2kernels.text.stream import TextStream
+
+
+def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(directory, monkeypatch, capsys):
+    monkeypatch.setattr(load.K2Model, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(load, "device_bytes", lambda device: 100_000)
+    for command in ("serve", "chat"):
+        arguments = ["--port", "0"] if command == "serve" else []
+        assert main([command, str(directory), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "needs 0." in error and "has 0.1 MB (90% of the memory of 'cpu')" in error, error
+        assert f"vllm serve {directory} --attention-backend K2KERNELS_MLA --tensor-parallel-size 2" in error
+
+
+def test_what_fits(tmp_path):
+    def fit(preset, gigabytes, tokens=None, device="cuda", cache="auto"):
+        config = K2Config.preset(preset)
+        return load.fit(tmp_path, config, int(gigabytes * 1e9), device, False, tokens, cache)
+
+    assert fit("moonlight-16b-a3b", 80) == load.MOST_CACHE_TOKENS
+    assert 64 < fit("moonlight-16b-a3b", 37) < 60_000
+    assert fit("moonlight-16b-a3b", 80, tokens=128) == 128
+    with pytest.raises(MemoryError, match=r"tensor-parallel-size 2$"):
+        fit("moonlight-16b-a3b", 24)
+    with pytest.raises(MemoryError, match=r"needs 2,06\d.*64 GPUs of 80.0 GB(.|\n)*size 64$"):
+        fit("kimi-k2", 64, device="cpu")
+    with pytest.raises(MemoryError):
+        fit("tiny", 0.5, tokens=10**8)
+
+
+def test_addresses_that_are_refused(directory, capsys, monkeypatch):
+    monkeypatch.delenv("K2KERNELS_API_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cases = {
+            ("--host", "0.0.0.0"): "--host 0.0.0.0 can be reached from outside: set --api-key or K2KERNELS_API_KEY",
+            ("--port", str(taken.getsockname()[1])): "in use",
+            ("--port", "70000"): "--port must be from 0 to 65535, got 70000",
+            ("--max-queue", "0"): "--max-queue must be at least 1, got 0",
+            ("--max-seconds", "nan"): "--max-seconds must be at least 0, got nan",
+        }
+        for arguments, message in cases.items():
+            assert main(["serve", str(directory), *arguments]) == 2
+            assert message in capsys.readouterr().err
+    assert main(["serve", str(directory / "none"), "--port", "0"]) == 2
+    assert "must be a directory" in capsys.readouterr().err
+
+
+def test_sigterm_ends_after_the_answers_in_flight(directory, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url, ask = f"http://127.0.0.1:{port}", {"messages": [{"role": "user", "content": "x"}], "model": NAME}
+    seen = []
+
+    def health():
+        with contextlib.suppress(OSError):
+            return post(url, "/health", None)[0]
+
+    def client():
+        try:
+            until(lambda: health() == 200)
+            with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as asked:
+                chunks = asked.chat.completions.create(**ask, max_tokens=120, logit_bias={"266": -100}, stream=True)
+                next(chunks)
+                os.kill(os.getpid(), signal.SIGTERM)
+                until(lambda: health() == 503)
+                seen.append(post(url, "/v1/chat/completions", ask))
+                seen.append(list(chunks))
+        finally:
+            if len(seen) < 2:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    code = main(["serve", str(directory), "--port", str(port), "--cache-tokens", "1024"])
+    thread.join()
+    (status, text, answered), chunks = seen
+    assert status == 503 and "shutting down" in text and answered["retry-after"] == "1"
+    assert chunks[-1].choices[0].finish_reason == "length" and len(chunks) > 60
+    assert code == 0 and health() is None
+    assert f"serving 'tiny' at {url}/v1" in capsys.readouterr().err
+
+
+def test_a_conversation(directory, monkeypatch, capsys):
+    """The history grows, /reset empties it, Ctrl-C stops one answer."""
+    asked, lines = [], iter(["he said", "and 123?", "", "/reset", "he said", "stop this", "/reset", "he said"])
+    encode = load.Engine.submit
+    interrupt = False
+
+    def line(prompt):
+        nonlocal interrupt
+        text = next(lines, None)
+        if text is None:
+            raise EOFError
+        interrupt = text == "stop this"
+        return text
+
+    def submit(engine, ids, **options):
+        asked.append(list(ids))
+        return encode(engine, ids, **options)
+
+    def add(stream, token, add=TextStream.add):
+        if interrupt:
+            raise KeyboardInterrupt
+        return add(stream, token)
+
+    monkeypatch.setattr(builtins, "input", line)
+    monkeypatch.setattr(load.Engine, "submit", submit)
+    monkeypatch.setattr(TextStream, "add", add)
+    arguments = ["--temperature", "0", "--max-new-tokens", "6", "--system", "Be brief.", "--cache-tokens", "512"]
+    assert main(["chat", str(directory), *arguments]) == 0
+    assert asked[0] == asked[2] == asked[4]
+    assert len(asked[1]) > len(asked[0]) and asked[1][: len(asked[0])] == asked[0]
+    assert len(asked[3]) > len(asked[2])
+    out = capsys.readouterr().out
+    assert out.count("\n") >= 6 and not torch.is_inference_mode_enabled()
+
+
+def test_a_conversation_beyond_the_context(directory, monkeypatch, capsys):
+    lines = iter(["x" * 600, "/exit"])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
+    assert main(["chat", str(directory), "--cache-tokens", "512"]) == 0
+    assert "at most 512 tokens together" in capsys.readouterr().err
