@@ -1,6 +1,6 @@
 """An attention backend for vLLM: MLA decoding by `mla_decode`, on every GPU since A100.
 
-    pip install k2kernels                      # vLLM finds the plugin by its entry point
+    pip install path/to/k2kernels              # vLLM finds the plugin by its entry point
     vllm serve MODEL --attention-backend K2KERNELS_MLA
 
 It is never selected unless asked for. vLLM keeps its own prefill, absorption, experts and scheduler; this backend
@@ -180,6 +180,7 @@ def _backends() -> tuple[type, type]:
     def implementation(base: type) -> type:
         class Impl(base):
             can_return_lse_for_decode = True
+            supports_pcp = supports_dcp = False  # contexts over several ranks: not tried
 
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **kwargs)
