@@ -123,7 +123,7 @@ def test_numbers_of_yarn_have_bounds(key, value, model, capsys):
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 50_000, "[1]", "\x00", '{"a": ' + "9" * 5000 + "}"])
 def test_json_that_is_none(name, text, model, capsys):
     (model / name).write_text(text)
-    refused(model, capsys, *(COMMANDS if name == "config.json" else ("info", "generate")), message=name)
+    refused(model, capsys, *(COMMANDS if name == "config.json" else ["generate"]), message=name)
 
 
 def test_an_index_of_brackets(model, capsys):
@@ -243,7 +243,7 @@ def test_configurations_of_packed_weights(group, message, good_packed, tmp_path,
     path = shutil.copytree(good_packed, tmp_path / "model")
     entry = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": group}}
     change(path, quantization_config=entry)
-    refused(path, capsys, *COMMANDS, message=message)
+    refused(path, capsys, "generate", "convert", message=message)  # info counts the sizes alone
 
 
 # ---- tokenizers
