@@ -12,7 +12,9 @@ long grouped_w4_gemm(const Chip& chip, const Tensor& a, const Tensor& w, const T
                      const Tensor& counts, const std::string& kind, bool swiglu,
                      bool batch_invariant, int64_t expected, const Tensor& d) {
     W4GemmParams p;
-    p.kind = kind == "int4" ? W4Kind::kInt4 : W4Kind::kMxfp4;
+    p.kind = kind == "int4"        ? W4Kind::kInt4
+             : kind == "int4_wide" ? W4Kind::kInt4Wide
+                                   : W4Kind::kMxfp4;
     p.swiglu = swiglu;
     p.a = a.data<const bf16>();
     p.w = w.data<const uint8_t>();

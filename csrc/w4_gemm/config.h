@@ -18,6 +18,9 @@ constexpr int kCodeBytes = kChunkRows * kChunkDepth / 2;
 struct Int4 {
     static constexpr int kScaleBytes = 2;
 };
+struct Int4Wide {  // the scales as they are; served by the portable kernel alone
+    static constexpr int kScaleBytes = 2;
+};
 struct Mxfp4 {
     static constexpr int kScaleBytes = 1;
 };

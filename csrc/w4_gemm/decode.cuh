@@ -10,6 +10,8 @@
 //
 // int4   The nibble u = q + 8 at bits 7 to 4 is u 2^-129. Times 2^129 s, less 8 s, it is q s: both
 //        terms are exact, their sum is rounded once. A word takes 3 shifts, 4 LOP3 and 4 FMAs.
+// int4_wide: any s, stored as it is. The nibble under the exponent of 128, whose last place is 1, is
+//        128 + u; less 136 it is q, exactly; times s it is rounded once. 4 FMAs more.
 // mxfp4  Sign at bit 15, magnitude at bits 8 to 6; times 2^126 s, exactly. Three pairs lie so that
 //        a shift or rotation brings each to these places, the bits that are left are the fourth's.
 //        A word takes 4 shifts, 5 LOP3 and 4 products.
@@ -32,7 +34,15 @@ using W4Scales = W4Scale[2][kChunkGroups];
 
 template <class Kind>
 K2K_DEVICE void read_scales(W4Scales& scales, const uint8_t* source) {
-    if constexpr (std::is_same_v<Kind, Int4>) {
+    if constexpr (std::is_same_v<Kind, Int4Wide>) {
+        const uint2 rows = *reinterpret_cast<const uint2*>(source);
+        K2K_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            const uint32_t factors = r == 0 ? rows.x : rows.y;
+            scales[r][0] = {arch::low_twice(factors), 0};
+            scales[r][1] = {arch::high_twice(factors), 0};
+        }
+    } else if constexpr (std::is_same_v<Kind, Int4>) {
         const uint2 rows = *reinterpret_cast<const uint2*>(source);
         K2K_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -58,7 +68,11 @@ K2K_DEVICE void read_scales(W4Scales& scales, const uint8_t* source) {
 template <class Kind>
 K2K_DEVICE uint32_t decode_pair(uint32_t word, int i, const W4Scale& scale) {
     uint32_t value;
-    if constexpr (std::is_same_v<Kind, Int4>) {
+    if constexpr (std::is_same_v<Kind, Int4Wide>) {
+        const uint32_t above = arch::and_or(word >> 4 * i, 0x000f000f, 0x43004300);  // 128 + u
+        const uint32_t q = arch::fma_bf16x2(above, 0x3f803f80, 0xc308c308);          // * 1 - 136
+        return arch::mul_bf16x2(q, scale.factor);
+    } else if constexpr (std::is_same_v<Kind, Int4>) {
         value = (i == 0 ? word << 4 : word >> (4 * i - 4)) & 0x00f000f0;
     } else {
         constexpr uint32_t kSignAndMagnitude = 0x81c081c0;

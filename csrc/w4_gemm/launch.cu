@@ -39,6 +39,7 @@ void launch_kind(const W4GemmParams& p, const Chip& chip, void* stream) {
 
 void launch_w4_gemm(const W4GemmParams& p, const Chip& chip, void* stream) {
     if (p.groups.number == 0 || p.rows == 0 || p.columns == 0) return;
+    if (p.kind == W4Kind::kInt4Wide) return launch_kind<Int4Wide>(p, chip, stream);
     if (chip.capability == 90 && takes_few_rows(p)) return launch_w4_gemm_sm90_few(p, chip, stream);
     if (takes_many_tokens(p, chip)) return launch_w4_gemm_sm90_many(p, chip, stream);
     return p.kind == W4Kind::kInt4 ? launch_kind<Int4>(p, chip, stream)

@@ -7,7 +7,7 @@
 
 namespace k2k {
 
-enum class W4Kind : int32_t { kInt4, kMxfp4 };
+enum class W4Kind : int32_t { kInt4, kInt4Wide, kMxfp4 };
 
 // D = A W^T, or swiglu of it. Rows of A begin at multiples of 16 bytes.
 struct W4GemmParams {

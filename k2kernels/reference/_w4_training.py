@@ -34,7 +34,7 @@ def w4_pack_masters_into(data: Tensor, w: Tensor, kind: str) -> None:
         codes, scales = quantize_int4_group32(weight, -7) if kind == "int4" else quantize_mxfp4(weight, "even")
         if kind == "mxfp4":
             scales.clamp_(max=LARGEST_E8M0 + 1)  # whose packed byte is the exponent of infinity
-        pack_into(place, codes, scales, False)
+        pack_into(place, codes, scales, kind, False)
 
 
 def grouped_w4_gemm_dgrad(

@@ -9,6 +9,7 @@ Codes and scales are those of compressed-tensors' files; K runs along the contig
 In the bytes of both the code of an even k is the low nibble. The weight is w = bfloat16(q * s), rounded once.
 
 The packed bytes, uint8 [..., ceil(N/64), ceil(K/64), C], are in the order of a kernel's reads: csrc/w4_gemm/README.md.
+INT4 with scales that "int4" cannot hold packed is the packed kind "int4_wide", which has the scales as they are.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SCALE_BYTES = {"int4": 2, "mxfp4": 1}
 INT4_OFFSET = 8  # of a stored code
 # Packed scales are multiples of those of the files, with which a kernel multiplies fields of a word as they are.
 INT4_SCALES_BELOW = 0.5  # in magnitude: 2**129 * scale is packed, in bfloat16
+INT4_WIDE = "int4_wide"
 LARGEST_E8M0 = 128  # that can be packed: a scale of 2
 PACKED_E8M0 = 126  # is added to a packed scale, so that it is the exponent field of the bfloat16 2**126 * scale
 EMPTY_SCALE = 2.0**-7  # of a group of zeros, as in compressed-tensors
@@ -88,13 +90,14 @@ def packed_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of the packed bytes of weights of `shape` (..., N, K)."""
     *leading, n, k = shape
     tiles = -(-n // CHUNK), -(-k // CHUNK)
-    return (*leading, *tiles, CODE_BYTES + CHUNK * CHUNK // GROUP * SCALE_BYTES[kind])
+    return (*leading, *tiles, CODE_BYTES + CHUNK * CHUNK // GROUP * SCALE_BYTES[kind.removesuffix("_wide")])
 
 
-def pack_into(data: Tensor, codes: Tensor, scales: Tensor, gated: bool) -> None:
+def pack_into(data: Tensor, codes: Tensor, scales: Tensor, kind: str, gated: bool) -> None:
     """Packs the codes and scales of one matrix [N, K] into its uint8 [ceil(N/64), ceil(K/64), C]."""
-    if codes.dtype == torch.int32:
-        scales = (scales.float() * 2.0**64 * 2.0**65).bfloat16()
+    if kind != "mxfp4":
+        if kind != INT4_WIDE:
+            scales = (scales.float() * 2.0**64 * 2.0**65).bfloat16()
         zero, scales = INT4_OFFSET * 0x11111111 - 2**32, scales.view(torch.uint8).unflatten(-1, (-1, 2))
     else:
         zero, scales = 0, (scales + PACKED_E8M0)[..., None]
@@ -105,7 +108,7 @@ def pack_into(data: Tensor, codes: Tensor, scales: Tensor, gated: bool) -> None:
     for part, x, fill in ((data[..., :CODE_BYTES], words, zero), (data[..., CODE_BYTES:], scales, 0)):
         chunks = _chunks(x, fill, gated).view(torch.uint8)
         chunks = chunks.index_select(1, _places(chunks.shape[1], x.device))
-        if x is words and codes.dtype == torch.uint8:
+        if x is words and kind == "mxfp4":
             chunks = _moved(chunks.view(torch.int32), _MXFP4_MOVES).view(torch.uint8)
         part.copy_(chunks.view(part.shape))
 
@@ -124,9 +127,10 @@ def unpack(data: Tensor, kind: str, n: int, k: int, gated: bool) -> tuple[Tensor
     even = low & 0x0F0F0F0F | (high & 0x0F0F0F0F) << 4
     odd = (low >> 4) & 0x0F0F0F0F | high & (0xF0F0F0F0 - 2**32)
     codes, scales = torch.stack([even, odd], -1).view(n, k // 8), parts[1].flatten(1)
-    if kind == "int4":
-        return codes, (scales.view(torch.bfloat16).float() * 2.0**-64 * 2.0**-65).bfloat16()
-    return codes.view(torch.uint8), scales - PACKED_E8M0
+    if kind == "mxfp4":
+        return codes.view(torch.uint8), scales - PACKED_E8M0
+    scales = scales.view(torch.bfloat16)
+    return codes, scales if kind == INT4_WIDE else (scales.float() * 2.0**-64 * 2.0**-65).bfloat16()
 
 
 def grouped_w4_gemm(

@@ -229,7 +229,7 @@ for dtype, bf16 in (("bf16", ".BF16"), ("fp16", "")):
 # With 4-bit weights: copies stand in the same three places; the codes of 64 of K are two loads of 16 bytes, the 16
 # products for 16 tokens take four ldmatrix; a stage is 128 or 64 of K. Four CTAs of 128 threads an SM (128 registers),
 # or three (170).
-for kind, scales in (("Int4", "LDS.64"), ("Mxfp4", "LDS")):
+for kind, scales in (("Int4", "LDS.64"), ("Int4Wide", "LDS.64"), ("Mxfp4", "LDS")):
     for tile, registers, copies, tokens, steps in (("16, 2, 3, 4", 128, 8, 16, 2), ("64, 1, 3, 3", 170, 7, 64, 1)):
         others = {"HMMA.16816.F32.BF16": tokens * steps, "LDSM.16.M88.4": tokens // 4 * steps}
         others |= {"LDGSTS.E.BYPASS.128": 3 * copies, "LDS.128": 2 * steps, scales: 2 * steps}
@@ -338,7 +338,7 @@ SHARED = {
     # Three stages: once or twice 16 or 64 tokens, 128 bytes each, and two chunks of packed weights.
     **{
         f"w4_gemm_kernel<{kind}, {swiglu}, W4Tile<{tokens}, {steps}, 3, {ctas}> >": 3 * steps * (128 * tokens + chunks)
-        for kind, chunks in (("Int4", 2 * 2304), ("Mxfp4", 2 * 2176))
+        for kind, chunks in (("Int4", 2 * 2304), ("Int4Wide", 2 * 2304), ("Mxfp4", 2 * 2176))
         for swiglu in ("false", "true")
         for tokens, steps, ctas in ((16, 2, 4), (64, 1, 3))
     },

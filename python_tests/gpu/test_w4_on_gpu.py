@@ -47,19 +47,21 @@ def test_bits_of_grouped_gemm(case, swiglu, kind):
     assert k.launch_count("grouped_w4_gemm") == before + 2
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("kind", [*QUANTIZERS, "int4_wide"])
 def test_every_code_by_many_scales(kind):
     """Subnormal numbers among them: products with rows of the identity are the weights."""
     n = 4096
     raw = torch.randint(256, (1, n, 32), dtype=torch.uint8)
-    if kind == "int4":
+    if kind != "mxfp4":
         codes = raw.view(torch.int32)
-        scales = torch.randint(0x3F00, (1, n, 2), dtype=torch.int16).view(torch.bfloat16)
+        below = 0x3F00 if kind == "int4" else 0x7E00  # bits of 0.5; of a number whose multiples are finite
+        scales = torch.randint(below, (1, n, 2), dtype=torch.int16).view(torch.bfloat16)
     else:
         codes, scales = raw, torch.randint(129, (1, n, 2), dtype=torch.uint8)
     want = k.dequantize_w4(codes, scales)[0]
     identity = torch.eye(64, dtype=torch.bfloat16, device="cuda")
     offsets, counts = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 64], [64]))
     w = k.pack_w4(codes.cuda(), scales.cuda())
+    assert w.kind == kind
     got = k.grouped_w4_gemm(identity, w, offsets=offsets, counts=counts)
     assert torch.equal(got.mT.cpu(), want)

@@ -248,6 +248,21 @@ def test_experts_are_packed_one_by_one(gated, kind):
     assert none.shape == (0, 40, 96) and unpack_w4(none)[0].shape == codes[:0].shape
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_int4_scales_of_all_sizes_have_a_packed_kind(gated):
+    codes, scales = random_w4("int4", 2, 40, 96)
+    plain = pack_w4(codes, scales, gated=gated)
+    for one in (0.5, -torch.finfo(BF16).max, 3.0):
+        larger = scales.clone()
+        larger[1, 7, 2] = one
+        wide = pack_w4(codes, larger, gated=gated)
+        assert (plain.kind, wide.kind) == ("int4", "int4_wide") and wide.shape == plain.shape
+        assert torch.equal(wide.data[..., :2048], plain.data[..., :2048])
+        assert all(same(x, y) for x, y in zip(unpack_w4(wide), (codes, larger)))
+        changed = (wide.data[..., 2048:].contiguous().view(BF16) * 2.0**64 * 2.0**65).bfloat16()
+        assert (changed.view(torch.int16) != plain.data[..., 2048:].contiguous().view(torch.int16)).sum() == 1
+
+
 @of_each_kind
 def test_a_lane_holds_the_fragments_of_mma(kind):
     """A of m16n8k16 and m64k16: register i of lane 4 g + t is row g + 8 (i mod 2), k = 8 (i / 2) + 2 t + {0, 1}."""
@@ -424,9 +439,13 @@ def with_scale(value, scales=SCALES):
         (lambda: pack_w4(CODES[:, :0], SCALES), ValueError, "codes must be of one row or more"),
         (lambda: pack_w4(CODES, SCALES.float()), TypeError, "scales must be .* bfloat16, got .* float32"),
         (lambda: pack_w4(CODES, SCALES[:, :32]), ValueError, r"scales must be \[2, 64, 2\] bfloat16, got \[2, 32, 2\]"),
-        (lambda: pack_w4(CODES, with_scale(math.nan)), ValueError, "scales must be below 0.5 in magnitude, got nan"),
-        (lambda: pack_w4(CODES, with_scale(-math.inf)), ValueError, "below 0.5 in magnitude, got -inf"),
-        (lambda: pack_w4(CODES, with_scale(-0.5)), ValueError, "scales must be below 0.5 in magnitude, got -0.5"),
+        (lambda: pack_w4(CODES, with_scale(math.nan)), ValueError, "scales must be finite, got nan"),
+        (lambda: pack_w4(CODES, with_scale(-math.inf)), ValueError, "scales must be finite, got -inf"),
+        (
+            lambda: pack_w4(CODES, with_scale(-0.5), out=PACKED.data.clone()),
+            ValueError,
+            "scales must be below 0.5 in magnitude to be packed into out, got -0.5",
+        ),
         (lambda: pack_w4(MX_CODES, with_scale(255, MX_SCALES)), ValueError, "scales must be .* got 255, which is NaN"),
         (lambda: pack_w4(MX_CODES, with_scale(129, MX_SCALES)), ValueError, "at most 128, a scale of 2, got 129"),
         (lambda: pack_w4(CODES, SCALES.clone().requires_grad_()), ValueError, "scales must be a tensor that needs no"),

@@ -80,6 +80,7 @@ def check(kind, groups, n, k, schedule, *, swiglu=False, expected=None):
     codes, scales = random_w4(kind, len(groups.counts), n, k)
     a = groups.random(k)
     w = pack_w4(codes, scales, gated=swiglu)
+    assert w.kind == kind
     d = multiply(a, w, groups, schedule, swiglu=swiglu, expected=expected)
     want = decoded(a, codes, scales, groups, schedule, swiglu=swiglu)
     assert torch.equal(bits(d[groups.real]), bits(want[groups.real]))
@@ -159,6 +160,31 @@ def test_every_int4_code_by_every_scale(schedule):
     packed = pack_w4(codes, scales)
     assert all(torch.equal(bits(x), bits(y)) for x, y in zip(k2kernels.unpack_w4(packed), (codes, scales)))
     assert torch.equal(identity(packed, 64, schedule), dequantize_w4(codes, scales)[0])
+
+
+@on_each_arch
+def test_every_int4_code_by_every_finite_scale(schedule):
+    """Of any size, by the packed kind that has them as they are. Rows with weights that overflow are not finite."""
+    scales = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16)
+    scales = scales[scales.isfinite()]
+    n = scales.numel() // 2
+    codes, scales = every_code(n).view(torch.int32), scales.view(1, n, 2)
+    packed = pack_w4(codes, scales)
+    assert packed.kind == "int4_wide"
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(k2kernels.unpack_w4(packed), (codes, scales)))
+    want = dequantize_w4(codes, scales)[0]
+    finite, got = want.isfinite().all(-1), identity(packed, 64, schedule)
+    assert torch.equal(got[finite], want[finite]) and not got[~finite].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, ("sm_90a", 5)], ids=lambda s: f"{s[0]}-{s[1]}")
+@in_each_tile
+@pytest.mark.parametrize("swiglu", [False, True], ids=["plain", "swiglu"])
+@pytest.mark.parametrize("case", ["few rows", "tails", "odd N", "one"])
+def test_int4_with_large_scales(case, swiglu, expected, schedule):
+    """One K of several parts among them, which the kernel for few rows of sm_90a would cut."""
+    groups, n, k = CASES[case]
+    check("int4_wide", groups, n, k, schedule, swiglu=swiglu, expected=expected)
 
 
 @on_each_arch

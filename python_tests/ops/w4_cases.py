@@ -13,9 +13,11 @@ def random_w4(kind, *shape):
     """Codes and scales of any value that can be packed; all 16 codes occur."""
     k = shape[-1]
     raw = torch.randint(256, (*shape[:-1], k // 2), dtype=torch.uint8)
-    if kind == "int4":
-        scales = torch.randn(*shape[:-1], k // 32).exp2().mul(0.01).bfloat16()
-        return raw.view(torch.int32), scales
+    if kind != "mxfp4":
+        scales = torch.randn(*shape[:-1], k // 32).exp2().mul(0.01)
+        if kind == "int4_wide" and scales.numel():
+            scales *= 0.75 / scales.max()
+        return raw.view(torch.int32), scales.bfloat16()
     return raw, torch.randint(100, 129, (*shape[:-1], k // 32), dtype=torch.uint8)
 
 

@@ -13,13 +13,14 @@ from k2kernels.ops.w4_gemm.formats import check_codes
 from k2kernels.reference import w4_gemm as reference
 
 KINDS = tuple(reference.SCALE_BYTES)  # "int4", "mxfp4"
+PACKED_KINDS = (*KINDS, reference.INT4_WIDE)
 
 
 class W4(NamedTuple):
     """Packed 4-bit weights. `packed_shape` and the README of csrc/w4_gemm have the layout."""
 
-    data: Tensor  # uint8 [..., ceil(N/64), ceil(K/64), C]: codes and scales, C = 2304 ("int4") or 2176 ("mxfp4")
-    kind: str  # "int4" or "mxfp4"
+    data: Tensor  # uint8 [..., ceil(N/64), ceil(K/64), C]: codes and scales, C = 2304 (INT4) or 2176 (MXFP4)
+    kind: str  # "int4", "mxfp4", or "int4_wide": INT4 with scales of 0.5 and more among them
     shape: tuple[int, ...]  # (E, N, K), or (N, K)
     gated: bool  # rows of gate (the first N/2) and up are interleaved by 8, for products with SwiGLU
 
@@ -41,20 +42,22 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
     """Packs codes and scales of weights for products. Nothing is rounded; `unpack_w4` is the exact inverse.
 
     One expert after the other is packed, on the device of the codes. It is a function for loading: it reads the values
-    of the scales on the host.
+    of the scales on the host. INT4 scales are below 0.5 in magnitude where weights are below 3.5; if not all are, the
+    kind is "int4_wide", whose decoding takes more instructions, and which the portable kernel serves on every GPU.
 
     Args:
         codes, scales: int32 [E, N, K/8] with bfloat16 [E, N, K/32], or uint8 [E, N, K/2] with uint8 [E, N, K/32], as
             `quantize_int4_group32` and `quantize_mxfp4` make them; or of one matrix, without E.
         gated: the rows are those of gate, then those of up; the packed weights serve products with `swiglu=True`.
-        out: uint8 [E, ceil(N/64), ceil(K/64), C] to pack into, such as a part of `empty_w4(...).data`.
+        out: uint8 [E, ceil(N/64), ceil(K/64), C] to pack into, such as a part of `empty_w4(...).data`, whose kind is
+            "int4" or "mxfp4".
 
     Returns:
         W4, whose data is `out` if that is given.
 
     Raises:
-        TypeError, ValueError: for dtypes and shapes; for scales that have no packed form: NaN and infinity, those of
-            INT4 of 0.5 and more in magnitude, and E8M0 scales of more than 2 (bytes above 128).
+        TypeError, ValueError: for dtypes and shapes; for scales that have no packed form: NaN and infinity, E8M0 scales
+            of more than 2 (bytes above 128), and with `out` those of INT4 of 0.5 and more in magnitude.
     """
     args = Arguments("pack_w4")
     args.boolean("gated", gated)
@@ -62,8 +65,11 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
     *leading, n, columns = codes.shape
     shape = _served_shape(args, (*leading, n, columns * (8 if kind == "int4" else 2)), gated, "codes")
     if kind == "int4":
-        bad = scales[~(scales.abs() < reference.INT4_SCALES_BELOW)]
-        wanted = f"below {reference.INT4_SCALES_BELOW} in magnitude"
+        if out is None and not (scales.abs() < reference.INT4_SCALES_BELOW).all():
+            kind = reference.INT4_WIDE
+        below = reference.INT4_SCALES_BELOW if out is not None else math.inf
+        bad = scales[~(scales.abs() < below)]
+        wanted = "finite" if out is None else f"below {below} in magnitude to be packed into out"
         args.require(bad.numel() == 0, "scales", wanted, lambda: bad[0].item())
     elif scales.numel():
         most = int(scales.max())
@@ -77,7 +83,7 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
         args.writable("out", out)
     for place in range(math.prod(leading)):
         i = (place,) if leading else ()
-        reference.pack_into(out[i], codes[i], scales[i], gated)
+        reference.pack_into(out[i], codes[i], scales[i], kind, gated)
     return W4(out, kind, shape, gated)
 
 
@@ -93,7 +99,7 @@ def unpack_w4(w4: W4) -> tuple[Tensor, Tensor]:
     if not leading:
         return reference.unpack(w4.data, w4.kind, n, k, w4.gated)
     codes_dtype, in_code, scale_dtype = (
-        (torch.int32, 8, torch.bfloat16) if w4.kind == "int4" else (torch.uint8, 2, torch.uint8)
+        (torch.uint8, 2, torch.uint8) if w4.kind == "mxfp4" else (torch.int32, 8, torch.bfloat16)
     )
     codes = w4.data.new_empty((*leading, n, k // in_code), dtype=codes_dtype)
     scales = w4.data.new_empty((*leading, n, k // reference.GROUP), dtype=scale_dtype)
@@ -106,7 +112,7 @@ def check_w4(args: Arguments, name: str, w: W4) -> W4:
     """`w`, a W4 whose fields agree."""
     if not isinstance(w, W4):
         raise TypeError(f"{args.op}: {name} must be a W4 as pack_w4 makes it, got {type(w).__name__}")
-    args.choice(f"the kind of {name}", w.kind, KINDS)
+    args.choice(f"the kind of {name}", w.kind, PACKED_KINDS)
     args.boolean(f"gated of {name}", w.gated)
     shape = _served_shape(args, w.shape, w.gated, f"the shape of {name}")
     args.tensor(f"the data of {name}", w.data, reference.packed_shape(w.kind, shape), torch.uint8)
