@@ -3,7 +3,9 @@
 import contextlib
 import http.client
 import json
+import re
 import threading
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
@@ -342,3 +344,13 @@ def test_an_error_within_a_stream_is_an_event(running, monkeypatch):
             ask(running)
     assert ask(running).choices[0].finish_reason == "length"
     running.idle()
+
+
+def test_the_example_of_the_page(running):
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names = {}
+    block = block.replace("http://localhost:8000", running.url).replace('"demo"', repr(NAME))
+    exec(block.replace("stream=True", "stream=True, max_tokens=4"), names)
+    assert [chunk.choices[0].finish_reason for chunk in names["chunks"]][-1] in ("stop", "length")
+    names["client"].close()
