@@ -1,5 +1,6 @@
 """What the host does between the public function and the kernel: counted, because time depends on the machine."""
 
+import gc
 import sys
 
 import pytest
@@ -102,11 +103,14 @@ WORKSPACES = {
 def entered(call):
     """The names of the Python functions that a call enters."""
     names = []
+    gc.collect()
+    gc.disable()  # what it frees calls functions, too
     sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
     try:
         call()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return names
 
 

@@ -118,6 +118,7 @@ def test_interrupts_during_launches_and_faults():
     """Ctrl-C waits for the end of the main thread's kernel; threads are not disturbed, and later launches are right."""
     done = process("""
 faulthandler.dump_traceback_later(240, exit=True)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 
 def interrupt(taken):  # again after 5 s: Python drops one that arrives in a destructor or in the callback of a weakref
     os.kill(os.getpid(), signal.SIGINT)

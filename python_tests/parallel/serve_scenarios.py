@@ -92,7 +92,7 @@ def check_errors_are_every_ranks(rank, world, layout):
         (dict(max_new_tokens=2, input_ids=prompts_of(rank, 5, 13)), ValueError, "at most max_tokens=64 tokens"),
         (dict(max_new_tokens=2, input_ids=whole.float()), TypeError, "input_ids must be an int64"),
         (dict(max_new_tokens=2, input_ids=whole[:, :0]), ValueError, "input_ids must be"),
-        (dict(max_new_tokens=2, cache_dtype="fp8"), ValueError, "needs kv_lora_rank 512"),
+        (dict(max_new_tokens=2, cache_dtype="fp8"), ValueError, "cache_dtype must be 'auto' for 48 latent"),
     ):
         options = {"input_ids": whole, **(bad if first else dict(max_new_tokens=2))}
         begun = time.monotonic()

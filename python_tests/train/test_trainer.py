@@ -91,7 +91,10 @@ def test_a_run_from_a_checkpoint(options, text, tmp_path, capsys):
         pass
     first.finish()
     (tmp_path / "first" / "chat_template.jinja").write_text("{{ messages }}")
-    second = Trainer(dataclasses.replace(options, steps=2, start=str(tmp_path / "first"), lr=1e-9), tmp_path / "second")
+    second = Trainer(
+        dataclasses.replace(options, steps=2, start=str(tmp_path / "first"), lr=1e-9, adamw_lr=1e-9),
+        tmp_path / "second",
+    )
     assert second.tokenizer.to_str() == first.tokenizer.to_str()
     rows = list(second.run())
     assert abs(rows[-1].valid - first.history[-1].valid) < 0.01
