@@ -177,13 +177,17 @@ def test_every_int4_code_by_every_finite_scale(schedule):
     assert torch.equal(got[finite], want[finite]) and not got[~finite].isfinite().all(-1).any()
 
 
+LARGE = {case: CASES[case] for case in ("few rows", "tails", "odd N", "one")}
+LARGE["parts of K"] = Groups([3]), 64, 1024  # which the kernel for few rows of sm_90a would add
+
+
 @pytest.mark.parametrize("schedule", [*SCHEDULES, ("sm_90a", 5)], ids=lambda s: f"{s[0]}-{s[1]}")
 @in_each_tile
 @pytest.mark.parametrize("swiglu", [False, True], ids=["plain", "swiglu"])
-@pytest.mark.parametrize("case", ["few rows", "tails", "odd N", "one"])
+@pytest.mark.parametrize("case", LARGE)
 def test_int4_with_large_scales(case, swiglu, expected, schedule):
-    """One K of several parts among them, which the kernel for few rows of sm_90a would cut."""
-    groups, n, k = CASES[case]
+    """By the portable kernel, on sm_90a too."""
+    groups, n, k = LARGE[case]
     check("int4_wide", groups, n, k, schedule, swiglu=swiglu, expected=expected)
 
 

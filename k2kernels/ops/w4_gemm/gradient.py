@@ -42,15 +42,12 @@ def _check_masters(w: Tensor, kind: str) -> None:
             raise ValueError("w4_pack_masters: w must be finite, got NaN or infinity")
         largest = weight.abs().amax().expand(1, 32)
         if kind == "mxfp4":
-            wanted, most = (
-                f"E8M0 bytes of at most {LARGEST_E8M0}, a scale of 2",
-                int(quantize_mxfp4(largest, "even")[1]),
-            )
-            bad = most > LARGEST_E8M0
+            most, limit = int(quantize_mxfp4(largest, "even")[1]), LARGEST_E8M0 + 1
+            wanted = f"E8M0 bytes of at most {LARGEST_E8M0}, a scale of 2"
         else:
-            wanted, most = f"below {INT4_SCALES_BELOW} in magnitude", float(quantize_int4_group32(largest, -7)[1])
-            bad = most >= INT4_SCALES_BELOW
-        if bad:
+            most, limit = float(quantize_int4_group32(largest, -7)[1]), INT4_SCALES_BELOW
+            wanted = f"below {limit} in magnitude"
+        if most >= limit:
             raise ValueError(f"w4_pack_masters: the scales of w must be {wanted}, got {most}")
 
 

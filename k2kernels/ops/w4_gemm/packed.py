@@ -65,11 +65,10 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
     *leading, n, columns = codes.shape
     shape = _served_shape(args, (*leading, n, columns * (8 if kind == "int4" else 2)), gated, "codes")
     if kind == "int4":
-        if out is None and not (scales.abs() < reference.INT4_SCALES_BELOW).all():
-            kind = reference.INT4_WIDE
-        below = reference.INT4_SCALES_BELOW if out is not None else math.inf
+        below, wanted = reference.INT4_SCALES_BELOW, "below 0.5 in magnitude to be packed into out"
+        if out is None and not (scales.abs() < below).all():
+            kind, below, wanted = reference.INT4_WIDE, math.inf, "finite"
         bad = scales[~(scales.abs() < below)]
-        wanted = "finite" if out is None else f"below {below} in magnitude to be packed into out"
         args.require(bad.numel() == 0, "scales", wanted, lambda: bad[0].item())
     elif scales.numel():
         most = int(scales.max())
