@@ -251,7 +251,7 @@ def test_a_step_of_the_tiny_model_takes_no_longer_than_that_of_torch_muon():
     times = [[], []]
     for _ in range(7):
         for optimizer, of in zip(optimizers, times):
-            start = time.perf_counter()
+            start = time.process_time()
             optimizer.step()
-            of.append(time.perf_counter() - start)
+            of.append(time.process_time() - start)
     assert min(times[0][1:]) < 1.25 * min(times[1][1:]), times
