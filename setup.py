@@ -5,6 +5,8 @@ Environment variables: K2K_CUDA (AUTO: the GPU's kernels if nvcc is found; ON: o
 K2K_BUILD_TYPE (Release), MAX_JOBS (parallel compile jobs; all cores).
 """
 
+import contextlib
+import importlib
 import importlib.metadata
 import os
 import shutil
@@ -31,8 +33,9 @@ class CMakeBuild(build_ext):
         import pybind11  # a build requirement: not installed for other commands
 
         self._warn_of_torch()
-        # pip installs cmake and ninja here, which is in no PATH unless the environment is activated.
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+        # The installed packages before PATH: `make env` and pip then run the same CMake. Another release writes other
+        # command lines, and everything would be compiled again.
+        os.environ["PATH"] = os.pathsep.join([*self._installed_tools(), os.environ.get("PATH", "")])
 
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build = Path(os.environ.get("K2K_BUILD_DIR", ROOT / "build" / tag))
@@ -59,6 +62,13 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
         package = Path(self.get_finalized_command("build_py").get_package_dir("k2kernels"))
         self._install(Path(self.build_lib) / "k2kernels" / FACTS, package / FACTS)
+
+    @staticmethod
+    def _installed_tools():
+        """Folders of the executables in the packages cmake and ninja, where these are installed."""
+        for package, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
+            with contextlib.suppress(ImportError, AttributeError):
+                yield getattr(importlib.import_module(package), attribute)
 
     @staticmethod
     def _warn_of_torch():
