@@ -144,7 +144,7 @@ build/vllm-$(VLLM_NEWEST)/.ready: $(VLLM_ENV)/.ready
 TORCHTITAN := 0.3.0
 test-torchtitan: env
 	test -x build/torchtitan/bin/python || $(PY) -m venv build/torchtitan
-	$(PY) -c '$(SITE)' > "`build/torchtitan/bin/python -c '$(SITE)'`/venv_packages.pth"
+	$(PY) -c '$(SITES)' > "`build/torchtitan/bin/python -c '$(SITE)'`/venv_packages.pth"
 	build/torchtitan/bin/pip install --quiet --no-deps torchtitan==$(TORCHTITAN)
 	build/torchtitan/bin/pip install --quiet tyro torch_checkpointing spmd_types
 	PYTHONPATH=. build/torchtitan/bin/python -m pytest -q $(addprefix python_tests/integrations/,torchtitan_checks.py \
