@@ -1,12 +1,14 @@
 """Print parameters, cache bytes per token and what fits where, of a preset or a checkpoint.
 
 With --gpus and --gpu: which kinds of weights (BF16, FP8, INT4, MXFP4) fit there, and what is left for the cache. With
---train or --serve too: which layouts over these GPUs fit, and what each rank holds.
+--train or --serve too: which layouts over these GPUs fit, and what each rank holds. Of a checkpoint of another family,
+what its files hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from k2kernels.model.capacity import capacity
 
+    counted_alone = options.gpus is None and options.gpu is None and options.mode is None
+    if counted_alone and (held := _other_family(options.model)):
+        print(held)
+        return 0
     config = _config(options.model)
-    if options.gpus is None and options.gpu is None and options.mode is None:
+    if counted_alone:
         print(capacity(config).format())
         return 0
     for name, value in (("--gpus", options.gpus), ("--gpu", options.gpu)):
@@ -81,3 +87,31 @@ def _config(name: str) -> Any:
         print(f"{kind} is counted and converted, but not run by this package{left_out}", file=sys.stderr)
         values = {**values, "model_type": "deepseek_v3", "topk_method": "noaux_tc"}
     return K2Config.from_dict({**text_part(values)[0], "quantization_config": None})
+
+
+def _other_family(name: str) -> str | None:
+    """What the files of a checkpoint of another family hold, from their headers; None where it is of this one."""
+    from k2kernels._backend import UnsupportedError
+    from k2kernels.model.capacity import gb
+    from k2kernels.model.config import CONVERTED_TYPES, read_config_file, text_part
+    from k2kernels.model.shards import scan
+
+    if not Path(name).expanduser().is_dir():
+        return None
+    values = read_config_file(name)
+    try:
+        if values.get("model_type") not in CONVERTED_TYPES:
+            text_part(values)
+        return None
+    except (ValueError, UnsupportedError) as error:
+        try:
+            tensors = list(scan(name).values())
+        except FileNotFoundError:
+            return None
+        print(f"{error}; its files hold:", file=sys.stderr)
+    files = {info.file for info in tensors}
+    lines = [f"{len(files):,} files, {gb(sum(file.stat().st_size for file in files))}, {len(tensors):,} tensors"]
+    for dtype in sorted({info.dtype for info in tensors}):
+        sizes = [math.prod(info.shape) for info in tensors if info.dtype == dtype]
+        lines.append(f"  {dtype:<8} {sum(sizes):,} numbers in {len(sizes):,} tensors")
+    return "\n".join(lines)

@@ -253,6 +253,23 @@ def test_info_of_what_is_not_run(model, tmp_path, capsys):
         assert printed.out == want * 2 and note in printed.err, changes
 
 
+def test_info_of_another_family(tmp_path, capsys):
+    """Its files are counted; without them there is nothing to say but why."""
+    for kind, why in (("kimi_linear", "linear attention"), ("llama", "model_type must be one of")):
+        for values in ({"model_type": kind}, {"model_type": "kimi_k25", "text_config": {"model_type": kind}}):
+            (tmp_path / "config.json").write_text(json.dumps(values))
+            (tmp_path / "model.safetensors").unlink(missing_ok=True)
+            assert main(["info", str(tmp_path)]) == 2 and why in capsys.readouterr().err
+            save_file({"a": torch.ones(3, 5), "b": torch.ones(7, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+            assert main(["info", str(tmp_path)]) == 0
+            printed = capsys.readouterr()
+            size = (tmp_path / "model.safetensors").stat().st_size / 1e6
+            assert f"1 files, {size:.1f} MB, 2 tensors\n  F32      15 numbers in 1 tensors\n" in printed.out
+            assert "U8       7 numbers" in printed.out and why in printed.err
+            assert main(["info", str(tmp_path), "--gpus", "8", "--gpu", "h200"]) == 2  # no plan
+            capsys.readouterr()
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_in_shells(shell, capsys):
     pytest.importorskip("shtab")
