@@ -296,7 +296,7 @@ class Engine:
             self._fail(
                 request,
                 "Engine: logits must be finite, got NaN or infinity; look for such weights, or ones that are too large "
-                f"for {self.model.lm_head.weight.dtype}",
+                f"for {self.model.lm_head.weight.dtype}, or for penalties or a bias that float32 cannot add",
             )
 
     def _take(self, work: Work, choices: list[Choice]) -> int | None:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from k2kernels.model.config import K2Config
 from k2kernels.ops._check import Arguments
 from k2kernels.reference.mla_cache import LATENT, ROPE
+
+FLOAT32 = (2 - 2**-23) * 2.0**127  # the largest number of the type that logits are computed in
+
+
+def check_float32(args: Arguments, name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a number that float32 can hold."""
+    try:
+        held = abs(args.number(name, value)) <= FLOAT32
+    except OverflowError:  # of an int
+        held = False
+    args.require(held, name, f"within +-{FLOAT32:.8g}, which float32 can hold", repr(value)[:60])
 
 
 def check_options(
@@ -23,7 +36,7 @@ def check_options(
 ) -> None:
     """Raises TypeError or ValueError for an option that `generate` does not take; `args` words the messages."""
     args.integer("max_new_tokens", max_new_tokens, 1)
-    args.number("temperature", temperature)
+    check_float32(args, "temperature", temperature)
     args.require(temperature >= 0, "temperature", "0 or more", temperature)
     if top_k is not None:
         args.integer("top_k", top_k, 1)

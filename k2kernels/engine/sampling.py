@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from k2kernels.engine.options import check_float32
 from k2kernels.ops._check import Arguments
 
 
@@ -76,7 +77,7 @@ class Sampling:
             if getattr(self, name) is not None:
                 args.integer(name, getattr(self, name), low)
         for name in ("temperature", "presence_penalty", "frequency_penalty"):
-            args.number(name, getattr(self, name))
+            check_float32(args, name, getattr(self, name))
         args.require(self.temperature >= 0, "temperature", "0 or more", self.temperature)
         if self.top_p is not None:
             args.require(0 < args.number("top_p", self.top_p) <= 1, "top_p", "above 0 and at most 1", self.top_p)
@@ -86,7 +87,7 @@ class Sampling:
             good = isinstance(self.logit_bias, Mapping) and all(type(token) is int for token in self.logit_bias)
             args.require(good, "logit_bias", "a mapping from ints to numbers", repr(self.logit_bias))
             for token, bias in self.logit_bias.items():
-                args.number(f"logit_bias[{token}]", bias)
+                check_float32(args, f"logit_bias[{token}]", bias)
         stops = self.eos_token_ids
         good = stops is None or (isinstance(stops, Collection) and all(type(token) is int for token in stops))
         args.require(good, "eos_token_ids", "a list of ints", repr(stops))
@@ -109,7 +110,7 @@ class TokenLogprobs(NamedTuple):
 
 class Choice(NamedTuple):
     token: int
-    finite: bool  # the logits were; otherwise the token is arbitrary
+    finite: bool  # the logits were, and are with penalties and bias; otherwise the token is arbitrary
     logprobs: TokenLogprobs | None
 
 
@@ -123,13 +124,13 @@ def choose(logits: Tensor, places: Sequence[Place]) -> list[Choice]:
     """Chooses a token from each row of logits [N, vocab]; rows do not affect each other. The host waits once, and once
     more for log-probabilities."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    finite = logits.amax(dim=-1).isfinite()
     scores = logits
     changed = [i for i, place in enumerate(places) if _changes(place.sampling)]
     if changed:
         scores = logits.clone()
         for i in changed:
             _change(scores[i], places[i])
+    finite = scores.amax(dim=-1).isfinite()
     tokens = scores.argmax(dim=-1)
     drawn = [i for i, place in enumerate(places) if place.sampling.temperature > 0]
     if drawn:
@@ -174,8 +175,9 @@ def _narrow(p: Tensor, limits: list[tuple[int | None, float | None, float | None
     top_k, top_p, min_p = p.new_tensor(filled).T[..., None]
     ordered, order = p.sort(dim=-1, descending=True, stable=True)
     ordered = ordered.masked_fill(torch.arange(p.shape[-1], device=p.device) >= top_k, 0)
-    before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens: the likeliest one always stays
+    before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens
     excluded = (before >= top_p * ordered.sum(dim=-1, keepdim=True)) | (ordered < min_p * ordered[:, :1])
+    excluded[:, 0] = False  # also where top_p times the sum is 0
     return torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(excluded, 0))
 
 

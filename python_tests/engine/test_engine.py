@@ -226,6 +226,16 @@ def test_logits_that_are_not_finite_fail_one_request_only(model, alone):
     assert len(engine.pool.find(failing.samples[0].keys)) == 0
 
 
+def test_penalties_beyond_float32_fail_one_request_only(model, alone):
+    single, most = copy.deepcopy(model).float(), float(torch.finfo(torch.float32).max)
+    engine = Engine(single, cache_tokens=1024)
+    failing = engine.submit(PROMPTS[0], sampling=sampling(presence_penalty=-most, frequency_penalty=-most))
+    other = engine.submit(PROMPTS[1], sampling=sampling(temperature=1.0, top_p=5e-324, top_k=1))
+    finish(engine)
+    assert (failing.samples[0].finish_reason, len(failing.samples[0].tokens)) == ("error", 1)
+    assert other.result() == [alone[1]] and "penalties or a bias that float32 cannot add" in failing.error
+
+
 def test_ends(model, alone):
     engine, prompt = Engine(model, cache_tokens=512, speculative=True), PROMPTS[3]
     stop = alone[3][3]

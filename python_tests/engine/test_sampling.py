@@ -37,6 +37,8 @@ def normalised(weights):
         (dict(top_p=0.6), [0, 0.5, 0, 0.3]),
         (dict(top_k=3, top_p=0.6), [0, 0.5, 0, 0.3]),  # of what top_k left
         (dict(top_p=0.95), [0, 0.5, 0.15, 0.3]),
+        (dict(top_p=5e-324), [0, 1, 0, 0]),  # which rounds to 0 times the sum of what top_k left
+        (dict(top_p=5e-324, top_k=1, min_p=1.0), [0, 1, 0, 0]),
         (dict(min_p=0.31), [0, 0.5, 0, 0.3]),
         (dict(min_p=0.29), [0, 0.5, 0.15, 0.3]),
         (dict(temperature=0.5, min_p=0.31), [0, 0.25, 0, 0.09]),  # temperature comes before
@@ -76,6 +78,12 @@ def test_rows_do_not_affect_each_other():
     got = choose(broken, places)
     assert [i for i, choice in enumerate(got) if not choice.finite] == [3, 8, 9]
     assert [c for c in got if c.finite] == [c for i, c in enumerate(together) if i not in (3, 8, 9)]
+    most, every = float(torch.finfo(torch.float32).max), range(50)
+    places[4] = places[4]._replace(sampling=Sampling(presence_penalty=-most, frequency_penalty=-most, temperature=1.0))
+    places[5] = places[5]._replace(sampling=Sampling(logit_bias=dict.fromkeys(every, -most), frequency_penalty=most))
+    got = choose(logits, places)
+    assert [i for i, choice in enumerate(got) if not choice.finite] == [4]  # infinity; -most stays finite
+    assert [c for i, c in enumerate(got) if i not in (4, 5)] == [c for i, c in enumerate(together) if i not in (4, 5)]
 
 
 def test_numbers_are_even_and_all_different():
@@ -100,6 +108,10 @@ def test_numbers_are_even_and_all_different():
         (dict(presence_penalty="much"), "presence_penalty must be a number, got str"),
         (dict(logit_bias={"a": 1}), "logit_bias must be a mapping from ints to numbers"),
         (dict(logit_bias={3: math.inf}), r"logit_bias\[3\] must be finite, got inf"),
+        (dict(logit_bias={3: -1e39}), r"logit_bias\[3\] must be within \+-3.4028235e\+38, .* got -1e\+39"),
+        (dict(temperature=1e39), "temperature must be within .*float32 can hold, got 1e\\+39"),
+        (dict(presence_penalty=-1e39), "presence_penalty must be within"),
+        (dict(frequency_penalty=10**400), "frequency_penalty must be within .*, got 10000"),
         (dict(eos_token_ids=5), "eos_token_ids must be a list of ints, got 5"),
     ],
 )

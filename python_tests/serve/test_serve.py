@@ -79,6 +79,8 @@ def test_samples_and_seeds(running):
     assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 4
     assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
     assert 4 <= first.usage.completion_tokens <= 48
+    narrow = ask(running, temperature=1, top_p=5e-324, extra_body={"top_k": 1})
+    assert narrow.choices[0].message.content == ask(running).choices[0].message.content
     biased = ask(running, logit_bias={"65": 100}, presence_penalty=-1, frequency_penalty=-0.5)
     assert biased.choices[0].message.content == "A" * 12
 
