@@ -28,8 +28,10 @@ def sample(
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens: the likeliest one always stays
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))
+        before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens
+        excluded = before >= top_p
+        excluded[..., 0] = False  # also where float32 has 0 for top_p
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(excluded, 0))
     flat = probabilities.flatten(0, -2)
     return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
 

@@ -124,7 +124,7 @@ def test_same_seed_same_tokens():
     assert torch.equal(model.generate(ids(2, 10), **options), first)
 
 
-@pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)])
+@pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=1e-6), dict(top_p=1e-300), dict(temperature=1e-4)])
 def test_narrow_sampling_is_greedy(options):
     model = tiny.model()
     want = model.generate(ids(2, 10), max_new_tokens=10, eos_token_ids=[])
@@ -236,6 +236,7 @@ def test_ends_of_the_context():
         (dict(temperature=float("nan")), "temperature must be finite, got nan"),
         (dict(temperature="hot"), "temperature must be a number, got str"),
         (dict(temperature=1.0, top_k=0), "top_k must be an int >= 1, got 0"),
+        (dict(temperature=1e39), r"temperature must be within \+-3.4028235e\+38, which float32 can hold, got 1e\+39"),
         (dict(temperature=1.0, top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
         (dict(temperature=1.0, top_p=1.1), "top_p must be above 0 and at most 1, got 1.1"),
         (dict(temperature=1.0, top_p="most"), "top_p must be a number, got str"),
