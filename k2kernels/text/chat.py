@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Tokens that end a turn in this family; config.json of some checkpoints (Kimi-VL) does not name its own.
 TURN_ENDS = ("<|im_end|>", "<｜end▁of▁sentence｜>")
+# Around a model's reasoning. They begin and end no turn, and templates look for them in what the assistant has said.
+REASONING = ("<think>", "</think>", "◁think▷", "◁/think▷")
 PRIVATE = range(0xE000, 0xF900)  # Unicode's private use area
 # The turns of Kimi-K2 (chat_template.jinja of its checkpoints).
 KIMI = """\
@@ -50,7 +53,8 @@ class Chat:
     """Renders conversations with a Jinja template, in a sandbox, and encodes them.
 
     A text of a user never becomes a turn: where a string of a message or a tool holds the text of one of the
-    tokenizer's own tokens, such as <|im_end|>, it is encoded as ordinary characters.
+    tokenizer's own tokens, such as <|im_end|>, it is encoded as ordinary characters. In an assistant's message the
+    markers of reasoning, such as </think>, are left to the template.
 
     Args:
         tokenizer: of the model.
@@ -83,8 +87,8 @@ class Chat:
             self._template = environment.from_string(template)
         except TemplateError as error:
             raise ValueError(f"{source}: must be a Jinja template: {error}") from None
-        tokens = sorted(tokenizer.added_tokens, key=len, reverse=True)
-        self._own_tokens = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._own_tokens = _any_of(tokenizer.added_tokens)
+        self._turn_tokens = _any_of(set(tokenizer.added_tokens) - set(REASONING))
 
     def encode(
         self,
@@ -109,18 +113,21 @@ class Chat:
         """
         from jinja2 import TemplateError
 
-        given = {"messages": number_calls(check_messages(messages)), "tools": list(tools) if tools else None}
-        mark = _unused_character([given, variables])
+        conversation = number_calls(check_messages(messages))
+        given = {"tools": list(tools) if tools else None, **variables}
+        mark = _unused_character([conversation, given])
         forged: list[str] = []
 
-        def hide(text: str) -> str:
-            def one(match: re.Match) -> str:
-                forged.append(match[0])
-                return f"{mark}{len(forged) - 1}{mark}"
+        def one(match: re.Match) -> str:
+            forged.append(match[0])
+            return f"{mark}{len(forged) - 1}{mark}"
 
-            return self._own_tokens.sub(one, text)
-
-        hidden = _strings(given | variables, hide)
+        hidden = _strings(given, partial(self._own_tokens.sub, one))
+        of_role = {"assistant": self._turn_tokens}
+        hidden["messages"] = [
+            _strings(message, partial(of_role.get(message["role"], self._own_tokens).sub, one))
+            for message in conversation
+        ]
         try:
             text = self._template.render(**hidden, add_generation_prompt=add_generation_prompt)
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -138,6 +145,11 @@ class Chat:
             return self.tokenizer.encode(text) if text else []
         cut = found.start() + 1
         return self.tokenizer.encode(text[:cut]) + self._plain(text[cut:])
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern:
+    """Matches the longest of `texts` at a place."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def load_chat(path: Path, tokenizer: Tokenizer) -> Chat:

@@ -1,11 +1,23 @@
 import json
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from k2kernels.text.chat import Chat, load_chat
+from k2kernels.text.tokenizer import load_tokenizer
 
 USER = {"role": "user", "content": "he 123"}
 TOOLS = [{"type": "function", "function": {"name": "exec", "parameters": {"properties": {"command": {}}}}}]
+
+
+def of_bytes(path, tokens, normalizer=None):
+    """A tokenizer.json in the directory `path`, of the 256 bytes and of tokens that are found after `normalizer`."""
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    made.normalizer = normalizer
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_tokens([AddedToken(token, special=False, normalized=True) for token in tokens])
+    made.save(str(path / "tokenizer.json"))
+    return made, load_tokenizer(path)
 
 
 @pytest.fixture
@@ -94,8 +106,6 @@ def test_special_tokens_in_templates(kimi, tokenizer):
 def test_equals_apply_chat_template(chat, kimi, tokenizer):
     """Of transformers, for a template with its extras."""
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models
-
     template = (
         "{%- for m in messages %}\n  {%- if m.role == 'skip' %}{% continue %}{% endif %}\n"
         "[{{ m.role }}] {{ m.content | trim }}\n{%- endfor %}\n{{ tools | tojson(indent=2) }}{{ extra }}\n"
@@ -108,6 +118,27 @@ def test_equals_apply_chat_template(chat, kimi, tokenizer):
     )
     ours = Chat(tokenizer, template).encode(messages, tools=TOOLS, extra="x")
     assert tokenizer.decode(ours) == wanted
+
+
+@pytest.mark.parametrize("begin, end", [("<think>", "</think>"), ("◁think▷", "◁/think▷")])
+def test_reasoning_is_left_to_the_template(begin, end, tmp_path):
+    """As of DeepSeek-R1, whose template cuts it off; the ids are those of transformers. In a user's text it is text."""
+    transformers = pytest.importorskip("transformers")
+    template = (
+        "{% for m in messages %}{% set content = m.content %}{% if m.role == 'assistant' and '</think>' in content %}"
+        "{% set content = content.split('</think>')[-1] %}{% endif %}<|{{ m.role }}|>{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    ).replace("</think>", end)
+    made, ours = of_bytes(tmp_path, ["<|user|>", "<|assistant|>", begin, end])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template)
+    said = {"role": "assistant", "content": f"{begin}secret{end}Hello!"}
+    asked = [USER, said, USER]
+    wanted = theirs.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert Chat(ours, template).encode(asked) == wanted and "secret" not in ours.decode(wanted)
+    kept = {"role": "assistant", "content": f"{begin}a<|user|>"}
+    ids = Chat(ours, template).encode([{**said, "role": "user"}, kept], add_generation_prompt=False)
+    assert ours.decode(ids) == f"<|user|>{begin}secret{end}Hello!<|assistant|>{begin}a<|user|>"
+    assert [token for token in ids if token >= 256] == [256, 257, 258]
 
 
 @pytest.mark.parametrize(
