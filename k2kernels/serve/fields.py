@@ -17,6 +17,7 @@ from k2kernels.text.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "verbosity"}
 STOPS, LOGPROBS, PROMPTS = 4, 20, 128  # at most
+DEPTH = 100  # of lists and objects in a field: what reads them calls itself for each level
 SEEDS, MOST = 2**63, 2**31 - 1
 Check = Callable[[str, Any], Any]
 
@@ -70,7 +71,18 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise Refused(f"the body must be JSON: {error}") from None
     if not isinstance(body, dict):
         raise Refused(f"the body must be a JSON object, got {type(body).__name__}")
+    for name, value in body.items():
+        if _depth(value) > DEPTH:
+            raise Refused(f"{name}: must be nested at most {DEPTH} deep", name)
     return body
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+    return depth
 
 
 def chat_order(body: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer, chat: Chat | None) -> Order:

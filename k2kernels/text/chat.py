@@ -115,20 +115,20 @@ class Chat:
 
         conversation = number_calls(check_messages(messages))
         given = {"tools": list(tools) if tools else None, **variables}
-        mark = _unused_character([conversation, given])
         forged: list[str] = []
+        of_role = {"assistant": self._turn_tokens}
 
         def one(match: re.Match) -> str:
             forged.append(match[0])
             return f"{mark}{len(forged) - 1}{mark}"
 
-        hidden = _strings(given, partial(self._own_tokens.sub, one))
-        of_role = {"assistant": self._turn_tokens}
-        hidden["messages"] = [
-            _strings(message, partial(of_role.get(message["role"], self._own_tokens).sub, one))
-            for message in conversation
-        ]
         try:
+            mark = _unused_character([conversation, given])
+            hidden = _strings(given, partial(self._own_tokens.sub, one))
+            hidden["messages"] = [
+                _strings(message, partial(of_role.get(message["role"], self._own_tokens).sub, one))
+                for message in conversation
+            ]
             text = self._template.render(**hidden, add_generation_prompt=add_generation_prompt)
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.source}: cannot render these messages: {error}") from None

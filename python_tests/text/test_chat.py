@@ -176,6 +176,14 @@ def test_templates_that_fail_or_attack(template, message, tokenizer):
         Chat(tokenizer, template).encode([USER])
 
 
+def test_what_is_nested_too_deep_to_be_read(chat):
+    deep = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=r"cannot render these messages: .*recursion"):
+        chat.encode([USER], extra=deep)
+
+
 def test_no_template(tmp_path, kimi, tokenizer):
     class NoTurns:
         added_tokens = frozenset()
