@@ -27,7 +27,8 @@ from k2kernels.serve.score import score
 from k2kernels.text.chat import Chat
 from k2kernels.text.tokenizer import Tokenizer
 
-MAX_BODY = 1 << 20  # bytes
+MAX_BODY, MAX_BODY_SECONDS = 1 << 20, 30.0  # bytes; until all of them are here
+CLOSING = "the server is shutting down"
 GRACE = 5  # seconds beyond a request's own for a client to take what was sent
 Scores = dict[int, list[Scored] | Refused]  # of prompts, by their number
 GAUGES = {"waiting", "running", "pages", "pages_held", "pages_idle"}  # of Engine.stats; the others are counters
@@ -46,7 +47,7 @@ class Server:
         max_seconds: of a request, from its first byte to its last.
 
     Attributes:
-        closing: set to refuse new requests with 503.
+        closing: set to refuse new requests with 503, and those whose body is not here.
         open: requests in flight.
     """
 
@@ -113,16 +114,13 @@ class Server:
 
     async def _answer(self, order_of: Callable[..., Order], request: Request, send: Any) -> None:
         if self.closing or self.engine.error is not None:
-            raise _unavailable("the server is shutting down" if self.closing else "the engine has failed")
+            raise _unavailable(CLOSING if self.closing else "the engine has failed")
         self._authorize(request)
         loop, until = asyncio.get_running_loop(), time.monotonic() + self.max_seconds
         requests: list[engines.Request] = []
         self.open += 1
         try:
-            try:
-                body = parse_json(await asyncio.wait_for(self._body(request), self.max_seconds))
-            except asyncio.TimeoutError:
-                raise _too_long() from None
+            body = parse_json(await self._body(request))
             self._check_model(body.get("model"))
             order = await asyncio.to_thread(order_of, body, self.engine, self.tokenizer, self.chat)
             event = asyncio.Event()
@@ -207,6 +205,20 @@ class Server:
                         left.remove(reader)
 
     async def _body(self, request: Request) -> bytes:
+        """A body that never comes holds neither its place nor a server that is closing."""
+        reading = asyncio.ensure_future(self._read(request))
+        until = time.monotonic() + min(self.max_seconds, MAX_BODY_SECONDS)
+        try:
+            while not (await asyncio.wait({reading}, timeout=0.1))[0]:
+                if self.closing:
+                    raise _unavailable(CLOSING, connection="close")
+                if time.monotonic() > until:
+                    raise Refused("the body took too long", status=408, headers={"connection": "close"})
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    async def _read(self, request: Request) -> bytes:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused("the header content-type must be application/json", status=415)
         data = bytearray()
@@ -272,8 +284,8 @@ def _too_long() -> Refused:
     return Refused("the request took too long", status=504, kind="timeout", headers=headers)
 
 
-def _unavailable(message: str) -> Refused:
-    return Refused(message, status=503, kind="server_error", headers={"retry-after": "1"})
+def _unavailable(message: str, **headers: str) -> Refused:
+    return Refused(message, status=503, kind="server_error", headers={"retry-after": "1", **headers})
 
 
 def _json(value: Any, status: int = 200, headers: Any = None) -> Response:

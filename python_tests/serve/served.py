@@ -3,6 +3,7 @@
 import http.client
 import importlib
 import json
+import socket
 import sys
 import threading
 import time
@@ -67,6 +68,21 @@ def until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end, "time-out"
         time.sleep(0.005)
+
+
+def stalled(url, path="/v1/completions"):
+    """A connection with the head of a request, and the first byte of its body."""
+    address = urlsplit(url)
+    connection = socket.create_connection((address.hostname, address.port), timeout=20)
+    head = "content-type: application/json\r\ncontent-length: 99"
+    connection.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n{{".encode())
+    return connection
+
+
+def received(connection):
+    """All that comes until the server closes the connection."""
+    with connection, connection.makefile("rb") as stream:
+        return stream.read().decode()
 
 
 def post(url, path, body, **headers):

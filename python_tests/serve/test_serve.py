@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import torch
-from served import NAME, Running, post, until
+from served import NAME, Running, post, received, stalled, until
 
 from k2kernels.engine import engine as engine_module
 from k2kernels.engine.sampling import Choice
+from k2kernels.serve import app
 
 ASK = [{"role": "user", "content": "he said 123"}]
 LONG = [{"role": "system", "content": "Be brief, please. " * 8}, *ASK]
@@ -327,6 +328,24 @@ def test_clients_that_go_away(state, stream, running):
         until(lambda: running.server.open == 0)
     running.idle()
     assert running.server.outcomes.labels("gone")._value.get() == gone + 5
+
+
+def test_a_body_that_never_comes(running, monkeypatch):
+    for closing, status in ((True, 503), (False, 408)):
+        connection = stalled(running.url)
+        until(lambda: running.server.open == 1)
+        if closing:
+            monkeypatch.setattr(running.server, "closing", True)
+        else:
+            monkeypatch.setattr(app, "MAX_BODY_SECONDS", 0.2)
+            connection.close()
+            until(lambda: running.server.open == 0)
+            connection = stalled(running.url)
+        text = received(connection)
+        assert text.startswith(f"HTTP/1.1 {status} ") and '"message": "the ' in text
+        until(lambda: running.server.open == 0)
+        monkeypatch.undo()
+    assert ask(running).choices[0].finish_reason == "length"
 
 
 def test_an_engine_that_has_failed(directory, monkeypatch):

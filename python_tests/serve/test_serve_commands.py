@@ -10,7 +10,7 @@ import threading
 import openai
 import pytest
 import torch
-from served import NAME, post, until
+from served import NAME, post, received, stalled, until
 
 from k2kernels.cli import main
 from k2kernels.model import K2Config
@@ -80,12 +80,15 @@ def test_sigterm_ends_after_the_answers_in_flight_and_twice_at_once(signals, dir
             with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as asked:
                 answer = asked.chat.completions.create(**ask, max_tokens=240, logit_bias={"266": -100}, stream=True)
                 chunks.append(next(answer))
+                waiting = stalled(url) if signals == 1 else None  # whose body never comes
+                assert health() == 200  # asked after it, so that its head is here
                 os.kill(os.getpid(), signal.SIGTERM)
                 until(lambda: health() == 503)
                 if signals == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
                 else:
                     seen.append(post(url, "/v1/chat/completions", ask))
+                    assert "shutting down" in received(waiting)
                 with contextlib.suppress(Exception):  # a second signal cuts the connection
                     chunks.extend(answer)
             seen.append(chunks)
@@ -96,7 +99,7 @@ def test_sigterm_ends_after_the_answers_in_flight_and_twice_at_once(signals, dir
 
     thread = threading.Thread(target=client)
     thread.start()
-    code = main(["serve", str(directory), "--port", str(port), "--cache-tokens", "1024"])
+    code = main(["serve", str(directory), "--port", str(port), "--cache-tokens", "1024", "--max-seconds", "60"])
     thread.join()
     *refused, chunks = seen
     ended = chunks[-1].choices[0].finish_reason
