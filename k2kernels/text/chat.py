@@ -54,7 +54,8 @@ class Chat:
 
     A text of a user never becomes a turn: where a string of a message or a tool holds the text of one of the
     tokenizer's own tokens, such as <|im_end|>, it is encoded as ordinary characters. In an assistant's message the
-    markers of reasoning, such as </think>, are left to the template.
+    markers of reasoning, such as </think>, are left to the template. What becomes such a token only in the tokenizer's
+    normaliser, as <|IM_END|> in one that lowers the case, is refused.
 
     Args:
         tokenizer: of the model.
@@ -82,11 +83,12 @@ class Chat:
         environment.globals.update(special or {})
         self.tokenizer, self.source = tokenizer, source
         ends = [name for name in (*TURN_ENDS, (special or {}).get("eos_token")) if name in tokenizer.added_tokens]
-        self.ends = list(dict.fromkeys(tokenizer.encode(name)[0] for name in ends))  # ids that end a turn
+        self.ends = list(dict.fromkeys(tokenizer.added_tokens[name] for name in ends))  # ids that end a turn
         try:
             self._template = environment.from_string(template)
         except TemplateError as error:
             raise ValueError(f"{source}: must be a Jinja template: {error}") from None
+        self._own_ids = frozenset(tokenizer.added_tokens.values())
         self._own_tokens = _any_of(tokenizer.added_tokens)
         self._turn_tokens = _any_of(set(tokenizer.added_tokens) - set(REASONING))
 
@@ -109,7 +111,8 @@ class Chat:
             variables: further variables of the template.
 
         Raises:
-            TypeError, ValueError: for messages of another form, and for what the template raises.
+            TypeError, ValueError: for messages of another form, for what the template raises, and for texts that the
+                tokenizer would make tokens of its own of, or that would change those of the template.
         """
         from jinja2 import TemplateError
 
@@ -133,18 +136,27 @@ class Chat:
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.source}: cannot render these messages: {error}") from None
         pieces = text.split(mark)  # template, number, template, number, ...
-        ids = self.tokenizer.encode(pieces[0])
+        ids = self._encode(pieces[0])
         for number, piece in zip(pieces[1::2], pieces[2::2]):
-            ids += self._plain(forged[int(number)]) + (self.tokenizer.encode(piece) if piece else [])
+            ids += self._plain(forged[int(number)]) + self._encode(piece)
+        return ids
+
+    def _encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """With the tokens whose texts stand in `text`, none if `plain`, and no other ones of the tokenizer's own."""
+        own = self.tokenizer.added_tokens
+        ids = self.tokenizer.encode(text) if text else []
+        got = [token for token in ids if token in self._own_ids]
+        wanted = [] if plain else [own[match[0]] for match in self._own_tokens.finditer(text)]
+        if got != wanted:
+            name = next((name for name, token in own.items() if got.count(token) != wanted.count(token)), "")
+            raise ValueError(f"messages: must not hold text that the tokenizer normalises to {name!r} or joins with it")
         return ids
 
     def _plain(self, text: str) -> list[int]:
         """`text` without tokens of their own: each is cut behind its first character."""
         found = self._own_tokens.search(text)
-        if found is None:
-            return self.tokenizer.encode(text) if text else []
-        cut = found.start() + 1
-        return self.tokenizer.encode(text[:cut]) + self._plain(text[cut:])
+        cut = len(text) if found is None else found.start() + 1
+        return self._encode(text[:cut], plain=True) + (self._plain(text[cut:]) if found else [])
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern:
@@ -172,7 +184,7 @@ def load_chat(path: Path, tokenizer: Tokenizer) -> Chat:
         given = named.get("default")
     if isinstance(given, str):
         return Chat(tokenizer, given, f"chat_template of {config}", special)
-    if {"<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"} <= tokenizer.added_tokens:
+    if {"<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"} <= tokenizer.added_tokens.keys():
         return Chat(tokenizer, KIMI, "the chat template of Kimi-K2")
     raise ValueError(
         f"{path}: must hold chat_template.jinja, or a tokenizer with the tokens of Kimi-K2's turns, for a chat; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ KIMI_PATTERN = "|".join(
 
 
 class Tokenizer(Protocol):
-    added_tokens: frozenset[str]  # texts, such as <|im_end|>, that are a token of their own wherever they occur
+    added_tokens: Mapping[str, int]  # the ids of texts, such as <|im_end|>, that are a token wherever they occur
     bos: list[int]  # what a text begins with: the id of the BOS token, or nothing; `encode` does not add it
 
     def encode(self, text: str) -> list[int]: ...
@@ -85,15 +85,16 @@ class _HuggingFace:
             self._tokenizer = Tokenizer.from_file(str(path))
             self._tokenizer.no_padding()  # to a length that the file chooses
             self._tokenizer.no_truncation()
-            added = self._tokenizer.get_added_tokens_decoder().values()
-            self.added_tokens = frozenset(token.content for token in added)
+            added = self._tokenizer.get_added_tokens_decoder().items()
+        # Single letters, of which DeepSeek's first tokenizers have some (ö, ÷ ...), are text.
+        self.added_tokens = {t.content: i for i, t in added if t.special or len(t.content) > 1}
         self.bos = self._bos()
 
     def _bos(self) -> list[int]:
         """As tokenizer_config.json says (add_bos_token, of the DeepSeek and Llama classes), or tokenizer.json."""
         wanted, name = _settings(self.path.parent).get("add_bos_token"), special_token(self.path.parent, "bos_token")
         if wanted and name in self.added_tokens:
-            return [self._tokenizer.token_to_id(name)]
+            return [self.added_tokens[name]]
         if wanted is False:
             return []
         with contextlib.suppress(Exception):  # of a vocabulary without the letter
@@ -121,13 +122,13 @@ class _Tiktoken:
         config = path.with_name("tokenizer_config.json")
         if config.is_file():
             special.update(_added_tokens(config, first))
-        self.added_tokens = frozenset(special.values())
+        self.added_tokens = {token: i for i, token in special.items()}
         with _naming(path):
             self._encoding = tiktoken.Encoding(
                 name=path.parent.name,
                 pat_str=KIMI_PATTERN,
                 mergeable_ranks=ranks,
-                special_tokens={token: i for i, token in special.items()},
+                special_tokens=self.added_tokens,
             )
 
     def encode(self, text: str) -> list[int]:
