@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,15 @@ def run(options: argparse.Namespace) -> int:
     from k2kernels.serve.app import Server
     from k2kernels.serve.run import bind
     from k2kernels.serve.run import run as serve
-    from k2kernels.text.chat import load_chat
+    from k2kernels.text.chat import NoTemplate, load_chat
 
     with bind(options.host, options.port) as bound:
         path, engine, tokenizer = load(options)
         try:
             chat = load_chat(path, tokenizer)
         except ValueError as error:
-            print(f"without /v1/chat/completions: {error}")
+            why = f"no chat template in {path}" if isinstance(error, NoTemplate) else error
+            print(f"{why}: /v1/completions is served, /v1/chat/completions is not", file=sys.stderr)
             chat = None
         server = Server(
             engine,

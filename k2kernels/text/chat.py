@@ -49,6 +49,10 @@ KIMI = """\
 """
 
 
+class NoTemplate(ValueError):
+    """A checkpoint has no chat template."""
+
+
 class Chat:
     """Renders conversations with a Jinja template, in a sandbox, and encodes them.
 
@@ -169,7 +173,8 @@ def load_chat(path: Path, tokenizer: Tokenizer) -> Chat:
     tokenizer with its tokens, Kimi-K2's.
 
     Raises:
-        ValueError: when there is none, or it cannot be read.
+        NoTemplate: when there is none.
+        ValueError: when it cannot be read.
     """
     file, config = path / "chat_template.jinja", path / "tokenizer_config.json"
     try:
@@ -186,7 +191,7 @@ def load_chat(path: Path, tokenizer: Tokenizer) -> Chat:
         return Chat(tokenizer, given, f"chat_template of {config}", special)
     if {"<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"} <= tokenizer.added_tokens.keys():
         return Chat(tokenizer, KIMI, "the chat template of Kimi-K2")
-    raise ValueError(
+    raise NoTemplate(
         f"{path}: must hold chat_template.jinja, or a tokenizer with the tokens of Kimi-K2's turns, for a chat; "
         "a model without turns can continue a text"
     )

@@ -3,6 +3,8 @@
 import builtins
 import contextlib
 import os
+import re
+import shutil
 import signal
 import socket
 import threading
@@ -14,7 +16,7 @@ from served import NAME, post, received, stalled, until
 
 from k2kernels.cli import main
 from k2kernels.model import K2Config
-from k2kernels.serve import load
+from k2kernels.serve import load, run
 from k2kernels.text.stream import TextStream
 
 
@@ -111,6 +113,21 @@ def test_sigterm_ends_after_the_answers_in_flight_and_twice_at_once(signals, dir
         assert code == 1 and ended is None
     assert health() is None
     assert f"serving 'tiny' at {url}/v1" in capsys.readouterr().err
+
+
+def test_a_model_without_turns(directory, tmp_path, monkeypatch, capsys):
+    """Its server says so as a fact, on stderr; a template that cannot be read is named."""
+    shutil.copytree(directory, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer_config.json").unlink()
+    monkeypatch.setattr(run, "run", lambda server, bound: 3)
+    start = ["serve", str(tmp_path / "bare"), "--port", "0", "--cache-tokens", "64"]
+    assert main(start) == 3
+    out, err = capsys.readouterr()
+    ending = ": /v1/completions is served, /v1/chat/completions is not\n"
+    assert err.endswith(f"no chat template in {tmp_path / 'bare'}{ending}") and "/v1" not in out
+    (tmp_path / "bare" / "chat_template.jinja").write_text("{% if %}")
+    assert main(start) == 3
+    assert re.search(f"chat_template.jinja: must be a Jinja template: .*{ending}$", capsys.readouterr().err)
 
 
 def test_a_conversation(directory, monkeypatch, capsys):
