@@ -126,10 +126,14 @@ def text_order(body: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer, ch
     prompts = given.get("prompt")
     if prompts is None:
         raise Refused("prompt: must be given", "prompt")
+    vocabulary = engine.model.config.vocab_size
+    wrong = [i for prompt in prompts if not isinstance(prompt, str) for i in prompt if not 0 <= i < vocabulary]
+    if wrong:
+        raise Refused(f"prompt: ids must be from 0 to {vocabulary - 1}, got {repr(wrong[0])[:60]}", "prompt")
     try:
         ids = [_encode(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
-    except (OverflowError, ValueError) as error:
+    except ValueError as error:
         raise Refused(f"prompt: {error}", "prompt") from None
     if not all(ids):
         raise Refused("prompt: must hold tokens, got an empty one", "prompt")

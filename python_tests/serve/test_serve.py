@@ -262,6 +262,9 @@ def test_bad_input_leaves_nothing_behind(running):
     for bad in ({}, {"prompt": ""}, {"prompt": []}, {"prompt": [[1], "x", [True]]}, {"prompt": [5, 99999]}):
         status, text, _ = post(running.url, "/v1/completions", bad)
         assert status == 400 and json.loads(text)["error"]["param"] == "prompt"
+    for wrong in (-1, 10**30):
+        message = json.loads(post(running.url, "/v1/completions", {"prompt": [[5], [wrong]]})[1])["error"]["message"]
+        assert message == f"prompt: ids must be from 0 to 271, got {wrong}"
     assert post(running.url, "/v1/completions", {"prompt": "x", "max_tokens": 0})[0] == 400
     for path, body in (("/v1/nothing", None), ("/", None), ("/v1/responses", {})):
         status, text, _ = post(running.url, path, body)
