@@ -113,7 +113,7 @@ class Answer:
         self.failed = False  # after the beginning of a stream
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(len(request.prompt) for request in self.requests)
+        prompt = sum(map(len, self.order.prompts))
         new = sum(reader.seen for reader in self.readers)
         cached = sum(request.cached_tokens for request in self.requests)
         return dict(

@@ -161,16 +161,18 @@ class Server:
         def update(index: int, one: engines.Request) -> None:  # in the engine's thread
             if order.echo and order.logprobs and index not in scores and not one.samples[0].cancelled:
                 try:
-                    of = score(self.engine, one.prompt, order.sampling.logprobs or 0)
-                    scores[index] = list(zip(one.prompt, [None, *of]))
+                    prompt = order.prompts[index]
+                    of = score(self.engine, prompt, order.sampling.logprobs or 0)
+                    scores[index] = list(zip(prompt, [None, *of]))
                 except Exception as error:
                     scores[index] = Refused(f"{type(error).__name__}: {error}", status=500, kind="server_error")
             loop.call_soon_threadsafe(event.set)
 
         for index, prompt in enumerate(order.prompts):
             options = dict(sampling=order.sampling, n=order.n, salt=order.salt, on_update=partial(update, index))
+            begin = prompt[:-1] if order.empty and len(prompt) > 1 else prompt  # the context has room for no token more
             try:
-                requests.append(self.engine.submit(prompt, **options))
+                requests.append(self.engine.submit(begin, **options))
             except (TypeError, ValueError) as error:
                 raise Refused(str(error), "messages" if order.chat else "prompt") from None
             except RuntimeError as error:

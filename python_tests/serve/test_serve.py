@@ -185,6 +185,10 @@ def test_completions_score_their_prompts(running):
         assert choice.text.startswith(bare.text) and bare.text == running.server.tokenizer.decode(prompt)
         assert bare.logprobs.tokens == got.tokens[:-1] and bare.finish_reason == "length"
         assert bare.text[got.text_offset[-2] :] == got.tokens[-2]
+    whole = create(model=NAME, prompt=[65] * 512, max_tokens=0, logprobs=0, echo=True)
+    assert len(whole.choices[0].logprobs.tokens) == whole.usage.total_tokens == 512  # all of the context
+    with pytest.raises(openai.BadRequestError, match="at most 512 tokens together"):
+        create(model=NAME, prompt=[65] * 513, max_tokens=0, logprobs=0, echo=True)
     options = dict(model=NAME, prompt="he said", n=2, seed=1, logprobs=0, echo=True)
     whole, chunks = create(**options), list(create(**options, stream=True))
     for choice in whole.choices:
