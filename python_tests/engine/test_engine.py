@@ -480,6 +480,31 @@ def test_any_schedule(requests, pages, batch, speculative, model):
             assert sample.tokens == (whole if sample.finish_reason == "length" else whole[: len(sample.tokens)])
 
 
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ends=st.lists(st.none() | st.integers(0, 10), min_size=9, max_size=9),  # of each sample: the step of its cancel()
+    pages=st.integers(6, 12),
+    batch=st.integers(30, 200),
+    speculative=st.booleans(),
+)
+def test_cancelled_samples_leave_the_others_as_each_is_alone(ends, pages, batch, speculative, model, alone):
+    engine = Engine(model, cache_tokens=pages * PAGE_SIZE, max_batch_tokens=batch, speculative=speculative)
+    step, remain = 0, True
+    requests = [engine.submit(PROMPTS[k], sampling=sampling(), n=1 + k % 2) for k in range(6)]
+    samples = [(sample, alone[k]) for k, request in enumerate(requests) for sample in request.samples]
+    while remain:
+        for (sample, _), end in zip(samples, ends):
+            if end == step:
+                sample.cancel()
+        remain, step = engine.step(), step + 1
+        engine.check()
+        assert step < 200
+    assert engine.stats()["pages_held"] == 0
+    for (sample, text), end in zip(samples, ends):
+        assert sample.finish_reason == "length" or (end is not None and sample.finish_reason == "cancelled")
+        assert sample.tokens == (text if sample.finish_reason == "length" else text[: len(sample.tokens)])
+
+
 # Kernels.
 
 
