@@ -38,10 +38,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace) -> tuple[Path, Any, Any]:
     """The directory, the engine and the tokenizer."""
+    from k2kernels.cli.flags import Flags
+    from k2kernels.model.capacity import existing_device
     from k2kernels.model.folder import check_pointers, checkpoint_folder
     from k2kernels.serve.load import load_engine
     from k2kernels.text.tokenizer import load_tokenizer
 
+    existing_device(options.device, Flags(options.command))
     path = checkpoint_folder(options.checkpoint)
     check_pointers(path, ("tokenizer.json", "tiktoken.model"))
     tokenizer = load_tokenizer(path)

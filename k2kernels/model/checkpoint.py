@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.model.capacity import device_bytes, gb
+from k2kernels.model.capacity import device_bytes, existing_device, gb
 from k2kernels.model.compressed_tensors import FORMATS, quantization_config, schemes
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
@@ -35,6 +35,7 @@ from k2kernels.model.packed import (
     read_packed,
 )
 from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
+from k2kernels.ops._check import Arguments
 from k2kernels.ops.w4_gemm import pack_w4, unpack_w4
 from k2kernels.reference.quant import dequantize
 from k2kernels.reference.w4_gemm import GROUP
@@ -121,7 +122,7 @@ def _read(
     ranks: Any,
 ) -> Model:
     """`from_pretrained`, of the part of the model that belongs to this rank of a Layout."""
-    device = _device(device)
+    device = existing_device(device)
     raw = read_config_file(path)
     config = K2Config.from_pretrained(path)
     found = _named_as_in_model(scan(path), text_part(raw)[1])
@@ -223,7 +224,7 @@ def _leave_meta(model: nn.Module, device: str | torch.device | None) -> None:
         device = next((t.device_mesh.device_type for t in tensors.values() if _in_parts(t)), "cpu")
         if device == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
-    model.to_empty(device=_device(device))
+    model.to_empty(device=existing_device(device, Arguments("load_pretrained")))
 
 
 def save_pretrained(
@@ -847,18 +848,6 @@ def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         if meta:
             module.reset_buffers()
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """The device; raises ValueError before any file is read if it does not exist."""
-    try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name; a device without a driver
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"from_pretrained: device must be one of this machine, got {device!r} ({reason})") from error
-    if found.type == "meta":
-        raise ValueError(f"from_pretrained: device must hold data, got {device!r}; K2Model(config) needs no files")
-    return found
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ import torch
 from k2kernels.engine import Engine
 from k2kernels.engine.cache import PAGE_SIZE
 from k2kernels.model import K2Config, K2Model
-from k2kernels.model.capacity import USABLE, capacity, device_bytes, gb
+from k2kernels.model.capacity import USABLE, capacity, device_bytes, existing_device, gb
 
 MOST_CACHE_TOKENS = 1 << 18  # unless more are asked for
 GPU = 80 * 10**9  # the advice's, where the device is no GPU
@@ -39,9 +39,8 @@ def load_engine(
         What those two raise.
     """
     config = K2Config.from_pretrained(path)
-    cache_tokens = fit(
-        path, config, device_bytes(torch.device(device)), device, keep_quantized, cache_tokens, cache_dtype
-    )
+    memory = device_bytes(existing_device(device))
+    cache_tokens = fit(path, config, memory, device, keep_quantized, cache_tokens, cache_dtype)
     model = K2Model.from_pretrained(path, device=device, keep_quantized=keep_quantized, progress=progress)
     return Engine(
         model,

@@ -137,7 +137,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
             "--device",
             "gpu",
         ): "device must be one of this machine, got 'gpu'",
-        ("generate", str(checkpoint), "--prompt", "x", "--device", "meta"): "device must hold data, got 'meta'",
+        ("generate", str(checkpoint), "--prompt", "x", "--device", "meta"): "device must be one that holds data, got 'meta'",
         ("generate", str(checkpoint), "--prompt", "x", "--seed", "-1"): "seed must be an int >= 0, got -1",
         ("generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "100000"): "at most 512 tokens together",
         ("generate", str(checkpoint), "--prompt", "x", "--cache-dtype", "int4"): "--cache-dtype must be one of",

@@ -174,7 +174,7 @@ def test_dtype(tmp_path):
             ValueError, match=rf"from_pretrained: device must be one of this machine, got {device!r} \("
         ):
             load(tmp_path, device=device)
-    with pytest.raises(ValueError, match="device must hold data, got 'meta'"):
+    with pytest.raises(ValueError, match="device must be one that holds data, got 'meta'"):
         load(tmp_path, device="meta")
 
 

@@ -29,6 +29,16 @@ def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(direct
         assert f"vllm serve {directory} --attention-backend K2KERNELS_MLA --tensor-parallel-size 2" in error
 
 
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_devices_of_another_machine(command, directory, monkeypatch, capsys):
+    monkeypatch.setattr(load.K2Model, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    arguments = [command, str(directory)] + ["--port", "0"] * (command == "serve")
+    for device in ["abacus", "gpu", "meta"] + ["cuda"] * (not torch.cuda.is_available()):
+        assert main([*arguments, "--device", device]) == 2
+        assert f"k2kernels {command}: --device must be one " in (error := capsys.readouterr().err), error
+        assert f"got '{device}'" in error
+
+
 def test_what_fits(tmp_path):
     def fit(preset, gigabytes, tokens=None, device="cuda", cache="auto"):
         config = K2Config.preset(preset)
