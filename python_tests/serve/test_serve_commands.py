@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -18,8 +19,13 @@ from k2kernels.serve import load
 from k2kernels.text.stream import TextStream
 
 
-def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(directory, monkeypatch, capsys):
+@pytest.fixture
+def unread(monkeypatch):
+    """Whatever reads weights fails."""
     monkeypatch.setattr(load.K2Model, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+
+
+def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(directory, unread, monkeypatch, capsys):
     monkeypatch.setattr(load, "device_bytes", lambda device: 100_000)
     for command in ("serve", "chat"):
         arguments = ["--port", "0"] if command == "serve" else []
@@ -30,13 +36,40 @@ def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(direct
 
 
 @pytest.mark.parametrize("command", ["serve", "chat"])
-def test_devices_of_another_machine(command, directory, monkeypatch, capsys):
-    monkeypatch.setattr(load.K2Model, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+def test_devices_of_another_machine(command, directory, unread, capsys):
     arguments = [command, str(directory)] + ["--port", "0"] * (command == "serve")
     for device in ["abacus", "gpu", "meta"] + ["cuda"] * (not torch.cuda.is_available()):
         assert main([*arguments, "--device", device]) == 2
         assert f"k2kernels {command}: --device must be one " in (error := capsys.readouterr().err), error
         assert f"got '{device}'" in error
+
+
+@pytest.mark.parametrize(
+    "commands, flags, message",
+    [
+        ("serve chat", "--max-batch-tokens 0", "--max-batch-tokens must be an int >= 1, got 0"),
+        ("serve chat", "--cache-tokens 10", "--cache-tokens must be an int >= 64, got 10"),
+        ("serve chat", "--cache-dtype int8", "--cache-dtype must be one of 'auto', 'fp8', got 'int8'"),
+        ("serve chat", "--cache-dtype fp8", "--cache-dtype must be 'auto' for 48 latent and 16 rope dimensions"),
+        ("serve chat", "--speculative", "--speculative must be False for a model without MTP layers"),
+        ("chat", "--top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
+        ("chat", "--temperature nan", "--temperature must be finite, got nan"),
+        ("chat", "--seed -1", "--seed must be an int >= 0, got -1"),
+        ("chat", "--max-new-tokens 0", "--max-new-tokens must be an int in 1 .. 511, got 0"),
+    ],
+)
+def test_flags_are_judged_before_weights_are_read(commands, flags, message, directory, unread, capsys):
+    for command in commands.split():
+        port = ["--port", "0"] if command == "serve" else []
+        assert main([command, str(directory), *port, *flags.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"k2kernels {command}: {message}")
+
+
+def test_a_chat_without_turns_is_refused_before_weights_are_read(directory, tmp_path, unread, capsys):
+    plain = shutil.copytree(directory, tmp_path / "plain")
+    (plain / "tokenizer_config.json").unlink()
+    assert main(["chat", str(plain)]) == 2
+    assert "must hold chat_template.jinja" in capsys.readouterr().err
 
 
 def test_what_fits(tmp_path):
