@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from served import NAME, post, until
 
 from k2kernels.cli import main
 from k2kernels.model import K2Config
+from k2kernels.model.capacity import capacity
 from k2kernels.serve import load
 from k2kernels.text.stream import TextStream
 
@@ -86,6 +88,29 @@ def test_what_fits(tmp_path):
         fit("kimi-k2", 64, device="cpu")
     with pytest.raises(MemoryError):
         fit("tiny", 0.5, tokens=10**8)
+
+
+def test_weights_that_fit_as_the_files_hold_them(tmp_path):
+    """A folder of FP8 is 1/4 of what its weights take in float32; beyond that, vLLM reads the files as they are."""
+    config = K2Config.preset("tiny")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = dataclasses.replace(config, dtype="float32", quantization_config=fp8)
+    plain = capacity(config).weights_bf16 * 2
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(plain // 4)
+    cache = 64 * capacity(config).cache_bf16 * 2
+
+    def fit(memory, keep=False):
+        return load.fit(tmp_path, config, int(memory), "cuda", keep, 64, "auto")
+
+    assert fit((plain + cache) * 1.2) == fit(plain / 2 + cache, True) == 64
+    with pytest.raises(MemoryError, match="fits with --keep-quantized") as error:
+        fit(plain / 2 + cache)
+    assert "vllm" not in str(error.value)
+    for keep in (False, True):
+        with pytest.raises(MemoryError, match=r"tensor-parallel-size 2$") as error:
+            fit(plain / 5 + cache, keep)
+        assert "--keep-quantized" not in str(error.value)
 
 
 def test_addresses_that_are_refused(directory, capsys, monkeypatch):
