@@ -111,7 +111,7 @@ def _train(trainer) -> int:
     say(
         f"held-out text: {valid:.3f} bits/byte (xz -9e on the whole text: {trainer.xz:.3f}); "
         f"{chosen.steps - first} steps in {time.perf_counter() - started:.0f} s\n"
-        f"wrote {trainer.out}: checkpoint, tokenizer.json, loss.png, max_logits.png, history.jsonl"
+        f"wrote {trainer.out}: checkpoint, tokenizer, loss.png, max_logits.png, history.jsonl"
     )
     return 0
 
