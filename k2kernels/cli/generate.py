@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             device=str(here.device),
             keep_quantized=options.keep_quantized,
             mesh=here.mesh,
-            progress=here.first and sys.stderr.isatty(),
+            progress=here.first,
         )
         shares = [prompts[rank :: here.world_size] for rank in range(here.world_size)]
         if here.mesh is not None:

@@ -34,7 +34,7 @@ from k2kernels.model.packed import (
     quantize_w4,
     read_packed,
 )
-from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, on_terminal, scan, some
 from k2kernels.ops._check import Arguments
 from k2kernels.ops.w4_gemm import pack_w4, unpack_w4
 from k2kernels.reference.quant import dequantize
@@ -78,7 +78,7 @@ def from_pretrained(
             time, in a model that is bfloat16 otherwise. Dequantised, 4-bit weights take 3.5 times the memory: Kimi-K2's
             2 TB.
         keep_fp8: the older name of keep_quantized.
-        progress: show a progress bar.
+        progress: show a progress bar, if stderr is a terminal.
         mesh: a `k2kernels.parallel.Layout`, or a DeviceMesh with dimensions "dp" and "ep" (see
             `k2kernels.parallel.make_mesh`). Each rank then reads and keeps its own experts, and all other weights. Call
             it on every rank; an error of one is raised on all. `k2kernels.parallel.expert_parallel` must follow before
@@ -179,7 +179,7 @@ def load_pretrained(
 
     Args:
         device: where to make tensors of a model on the meta device; None: where its mesh is, or the CPU.
-        progress: show a progress bar, on the rank that writes.
+        progress: show a progress bar, on the rank that writes, if its stderr is a terminal.
 
     Raises:
         ValueError: the files do not fit the model, or hold impossible values, as in `from_pretrained`; some of the
@@ -282,7 +282,8 @@ def save_pretrained(
         writer.write_text("config.json", config.to_json())
         if parts:
             writer.share({name: (first_row(name, t), len(t.to_local())) for name, t in parts.items()})
-        for name, tensor in tqdm(tensors.items(), desc="saving") if progress and writes else tensors.items():
+        shown = progress and writes and on_terminal()
+        for name, tensor in tqdm(tensors.items(), desc="saving") if shown else tensors.items():
             if name not in parts:
                 wholes = [tensor.detach()]
             elif is_stack(name):

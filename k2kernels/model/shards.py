@@ -272,20 +272,29 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def on_terminal() -> bool:
+    """Whether bars may be drawn: stderr is a terminal. In a file each of their states would be a line."""
+    return sys.stderr.isatty()
+
+
 class Progress:
-    """A bar on stderr that counts bytes; without `shown` none is made, as tqdm takes locks and starts a thread."""
+    """A bar on stderr that counts bytes, if that is a terminal.
+
+    Without `shown` nothing is written, and no bar is made, as tqdm takes locks and starts a thread.
+    """
 
     def __init__(self, total: int, what: str, shown: bool):
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True) if shown else None
+        self._shown = shown
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True) if shown and on_terminal() else None
 
     def update(self, size: int) -> None:
         if self._bar is not None:
             self._bar.update(size)
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+        """Prints a line, above the bar if there is one."""
+        if self._shown:
+            tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self
