@@ -34,7 +34,18 @@ from k2kernels.model.packed import (
     quantize_w4,
     read_packed,
 )
-from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, on_terminal, scan, some
+from k2kernels.model.shards import (
+    DTYPES,
+    MAX_SHARD_SIZE,
+    Progress,
+    Reader,
+    TensorInfo,
+    Writer,
+    on_terminal,
+    rival_of_index,
+    scan,
+    some,
+)
 from k2kernels.ops._check import Arguments
 from k2kernels.ops.w4_gemm import pack_w4, unpack_w4
 from k2kernels.reference.quant import dequantize
@@ -431,6 +442,7 @@ def _check_number_of_tensors(config: K2Config, tensors: dict[str, Any], path: st
         raise ValueError(
             f"{path}: the checkpoint does not fit config.json: num_hidden_layers={config.num_hidden_layers} and "
             f"n_routed_experts={config.n_routed_experts} make {wanted} tensors, the files hold {len(tensors)}"
+            f"{rival_of_index(path)}"
         )
 
 
@@ -645,7 +657,8 @@ def _check(wanted: dict[str, _Piece], tensors: dict[str, TensorInfo], tied: set[
             faults.setdefault("unexpected", []).append(name)
     lines = [f"{len(items)} {kind}: {some(items)}" for kind, items in faults.items() if items]
     if lines:
-        raise ValueError(f"{path}: the checkpoint does not fit config.json; tensors\n  " + "\n  ".join(lines))
+        faults = "\n  ".join(lines)
+        raise ValueError(f"{path}: the checkpoint does not fit config.json; tensors\n  {faults}{rival_of_index(path)}")
 
 
 def faults_of(

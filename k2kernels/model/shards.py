@@ -91,6 +91,13 @@ def scan(path: str | Path) -> dict[str, TensorInfo]:
     return {info.name: info for file in files for info in headers[file].values() if weight_map.get(info.name) == file}
 
 
+def rival_of_index(path: str | Path) -> str:
+    """What to add to a message on tensors that do not fit, where `scan` passed an index over; else nothing."""
+    if not all((Path(path).expanduser() / name).is_file() for name in (SINGLE, INDEX)):
+        return ""
+    return f"; {SINGLE} was read, not the shards of {INDEX} beside it: remove the one of these that is out of date"
+
+
 class Reader:
     """Reads tensors one at a time, keeping little of the files in memory.
 
