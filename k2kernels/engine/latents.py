@@ -9,7 +9,7 @@ and R rope dimensions:
 
 and its metadata: `form`; `model`, a digest of the configuration and of some weights; `mtp_layers`; `rope_order`, which
 of the rotated pairs' members are neighbours: "half-split" (all first members, then all second ones; the order of this
-library and of transformers) or "interleaved" (vLLM's). Files are written half-split; both are read.
+library and of transformers) or "interleaved" (vLLM's).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from k2kernels.engine.engine import Engine
 from k2kernels.engine.pool import Key, extend_keys, root_key
 from k2kernels.model import files
 from k2kernels.model.trunk import Trunk
+from k2kernels.reference.mla_cache import ROW_BYTES
 
 FORM = "latent-1"
+ORDERS = ("half-split", "interleaved")
 _OF_FILES = ("dtype", "torch_dtype", "quantization_config", "eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -51,14 +53,48 @@ def save_latents(engine: Engine, ids: Sequence[int], path: str | Path, *, salt: 
             raise ValueError(
                 f"save_latents: the cache must have the first {PAGE_SIZE} of ids under this salt, has none"
             )
-        rows = engine.pool.pages[:, pages].flatten(1, 2).cpu()
+        rows = engine.pool.pages[:, pages].flatten(1, 2)
+    return write_latents(engine.model, ids, rows, path, mtp_layers=engine.drafts)
+
+
+def write_latents(
+    model: Trunk,
+    ids: Sequence[int],
+    rows: Tensor,
+    path: str | Path,
+    *,
+    rope_order: str = "half-split",
+    mtp_layers: int = 0,
+) -> int:
+    """The same of rows that another program computed with the same weights.
+
+    Args:
+        rows: [L, T, C + R] (or uint8 [L, T, 656]), the rows of the first T of `ids` in each layer; what does not fill
+            a page is left out. vLLM's are `cache.flatten(0, 1)[slots]` of each layer, with `rope_order="interleaved"`.
+
+    Returns:
+        The number of tokens in the file.
+
+    Raises:
+        ValueError: another shape; not one full page.
+        OSError: as `save_latents`.
+    """
+    latent, rope = model.config.kv_lora_rank, model.config.qk_rope_head_dim
+    width = ROW_BYTES if rows.dtype == torch.uint8 else latent + rope
+    layers = model.config.num_hidden_layers + mtp_layers
+    good = rows.dim() == 3 and rows.shape[0] == layers and rows.shape[2] == width
+    if not good or not PAGE_SIZE <= rows.shape[1] <= len(ids):
+        wanted = f"[{layers}, {PAGE_SIZE} to {len(ids)}, {width}]"
+        raise ValueError(f"write_latents: rows must be {wanted}, got {list(rows.shape)}")
+    if rope_order not in ORDERS:
+        raise ValueError(f"write_latents: rope_order must be {' or '.join(ORDERS)}, got {rope_order!r}")
+    rows = rows[:, : rows.shape[1] // PAGE_SIZE * PAGE_SIZE].cpu()
     tensors = {"tokens": torch.tensor(ids[: rows.shape[1]], dtype=torch.int32)}
     if rows.dtype == torch.uint8:
-        tensors["packed"] = rows
+        tensors["packed"] = rows.contiguous()
     else:
-        latent, rope = rows.split([engine.model.config.kv_lora_rank, engine.model.config.qk_rope_head_dim], dim=-1)
-        tensors |= {"latent": latent.contiguous(), "rope": rope.contiguous()}
-    metadata = dict(form=FORM, model=_digest(engine.model), mtp_layers=str(engine.drafts), rope_order="half-split")
+        tensors["latent"], tensors["rope"] = (part.contiguous() for part in rows.split([latent, rope], dim=-1))
+    metadata = dict(form=FORM, model=_digest(model), mtp_layers=str(mtp_layers), rope_order=rope_order)
     files.replace_file(Path(path), lambda file: file.write(save(tensors, metadata)))
     return rows.shape[1]
 
@@ -88,7 +124,7 @@ def load_latents(engine: Engine, path: str | Path, *, salt: str = "") -> int:
     require(metadata.get("form") == FORM, "form", FORM, metadata.get("form"))
     require(metadata.get("model") == _digest(engine.model), "model", "that of the engine", "another one")
     order = metadata.get("rope_order")
-    require(order in ("half-split", "interleaved"), "rope_order", "half-split or interleaved", order)
+    require(order in ORDERS, "rope_order", " or ".join(ORDERS), order)
     cache, config = engine.pool.pages, engine.model.config
     names = {"tokens", "packed"} if cache.dtype == torch.uint8 else {"tokens", "latent", "rope"}
     require(set(tensors) == names, "tensors", sorted(names), sorted(tensors))

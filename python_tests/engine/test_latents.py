@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from k2kernels.engine import Engine, Sampling
-from k2kernels.engine.latents import load_latents, save_latents
+from k2kernels.engine.latents import load_latents, save_latents, write_latents
 
 PROMPT = torch.randint(0, 12, (150,), generator=torch.Generator().manual_seed(0)).tolist()
 GREEDY = Sampling(max_new_tokens=4, eos_token_ids=[])
@@ -26,6 +26,26 @@ def saved(model, tmp_path_factory):
     tokens = engine.submit(PROMPT, sampling=GREEDY).result()[0]
     assert save_latents(engine, PROMPT + tokens, path) == 128
     return engine, path, tokens
+
+
+def test_rows_of_another_program(model, saved, tmp_path):
+    """Rows of whole layers, with rotated pairs side by side, and a part of a page behind them."""
+    engine, _, tokens = saved
+    pages = engine.pool.pages[:2, engine.pool.find(engine.submit(PROMPT, sampling=GREEDY).samples[0].keys)]
+    latent, rope = pages.flatten(1, 2).split([model.config.kv_lora_rank, model.config.qk_rope_head_dim], dim=-1)
+    rows = torch.cat([latent, torch.stack(rope.chunk(2, dim=-1), dim=-1).flatten(-2)], dim=-1)
+    rows = torch.cat([rows, torch.full_like(rows[:, :7], torch.nan)], dim=1)
+    assert write_latents(model, PROMPT, rows, tmp_path / "b", rope_order="interleaved") == 128
+    other = Engine(model, cache_tokens=512)
+    load_latents(other, tmp_path / "b")
+    request = other.submit(PROMPT, sampling=GREEDY)
+    assert request.result() == [tokens] and request.cached_tokens == 128
+    for wrong in (rows[:1], rows[..., 1:], rows[:, :63], rows[0], rows.repeat(1, 2, 1)):
+        with pytest.raises(ValueError, match=r"write_latents: rows must be \[2, 64 to 150, \d+\], got "):
+            write_latents(model, PROMPT, wrong, tmp_path / "c")
+    with pytest.raises(ValueError, match="rope_order must be half-split or interleaved, got 'x'"):
+        write_latents(model, PROMPT, rows, tmp_path / "c", rope_order="x")
+    assert not (tmp_path / "c").exists()
 
 
 def changed(path, to, tensors=None, **metadata):

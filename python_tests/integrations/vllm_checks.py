@@ -23,8 +23,11 @@ import vllm
 from vllm.distributed import cleanup_dist_env_and_memory
 
 import k2kernels
+from k2kernels.engine import Engine, Sampling
+from k2kernels.engine.latents import load_latents, write_latents
 from k2kernels.integrations import vllm as integration
 from k2kernels.integrations.transformers import register_kimi_k2
+from k2kernels.model import K2Model
 
 LAYERS, NEW = 2, 8
 LENGTHS = (5, 37, 90, 150)  # one is longer than THRESHOLD: vLLM's own prefill
@@ -132,6 +135,28 @@ def test_reference(engine, their_tokens, calls):
     assert calls["mla_decode"] >= (NEW - 1) * LAYERS and calls["mla_append"] >= NEW * LAYERS and calls["ragged"]
     assert calls["splits"] == {"auto"}
     assert generate(llm, prompts[1:2]) == tokens[1:2]
+
+
+def test_rows_that_our_engine_goes_on_from(engine, their_tokens, checkpoint, monkeypatch, tmp_path):
+    """The pages of a prompt as vLLM wrote them, in a latent file: the same tokens, computed from the rest alone."""
+    (*_, prompt), (*_, tokens) = their_tokens
+    written, append = [], integration.mla_append
+
+    def note(rows, cache, table, slots):
+        written.append((cache, slots.flatten().clone()))
+        return append(rows, cache, table, slots)
+
+    monkeypatch.setattr(integration, "mla_append", note)
+    assert generate(engine(), [prompt]) == [tokens]
+    of_prompt = [(cache, slots) for cache, slots in written if len(slots) == len(prompt)]
+    assert len(of_prompt) == LAYERS
+    rows = torch.stack([cache.flatten(0, 1)[slots.long()] for cache, slots in of_prompt])
+    model = K2Model.from_pretrained(checkpoint, dtype=torch.float32, progress=False)
+    assert write_latents(model, prompt, rows, tmp_path / "a", rope_order="interleaved") == 128
+    ours = Engine(model, cache_tokens=512)
+    assert load_latents(ours, tmp_path / "a") == 128
+    request = ours.submit(prompt, sampling=Sampling(max_new_tokens=NEW, eos_token_ids=[]))
+    assert request.result() == [tokens] and request.cached_tokens == 128
 
 
 def test_kernels(engine, their_tokens):

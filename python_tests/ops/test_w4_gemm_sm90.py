@@ -38,6 +38,13 @@ def test_bits_of_grouped_gemm(case, tokens, schedule):
     check(kind, groups, n, k, schedule, swiglu=swiglu, expected=expected_for(tokens, groups))
 
 
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_a_long_k_in_one_part(kind):
+    """K of gpt-oss."""
+    groups = Groups([3, 0, 18])
+    check(kind, groups, 64, 2880, SEEDS[1], expected=expected_for(8, groups), batch_invariant=True)
+
+
 def test_many_experts():
     """A warp of the tile scheduler passes over 13 times 32 groups."""
     counts = [0] * 400
