@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from dataclasses import replace
 
-from k2kernels.cli.serve import add_model_arguments, load
+from k2kernels.cli.serve import add_model_arguments, load, open_checkpoint
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -25,15 +24,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from k2kernels.cli.flags import Flags
     from k2kernels.engine import Sampling
+    from k2kernels.engine.options import check_sampling
     from k2kernels.text.chat import load_chat
     from k2kernels.text.stream import TextStream
 
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
-    sampling = Sampling(**{name: getattr(options, name) for name in names})  # refuses what is wrong before it loads
-    path, engine, tokenizer = load(options)
+    flags, drawing = Flags("chat"), {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
+    check_sampling(flags, **drawing)
+    path, config, tokenizer = open_checkpoint(options)
+    if options.max_new_tokens is not None:
+        flags.integer("max_new_tokens", options.max_new_tokens, 1, config.max_position_embeddings - 1)
     chat = load_chat(path, tokenizer)
-    sampling = replace(sampling, eos_token_ids={*engine.model.config.eos_token_ids, *chat.ends})
+    stops = {*config.eos_token_ids, *chat.ends}
+    sampling = Sampling(max_new_tokens=options.max_new_tokens, **drawing, eos_token_ids=stops)
+    engine = load(options, path)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     history = list(system)
     with contextlib.suppress(ImportError):

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--stop must hold text, got an empty one")
     import torch
 
+    from k2kernels.cli.flags import Flags
     from k2kernels.engine.options import check_length
     from k2kernels.model import K2Config, K2Model
     from k2kernels.model.folder import check_pointers, checkpoint_folder
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     if not all(prompts):
         raise ValueError("--prompt must hold text, got an empty one")
     for ids in prompts:
-        check_length(_flags(), config, len(ids), options.max_new_tokens)
+        check_length(Flags("generate"), config, len(ids), options.max_new_tokens)
 
     with launched(ep=options.ep, device=options.device) as here:
         model = K2Model.from_pretrained(
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             device=str(here.device),
             keep_quantized=options.keep_quantized,
             mesh=here.mesh,
-            progress=here.first and sys.stderr.isatty(),
+            progress=here.first,
         )
         shares = [prompts[rank :: here.world_size] for rank in range(here.world_size)]
         if here.mesh is not None:
@@ -133,27 +134,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _flags() -> Any:
-    """The checks of `generate`, with the names of the command's flags."""
-    from k2kernels.ops._check import Arguments
-
-    class Flags(Arguments):
-        def require(self, condition: Any, name: str, *rest: Any) -> None:
-            flag = " and ".join("--" + part.replace("_", "-") for part in name.split(" and "))
-            super().require(condition, flag, *rest)
-
-    return Flags("generate")
-
-
 def _chosen(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """The options for `K2Model.generate`, checked before any weight is read."""
+    from k2kernels.cli.flags import Flags
     from k2kernels.engine.options import check_options
 
     names = ("max_new_tokens", "top_k", "top_p", "seed", "speculative", "cache_dtype", "prefill_chunk")
     chosen = {name: getattr(options, name) for name in names}
     default = 0.0 if options.speculative else 0.7
     chosen["temperature"] = default if options.temperature is None else options.temperature
-    check_options(_flags(), config, **chosen, mtp_layers=config.num_nextn_predict_layers)
+    check_options(Flags("generate"), config, **chosen, mtp_layers=config.num_nextn_predict_layers)
     return chosen
 
 

@@ -6,7 +6,10 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from k2kernels import __version__
 from k2kernels._backend import UnsupportedError
@@ -26,12 +29,13 @@ COMMANDS = {
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="k2kernels", description="The Kimi-K2 / DeepSeek-V3 family on CPU and GPU.")
-    top.add_argument("--version", action="version", version=f"k2kernels {__version__}")
+    top.add_argument("-V", "--version", action="version", version=f"k2kernels {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         summary = module.__doc__.strip().splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
+        command.set_defaults(parser=command)
     _add_completion(top, commands.choices.values())
     return top
 
@@ -54,7 +58,29 @@ def _add_completion(top: argparse.ArgumentParser, commands: Iterable[argparse.Ar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for bad input, 130 after an interrupt."""
-    options = parser().parse_args(argv)
+    options, unknown = parser().parse_known_args(argv)
+    if unknown:  # with the usage of the command, where argparse would print that of all
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line(warnings.showwarning)
+        return _run(options)
+
+
+def _one_line(otherwise: Callable) -> Callable:
+    """`warnings.showwarning` that prints what this package warns of as one line, once; `otherwise` shows the others."""
+    package, said = str(Path(__file__).parents[1]), set()
+
+    def show(message: Warning | str, category: type, filename: str, *rest: Any, **options: Any) -> None:
+        if not filename.startswith(package):
+            otherwise(message, category, filename, *rest, **options)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"k2kernels: {message}", file=sys.stderr)
+
+    return show
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return COMMANDS[options.command].run(options) or 0
     except ModuleNotFoundError as error:

@@ -37,17 +37,40 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--max-seconds", type=float, default=600.0, metavar="S", help="of a request")
 
 
-def load(options: argparse.Namespace) -> tuple[Path, Any, Any]:
-    """The directory, the engine and the tokenizer."""
+def open_checkpoint(options: argparse.Namespace) -> tuple[Path, Any, Any]:
+    """The directory, the configuration and the tokenizer, once the model's flags are found right."""
+    from k2kernels.cli.flags import Flags
+    from k2kernels.engine.cache import PAGE_SIZE
+    from k2kernels.engine.options import check_engine
+    from k2kernels.model import K2Config
+    from k2kernels.model.capacity import existing_device
     from k2kernels.model.folder import check_pointers, checkpoint_folder
-    from k2kernels.serve.load import load_engine
     from k2kernels.text.tokenizer import load_tokenizer
 
+    flags = Flags(options.command)
+    existing_device(options.device, flags)
     path = checkpoint_folder(options.checkpoint)
     check_pointers(path, ("tokenizer.json", "tiktoken.model"))
     tokenizer = load_tokenizer(path)
+    config = K2Config.from_pretrained(path)
+    check_engine(
+        flags,
+        config,
+        cache_tokens=PAGE_SIZE if options.cache_tokens is None else options.cache_tokens,
+        max_batch_tokens=options.max_batch_tokens,
+        speculative=options.speculative,
+        mtp_layers=config.num_nextn_predict_layers,
+        cache_dtype=options.cache_dtype,
+    )
+    return path, config, tokenizer
+
+
+def load(options: argparse.Namespace, path: Path) -> Any:
+    """The engine."""
+    from k2kernels.serve.load import load_engine
+
     names = ("device", "keep_quantized", "cache_tokens", "cache_dtype", "max_batch_tokens", "speculative")
-    return path, load_engine(path, **{name: getattr(options, name) for name in names}), tokenizer
+    return load_engine(path, **{name: getattr(options, name) for name in names})
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,13 +92,14 @@ def run(options: argparse.Namespace) -> int:
     from k2kernels.text.chat import NoTemplate, load_chat
 
     with bind(options.host, options.port) as bound:
-        path, engine, tokenizer = load(options)
+        path, _, tokenizer = open_checkpoint(options)
         try:
             chat = load_chat(path, tokenizer)
         except ValueError as error:
             why = f"no chat template in {path}" if isinstance(error, NoTemplate) else error
             print(f"{why}: /v1/completions is served, /v1/chat/completions is not", file=sys.stderr)
             chat = None
+        engine = load(options, path)
         server = Server(
             engine,
             tokenizer,

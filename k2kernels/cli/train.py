@@ -111,7 +111,7 @@ def _train(trainer) -> int:
     say(
         f"held-out text: {valid:.3f} bits/byte (xz -9e on the whole text: {trainer.xz:.3f}); "
         f"{chosen.steps - first} steps in {time.perf_counter() - started:.0f} s\n"
-        f"wrote {trainer.out}: checkpoint, tokenizer.json, loss.png, max_logits.png, history.jsonl"
+        f"wrote {trainer.out}: checkpoint, tokenizer, loss.png, max_logits.png, history.jsonl"
     )
     return 0
 
@@ -120,6 +120,8 @@ def _loop(trainer) -> None:
     """Runs to the end, or to the end of the step in which Ctrl-C or SIGTERM came."""
     from tqdm import tqdm
 
+    from k2kernels.model.shards import on_terminal
+
     def ask_to_stop(number: int, _) -> None:
         if trainer.stop and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C stops at once; torchrun adds a SIGTERM to the first
@@ -127,7 +129,7 @@ def _loop(trainer) -> None:
 
     former = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     first = trainer.ranks.first
-    terminal = first and sys.stderr.isatty()
+    terminal = first and on_terminal()
     clips = sum(row.clipped_heads for row in trainer.history)
     bar = tqdm(
         total=trainer.options.steps,

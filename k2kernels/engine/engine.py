@@ -14,6 +14,7 @@ from k2kernels._backend import UnsupportedError
 from k2kernels.engine.cache import PAGE_SIZE
 from k2kernels.engine.decode_pass import DecodePass
 from k2kernels.engine.lockstep import Lockstep
+from k2kernels.engine.options import check_engine
 from k2kernels.engine.pool import Pool
 from k2kernels.engine.replay import CudaRecorder
 from k2kernels.engine.request import Request, Sample
@@ -67,14 +68,19 @@ class Engine:
         if ranks.several:
             raise UnsupportedError("Engine: all experts must be on one device, got ranks that share them; use generate")
         layers = len(model.mtp_layers)
-        if args.boolean("speculative", speculative):
-            args.require(layers > 0, "speculative", "False for a model without MTP layers", speculative)
         args.boolean("cuda_graphs", cuda_graphs)
-        self.drafts = layers if speculative else 0
-        args.integer("cache_tokens", cache_tokens, PAGE_SIZE)
+        check_engine(
+            args,
+            model.config,
+            cache_tokens=cache_tokens,
+            max_batch_tokens=max_batch_tokens,
+            speculative=speculative,
+            mtp_layers=layers,
+            cache_dtype=cache_dtype,
+        )
         if max_batch_tokens is None:
             max_batch_tokens = 256 if weight.device.type == "cpu" else 2048
-        args.integer("max_batch_tokens", max_batch_tokens, 1 + self.drafts)
+        self.drafts = layers if speculative else 0
         ranks.check("Engine", max_batch_tokens)
         self.model, self.device = model.eval(), weight.device
         layers = model.model.layers[: model.config.num_hidden_layers + self.drafts]

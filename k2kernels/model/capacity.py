@@ -143,6 +143,18 @@ def capacity(config: K2Config) -> Capacity:
     return Capacity(total, active, *(weights[kind] for kind in KINDS), cache_bf16, cache_fp8, expanded, fits)
 
 
+def existing_device(device: torch.device | str, args: Arguments | None = None) -> torch.device:
+    """The device to load to; ValueError, in the words of `args`, if this machine lacks it, or it holds no data."""
+    args = args or Arguments("from_pretrained")
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name; a device without a driver
+        reason = str(error).splitlines()[0]
+        args.require(False, "device", "one of this machine", f"{device!r} ({reason})")
+    args.require(found.type != "meta", "device", "one that holds data", f"{device!r}; K2Model(config) needs no files")
+    return found
+
+
 def device_bytes(device: torch.device) -> int | None:
     """The memory of a GPU, or of this machine with its swap space and within its container; None if not known.
 

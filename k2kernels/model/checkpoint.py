@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from k2kernels._backend import UnsupportedError
-from k2kernels.model.capacity import device_bytes, gb
+from k2kernels.model.capacity import device_bytes, existing_device, gb
 from k2kernels.model.compressed_tensors import FORMATS, quantization_config, schemes
 from k2kernels.model.config import K2Config, read_config_file, text_part
 from k2kernels.model.linear import Fp8Linear
@@ -34,7 +34,19 @@ from k2kernels.model.packed import (
     quantize_w4,
     read_packed,
 )
-from k2kernels.model.shards import DTYPES, MAX_SHARD_SIZE, Progress, Reader, TensorInfo, Writer, scan, some
+from k2kernels.model.shards import (
+    DTYPES,
+    MAX_SHARD_SIZE,
+    Progress,
+    Reader,
+    TensorInfo,
+    Writer,
+    on_terminal,
+    rival_of_index,
+    scan,
+    some,
+)
+from k2kernels.ops._check import Arguments
 from k2kernels.ops.w4_gemm import pack_w4, unpack_w4
 from k2kernels.reference.quant import dequantize
 from k2kernels.reference.w4_gemm import GROUP
@@ -77,7 +89,7 @@ def from_pretrained(
             time, in a model that is bfloat16 otherwise. Dequantised, 4-bit weights take 3.5 times the memory: Kimi-K2's
             2 TB.
         keep_fp8: the older name of keep_quantized.
-        progress: show a progress bar.
+        progress: show a progress bar, if stderr is a terminal.
         mesh: a `k2kernels.parallel.Layout`, or a DeviceMesh with dimensions "dp" and "ep" (see
             `k2kernels.parallel.make_mesh`). Each rank then reads and keeps its own experts, and all other weights. Call
             it on every rank; an error of one is raised on all. `k2kernels.parallel.expert_parallel` must follow before
@@ -121,7 +133,7 @@ def _read(
     ranks: Any,
 ) -> Model:
     """`from_pretrained`, of the part of the model that belongs to this rank of a Layout."""
-    device = _device(device)
+    device = existing_device(device)
     raw = read_config_file(path)
     config = K2Config.from_pretrained(path)
     found = _named_as_in_model(scan(path), text_part(raw)[1])
@@ -178,7 +190,7 @@ def load_pretrained(
 
     Args:
         device: where to make tensors of a model on the meta device; None: where its mesh is, or the CPU.
-        progress: show a progress bar, on the rank that writes.
+        progress: show a progress bar, on the rank that writes, if its stderr is a terminal.
 
     Raises:
         ValueError: the files do not fit the model, or hold impossible values, as in `from_pretrained`; some of the
@@ -223,7 +235,7 @@ def _leave_meta(model: nn.Module, device: str | torch.device | None) -> None:
         device = next((t.device_mesh.device_type for t in tensors.values() if _in_parts(t)), "cpu")
         if device == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
-    model.to_empty(device=_device(device))
+    model.to_empty(device=existing_device(device, Arguments("load_pretrained")))
 
 
 def save_pretrained(
@@ -281,7 +293,8 @@ def save_pretrained(
         writer.write_text("config.json", config.to_json())
         if parts:
             writer.share({name: (first_row(name, t), len(t.to_local())) for name, t in parts.items()})
-        for name, tensor in tqdm(tensors.items(), desc="saving") if progress and writes else tensors.items():
+        shown = progress and writes and on_terminal()
+        for name, tensor in tqdm(tensors.items(), desc="saving") if shown else tensors.items():
             if name not in parts:
                 wholes = [tensor.detach()]
             elif is_stack(name):
@@ -429,6 +442,7 @@ def _check_number_of_tensors(config: K2Config, tensors: dict[str, Any], path: st
         raise ValueError(
             f"{path}: the checkpoint does not fit config.json: num_hidden_layers={config.num_hidden_layers} and "
             f"n_routed_experts={config.n_routed_experts} make {wanted} tensors, the files hold {len(tensors)}"
+            f"{rival_of_index(path)}"
         )
 
 
@@ -643,7 +657,8 @@ def _check(wanted: dict[str, _Piece], tensors: dict[str, TensorInfo], tied: set[
             faults.setdefault("unexpected", []).append(name)
     lines = [f"{len(items)} {kind}: {some(items)}" for kind, items in faults.items() if items]
     if lines:
-        raise ValueError(f"{path}: the checkpoint does not fit config.json; tensors\n  " + "\n  ".join(lines))
+        faults = "\n  ".join(lines)
+        raise ValueError(f"{path}: the checkpoint does not fit config.json; tensors\n  {faults}{rival_of_index(path)}")
 
 
 def faults_of(
@@ -847,18 +862,6 @@ def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         if meta:
             module.reset_buffers()
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """The device; raises ValueError before any file is read if it does not exist."""
-    try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name; a device without a driver
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"from_pretrained: device must be one of this machine, got {device!r} ({reason})") from error
-    if found.type == "meta":
-        raise ValueError(f"from_pretrained: device must hold data, got {device!r}; K2Model(config) needs no files")
-    return found
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -91,6 +91,13 @@ def scan(path: str | Path) -> dict[str, TensorInfo]:
     return {info.name: info for file in files for info in headers[file].values() if weight_map.get(info.name) == file}
 
 
+def rival_of_index(path: str | Path) -> str:
+    """What to add to a message on tensors that do not fit, where `scan` passed an index over; else nothing."""
+    if not all((Path(path).expanduser() / name).is_file() for name in (SINGLE, INDEX)):
+        return ""
+    return f"; {SINGLE} was read, not the shards of {INDEX} beside it: remove the one of these that is out of date"
+
+
 class Reader:
     """Reads tensors one at a time, keeping little of the files in memory.
 
@@ -272,20 +279,29 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def on_terminal() -> bool:
+    """Whether bars may be drawn: stderr is a terminal. In a file each of their states would be a line."""
+    return sys.stderr.isatty()
+
+
 class Progress:
-    """A bar on stderr that counts bytes; without `shown` none is made, as tqdm takes locks and starts a thread."""
+    """A bar on stderr that counts bytes, if that is a terminal.
+
+    Without `shown` nothing is written, and no bar is made, as tqdm takes locks and starts a thread.
+    """
 
     def __init__(self, total: int, what: str, shown: bool):
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True) if shown else None
+        self._shown = shown
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True) if shown and on_terminal() else None
 
     def update(self, size: int) -> None:
         if self._bar is not None:
             self._bar.update(size)
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+        """Prints a line, above the bar if there is one."""
+        if self._shown:
+            tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

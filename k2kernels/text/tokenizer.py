@@ -120,9 +120,10 @@ class _Tiktoken:
         first = len(ranks)
         special = {i: f"<|reserved_token_{i}|>" for i in range(first, first + RESERVED_TOKENS)}
         config = path.with_name("tokenizer_config.json")
-        if config.is_file():
-            special.update(_added_tokens(config, first))
+        named = _added_tokens(config, first) if config.is_file() else {}
+        special.update(named)
         self.added_tokens = {token: i for i, token in special.items()}
+        self.largest_id = max([first - 1, *named])  # of the files' tokens; reserved ones may follow
         with _naming(path):
             self._encoding = tiktoken.Encoding(
                 name=path.parent.name,
@@ -134,6 +135,15 @@ class _Tiktoken:
     def encode(self, text: str) -> list[int]:
         with _naming(self.path):
             return self._encoding.encode(text, allowed_special="all")  # a prompt may hold <|im_user|> and the like
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens are text like any other."""
+        with _naming(self.path):
+            return self._encoding.encode_ordinary(text)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a special token; None if there is none of that name."""
+        return self._encoding.encode(token, allowed_special="all")[0] if token in self.added_tokens else None
 
     def decode(self, tokens: Sequence[int]) -> str:
         try:

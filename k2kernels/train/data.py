@@ -1,4 +1,4 @@
-"""Text to batches of tokens: reading, a byte-level BPE tokenizer (Hugging Face tokenizers), a held-out part."""
+"""Text to batches of tokens: reading, a byte-level BPE tokenizer or that of a checkpoint, a held-out part."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from k2kernels.text.tokenizer import load_tokenizer
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MIN_BYTES = 20_000  # less cannot fill a vocabulary of 1024 and a held-out part
 BLOCK_BYTES = 8_192  # the text is cut into blocks of about this size at line ends ...
 HOLD_OUT = 10  # ... and every tenth block is held out
+TOKENIZERS = ("tokenizer.json", "tiktoken.model")  # in this order, as `load_tokenizer`
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
@@ -95,25 +98,40 @@ def train_tokenizer(text: str, vocab_size: int, special_tokens: Sequence[str] = 
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer.json of a checkpoint.
+    """The tokenizer of a checkpoint: of its tokenizer.json, or else Kimi's of its tiktoken.model.
 
     Raises:
         ValueError: there is none, it is damaged, or has tokens that a model of `vocab_size` has not.
     """
     from tokenizers import Tokenizer
 
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"--from {folder}: must hold tokenizer.json, got none; tiktoken.model is not read")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no other class
-        raise ValueError(f"--from {folder}: tokenizer.json cannot be read: {error}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
-        raise ValueError(f"--from {folder}: tokenizer.json must have ids below {vocab_size}, got {largest}")
+    file = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"--from {folder}: must hold {' or '.join(TOKENIZERS)}, got neither")
+    if file.suffix == ".model":
+        tokenizer = load_tokenizer(folder)
+        largest = tokenizer.largest_id
+    else:
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no other class
+            raise ValueError(f"--from {folder}: tokenizer.json cannot be read: {error}") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"--from {folder}: {file.name} must have ids below {vocab_size}, got {largest}")
     return tokenizer
+
+
+def _ordinary(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text in which the names of special tokens are text like any other."""
+    if hasattr(tokenizer, "encode_ordinary"):
+        return tokenizer.encode_ordinary(text)
+    tokenizer.encode_special_tokens = True
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.encode_special_tokens = False
+    return ids
 
 
 def fill_in_the_middle(
@@ -168,12 +186,10 @@ class Corpus:
     def encode(cls, text: str, tokenizer: Tokenizer, *, fim_rate: float | None = None) -> Corpus:
         """With `fim_rate`, the tokenizer must have FIM_TOKENS. Where the text has their names, these are text."""
         ids, bytes_per_token = [], []
-        tokenizer.encode_special_tokens = True
         for part in hold_out(text):
-            tokens = torch.tensor(tokenizer.encode(part, add_special_tokens=False).ids)
+            tokens = torch.tensor(_ordinary(tokenizer, part))
             ids.append(tokens)
             bytes_per_token.append(len(part.encode()) / len(tokens))
-        tokenizer.encode_special_tokens = False
         sentinels = () if fim_rate is None else tuple(tokenizer.token_to_id(token) for token in FIM_TOKENS)
         return cls(*ids, *bytes_per_token, fim_rate, sentinels)
 

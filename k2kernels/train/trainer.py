@@ -25,7 +25,15 @@ from k2kernels.model.files import lock, replace_file
 from k2kernels.optim import MuonClip, QKClip
 from k2kernels.parallel import Layout, checkpoint_info, load_checkpoint, parallelize, save_checkpoint
 from k2kernels.parallel.launch import ALONE, Launched
-from k2kernels.train.data import FIM_TOKENS, Corpus, read_text, read_tokenizer, train_tokenizer, xz_bits_per_byte
+from k2kernels.train.data import (
+    FIM_TOKENS,
+    TOKENIZERS,
+    Corpus,
+    read_text,
+    read_tokenizer,
+    train_tokenizer,
+    xz_bits_per_byte,
+)
 from k2kernels.train.plots import plot_loss, plot_max_logits
 
 OPTIMIZERS = ("muonclip", "muon", "adamw")
@@ -37,6 +45,11 @@ BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
 VALIDATION_TOKENS = 4096  # in one pass
 CHECKPOINTS = "checkpoints"
 HISTORY_FILE = "history.jsonl"
+# Beside the weights of a checkpoint that a run starts from: its tokenizer, its turns, where a text ends.
+COPIED = (
+    *(*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "tokenization_kimi.py"),
+    *("chat_template.jinja", "generation_config.json"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +58,7 @@ class TrainOptions:
 
     text: tuple[str, ...] = ()  # files; none: CPython's language reference
     config: str = "tiny"  # a preset's name, or a directory with a config.json
-    start: str | None = None  # a checkpoint's directory with a tokenizer.json: its weights, instead of random ones
+    start: str | None = None  # a checkpoint's directory with its tokenizer: its weights, instead of random ones
     optimizer: str = "muonclip"
     steps: int = 600
     batch_size: int = 16
@@ -315,9 +328,11 @@ class Trainer:
         self.model.save_pretrained(self.out, format=self.options.w4)
         if not self.ranks.first:
             return
-        replace_file(self.out / "tokenizer.json", lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
         o, steps = self.options, [row.step for row in self.history]
-        for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json") if o.start else ():
+        if o.start is None:
+            text = self.tokenizer.to_str(pretty=True)
+            replace_file(self.out / "tokenizer.json", lambda file: file.write(text.encode()))
+        for name in COPIED if o.start else ():
             if (file := Path(o.start).expanduser() / name).is_file():
                 content = file.read_bytes()
                 replace_file(self.out / name, lambda new, content=content: new.write(content))

@@ -33,7 +33,7 @@ FLOORS = {
     | {"text"},
     "serve": {"serve", "engine", "model", "text"},
     "testing": {"testing", "ops", "reference", "_backend"},
-    "train": {"train", "parallel", "model", "optim", "ops"},
+    "train": {"train", "parallel", "model", "optim", "ops", "text"},
 }
 EVERYWHERE = {"k2kernels._backend", "k2kernels._backend.UnsupportedError"}
 # K2Model.generate is the engine's function, and from_pretrained(mesh=) asks `parallel` for the ranks. Both import the

@@ -137,7 +137,14 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(checkpoint, tmp_path, cap
             "--device",
             "gpu",
         ): "device must be one of this machine, got 'gpu'",
-        ("generate", str(checkpoint), "--prompt", "x", "--device", "meta"): "device must hold data, got 'meta'",
+        (
+            "generate",
+            str(checkpoint),
+            "--prompt",
+            "x",
+            "--device",
+            "meta",
+        ): "must be one that holds data, got 'meta'",
         ("generate", str(checkpoint), "--prompt", "x", "--seed", "-1"): "seed must be an int >= 0, got -1",
         ("generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "100000"): "at most 512 tokens together",
         ("generate", str(checkpoint), "--prompt", "x", "--cache-dtype", "int4"): "--cache-dtype must be one of",
@@ -168,6 +175,18 @@ def test_no_traceback_from_the_shell(tmp_path):
     command = [sys.executable, "-m", "k2kernels", "info", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_usage_is_that_of_the_command(capsys):
+    for arguments in (["info", "a", "b"], ["info", "a", "--nonsense"], ["info", "a", "--nonsense", "doctor"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("usage: k2kernels info ") and "error: unrecognized arguments: " in error
+    with pytest.raises(SystemExit) as end:
+        main(["-V"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("k2kernels ")
 
 
 def test_a_missing_package_is_named(checkpoint, monkeypatch, capsys):

@@ -224,6 +224,32 @@ def test_nulls_that_transformers_allows(model):
         K2Config.from_dict({**values, "attention_dropout": 0.1})
 
 
+def test_a_warning_is_one_line_once(model, tmp_path, capsys):
+    path = shutil.copytree(model, tmp_path / "dropout")
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, "attention_dropout": 0.1}))
+    assert main(["generate", str(path), "--prompt", "x", "--max-new-tokens", "1"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("k2kernels: config.json: attention_dropout=0.1 is not applied\n[1 tokens"), error
+    assert "Warning" not in error
+
+
+def test_a_single_file_that_hides_an_index_is_named(model, tmp_path, capsys):
+    path = shutil.copytree(model, tmp_path / "stale")
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    del tensors["model.norm.weight"]
+    save_file(tensors, path / "model.safetensors")
+    assert main(["generate", str(path), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "1 missing: model.norm.weight; model.safetensors was read, not the shards of" in error
+    (path / "model.safetensors.index.json").unlink()
+    assert main(["generate", str(path), "--prompt", "x"]) == 2
+    assert "was read" not in capsys.readouterr().err
+
+
 def test_the_decoder_of_kimi_vl(model, tmp_path):
     path = shutil.copytree(model, tmp_path / "vl")
     text = json.loads((path / "config.json").read_text())

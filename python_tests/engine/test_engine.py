@@ -556,7 +556,7 @@ def test_kernels_in_the_ragged_pass(arch, monkeypatch):
         (dict(cache_tokens=63), "Engine: cache_tokens must be an int >= 64, got 63"),
         (dict(max_batch_tokens=2, speculative=True), "max_batch_tokens must be an int >= 3, got 2"),
         (dict(speculative=1), "speculative must be True or False, got 1"),
-        (dict(cache_dtype="int4"), "cache_dtype must be 'auto' or 'fp8', got 'int4'"),
+        (dict(cache_dtype="int4"), "cache_dtype must be one of 'auto', 'fp8', got 'int4'"),
         (dict(cuda_graphs=None), "cuda_graphs must be True or False, got None"),
     ],
 )

@@ -119,11 +119,12 @@ def test_bad_inputs():
         ),
         (lambda: grouped_w4_linear(x, w, **GROUPS, kind="int8"), ValueError, "kind must be one of 'int4', 'mxfp4'"),
         (lambda: grouped_w4_linear(x, w * torch.nan, **GROUPS), ValueError, "w must be finite"),
-        (lambda: grouped_w4_linear(x, w * 800, **GROUPS, kind="mxfp4"), ValueError, "at most 128, a scale of 2, got"),
+        (lambda: grouped_w4_linear(x, w * 800, **GROUPS, kind="mxfp4"), ValueError, "at most 128, a scale of 2 .* got"),
         (
             lambda: grouped_w4_linear(x, w * 100, **GROUPS),
             ValueError,
-            "scales of w must be below 0.5 in magnitude, got",
+            r"^grouped_w4_linear: the scales of w must be below 0\.5 in magnitude \(weights below 3\.49\), got .*; "
+            "kind='mxfp4' takes weights below 14; or divide w",
         ),
         (
             lambda: moe_mlp(x, moe_route(torch.randn(10, 3), top_k=2), w, w, w4_packed=(w, w)),
@@ -135,6 +136,8 @@ def test_bad_inputs():
     ):
         with pytest.raises(error, match=message):
             call()
+    for kind, most in dict(int4=3.49, mxfp4=13.99).items():  # what the messages say of weights
+        grouped_w4_linear(x, w.clamp(-0.1, 0.1).index_fill(2, torch.tensor([5]), most), **GROUPS, kind=kind)
 
 
 def layer(**options):

@@ -174,7 +174,7 @@ def test_dtype(tmp_path):
             ValueError, match=rf"from_pretrained: device must be one of this machine, got {device!r} \("
         ):
             load(tmp_path, device=device)
-    with pytest.raises(ValueError, match="device must hold data, got 'meta'"):
+    with pytest.raises(ValueError, match="device must be one that holds data, got 'meta'"):
         load(tmp_path, device="meta")
 
 
@@ -203,12 +203,18 @@ def test_config_follows_the_weights(tmp_path):
     assert "quantization_config" not in config and config["dtype"] == config["torch_dtype"] == "float32"
 
 
-def test_progress(tmp_path, capfd):
-    tiny.model("kimi").save_pretrained(tmp_path)
+def test_bars_are_drawn_on_a_terminal_alone(tmp_path, monkeypatch, capfd):
+    model = tiny.model("kimi")
+    model.save_pretrained(tmp_path, progress=True)
+    K2Model.from_pretrained(tmp_path, progress=True)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load(tmp_path)
     assert capfd.readouterr().err == ""
+    model.save_pretrained(tmp_path, progress=True)
     K2Model.from_pretrained(tmp_path, progress=True)
-    assert "loading: 100%" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "saving: 100%" in error and "loading: 100%" in error
 
 
 # ---- what files hold besides the weights -----------------------------------------------------------------------------

@@ -162,8 +162,11 @@ def test_small_files_are_copied(tmp_path):
     assert all((tmp_path / "dst" / name).read_text() == text for name, text in small.items())
 
 
-def test_shards_and_progress(tmp_path, capfd):
+def test_shards_and_progress(tmp_path, monkeypatch, capfd):
     float_checkpoint(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "logged", "fp8")
+    assert capfd.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     convert(tmp_path / "src", tmp_path / "one", "fp8")
     assert "converting to fp8: 100%" in capfd.readouterr().err
     convert(tmp_path / "src", tmp_path / "many", "fp8", progress=False, max_shard_size=200_000)

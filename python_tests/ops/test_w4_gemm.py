@@ -417,6 +417,7 @@ MX_CODES, MX_SCALES = random_w4("mxfp4", 2, 64, 64)
 PACKED, GATED = pack_w4(CODES, SCALES), pack_w4(CODES, SCALES, gated=True)
 MX_PACKED = pack_w4(MX_CODES, MX_SCALES)
 A = torch.randn(5, 64).bfloat16()
+HUGE = torch.full((4, 32), 1e300, dtype=torch.float64)
 ROWS = dict(offsets=ints(0, 3, 5), counts=ints(3, 2))
 
 
@@ -439,6 +440,7 @@ def with_scale(value, scales=SCALES):
         (lambda: pack_w4(CODES[:, :0], SCALES), ValueError, "codes must be of one row or more"),
         (lambda: pack_w4(CODES, SCALES.float()), TypeError, "scales must be .* bfloat16, got .* float32"),
         (lambda: pack_w4(CODES, SCALES[:, :32]), ValueError, r"scales must be \[2, 64, 2\] bfloat16, got \[2, 32, 2\]"),
+        (lambda: pack_w4(CODES.to("meta"), SCALES.to("meta")), ValueError, "codes must be on a device that holds data"),
         (lambda: pack_w4(CODES, with_scale(math.nan)), ValueError, "scales must be finite, got nan"),
         (lambda: pack_w4(CODES, with_scale(-math.inf)), ValueError, "scales must be finite, got -inf"),
         (
@@ -506,6 +508,8 @@ def with_scale(value, scales=SCALES):
         (lambda: k2kernels.quantize_mxfp4(torch.randn(4, 16)), ValueError, "w must be of a K that is a multiple of 32"),
         (lambda: k2kernels.quantize_mxfp4(torch.ones(4, 32).int()), TypeError, "w must be .* got .* int32"),
         (lambda: k2kernels.quantize_mxfp4(torch.full((4, 32), math.nan)), ValueError, "w must be finite"),
+        (lambda: k2kernels.quantize_int4_group32(HUGE), ValueError, r"w must be finite in float32, got .* to 1e\+300"),
+        (lambda: k2kernels.quantize_mxfp4(HUGE), ValueError, r"w must be finite in float32, got numbers up to 1e\+300"),
         (lambda: k2kernels.quantize_mxfp4(torch.randn(4, 32), scale_rule="ceil"), ValueError, "one of 'even', 'floor'"),
         (lambda: dequantize_w4(CODES, SCALES, dtype=torch.int8), ValueError, "dtype must be one of torch.float32"),
         (lambda: dequantize_w4(CODES, MX_SCALES), TypeError, "scales must be .* bfloat16, got .* uint8"),

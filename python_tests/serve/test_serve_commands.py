@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -16,12 +17,18 @@ from served import NAME, post, received, stalled, until
 
 from k2kernels.cli import main
 from k2kernels.model import K2Config
+from k2kernels.model.capacity import capacity
 from k2kernels.serve import load, run
 from k2kernels.text.stream import TextStream
 
 
-def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(directory, monkeypatch, capsys):
+@pytest.fixture
+def unread(monkeypatch):
+    """Whatever reads weights fails."""
     monkeypatch.setattr(load.K2Model, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+
+
+def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(directory, unread, monkeypatch, capsys):
     monkeypatch.setattr(load, "device_bytes", lambda device: 100_000)
     for command in ("serve", "chat"):
         arguments = ["--port", "0"] if command == "serve" else []
@@ -29,6 +36,43 @@ def test_a_model_beyond_the_device_is_refused_before_its_weights_are_read(direct
         error = capsys.readouterr().err
         assert "needs 0." in error and "has 0.1 MB (90% of the memory of 'cpu')" in error, error
         assert f"vllm serve {directory} --attention-backend K2KERNELS_MLA --tensor-parallel-size 2" in error
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_devices_of_another_machine(command, directory, unread, capsys):
+    arguments = [command, str(directory)] + ["--port", "0"] * (command == "serve")
+    for device in ["abacus", "gpu", "meta"] + ["cuda"] * (not torch.cuda.is_available()):
+        assert main([*arguments, "--device", device]) == 2
+        assert f"k2kernels {command}: --device must be one " in (error := capsys.readouterr().err), error
+        assert f"got '{device}'" in error
+
+
+@pytest.mark.parametrize(
+    "commands, flags, message",
+    [
+        ("serve chat", "--max-batch-tokens 0", "--max-batch-tokens must be an int >= 1, got 0"),
+        ("serve chat", "--cache-tokens 10", "--cache-tokens must be an int >= 64, got 10"),
+        ("serve chat", "--cache-dtype int8", "--cache-dtype must be one of 'auto', 'fp8', got 'int8'"),
+        ("serve chat", "--cache-dtype fp8", "--cache-dtype must be 'auto' for 48 latent and 16 rope dimensions"),
+        ("serve chat", "--speculative", "--speculative must be False for a model without MTP layers"),
+        ("chat", "--top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
+        ("chat", "--temperature nan", "--temperature must be finite, got nan"),
+        ("chat", "--seed -1", "--seed must be an int >= 0, got -1"),
+        ("chat", "--max-new-tokens 0", "--max-new-tokens must be an int in 1 .. 511, got 0"),
+    ],
+)
+def test_flags_are_judged_before_weights_are_read(commands, flags, message, directory, unread, capsys):
+    for command in commands.split():
+        port = ["--port", "0"] if command == "serve" else []
+        assert main([command, str(directory), *port, *flags.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"k2kernels {command}: {message}")
+
+
+def test_a_chat_without_turns_is_refused_before_weights_are_read(directory, tmp_path, unread, capsys):
+    plain = shutil.copytree(directory, tmp_path / "plain")
+    (plain / "tokenizer_config.json").unlink()
+    assert main(["chat", str(plain)]) == 2
+    assert "must hold chat_template.jinja" in capsys.readouterr().err
 
 
 def test_what_fits(tmp_path):
@@ -45,6 +89,29 @@ def test_what_fits(tmp_path):
         fit("kimi-k2", 64, device="cpu")
     with pytest.raises(MemoryError):
         fit("tiny", 0.5, tokens=10**8)
+
+
+def test_weights_that_fit_as_the_files_hold_them(tmp_path):
+    """A folder of FP8 is 1/4 of what its weights take in float32; beyond that, vLLM reads the files as they are."""
+    config = K2Config.preset("tiny")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = dataclasses.replace(config, dtype="float32", quantization_config=fp8)
+    plain = capacity(config).weights_bf16 * 2
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(plain // 4)
+    cache = 64 * capacity(config).cache_bf16 * 2
+
+    def fit(memory, keep=False):
+        return load.fit(tmp_path, config, int(memory), "cuda", keep, 64, "auto")
+
+    assert fit((plain + cache) * 1.2) == fit(plain / 2 + cache, True) == 64
+    with pytest.raises(MemoryError, match="fits with --keep-quantized") as error:
+        fit(plain / 2 + cache)
+    assert "vllm" not in str(error.value)
+    for keep in (False, True):
+        with pytest.raises(MemoryError, match=r"tensor-parallel-size 2$") as error:
+            fit(plain / 5 + cache, keep)
+        assert "--keep-quantized" not in str(error.value)
 
 
 def test_addresses_that_are_refused(directory, capsys, monkeypatch):

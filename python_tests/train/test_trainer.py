@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ from k2kernels.parallel.checkpoint import replace_file
 from k2kernels.parallel.launch import Launched
 from k2kernels.train.data import read_text
 from k2kernels.train.trainer import CHECKPOINTS, HISTORY_FILE, Trainer, TrainOptions, only_run
+
+for folder in ("model", "text"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+import kimi_files  # noqa: E402
+import tiny  # noqa: E402
 
 SIZES = dict(steps=12, batch_size=2, length=32)
 FLAGS = ["--steps", "12", "--batch-size", "2", "--length", "32", "--threads", "1", "--save-every", "4"]
@@ -110,9 +116,36 @@ def test_a_run_from_a_checkpoint(options, text, tmp_path, capsys):
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
+    assert (tmp_path / "second" / "tokenizer.json").read_text() == (tmp_path / "first" / "tokenizer.json").read_text()
     (tmp_path / "first" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"must hold tokenizer\.json, got none"):
+    with pytest.raises(ValueError, match=r"must hold tokenizer\.json or tiktoken\.model, got neither"):
         Trainer(dataclasses.replace(options, start=str(tmp_path / "first")), tmp_path / "third")
+
+
+def test_a_run_from_a_checkpoint_with_a_tokenizer_of_kimi(options, tmp_path, capsys):
+    start, out = tmp_path / "kimi", tmp_path / "out"
+    start.mkdir()
+    first = kimi_files.write(start)
+    size = first + len(kimi_files.KIMI_TOKENS)
+    tiny.model(num_hidden_layers=1, vocab_size=size).save_pretrained(start)
+    marked = tmp_path / "text.txt"
+    marked.write_text(Path(options.text[0]).read_text()[:30_000] + "<|im_end|>")  # the name of a token stays text
+    options = dataclasses.replace(options, text=(str(marked),), steps=1, start=str(start))
+    trainer = Trainer(options, out)
+    assert int(trainer.corpus.train.max()) < first
+    for _ in trainer.run():
+        pass
+    trainer.finish()
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (start / name).read_bytes()
+    assert not (out / "tokenizer.json").exists()
+    assert main(["generate", str(out), "--prompt", "he sells 123 shells", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("he sells 123 shells")
+    with pytest.raises(ValueError, match=r"--fim-rate needs a tokenizer with <\|fim_prefix\|>"):
+        Trainer(dataclasses.replace(options, fim_rate=0.5), tmp_path / "other")
+    tiny.model(num_hidden_layers=1, vocab_size=first).save_pretrained(start)
+    with pytest.raises(ValueError, match=rf"tiktoken\.model must have ids below {first}, got {size - 1}"):
+        Trainer(options, tmp_path / "other")
 
 
 def test_a_text_of_few_words_makes_a_smaller_vocabulary(tmp_path):

@@ -104,6 +104,13 @@ def _weight(args: Arguments, w: Tensor) -> Tensor:
     args.require(
         w.shape[-1] > 0 and w.shape[-1] % reference.GROUP == 0, "w", "of a K that is a multiple of 32", w.shape
     )
+    single = w.float() if w.dtype == torch.float64 else w
     if w.device.type == "cpu" and not torch.compiler.is_compiling():
-        args.require(bool(w.isfinite().all()), "w", "finite", "NaN or infinity")
-    return w
+        wanted = "finite" if single is w else "finite in float32"
+        args.require(bool(single.isfinite().all()), "w", wanted, lambda: _infinite(w))
+    return single
+
+
+def _infinite(w: Tensor) -> str:
+    """What is too large for float32 in w, for a message."""
+    return f"numbers up to {float(w.abs().max()):g}" if w.isfinite().all() else "NaN or infinity"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from k2kernels.ops._check import Arguments
 from k2kernels.ops._register import declare
 from k2kernels.ops.grouped_gemm import _launching
 from k2kernels.ops.quant import _swiglu_backward
@@ -37,18 +38,19 @@ def pack_masters(w: Tensor, kind: str) -> W4:
 
 
 def _check_masters(w: Tensor, kind: str) -> None:
+    args = Arguments("grouped_w4_linear")  # the public function that comes here
+    remedy = "divide w by a power of two, and multiply the result by it"
+    remedy = remedy if kind == "mxfp4" else f"kind='mxfp4' takes weights below 14; or {remedy}"
     for weight in w:
-        if not weight.isfinite().all():
-            raise ValueError("w4_pack_masters: w must be finite, got NaN or infinity")
+        args.require(weight.isfinite().all(), "w", "finite", "NaN or infinity")
         largest = weight.abs().amax().expand(1, 32)
         if kind == "mxfp4":
             most, limit = int(quantize_mxfp4(largest, "even")[1]), LARGEST_E8M0 + 1
-            wanted = f"E8M0 bytes of at most {LARGEST_E8M0}, a scale of 2"
+            wanted = f"E8M0 bytes of at most {LARGEST_E8M0}, a scale of 2 (weights below 14)"
         else:
             most, limit = float(quantize_int4_group32(largest, -7)[1]), INT4_SCALES_BELOW
-            wanted = f"below {limit} in magnitude"
-        if most >= limit:
-            raise ValueError(f"w4_pack_masters: the scales of w must be {wanted}, got {most}")
+            wanted = f"below {limit} in magnitude (weights below 3.49)"
+        args.require(most < limit, "the scales of w", wanted, most, remedy)
 
 
 def _launch_pack(data: Tensor, w: Tensor, kind: str) -> None:

@@ -56,12 +56,16 @@ def pack_w4(codes: Tensor, scales: Tensor, *, gated: bool = False, out: Tensor |
         W4, whose data is `out` if that is given.
 
     Raises:
-        TypeError, ValueError: for dtypes and shapes; for scales that have no packed form: NaN and infinity, E8M0 scales
-            of more than 2 (bytes above 128), and with `out` those of INT4 of 0.5 and more in magnitude.
+        TypeError, ValueError: for dtypes, shapes and the meta device; for scales that have no packed form: NaN and
+            infinity, E8M0 scales of more than 2 (bytes above 128), and with `out` those of INT4 of 0.5 and more in
+            magnitude.
     """
     args = Arguments("pack_w4")
     args.boolean("gated", gated)
     codes, scales, kind = check_codes(args, codes, scales)
+    args.require(
+        not codes.is_meta, "codes", "on a device that holds data", "the meta device", "empty_w4 makes a W4 there"
+    )
     *leading, n, columns = codes.shape
     shape = _served_shape(args, (*leading, n, columns * (8 if kind == "int4" else 2)), gated, "codes")
     if kind == "int4":
